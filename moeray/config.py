@@ -1,0 +1,290 @@
+"""The config tree: frozen dataclasses, validated once. An unknown key is an error that names the nearest key.
+
+Sources, later wins: defaults, a YAML file, `MOERAY_*` environment variables for secrets, command-line flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from moeray.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+
+_T = TypeVar("_T")
+
+
+def _require(ok: bool, key: str, mend: str) -> None:
+    if not ok:
+        raise ConfigError(f"config key {key}: {mend}")
+
+
+@dataclass(frozen=True)
+class ExpertGroupConfig:
+    """One kind of expert actor.
+
+    `actors`: how many of this kind; `share`: the part of the experts that the group hosts, relative to the other
+    groups' shares (each expert lives in `experts.replicas` actors in all). `num_gpus` None means 1 on cuda, 0 on cpu;
+    `num_cpus` None means `threads`.
+    """
+
+    name: str = "experts"
+    actors: int = 2
+    device: Device = "auto"
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    threads: int = 1
+    share: float = 1.0
+    resources: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.actors >= 1, "experts.groups.actors", f"must be at least 1, got {self.actors}")
+        _require(self.threads >= 1, "experts.groups.threads", f"must be at least 1, got {self.threads}")
+        _require(self.share > 0, "experts.groups.share", f"must be above 0, got {self.share}")
+        for key in ("num_cpus", "num_gpus"):
+            value = getattr(self, key)
+            _require(value is None or value >= 0, f"experts.groups.{key}", f"must be 0 or more, got {value}")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """`groups` lists the kinds of expert actors; `replicas` is how many actors host each expert at the start.
+
+    `device`, `num_cpus`, `num_gpus`, `threads` and `actors` describe the one group where `groups` is empty.
+    """
+
+    actors: int = 2
+    device: Device = "auto"
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    threads: int = 1
+    replicas: int = 1
+    groups: tuple[ExpertGroupConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.replicas >= 1, "experts.replicas", f"must be at least 1, got {self.replicas}")
+        actors = sum(g.actors for g in self.resolved())
+        _require(
+            self.replicas <= actors,
+            "experts.replicas",
+            f"asks for {self.replicas} replicas of each expert but there are {actors} actors; lower it or add actors",
+        )
+        names = [g.name for g in self.groups]
+        _require(len(set(names)) == len(names), "experts.groups.name", f"names must differ, got {names}")
+
+    def resolved(self) -> tuple[ExpertGroupConfig, ...]:
+        """The groups, or the one that the short form describes."""
+        return self.groups or (
+            ExpertGroupConfig(
+                "experts", self.actors, self.device, self.num_cpus, self.num_gpus, self.threads
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The actors that hold the trunk and the KV cache."""
+
+    actors: int = 1
+    device: Device = "auto"
+    num_cpus: float = 1.0
+    num_gpus: float | None = None
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.actors >= 1, "router.actors", f"must be at least 1, got {self.actors}")
+        _require(self.threads >= 0, "router.threads", "must be 0 (all cores of the node) or more")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Batching and the KV cache.
+
+    `max_batch_tokens` is the token budget of a step (prefill chunks + one token per running sequence).
+    `prefill_chunk` bounds the prefill tokens of one step while sequences are decoding.
+    `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`.
+    """
+
+    max_context: int = 0
+    max_running: int = 64
+    max_waiting: int = 1024
+    max_batch_tokens: int = 2048
+    prefill_chunk: int = 256
+    block_size: int = 16
+    kv_blocks: int = 0
+    kv_cache_fraction: float = 0.2
+    kv_cache_bytes: int = 4 << 30
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):
+            _require(getattr(self, key) >= 1, f"engine.{key}", f"must be at least 1, got {getattr(self, key)}")
+        _require(self.max_context >= 0, "engine.max_context", "must be 0 (the model's own) or more")
+        _require(self.kv_blocks >= 0, "engine.kv_blocks", "must be 0 (chosen from free memory) or more")
+        _require(0 < self.kv_cache_fraction <= 0.9, "engine.kv_cache_fraction", "must be above 0 and at most 0.9")
+        _require(
+            self.max_running <= self.max_batch_tokens,
+            "engine.max_running",
+            f"must be at most engine.max_batch_tokens ({self.max_batch_tokens}), since each running sequence "
+            "decodes a token a step",
+        )
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """The data plane. `token` None: read MOERAY_CLUSTER_TOKEN, else one is made for each start."""
+
+    host: str = "127.0.0.1"
+    grpc: bool = True
+    max_header_bytes: int = 1 << 20
+    max_payload_bytes: int = 1 << 30
+    shared_memory_bytes: int = 8 << 20
+    deadline_s: float = 60.0
+    token: str | None = field(default=None, repr=False)
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.deadline_s > 0, "wire.deadline_s", "must be above 0 seconds")
+        _require(
+            (self.tls_cert is None) == (self.tls_key is None), "wire.tls_cert", "goes with wire.tls_key; set both"
+        )
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "moeray"
+    model_name: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    replicas: int = 1
+    max_body_bytes: int = 4 << 20
+    request_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "serve.port", f"must be between 0 and 65535, got {self.port}")
+        _require(self.max_body_bytes >= 1024, "serve.max_body_bytes", "must be at least 1024")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree. `model` is a local folder or a hub id."""
+
+    model: str = ""
+    revision: str | None = None
+    dtype: DType = "auto"
+    chat_template: str | None = None
+    cache_dir: str | None = None
+    log_format: Literal["text", "json"] = "text"
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+
+def default_cache_dir() -> Path:
+    """`MOERAY_CACHE_DIR`, else `$XDG_CACHE_HOME/moeray`, else `~/.cache/moeray`."""
+    if explicit := os.environ.get("MOERAY_CACHE_DIR"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moeray"
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file, then lay `overrides` (dotted keys, such as `engine.block_size`) over it.
+
+    Raises ConfigError, with the key, for an unknown key, a value of the wrong type or out of range.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for dotted, value in (overrides or {}).items():
+        _set(tree, dotted.split("."), value)
+    return config_from(tree)
+
+
+def config_from(tree: Mapping[str, Any]) -> Config:
+    """Build a Config from nested plain data (what YAML or JSON gives). Raises ConfigError."""
+    return _build(Config, tree, "")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; check the path") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path}: the top level must be a mapping of keys")
+    return tree
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def _build(cls: type[_T], tree: Any, where: str) -> _T:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"config key {where or 'top level'}: expected a mapping, got {type(tree).__name__}")
+    hints = get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown config key {where}{key}; the nearest known key is {where}{near[0]}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, f"{key}.")
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"config key {key}: must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"config key {key}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config key {key}: expected a mapping, got {value!r}")
+        return {str(k): _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    if origin is Union or type(hint).__name__ == "UnionType":
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, key)
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+    if isinstance(value, str) and hint in (int, float, bool):
+        value = yaml.safe_load(value)  # `serve run app:build key=value` passes every value as a string
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"config key {key}: expected {hint.__name__}, got {value!r}")
+    return float(value) if hint is float else value
+
+
+def to_tree(config: Any) -> Any:
+    """The plain-data form of a config (the inverse of `config_from`), secrets included."""
+    if is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_tree(item) for item in config]
+    return config

@@ -1,0 +1,61 @@
+"""Every error that moeray raises on purpose. Each message is one line: what is wrong, by name, and how to mend it."""
+
+
+class MoerayError(Exception):
+    """Base of all of moeray's own errors."""
+
+
+class ConfigError(MoerayError, ValueError):
+    """A config key or value is wrong."""
+
+
+class CheckpointError(MoerayError):
+    """A checkpoint file or tensor is missing, truncated or of the wrong shape."""
+
+
+class UnsupportedModelError(MoerayError):
+    """The model family needs something that moeray does not have; the message says what."""
+
+
+class PlacementError(MoerayError):
+    """Experts do not fit on the actors or nodes that are there."""
+
+
+class WireError(MoerayError):
+    """Bytes on a channel were not a frame of ours, or passed a limit."""
+
+
+class AuthenticationError(WireError):
+    """The peer does not hold the cluster token, or serves another model."""
+
+
+class ChannelClosedError(WireError):
+    """The peer is gone; nothing more will come on this channel."""
+
+
+class ChannelTimeoutError(WireError):
+    """Nothing came within the deadline; the channel is still open."""
+
+
+class RequestError(MoerayError, ValueError):
+    """A request cannot be served as asked; `param` names the field at fault.
+
+    `code` is an OpenAI error code such as `context_length_exceeded`.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class QueueFullError(MoerayError):
+    """The router's waiting queue is full; try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RouterLostError(MoerayError):
+    """The router that held the request is gone and no other took it over."""

@@ -1,0 +1,139 @@
+"""Data that more than one room shares. Frozen, without behaviour beyond its own validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from moeray.errors import RequestError
+
+
+class ExpertId(NamedTuple):
+    """One FFN of one MoE layer. `layer` is the decoder layer's index, counted from 0."""
+
+    layer: int
+    expert: int
+
+
+class Lifecycle(StrEnum):
+    """The life of an actor; `advance` refuses any other order."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+    def advance(self, to: Lifecycle) -> Lifecycle:
+        if to not in _MOVES[self]:
+            raise AssertionError(f"illegal lifecycle move {self.value} -> {to.value}")
+        return to
+
+
+_MOVES: dict[Lifecycle, frozenset[Lifecycle]] = {
+    Lifecycle.STARTING: frozenset({Lifecycle.READY, Lifecycle.STOPPED}),
+    Lifecycle.READY: frozenset({Lifecycle.DRAINING, Lifecycle.STOPPED}),
+    Lifecycle.DRAINING: frozenset({Lifecycle.STOPPED}),
+    Lifecycle.STOPPED: frozenset(),
+}
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. `ABORT` never reaches a client that is still there."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Greedy when `temperature` is 0.
+
+    `logprobs`: None for none, else how many alternatives (0 to 20) to report beside the chosen token.
+    `stop_token_ids` end the sequence; stop strings are the ingress's business, which sees text.
+    `seed`: draws are keyed by (seed, position), so a resumed request draws the same tokens.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, span: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} must be {span}, got {getattr(self, name)!r}", param=name)
+
+        check(self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        check(self.top_k >= 0, "top_k", "0 (off) or more")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        check(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "above 0 and at most 10")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate: what the ingress submits to a router.
+
+    `output_ids` holds tokens that an earlier attempt generated; generation goes on behind them and
+    positions, penalties and `max_tokens` count them.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    output_ids: tuple[int, ...] = ()
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probability of the chosen token and of the likeliest alternatives, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one engine step produced for one request.
+
+    `token_ids` is empty only when the request ended without a token (abort, error).
+    `cached_tokens` counts prompt tokens whose KV came from the prefix cache.
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an actor listens. Locality is the Ray node id (`node_id`), never the host.
+
+    `unix`: path of its socket, reachable from the same node only. `grpc`: `host:port`, or None where off.
+    """
+
+    actor_id: str
+    node_id: str
+    unix: str | None
+    grpc: str | None
