@@ -32,8 +32,10 @@ class ExpertGroupConfig:
     """One kind of expert actor.
 
     `actors`: how many of this kind; `share`: the part of the experts that the group hosts, relative to the other
-    groups' shares (each expert lives in `experts.replicas` actors in all). `num_gpus` None means 1 on cuda, 0 on cpu;
-    `num_cpus` None means `threads`.
+    groups' shares (each expert lives in `experts.replicas` actors in all); `memory_gib` bounds the weights of one
+    actor (None: what its device has free). `num_gpus` None means one GPU,
+    or an equal part where there are more actors than GPUs; `num_cpus` None means half of `threads`, since routers and
+    experts take turns on the cores.
     """
 
     name: str = "experts"
@@ -43,13 +45,14 @@ class ExpertGroupConfig:
     num_gpus: float | None = None
     threads: int = 1
     share: float = 1.0
+    memory_gib: float | None = None
     resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.actors >= 1, "experts.groups.actors", f"must be at least 1, got {self.actors}")
         _require(self.threads >= 1, "experts.groups.threads", f"must be at least 1, got {self.threads}")
         _require(self.share > 0, "experts.groups.share", f"must be above 0, got {self.share}")
-        for key in ("num_cpus", "num_gpus"):
+        for key in ("num_cpus", "num_gpus", "memory_gib"):
             value = getattr(self, key)
             _require(value is None or value >= 0, f"experts.groups.{key}", f"must be 0 or more, got {value}")
 
@@ -58,7 +61,7 @@ class ExpertGroupConfig:
 class ExpertsConfig:
     """`groups` lists the kinds of expert actors; `replicas` is how many actors host each expert at the start.
 
-    `device`, `num_cpus`, `num_gpus`, `threads` and `actors` describe the one group where `groups` is empty.
+    `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is empty.
     """
 
     actors: int = 2
@@ -66,6 +69,7 @@ class ExpertsConfig:
     num_cpus: float | None = None
     num_gpus: float | None = None
     threads: int = 1
+    memory_gib: float | None = None
     replicas: int = 1
     groups: tuple[ExpertGroupConfig, ...] = ()
 
@@ -84,7 +88,7 @@ class ExpertsConfig:
         """The groups, or the one that the short form describes."""
         return self.groups or (
             ExpertGroupConfig(
-                "experts", self.actors, self.device, self.num_cpus, self.num_gpus, self.threads
+                "experts", self.actors, self.device, self.num_cpus, self.num_gpus, self.threads, 1.0, self.memory_gib
             ),
         )
 
@@ -95,7 +99,7 @@ class RouterConfig:
 
     actors: int = 1
     device: Device = "auto"
-    num_cpus: float = 1.0
+    num_cpus: float = 0.5
     num_gpus: float | None = None
     threads: int = 0
 
@@ -140,7 +144,11 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class WireConfig:
-    """The data plane. `token` None: read MOERAY_CLUSTER_TOKEN, else one is made for each start."""
+    """The data plane. `token` None: read MOERAY_CLUSTER_TOKEN, else one is made for each start.
+
+    `send_timeout_s` bounds one send to a peer that does not read, `handshake_timeout_s` the wait for a peer's proof, and
+    `max_channels` the channels that one listener serves at once (of each kind).
+    """
 
     host: str = "127.0.0.1"
     grpc: bool = True
@@ -148,13 +156,22 @@ class WireConfig:
     max_payload_bytes: int = 1 << 30
     shared_memory_bytes: int = 8 << 20
     deadline_s: float = 60.0
+    send_timeout_s: float = 10.0
+    handshake_timeout_s: float = 5.0
+    max_channels: int = 256
     token: str | None = field(default=None, repr=False)
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_ca: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.deadline_s > 0, "wire.deadline_s", "must be above 0 seconds")
+        for key in ("deadline_s", "send_timeout_s", "handshake_timeout_s"):
+            _require(getattr(self, key) > 0, f"wire.{key}", "must be above 0 seconds")
+        _require(self.max_channels >= 1, "wire.max_channels", f"must be at least 1, got {self.max_channels}")
+        _require(
+            0 < self.max_payload_bytes < 1 << 32, "wire.max_payload_bytes", "must be above 0 and below 4 GiB"
+        )
+        _require(0 < self.max_header_bytes < 1 << 32, "wire.max_header_bytes", "must be above 0 and below 4 GiB")
         _require(
             (self.tls_cert is None) == (self.tls_key is None), "wire.tls_cert", "goes with wire.tls_key; set both"
         )

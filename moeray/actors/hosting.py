@@ -1,0 +1,39 @@
+"""What the controller needs of the place where actors run. `cluster/` implements it: in this process, or over Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from moeray.actors.spec import ActorSpec
+from moeray.config import ExpertGroupConfig, RouterConfig
+
+
+class ActorHandle(Protocol):
+    """A started actor. `call` runs one of its control methods; the future carries the method's own error."""
+
+    @property
+    def actor_id(self) -> str: ...
+
+    def call(self, method: str, *args: Any) -> Future[Any]: ...
+
+    def kill(self) -> None:
+        """End the actor at once, without a drain."""
+        ...
+
+
+class Cluster(Protocol):
+    """Starts actors. The group's device and resources decide where."""
+
+    def start_expert(self, spec: ActorSpec, group: ExpertGroupConfig) -> ActorHandle: ...
+
+    def start_router(self, spec: ActorSpec, router: RouterConfig) -> ActorHandle: ...
+
+    def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
+        """Raise PlacementError when the cluster as it is could not run these actors, naming what is short."""
+        ...
+
+    def close(self) -> None:
+        """Release what the cluster object itself holds; its actors were stopped before, by their owner."""
+        ...

@@ -1,0 +1,66 @@
+"""Requests and outputs as plain data, for the frames between an ingress and a router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moeray.errors import MoerayError, QueueFullError, RequestError, WireError
+from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
+
+
+def request_tree(request: GenerationRequest) -> dict[str, Any]:
+    return asdict(request)
+
+
+def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
+    """Raises WireError for a tree that is not a request, RequestError for values out of range."""
+    try:
+        sampling = dict(tree["sampling"])
+        sampling["logit_bias"] = tuple((int(token), float(bias)) for token, bias in sampling["logit_bias"])
+        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+        return GenerationRequest(
+            tree["request_id"],
+            tuple(tree["prompt_ids"]),
+            SamplingParams(**sampling),
+            tuple(tree["output_ids"]),
+            tree["attempt"],
+        )
+    except RequestError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"a SUBMIT frame does not hold a request: {error!r}") from error
+
+
+def output_tree(output: TokenOutput) -> list[Any]:
+    logprobs = [[entry.logprob, entry.top] for entry in output.logprobs]
+    finish = output.finish_reason.value if output.finish_reason else None
+    return [
+        output.request_id, output.attempt, output.token_ids, logprobs, finish, output.cached_tokens, output.error
+    ]  # fmt: skip
+
+
+def output_from(tree: Sequence[Any]) -> TokenOutput:
+    request_id, attempt, token_ids, logprobs, finish, cached, error = tree
+    entries = tuple(TokenLogprobs(value, tuple((int(t), float(lp)) for t, lp in top)) for value, top in logprobs)
+    return TokenOutput(
+        request_id, attempt, tuple(token_ids), entries, FinishReason(finish) if finish else None, cached, error
+    )
+
+
+def error_tree(request_id: str, error: MoerayError) -> dict[str, Any]:
+    tree: dict[str, Any] = {"request_id": request_id, "message": str(error), "kind": "error"}
+    if isinstance(error, QueueFullError):
+        tree |= {"kind": "queue_full", "retry_after_s": error.retry_after_s}
+    elif isinstance(error, RequestError):
+        tree |= {"kind": "request", "param": error.param, "code": error.code}
+    return tree
+
+
+def error_from(tree: Mapping[str, Any]) -> MoerayError:
+    if tree["kind"] == "queue_full":
+        return QueueFullError(tree["message"], retry_after_s=tree["retry_after_s"])
+    if tree["kind"] == "request":
+        return RequestError(tree["message"], param=tree["param"], code=tree["code"])
+    return MoerayError(tree["message"])

@@ -1,0 +1,60 @@
+"""What an actor is started with. Plain data: it travels to the actor's node."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeray.config import Config
+from moeray.errors import ConfigError
+from moeray.wire.channel import Identity
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """Common to expert actors and routers. `token` is the cluster's; `system` names this start of moeray."""
+
+    actor_id: str
+    group: str
+    device: str
+    threads: int
+    config: Config
+    token: bytes = field(repr=False)
+    system: str
+
+    def identity(self, node_id: str) -> Identity:
+        return Identity(self.actor_id, node_id, model_fingerprint(self.config), self.token)
+
+
+@dataclass(frozen=True)
+class ActorReport:
+    """What a started actor says of the place it landed on."""
+
+    actor_id: str
+    node_id: str
+    pid: int
+    device: str
+    free_bytes: int
+
+
+def model_fingerprint(config: Config) -> str:
+    """What both ends of a channel must agree on before weights are compared: model, revision and dtype."""
+    text = "\0".join((config.model, config.revision or "", config.dtype))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def runtime_dir(node_id: str, system: str) -> Path:
+    """The private folder (0700) for one node's sockets. Nodes that share a machine get different ones."""
+    base = Path(os.environ.get("MOERAY_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    owner = base / f"moeray-{os.getuid()}"
+    folder = owner / f"{node_id[:12]}-{system[:8]}"
+    for path in (owner, folder):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise ConfigError(f"folder {path} must be private to this user (mode 0700); mend it or set MOERAY_RUNTIME_DIR")
+    return folder

@@ -1,0 +1,197 @@
+"""Actors as Ray actors. The only place, beside the entry points, where Ray is known."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from moeray.actors.controller import Controller
+from moeray.actors.expert import ExpertActor
+from moeray.actors.router import RouterActor
+from moeray.actors.spec import ActorSpec
+from moeray.cluster.resources import Request, check_fits, for_experts, for_router
+from moeray.config import Config, ExpertGroupConfig, RouterConfig
+from moeray.errors import MoerayError
+from moeray.logs import setup_logging
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "moeray"
+LEASE_S = 60.0
+_KINDS = {"expert": ExpertActor, "router": RouterActor}
+# Threads that wait must not spin on a core that another actor needs.
+_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+class _Process:
+    """The Ray actor around an expert or a router: it owns the process, so it sets its threads."""
+
+    def __init__(self, kind: str, spec: ActorSpec) -> None:
+        setup_logging(spec.config.log_format)
+        node_id = ray.get_runtime_context().get_node_id()
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        self._actor = _KINDS[kind](spec, node_id)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._actor, method)(*args)
+
+
+class RayHandle:
+    """Implements `ActorHandle`. A dead actor's calls fail with a MoerayError that names it."""
+
+    def __init__(self, actor_id: str, actor: Any) -> None:
+        self.actor_id = actor_id
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        return unwrapped(self._actor.call.remote(method, *args).future(), f"actor {self.actor_id}")
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
+
+
+def unwrapped(future: Future[Any], who: str) -> Future[Any]:
+    """A future that fails with the actor's own error instead of Ray's wrapping of it."""
+    outer: Future[Any] = Future()
+
+    def settle(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            outer.set_result(done.result())
+        elif isinstance(error, RayTaskError) and isinstance(error.cause, MoerayError):
+            outer.set_exception(error.cause)
+        elif isinstance(error, RayActorError):
+            outer.set_exception(MoerayError(f"{who} is gone: {' '.join(str(error).split())[:300]}"))
+        else:
+            outer.set_exception(MoerayError(f"{who} failed: {' '.join(str(error).split())[-300:]}"))
+
+    future.add_done_callback(settle)
+    return outer
+
+
+class RayCluster:
+    """Implements `Cluster`. Must be made inside a process that is connected to Ray."""
+
+    def __init__(self, namespace: str = NAMESPACE) -> None:
+        self._namespace = namespace
+        self._gpus = 0.0
+        self._actors = 1
+
+    def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
+        total = ray.cluster_resources()
+        self._gpus = total.get("GPU", 0.0)
+        self._actors = router.actors + sum(group.actors for group in groups)
+        requests = [for_experts(group, self._gpus, self._actors) for group in groups for _ in range(group.actors)]
+        requests += [for_router(router, self._gpus, self._actors)] * router.actors
+        check_fits(requests, total)
+
+    def start_expert(self, spec: ActorSpec, group: ExpertGroupConfig) -> RayHandle:
+        return self._start("expert", spec, for_experts(group, self._gpus, self._actors))
+
+    def start_router(self, spec: ActorSpec, router: RouterConfig) -> RayHandle:
+        return self._start("router", spec, for_router(router, self._gpus, self._actors))
+
+    def _start(self, kind: str, spec: ActorSpec, request: Request) -> RayHandle:
+        actor = (
+            ray.remote(_Process)
+            .options(
+                name=f"{spec.config.serve.name}:{spec.system}:{spec.actor_id}",
+                namespace=self._namespace,
+                num_cpus=request.num_cpus,
+                num_gpus=request.num_gpus,
+                resources=dict(request.resources),
+                scheduling_strategy="SPREAD",
+                max_concurrency=8,
+                runtime_env={"env_vars": _ENV},
+            )
+            .remote(kind, spec)
+        )
+        return RayHandle(spec.actor_id, actor)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ControllerProcess:
+    """The Ray actor around the controller. It lives while somebody renews its lease, and takes every actor with it.
+
+    The lease lets a crashed ingress or job leave nothing behind, and a restarted one find everything still running.
+    """
+
+    def __init__(self, config: Config) -> None:
+        setup_logging(config.log_format)
+        self._controller = Controller(config, RayCluster())
+        self._renewed = time.monotonic()
+        self._ended = threading.Event()
+        self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
+        self._starter.start()
+        threading.Thread(target=self._watch, name="controller-lease", daemon=True).start()
+
+    def _start(self) -> None:
+        try:
+            self._controller.start()
+        except MoerayError:
+            log.exception("the system did not start")
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LEASE_S / 4):
+            if time.monotonic() - self._renewed > LEASE_S:
+                log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
+                self.stop()
+                ray.actor.exit_actor()
+
+    def renew(self) -> dict[str, Any]:
+        """Keep the system alive for another lease; its state."""
+        self._renewed = time.monotonic()
+        return self._controller.state()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._controller, method)(*args)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._controller.stop()
+
+
+def controller_name(system: str) -> str:
+    return f"{system}:controller"
+
+
+def start_controller(config: Config) -> Any:
+    """The system's controller: the one that runs under `config.serve.name`, or a new one."""
+    return (
+        ray.remote(ControllerProcess)
+        .options(
+            name=controller_name(config.serve.name),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=16,
+        )
+        .remote(config)
+    )
+
+
+def find_controller(system: str) -> Any:
+    """The handle of a running controller. Raises MoerayError when there is none."""
+    try:
+        return ray.get_actor(controller_name(system), namespace=NAMESPACE)
+    except ValueError:
+        raise MoerayError(
+            f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
+        ) from None
+
+
+def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:
+    """One call to a controller, with its own error. Raises MoerayError."""
+    return unwrapped(controller.call.remote(method, *args).future(), "the controller").result(timeout)

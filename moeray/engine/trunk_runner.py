@@ -1,0 +1,81 @@
+"""The engine's runner over a real trunk: sizes the KV cache, turns a batch into a step, returns logits."""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import torch
+from torch import Tensor
+
+from moeray.config import EngineConfig
+from moeray.engine.runner import PackedBatch, pack
+from moeray.engine.scheduler import Batch
+from moeray.errors import ConfigError
+from moeray.model.attention import Span, Step
+from moeray.model.trunk import ExpertRows, Trunk
+
+log = logging.getLogger(__name__)
+
+
+class TrunkRunner:
+    """Implements `Runner`. Owned by the step loop."""
+
+    def __init__(
+        self, trunk: Trunk, config: EngineConfig, expert_rows: ExpertRows, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self._trunk = trunk
+        self._block_size = config.block_size
+        self._expert_rows = expert_rows
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size = trunk.vocab_size
+        self.num_blocks = self._count_blocks(config)
+        slots = self.num_blocks * config.block_size
+        self.max_context = min(config.max_context or trunk.max_context, trunk.max_context, slots)
+        trunk.cache.allocate(slots, trunk.dtype, trunk.device)
+        log.info("KV cache: %d blocks of %d tokens, context up to %d", self.num_blocks, self._block_size, self.max_context)
+
+    def _count_blocks(self, config: EngineConfig) -> int:
+        if config.kv_blocks:
+            return config.kv_blocks
+        per_block = self._trunk.cache.bytes_per_slot(self._trunk.dtype) * config.block_size
+        room = int(min(config.kv_cache_bytes, config.kv_cache_fraction * self._free_bytes()))
+        if room < per_block:
+            raise ConfigError(
+                f"config key engine.kv_cache_bytes: {room} bytes are left for the KV cache but one block needs "
+                f"{per_block}; free memory or raise engine.kv_cache_fraction"
+            )
+        wanted = -(-(config.max_context or self._trunk.max_context) // config.block_size) * config.max_running
+        return min(room // per_block, wanted)
+
+    def _free_bytes(self) -> int:
+        if self._trunk.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self._trunk.device)[0])
+        return int(psutil.virtual_memory().available)
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits [S, V] of the sampled entries, in the batch's order."""
+        packed = pack(batch, self._block_size)
+        device = self._trunk.device
+        return self._trunk.forward(
+            packed.token_ids_T.to(device),
+            packed.position_ids_T.to(device),
+            self._step(packed),
+            packed.sample_index_S.to(device),
+            self._expert_rows,
+        )
+
+    def _step(self, packed: PackedBatch) -> Step:
+        spans = []
+        offsets = torch.arange(self._block_size)
+        for i, context in enumerate(packed.context_lens):
+            start, end = packed.query_starts[i], packed.query_starts[i + 1]
+            table = torch.tensor(packed.block_tables[i][: -(-context // self._block_size)], dtype=torch.int64)
+            slots = (table[:, None] * self._block_size + offsets).flatten()[:context]
+            spans.append(Span(start, end - start, context, slots.to(self._trunk.device)))
+        return Step(
+            self._trunk.cache,
+            packed.slots_T.to(self._trunk.device),
+            tuple(span for span in spans if span.count == 1),
+            tuple(span for span in spans if span.count > 1),
+        )

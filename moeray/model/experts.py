@@ -1,0 +1,107 @@
+"""The experts that one actor hosts, and their forward: rows in, rows out, no state.
+
+Shapes: R rows sorted by expert, D hidden size, I intermediate size, E distinct experts of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moeray.errors import PlacementError
+from moeray.model.family import ExpertsLayer, Family
+from moeray.model.slices import ExpertTensor, WeightMap
+from moeray.types import ExpertId
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """y = x W^T + b over a weight in its stored form; dense parts are used where they lie, the rest decoded at use."""
+
+    weight: ExpertTensor
+    bias: Tensor | None
+    transposed: bool
+    dtype: torch.dtype
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        out_dim = 1 if self.transposed else 0
+        if len(self.weight.parts) > 1 and self.weight.cat_dim != out_dim:
+            matrices = [self.weight.dense(self.dtype)]
+        else:
+            matrices = [part.dense(self.dtype) for part in self.weight.parts]
+        outs = [F.linear(x_RI, m.t() if self.transposed else m) for m in matrices]
+        out_RO = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return out_RO if self.bias is None else out_RO + self.bias
+
+
+@dataclass(frozen=True)
+class _Expert:
+    up: _Linear
+    down: _Linear
+    nbytes: int
+
+
+class ExpertBank:
+    """Weights of a set of experts, and their forward. Thread-safe: forward only reads.
+
+    CPU weights are views of the checkpoint's memory map, shared by every process of the node; on another device they
+    are copied there.
+    """
+
+    def __init__(self, family: Family, weights: WeightMap, dtype: torch.dtype, device: torch.device) -> None:
+        self._family = family
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self._experts: dict[ExpertId, _Expert] = {}
+
+    def load(self, experts: Iterable[ExpertId], progress: Callable[[int], None] = lambda done: None) -> None:
+        """Map the experts' slices. `progress` gets the number loaded so far. Raises CheckpointError."""
+        for done, expert in enumerate(sorted(experts), start=1):
+            if expert not in self._experts:
+                self._experts[expert] = self._load(expert)
+            progress(done)
+
+    def _load(self, expert: ExpertId) -> _Expert:
+        moe = self._family.layers[expert.layer]
+        up = self._linear(moe, moe.up_name, expert.expert)
+        down = self._linear(moe, "down_proj", expert.expert)
+        return _Expert(up, down, sum(self._weights.expert_bytes(name) for name in moe.parameters()))
+
+    def _linear(self, moe: ExpertsLayer, name: str, expert: int) -> _Linear:
+        weight = self._weights.expert(f"{moe.name}.{name}", expert)
+        bias = None
+        if f"{name}_bias" in moe.shapes:
+            bias = self._weights.expert(f"{moe.name}.{name}_bias", expert).dense(self._dtype).to(self._device)
+        if self._device.type != "cpu":
+            weight = weight.to(self._device)
+        return _Linear(weight, bias, moe.is_transposed, self._dtype)
+
+    @property
+    def hosted(self) -> frozenset[ExpertId]:
+        return frozenset(self._experts)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the hosted experts."""
+        return sum(expert.nbytes for expert in self._experts.values())
+
+    @torch.inference_mode()
+    def forward(self, layer: int, x_RD: Tensor, experts: list[int], counts: list[int]) -> Tensor:
+        """Rows sorted by expert -> each expert's output, in the same order [R, D].
+
+        `experts`: the distinct experts in order; `counts`: rows of each, summing to R. Raises PlacementError for an
+        expert that is not hosted here.
+        """
+        moe = self._family.layers.get(layer)
+        outs = []
+        for expert, x_rD in zip(experts, x_RD.split(counts), strict=True):
+            held = self._experts.get(ExpertId(layer, expert))
+            if held is None or moe is None:
+                raise PlacementError(f"expert {expert} of layer {layer} is not hosted here; the sender's epoch is stale")
+            outs.append(held.down(moe.activate(held.up(x_rD))))
+        return torch.cat(outs) if outs else x_RD.new_empty(0, x_RD.shape[-1])

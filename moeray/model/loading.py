@@ -1,0 +1,83 @@
+"""From a model's name to what an actor needs of it: checkpoint, family and the map between them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moeray.config import DType
+from moeray.errors import CheckpointError, ConfigError
+from moeray.model.checkpoint import Checkpoint, resolve
+from moeray.model.family import Family, load_family
+from moeray.model.slices import WeightMap
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model opened but not loaded: no weights are in memory."""
+
+    checkpoint: Checkpoint
+    family: Family
+    weights: WeightMap
+
+    def expert_counts(self) -> dict[int, int]:
+        """MoE layer -> number of experts."""
+        return {layer: moe.num_experts for layer, moe in self.family.layers.items()}
+
+    def expert_bytes(self) -> dict[int, int]:
+        """MoE layer -> stored bytes of one of its experts."""
+        return {
+            layer: sum(self.weights.expert_bytes(name) for name in moe.parameters())
+            for layer, moe in self.family.layers.items()
+        }
+
+    def dtype(self, asked: DType) -> torch.dtype:
+        """The dtype to compute in: the one asked for, else the checkpoint's own, else bfloat16."""
+        if asked != "auto":
+            return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[asked]
+        stored = self.checkpoint.config.dtype
+        return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.bfloat16
+
+
+def open_model(model: str, revision: str | None, *, node: str) -> ModelFiles:
+    """Open a local folder or hub id on this node. Raises CheckpointError, UnsupportedModelError."""
+    checkpoint = Checkpoint.open(resolve(model, revision, node=node))
+    family = load_family(checkpoint.config)
+    weights = WeightMap.build(family.full, checkpoint, family.expert_counts())
+    log.info("opened %s: %s, %d MoE layers", model, checkpoint.config.model_type, len(family.layers))
+    return ModelFiles(checkpoint, family, weights)
+
+
+def pick_device(asked: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU. Raises ConfigError for cuda without a GPU."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for but this actor sees no GPU; set num_gpus, or device: cpu")
+    return torch.device(asked)
+
+
+def generation_defaults(files: ModelFiles) -> dict[str, Any]:
+    """What the model's authors advise (generation_config.json), {} where the file is absent."""
+    path = files.checkpoint.source.metadata_dir() / "generation_config.json"
+    try:
+        defaults = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"file {path} is not valid JSON ({error}); mend or remove it") from error
+    if not isinstance(defaults, dict):
+        raise CheckpointError(f"file {path} must hold a JSON object; mend or remove it")
+    return defaults
+
+
+def eos_token_ids(files: ModelFiles) -> tuple[int, ...]:
+    """The tokens that end a sequence: generation_config.json's, else config.json's."""
+    eos = generation_defaults(files).get("eos_token_id", files.checkpoint.config.eos_token_id)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,0 +1,39 @@
+"""One static API key, compared in constant time."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Callable
+
+from fastapi import Request
+
+from moeray.config import ServeConfig
+from moeray.serve.errors import ApiError
+
+API_KEY_VARIABLE = "MOERAY_API_KEY"
+
+
+def api_key_of(config: ServeConfig) -> str | None:
+    """The configured key, else the environment's; None leaves the endpoint open."""
+    return config.api_key or os.environ.get(API_KEY_VARIABLE) or None
+
+
+def require_key(key: str | None) -> Callable[[Request], None]:
+    """A dependency that raises ApiError 401 unless the request bears `key`; None lets everyone in."""
+
+    def check(request: Request) -> None:
+        if key is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Starlette decodes headers as latin-1.
+        right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+        if scheme.lower() != "bearer" or not right:
+            raise ApiError(
+                401,
+                "missing or wrong API key; send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    return check

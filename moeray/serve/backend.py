@@ -1,0 +1,67 @@
+"""What the HTTP side needs from the system behind it. The local and the Ray system both answer to this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from moeray.types import GenerationRequest, TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class BackendState:
+    """`detail` is the progress while loading, and the one-line error once failed."""
+
+    status: Literal["loading", "ready", "failed"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model. `created` is in unix seconds, `max_context` in tokens (prompt and output together).
+
+    `metadata_dir` holds the tokenizer's files and the chat template. `generation_defaults` is the content of
+    generation_config.json; `eos_token_ids` end a sequence unless the request ignores them.
+    """
+
+    name: str
+    created: int
+    max_context: int
+    vocab_size: int
+    metadata_dir: Path
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TokenStream(Protocol):
+    """The outputs of one request; an async generator is one. `aclose` aborts the sequence and frees its blocks."""
+
+    def __aiter__(self) -> TokenStream: ...
+
+    async def __anext__(self) -> TokenOutput: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Backend(Protocol):
+    """`state` and `model` are read on every request; `model` is set by the time that the state is ready."""
+
+    @property
+    def state(self) -> BackendState: ...
+
+    @property
+    def model(self) -> ModelInfo | None: ...
+
+    def generate(self, request: GenerationRequest) -> TokenStream:
+        """Submit at the first `__anext__`, which raises QueueFullError or RequestError when it is not taken."""
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """The running system as JSON-able data: actors, experts, load."""
+        ...
+
+    async def metrics(self) -> bytes:
+        """Every actor's series in Prometheus' text format."""
+        ...

@@ -1,0 +1,51 @@
+"""The outermost layer: gives each request its id, and turns a bug into a plain 500 instead of a stack trace."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moeray.serve.errors import reply_for
+
+log = logging.getLogger("moeray.serve")
+
+_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+
+class RequestContext:
+    """ASGI middleware. An `X-Request-Id` that is safe to log is taken over; any other is replaced."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            log.exception("request %s failed", request_id)
+            if started:
+                raise  # a response that was begun can only be cut off
+            await reply_for(error).response()(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _ACCEPTED_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,129 @@
+"""Every failure as an OpenAI-style error: `{"error": {"message", "type", "param", "code"}}` and its HTTP status."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostError
+
+LOADING_RETRY_S = 5
+ROUTER_LOST_RETRY_S = 1
+
+
+class ApiError(MoerayError):
+    """A failure that the HTTP side itself finds, with its status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+class GenerationFailedError(MoerayError):
+    """The system ended a sequence by an error of its own."""
+
+
+class RequestTimeoutError(MoerayError):
+    """The request was not finished within the endpoint's time limit."""
+
+
+class ClientGoneError(MoerayError):
+    """The client hung up; nobody is there to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """One failure, ready to be sent as a response or as an SSE event."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """The error object as ASCII JSON, so that no character of the message can fail to be encoded."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        return json.dumps(
+            {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        ).encode()
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, headers=self.headers, media_type="application/json")
+
+
+def reply_for(error: Exception) -> ErrorReply:
+    """What the client is told. An error that is not one of ours is a bug: its text stays in the log."""
+    match error:
+        case ApiError():
+            return ErrorReply(error.status, str(error), error.param, error.code, error.headers)
+        case RequestError():
+            return ErrorReply(400, str(error), error.param, error.code)
+        case QueueFullError():
+            return ErrorReply(429, str(error), code="queue_full", headers=_retry_after(error.retry_after_s))
+        case RouterLostError():
+            return ErrorReply(503, str(error), code="router_lost", headers=_retry_after(ROUTER_LOST_RETRY_S))
+        case RequestTimeoutError():
+            return ErrorReply(504, str(error), code="timeout")
+        case ClientGoneError():
+            return ErrorReply(499, str(error), code="client_closed_request")
+        case GenerationFailedError():
+            return ErrorReply(500, str(error), code="generation_failed")
+        case HTTPException():
+            return _http_reply(error)
+    return ErrorReply(500, "internal error; the server's log has the details under this request id", code="internal")
+
+
+def loading_error(detail: str) -> ApiError:
+    """503 for a system that is not there yet; `detail` is its progress."""
+    message = f"the model is loading: {detail}" if detail else "the model is loading"
+    return ApiError(503, f"{message}; try again soon", code="loading", headers=_retry_after(LOADING_RETRY_S))
+
+
+def failed_error(detail: str) -> ApiError:
+    """503 for a system that could not start; trying again does not help, so no Retry-After."""
+    return ApiError(503, f"the model could not be loaded: {detail}", code="failed")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer our own errors and the framework's (unknown path, wrong method) in the one style."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return reply_for(error).response()
+
+    app.add_exception_handler(MoerayError, handle)
+    app.add_exception_handler(HTTPException, handle)
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+def _http_reply(error: HTTPException) -> ErrorReply:
+    headers: dict[str, Any] = dict(error.headers or {})
+    if error.status_code == 404:
+        return ErrorReply(404, "unknown path; the API lives under /v1", code="not_found", headers=headers)
+    if error.status_code == 405:
+        allowed = headers.get("Allow", headers.get("allow", "another method"))
+        message = f"method not allowed here; use {allowed}"
+        return ErrorReply(405, message, code="method_not_allowed", headers=headers)
+    return ErrorReply(error.status_code, str(error.detail), headers=headers)

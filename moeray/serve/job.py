@@ -1,0 +1,153 @@
+"""A validated OpenAI request to the sequences that it asks for: one GenerationRequest a choice."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeray.errors import RequestError
+from moeray.serve.backend import ModelInfo
+from moeray.serve.prompt import PromptEncoder
+from moeray.serve.schemas import ChatRequest, CompletionRequest, GenerationFields
+from moeray.types import GenerationRequest, SamplingParams
+
+COMPLETION_MAX_TOKENS = 16
+MAX_SEQUENCES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sequence of a job. `index` is OpenAI's: prompt-major, then the choice of the prompt."""
+
+    index: int
+    prompt: int
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that is needed to generate and to write the answer. `created` is in unix seconds."""
+
+    id: str
+    model: ModelInfo
+    created: int
+    choices: tuple[Choice, ...]
+    prompt_lengths: tuple[int, ...]
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    continues_text: bool  # the output goes on in the prompt's text, so its first space counts
+
+
+async def completion_job(
+    request: CompletionRequest, model: ModelInfo, encoder: PromptEncoder, created: int
+) -> Job:
+    """Raises RequestError for a prompt or parameter that does not fit the model."""
+    prompts = []
+    for prompt in request.prompt:
+        prompts.append(await encoder.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt))
+    for ids in prompts:
+        _check_ids(ids, model, "prompt")
+    sampling = _sampling(request, model, request.logprobs)
+    asked, default = ("max_tokens", request.max_tokens), COMPLETION_MAX_TOKENS
+    return _job("cmpl", request, model, prompts, sampling, asked, default, created)
+
+
+async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncoder, created: int) -> Job:
+    """Raises RequestError for messages or a parameter that does not fit the model."""
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    ids = await encoder.encode_chat(messages, request.chat_template_kwargs or {})
+    _check_ids(ids, model, "messages")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    asked = "max_completion_tokens", request.max_completion_tokens
+    if asked[1] is None:
+        asked = "max_tokens", request.max_tokens
+    sampling = _sampling(request, model, logprobs)
+    return _job("chatcmpl", request, model, [ids], sampling, asked, model.max_context, created)
+
+
+def _job(
+    prefix: str,
+    request: GenerationFields,
+    model: ModelInfo,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: dict[str, Any],
+    asked: tuple[str, int | None],
+    default_max_tokens: int,
+    created: int,
+) -> Job:
+    n = request.n or 1
+    if n * len(prompts) > MAX_SEQUENCES:
+        raise RequestError(f"{len(prompts)} prompts with n={n} are over the limit of {MAX_SEQUENCES}", param="n")
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    job_id = f"{prefix}-{uuid.uuid4().hex}"
+    choices = []
+    for index in range(n * len(prompts)):
+        ids = prompts[index // n]
+        limit = _max_tokens(len(ids), asked, default_max_tokens, model)
+        params = SamplingParams(**sampling, max_tokens=limit, seed=(seed + index) % 2**63)
+        choices.append(Choice(index, index // n, GenerationRequest(f"{job_id}-{index}", ids, params)))
+    lengths = tuple(map(len, prompts))
+    streams = bool(request.stream), request.include_usage
+    return Job(job_id, model, created, tuple(choices), lengths, tuple(request.stop), *streams, prefix == "cmpl")
+
+
+def _check_ids(ids: tuple[int, ...], model: ModelInfo, param: str) -> None:
+    if not ids:
+        raise RequestError(f"{param} has no tokens; give some text", param=param, code="empty_prompt")
+    if len(ids) >= model.max_context:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens but the model's context is {model.max_context} tokens, of which the "
+            "answer needs at least one; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+    if max(ids) >= model.vocab_size:
+        raise RequestError(
+            f"token id {max(ids)} is not in the vocabulary of {model.vocab_size} tokens", param=param
+        )
+
+
+def _max_tokens(prompt_tokens: int, asked: tuple[str, int | None], default: int, model: ModelInfo) -> int:
+    name, wanted = asked
+    left = model.max_context - prompt_tokens
+    if wanted is None:
+        return min(default, left)
+    if wanted > left:
+        raise RequestError(
+            f"{prompt_tokens} prompt tokens and {name}={wanted} are over the model's context of {model.max_context} "
+            f"tokens; ask for at most {left}",
+            param=name,
+            code="context_length_exceeded",
+        )
+    return wanted
+
+
+def _sampling(request: GenerationFields, model: ModelInfo, logprobs: int | None) -> dict[str, Any]:
+    """SamplingParams' fields but `max_tokens` and `seed`: the client's, else the model's, else OpenAI's."""
+    params: dict[str, Any] = {"logprobs": logprobs, "ignore_eos": bool(request.ignore_eos)}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        given = getattr(request, name)
+        value = model.generation_defaults.get(name) if given is None else given
+        if value is not None:
+            params[name] = value
+    for name in ("presence_penalty", "frequency_penalty"):
+        if (value := getattr(request, name)) is not None:
+            params[name] = value
+    params["top_k"] = max(0, params.get("top_k", 0))
+    params["logit_bias"] = _in_vocabulary(request, model)
+    params["stop_token_ids"] = tuple(request.stop_token_ids or ())
+    return params
+
+
+def _in_vocabulary(request: GenerationFields, model: ModelInfo) -> tuple[tuple[int, float], ...]:
+    for token_id in request.logit_bias:
+        if token_id >= model.vocab_size:
+            raise RequestError(
+                f"logit_bias: token id {token_id} is not in the vocabulary of {model.vocab_size} tokens",
+                param="logit_bias",
+            )
+    return tuple(request.logit_bias.items())

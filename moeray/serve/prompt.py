@@ -1,0 +1,123 @@
+"""Text and chat messages to prompt tokens, by the model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from moeray.errors import CheckpointError, ConfigError, RequestError
+from moeray.serve.backend import ModelInfo
+from moeray.serve.tokens import Vocabulary
+
+_INLINE_CHARACTERS = 8192  # about a millisecond of tokenizing; longer text goes to a thread
+
+
+class PromptEncoder:
+    """Tokenizes prompts. Safe to call from several threads at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.vocabulary = Vocabulary(tokenizer)
+
+    async def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, with the special tokens that the tokenizer puts around a prompt."""
+        if len(text) <= _INLINE_CHARACTERS:
+            return self._text(text)
+        return await asyncio.to_thread(self._text, text)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """Token ids of the rendered chat, up to where the assistant's answer begins.
+
+        Raises RequestError where there is no chat template or the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                "this model has no chat template; use /v1/completions, or start the server with chat_template set",
+                param="messages",
+                code="no_chat_template",
+            )
+        if sum(len(message["content"]) for message in messages) <= _INLINE_CHARACTERS:
+            return self._chat(messages, variables)
+        return await asyncio.to_thread(self._chat, messages, variables)
+
+    def _text(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[int, ...]:
+        conversation = [self._known_role(message) for message in messages]
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # a template's own code can raise any of these
+            raise RequestError(
+                f"the chat template refused the messages: {' '.join(str(error).split())[:500]}",
+                param="messages",
+                code="chat_template_error",
+            ) from error
+        return tuple(ids)
+
+    def _known_role(self, message: Mapping[str, str]) -> dict[str, str]:
+        """`developer` is OpenAI's later name for `system`; most templates know only the older one."""
+        role = message["role"]
+        if role == "developer" and "developer" not in str(self._tokenizer.chat_template):
+            role = "system"
+        return {**message, "role": role}
+
+
+def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
+    """Load the tokenizer from `model.metadata_dir`; takes seconds. Raises CheckpointError or ConfigError.
+
+    `chat_template`, a file or the template itself, replaces the model's own.
+    """
+    from transformers import AutoTokenizer  # takes a second or two to import, so not where nothing is served
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.metadata_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"no usable tokenizer in {model.metadata_dir}: {' '.join(str(error).split())[:300]}; "
+            "put tokenizer.json and tokenizer_config.json there"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # Set once here, so that no later call changes the shared tokenizer while another thread reads it.
+        fast.no_truncation()
+        fast.no_padding()
+    return PromptEncoder(tokenizer)
+
+
+def read_template(source: str) -> str:
+    """A chat template given as a file's path or as the text itself. Raises ConfigError."""
+    if "{{" in source or "{%" in source:
+        return source
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"config key chat_template: {source!r} is no Jinja template and cannot be read as a file: {reason}"
+        ) from error
+
+
+class EncoderCache:
+    """Loads the encoder once, in a thread, when the first request needs it or `get` is called to warm it up."""
+
+    def __init__(self, chat_template: str | None) -> None:
+        self._chat_template = chat_template
+        self._lock = asyncio.Lock()
+        self._loaded: tuple[ModelInfo, PromptEncoder] | None = None
+
+    async def get(self, model: ModelInfo) -> PromptEncoder:
+        """The encoder of `model`. Raises what `load_encoder` raises."""
+        async with self._lock:
+            if self._loaded is None or self._loaded[0] is not model:
+                self._loaded = model, await asyncio.to_thread(load_encoder, model, self._chat_template)
+            return self._loaded[1]

@@ -1,0 +1,71 @@
+"""What both channels are: their protocol, who speaks on them, and the limits of their frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moeray.config import WireConfig
+from moeray.errors import AuthenticationError
+from moeray.wire.frame import Frame, Limits
+
+# Before its proof a peer may send one small header and no payload.
+UNAUTHENTICATED = Limits(max_header_bytes=4096, max_payload_bytes=0)
+
+
+class Channel(Protocol):
+    """Frames both ways with one authenticated peer.
+
+    Any thread may send; one thread at a time receives. Tensors of a received frame are valid until the next `recv` on
+    the channel: they may be views of shared memory or of a reused buffer, so whoever keeps them clones.
+    """
+
+    send_timeout_s: float
+
+    @property
+    def kind(self) -> str:
+        """`unix` or `grpc`."""
+
+    @property
+    def peer(self) -> str:
+        """The actor id of the other side."""
+
+    @property
+    def closed(self) -> bool:
+        """True once either side is known to be gone."""
+
+    def send(self, frame: Frame) -> None:
+        """Hand one frame over.
+
+        Raises WireError for a frame that cannot be sent (the channel stays open), ChannelClosedError, and
+        ChannelTimeoutError when the peer does not read for `send_timeout_s`; that frame may still arrive later, whole.
+        """
+
+    def recv(self, timeout: float | None = None) -> Frame:
+        """The next frame; waits `timeout` seconds, or for ever where it is None.
+
+        Raises ChannelTimeoutError (the channel stays usable, also when half a frame had come), ChannelClosedError, and
+        WireError for bytes that are no frame, after which the channel is closed.
+        """
+
+    def close(self) -> None:
+        """End the channel and wake whoever waits on it, on either side. A second call does nothing."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who speaks: `fingerprint` names the model that it serves, `token` is the cluster's secret."""
+
+    actor_id: str
+    node_id: str
+    fingerprint: str
+    token: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.token:
+            raise AuthenticationError("the cluster token is empty; set wire.token or MOERAY_CLUSTER_TOKEN")
+
+
+def limits_of(wire: WireConfig) -> Limits:
+    """The limits of authenticated frames."""
+    return Limits(wire.max_header_bytes, wire.max_payload_bytes)

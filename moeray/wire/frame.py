@@ -1,0 +1,300 @@
+"""One frame as bytes, with no pickle and nothing allocated before its lengths pass the limits.
+
+    u32 header length | u32 payload length | msgpack header | pad | tensor 0 | pad | tensor 1 | pad ...
+
+Little endian. Header and tensors each start at a multiple of 64 bytes from the frame's start. The header is the msgpack
+array [version, op, id, layer, epoch, meta, shapes, dtypes, where]: `where` is INLINE when the payload follows, else the
+payload's position in the sender's shared memory ring.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moeray.errors import WireError
+
+WIRE_VERSION = 1
+ALIGN = 64
+INLINE = -1
+PREFIX = struct.Struct("<II")
+
+MAX_TENSORS = 128
+MAX_DIMS = 8
+_MAX_ELEMENTS = 1 << 48
+_PAD = bytes(ALIGN)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Op(IntEnum):
+    """What a frame asks or answers."""
+
+    HELLO = 1
+    WELCOME = 2
+    PROOF = 3
+    FORWARD = 4
+    RESULT = 5
+    ERROR = 6
+    SUBMIT = 7
+    ABORT = 8
+    STEP = 9
+    PING = 10
+    PONG = 11
+    STATS = 12
+    GOODBYE = 13
+
+
+# A dtype's code on the wire is its index here: append only.
+DTYPES: tuple[torch.dtype, ...] = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+)
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_SIZES = tuple(dtype.itemsize for dtype in DTYPES)
+_OPS = {int(op): op for op in Op}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message. `meta` is plain data (msgpack: tuples arrive as lists) with text keys; `tensors` are on the CPU.
+
+    Tensors of a received frame are valid until the next `recv` on its channel; clone what must live longer.
+    """
+
+    op: Op
+    id: int = 0
+    layer: int = -1
+    epoch: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tensors: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest header and payload, in bytes, that a side accepts or sends; both below 4 GiB."""
+
+    max_header_bytes: int
+    max_payload_bytes: int
+
+
+class VersionMismatchError(WireError):
+    """The peer speaks another version of the wire."""
+
+
+class Header(NamedTuple):
+    """A checked header: `spans` holds (code, shape, elements, offset in the payload) of each tensor."""
+
+    op: Op
+    id: int
+    layer: int
+    epoch: int
+    meta: dict[str, Any]
+    spans: list[tuple[int, list[int], int, int]]
+    where: int
+
+
+class _Packers(threading.local):
+    """A packer is not thread-safe and costs a buffer, so each thread keeps one."""
+
+    def __init__(self) -> None:
+        self.packer = msgpack.Packer(use_bin_type=True)
+
+
+_PACKERS = _Packers()
+
+
+def aligned(size: int) -> int:
+    """`size` rounded up to a multiple of 64."""
+    return (size + ALIGN - 1) & -ALIGN
+
+
+def new_buffer(size: int) -> Bytes:
+    """A writable uint8 array of `size` bytes whose start is 64-byte aligned."""
+    return torch.empty(max(size, ALIGN), dtype=torch.uint8).numpy()
+
+
+def flatten(tensors: Sequence[torch.Tensor]) -> tuple[list[Bytes], int]:
+    """The tensors' bytes, one flat uint8 array each, and the payload length with padding.
+
+    Contiguous tensors are not copied. Raises WireError for a tensor that the wire does not carry.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise WireError(f"a frame carries at most {MAX_TENSORS} tensors, got {len(tensors)}; stack them")
+    chunks: list[Bytes] = []
+    total = 0
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype not in _CODES or tensor.layout is not torch.strided:
+            raise _refusal(tensor)
+        if tensor.dim() > MAX_DIMS:
+            raise WireError(f"a tensor of {tensor.dim()} dimensions is over the wire's {MAX_DIMS}; flatten it")
+        chunk = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        chunks.append(chunk)
+        total += aligned(chunk.nbytes)
+    return chunks, total
+
+
+def _refusal(tensor: torch.Tensor) -> WireError:
+    if not tensor.is_cpu:
+        return WireError(f"a tensor on {tensor.device} cannot be sent; move it to the CPU first")
+    if tensor.layout is not torch.strided:
+        return WireError(f"a tensor of layout {tensor.layout} cannot be sent; make it dense first")
+    return WireError(f"dtype {tensor.dtype} is not carried; send one of {', '.join(str(d)[6:] for d in DTYPES)}")
+
+
+def pack_head(frame: Frame, payload_bytes: int, where: int, limits: Limits) -> bytes:
+    """Prefix, header and pad: all of the frame but its payload. Raises WireError over a limit or for bad `meta`."""
+    codes = [_CODES[tensor.dtype] for tensor in frame.tensors]
+    shapes = [tuple(tensor.shape) for tensor in frame.tensors]
+    fields = [WIRE_VERSION, frame.op, frame.id, frame.layer, frame.epoch, frame.meta, shapes, codes, where]
+    try:
+        header: bytes = _PACKERS.packer.pack(fields)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WireError(f"frame {frame.op.name}: its fields are not plain data ({error}); send numbers, text, lists")
+    if len(header) > limits.max_header_bytes:
+        raise WireError(_over(frame, "header", len(header), limits.max_header_bytes))
+    if payload_bytes > limits.max_payload_bytes:
+        raise WireError(_over(frame, "payload", payload_bytes, limits.max_payload_bytes))
+    size = PREFIX.size + len(header)
+    return PREFIX.pack(len(header), payload_bytes) + header + _PAD[: aligned(size) - size]
+
+
+def _over(frame: Frame, part: str, size: int, limit: int) -> str:
+    return f"frame {frame.op.name}: its {part} of {size} bytes is over wire.max_{part}_bytes ({limit}); split it"
+
+
+def inline_buffers(head: bytes, chunks: list[Bytes]) -> list[bytes | Bytes]:
+    """The buffers that follow each other on the wire when the payload is inline, pads included."""
+    buffers: list[bytes | Bytes] = [head]
+    for chunk in chunks:
+        if chunk.nbytes:
+            buffers.append(chunk)
+            if pad := -chunk.nbytes % ALIGN:
+                buffers.append(_PAD[:pad])
+    return buffers
+
+
+def encode(frame: Frame, limits: Limits) -> list[bytes | Bytes]:
+    """The frame with its payload inline, as buffers for `sendmsg` or `b"".join`. Raises WireError."""
+    chunks, size = flatten(frame.tensors)
+    return inline_buffers(pack_head(frame, size, INLINE, limits), chunks)
+
+
+def check_lengths(header_bytes: int, payload_bytes: int, limits: Limits) -> None:
+    """Raise WireError unless both lengths of a prefix are within the limits."""
+    if header_bytes > limits.max_header_bytes:
+        raise WireError(f"the peer announced a header of {header_bytes} bytes, limit {limits.max_header_bytes}")
+    if payload_bytes > limits.max_payload_bytes:
+        raise WireError(f"the peer announced a payload of {payload_bytes} bytes, limit {limits.max_payload_bytes}")
+
+
+def unpack_header(data: memoryview, payload_bytes: int) -> Header:
+    """Check a header against its payload length. Raises WireError (VersionMismatchError for another version)."""
+    try:
+        fields = msgpack.unpackb(data, strict_map_key=False, ext_hook=_no_extension)
+    except (ValueError, TypeError, RecursionError, OverflowError, msgpack.UnpackException) as error:
+        raise WireError(f"the peer's header is not msgpack ({type(error).__name__}); the channel is closed") from error
+    if type(fields) is not list or not fields or type(fields[0]) is not int:
+        raise WireError("the peer's header is not one of moeray's; is another program speaking on this channel?")
+    if fields[0] != WIRE_VERSION:
+        raise VersionMismatchError(
+            f"the peer speaks wire version {fields[0]}, this side {WIRE_VERSION}; run one release of moeray everywhere"
+        )
+    if len(fields) != 9:
+        raise WireError(f"the peer's header has {len(fields)} fields instead of 9; the channel is closed")
+    _, op, frame_id, layer, epoch, meta, shapes, codes, where = fields
+    if type(op) is not int or op not in _OPS:
+        raise WireError(f"the peer sent the unknown op {reprlib.repr(op)}; run one release of moeray everywhere")
+    if not (type(frame_id) is type(layer) is type(epoch) is type(where) is int):
+        raise WireError("the peer's header holds something else than a whole number for id, layer, epoch or place")
+    if type(meta) is not dict or not all(type(key) is str for key in meta):
+        raise WireError("the peer's header holds meta that is not a mapping with text keys")
+    return Header(_OPS[op], frame_id, layer, epoch, meta, _spans(shapes, codes, payload_bytes), where)
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")
+
+
+def _spans(shapes: Any, codes: Any, payload_bytes: int) -> list[tuple[int, list[int], int, int]]:
+    if type(shapes) is not list or type(codes) is not list or len(shapes) != len(codes) or len(codes) > MAX_TENSORS:
+        raise WireError("the peer's header holds shapes and dtypes that do not go together")
+    spans = []
+    offset = 0
+    for shape, code in zip(shapes, codes, strict=True):
+        if type(code) is not int or not 0 <= code < len(DTYPES):
+            raise WireError(f"the peer sent the unknown dtype {reprlib.repr(code)}; run one release of moeray everywhere")
+        elements = _elements(shape)
+        spans.append((code, shape, elements, offset))
+        offset += aligned(elements * _SIZES[code])
+    if offset != payload_bytes:
+        raise WireError(f"the peer's shapes take {offset} bytes but its payload has {payload_bytes}")
+    return spans
+
+
+def _elements(shape: Any) -> int:
+    if type(shape) is not list or len(shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in shape):
+        raise WireError(f"the peer sent the shape {reprlib.repr(shape)}, which no tensor has")
+    # A zero among huge sizes multiplies to nothing but would still overflow the strides.
+    if math.prod(size or 1 for size in shape) > _MAX_ELEMENTS:
+        raise WireError(f"the peer sent the shape {reprlib.repr(shape)}, which is too large")
+    return math.prod(shape)
+
+
+def build_frame(header: Header, memory: Bytes, start: int) -> Frame:
+    """A frame whose tensors are views of `memory` from byte `start` on; the caller has checked that they lie inside.
+
+    Raises WireError for a bool tensor with bytes other than 0 and 1, which torch must never see.
+    """
+    tensors = []
+    for code, shape, elements, offset in header.spans:
+        dtype = DTYPES[code]
+        if not elements:
+            tensors.append(torch.empty(shape, dtype=dtype))
+            continue
+        if dtype is torch.bool and memory[start + offset : start + offset + elements].max() > 1:
+            raise WireError("the peer sent a bool tensor with values other than 0 and 1")
+        flat = torch.frombuffer(memory, dtype=dtype, count=elements, offset=start + offset)
+        tensors.append(flat if len(shape) == 1 else flat.view(shape))
+    return Frame(header.op, header.id, header.layer, header.epoch, header.meta, tuple(tensors))
+
+
+def decode(message: bytes | bytearray | memoryview, limits: Limits, memory: Bytes | None = None) -> Frame:
+    """A frame from one whole message with an inline payload, which is copied into `memory` (or into new memory).
+
+    Raises WireError, and nothing else, for whatever is not such a message.
+    """
+    view = memoryview(message)
+    if len(view) < PREFIX.size:
+        raise WireError(f"the peer sent {len(view)} bytes, which is no frame")
+    header_bytes, payload_bytes = PREFIX.unpack_from(view)
+    check_lengths(header_bytes, payload_bytes, limits)
+    body = aligned(PREFIX.size + header_bytes)
+    if len(view) != body + payload_bytes:
+        raise WireError(f"the peer sent {len(view)} bytes for a frame of {body + payload_bytes}")
+    header = unpack_header(view[PREFIX.size : PREFIX.size + header_bytes], payload_bytes)
+    if header.where != INLINE:
+        raise WireError("the peer names shared memory on a channel that has none")
+    if memory is None or memory.nbytes < payload_bytes:
+        memory = new_buffer(payload_bytes)
+    memory[:payload_bytes] = np.frombuffer(view, np.uint8, payload_bytes, body) if payload_bytes else 0
+    return build_frame(header, memory, 0)

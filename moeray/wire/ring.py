@@ -1,0 +1,108 @@
+"""Shared memory for large payloads: one ring per direction, written by the sender and read in place by the receiver.
+
+The ring is a sealed memfd: it has no name, so nothing is left behind by a kill, and it cannot be shrunk under its reader.
+Its first page holds one number, how far the receiver is done; how far the sender has written travels in the frames.
+Positions only grow: position p lies at byte p % capacity. Each side mistrusts what the other writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import numpy as np
+
+from moeray.errors import WireError
+from moeray.wire.frame import ALIGN, Bytes, aligned
+
+_PAGE = mmap.PAGESIZE
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class RingWriter:
+    """The sender's end. `fd` goes to the peer and is closed by `handed_over`."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity // _PAGE * _PAGE
+        self.fd = os.memfd_create("moeray-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, _PAGE + self.capacity)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._consumed, self._memory = _map(self.fd, _PAGE + self.capacity)
+        except OSError:
+            os.close(self.fd)
+            raise
+        self._written = 0
+        self._done = 0
+
+    def handed_over(self) -> None:
+        """Close the descriptor; the mapping stays."""
+        os.close(self.fd)
+
+    def reserve(self, size: int) -> int | None:
+        """The position where `size` bytes fit in one piece, or None when the receiver has not made room.
+
+        Raises WireError when the receiver claims to have read what was never written.
+        """
+        self._done = self._read_progress()
+        position = self._written
+        empty = self._done == position
+        if empty or position % self.capacity + size > self.capacity:
+            # An empty ring, too, starts over at its first byte, which is still in the caches.
+            position = -(-position // self.capacity) * self.capacity
+        room = self.capacity if empty else self._done + self.capacity - position
+        return position if size <= room else None
+
+    def write(self, position: int, chunks: list[Bytes]) -> None:
+        """Copy the chunks to a reserved position, each padded to 64 bytes."""
+        at = position % self.capacity
+        for chunk in chunks:
+            size = chunk.nbytes
+            self._memory[at : at + size] = chunk
+            at += aligned(size)
+
+    def commit(self, position: int, size: int) -> None:
+        """The frame that names the reserved position is on its way: the bytes are the receiver's now."""
+        self._written = position + size
+
+    def _read_progress(self) -> int:
+        done = int(self._consumed[0])
+        if not self._done <= done <= self._written:
+            raise WireError("the peer claims to have read shared memory that was never written; the channel is closed")
+        return done
+
+
+class RingReader:
+    """The receiver's end of the peer's ring, made from its descriptor (which the caller closes)."""
+
+    def __init__(self, fd: int) -> None:
+        size = os.fstat(fd).st_size
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or size <= _PAGE or size % _PAGE:
+            raise WireError("the peer's shared memory is not a sealed ring; run one release of moeray everywhere")
+        self.capacity = size - _PAGE
+        self._consumed, self.memory = _map(fd, size)
+        self._done = 0
+        self._held = 0
+
+    def hold(self, position: int, size: int) -> int:
+        """The byte offset in `memory` of a payload, which stays until `release`. Raises WireError outside the ring."""
+        at = position % self.capacity
+        # The sender skips what is left before the ring's end, so a position may be up to two rings ahead.
+        ahead = position - self._done
+        if not 0 <= ahead <= 2 * self.capacity or position % ALIGN or at + size > self.capacity:
+            raise WireError(f"the peer names shared memory outside its ring ({position}, {size} bytes)")
+        self._held = position + size
+        return at
+
+    def release(self) -> None:
+        """Give the last payload's bytes back to the sender."""
+        if self._held != self._done:
+            self._done = self._held
+            self._consumed[0] = self._done
+
+
+def _map(fd: int, size: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint64]], Bytes]:
+    """The progress number and the data bytes. Arrays keep the mapping alive, so a late view never faults."""
+    mapping = mmap.mmap(fd, size)
+    return np.frombuffer(mapping, np.uint64, 1), np.frombuffer(mapping, np.uint8, size - _PAGE, _PAGE)

@@ -1,0 +1,334 @@
+"""The channel within a node: a unix stream socket, with large payloads in shared memory rings.
+
+A frame costs one system call on each side. A payload that finds no room in the ring goes through the socket, which is
+always correct. Waiting is the kernel's (SO_RCVTIMEO, poll); nothing spins.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+from time import monotonic
+
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.wire.base import UNAUTHENTICATED
+from moeray.wire.frame import (
+    INLINE,
+    PREFIX,
+    Bytes,
+    Frame,
+    Header,
+    Limits,
+    aligned,
+    build_frame,
+    check_lengths,
+    flatten,
+    inline_buffers,
+    new_buffer,
+    pack_head,
+    unpack_header,
+)
+from moeray.wire.ring import RingReader, RingWriter
+
+RING_THRESHOLD = 32 << 10
+
+_BUFFER_BYTES = 256 << 10
+_KEPT_BYTES = 16 << 20
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_TIMEVAL = struct.Struct("@ll")
+
+
+class UnixChannel:
+    """One end of a connected unix socket; see `Channel`. Made by `connect_unix` and by the listener.
+
+    It begins with the limits of an unproven peer; `admit` lifts them once the handshake is over.
+    """
+
+    kind = "unix"
+
+    def __init__(self, sock: socket.socket, send_timeout_s: float) -> None:
+        sock.settimeout(None)
+        self.peer = ""
+        self.send_timeout_s = send_timeout_s
+        self._sock = sock
+        self._limits = UNAUTHENTICATED
+        self._shut = False
+        self._released = False
+        self._send_lock = threading.Lock()
+        self._recv_lock = threading.Lock()
+        self._close_lock = threading.Lock()
+        self._unsent = b""
+        self._writer: RingWriter | None = None
+        self._reader: RingReader | None = None
+        # Received and not yet read: bytes [_start, _end) of the buffer; _start is a multiple of 64.
+        self._memory = new_buffer(UNAUTHENTICATED.max_header_bytes + 64)
+        self._view = memoryview(self._memory)
+        self._start = self._end = 0
+        self._header: Header | None = None
+        self._large: Bytes | None = None
+        self._large_end = 0
+        self._spare: Bytes | None = None
+        self._wait: float | None = None
+
+    def admit(self, peer: str, limits: Limits, ring_bytes: int, deadline: float) -> None:
+        """The peer is proven: exchange the shared memory rings and lift the limits. Raises WireError."""
+        self.peer = peer
+        self._limits = limits
+        self._offer_ring(ring_bytes)
+        self._take_ring(deadline)
+        assert self._start == self._end, "bytes of an unproven peer are read one frame at a time"
+        self._start = self._end = 0
+        self._memory = new_buffer(_BUFFER_BYTES)
+        self._view = memoryview(self._memory)
+
+    def _offer_ring(self, ring_bytes: int) -> None:
+        try:
+            if ring_bytes < RING_THRESHOLD:
+                self._sock.sendmsg([b"-"], (), _SEND_FLAGS)
+                return
+            self._writer = RingWriter(ring_bytes)
+            try:
+                socket.send_fds(self._sock, [b"R"], [self._writer.fd], _SEND_FLAGS)
+            finally:
+                self._writer.handed_over()
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _take_ring(self, deadline: float) -> None:
+        self._set_wait(max(deadline - monotonic(), 1e-3))
+        try:
+            mark, fds, _, _ = socket.recv_fds(self._sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError as error:
+            raise ChannelTimeoutError(f"{self.peer} did not finish the handshake in time; is it stopped?") from error
+        except OSError as error:
+            raise self._lost(error) from error
+        try:
+            if fds and mark == b"R":
+                self._reader = RingReader(fds[0])
+            elif mark != b"-":
+                raise self._lost(None) if not mark else WireError(f"{self.peer} sent no shared memory ring")
+        finally:
+            for fd in fds:
+                socket.close(fd)
+
+    @property
+    def closed(self) -> bool:
+        """True once either side is known to be gone."""
+        return self._shut
+
+    def send(self, frame: Frame) -> None:
+        """See `Channel.send`."""
+        deadline = monotonic() + self.send_timeout_s
+        if not self._send_lock.acquire(timeout=self.send_timeout_s):
+            raise self._stuck()
+        try:
+            self._check_open()
+            if self._unsent:
+                self._finish([self._unsent], 0, deadline)
+            self._send(frame, deadline)
+        finally:
+            self._send_lock.release()
+
+    def _send(self, frame: Frame, deadline: float) -> None:
+        chunks, size = flatten(frame.tensors)
+        writer = self._writer
+        if writer is None or not RING_THRESHOLD <= size <= writer.capacity:
+            self._finish(inline_buffers(pack_head(frame, size, INLINE, self._limits), chunks), 0, deadline)
+            return
+        position = self._reserve(writer, size)
+        if position is None:
+            self._finish(inline_buffers(pack_head(frame, size, INLINE, self._limits), chunks), 0, deadline)
+            return
+        head = pack_head(frame, size, position, self._limits)
+        writer.write(position, chunks)
+        # Also where the socket is full and the head never leaves: the reader's next position frees the gap.
+        writer.commit(position, size)
+        self._finish([head], 0, deadline)
+
+    def _reserve(self, writer: RingWriter, size: int) -> int | None:
+        try:
+            return writer.reserve(size)
+        except WireError:
+            self._shut_down()
+            raise
+
+    def _finish(self, buffers: list[bytes | Bytes], sent: int, deadline: float) -> None:
+        """Send the buffers whole, or keep what is left of a begun frame for the next send."""
+        total = sum(len(buffer) for buffer in buffers)
+        while True:
+            try:
+                sent += self._sock.sendmsg(_behind(buffers, sent), (), _SEND_FLAGS)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._lost(error) from error
+            if sent == total:
+                self._unsent = b""
+                return
+            if not self._writable(deadline):
+                if sent or self._unsent:
+                    self._unsent = b"".join(_behind(buffers, sent))
+                raise self._stuck()
+
+    def _writable(self, deadline: float) -> bool:
+        poller = select.poll()
+        poller.register(self._sock, select.POLLOUT)
+        return bool(poller.poll(max(0.0, deadline - monotonic()) * 1000))
+
+    def recv(self, timeout: float | None = None) -> Frame:
+        """See `Channel.recv`."""
+        deadline = None if timeout is None else monotonic() + timeout
+        with self._recv_lock:
+            self._check_open()
+            if self._reader is not None:
+                self._reader.release()
+            try:
+                return self._read_frame(deadline)
+            except ChannelTimeoutError:
+                raise
+            except WireError:
+                self._shut_down()
+                raise
+
+    def _read_frame(self, deadline: float | None) -> Frame:
+        header = self._header or self._read_header(deadline)
+        self._header = header
+        header_bytes, payload_bytes = PREFIX.unpack_from(self._view, self._start)
+        body = aligned(PREFIX.size + header_bytes)
+        if header.where != INLINE:
+            memory, at = self._in_ring(header.where, payload_bytes)
+            self._start += body
+        elif body + payload_bytes <= _BUFFER_BYTES:
+            self._need(body + payload_bytes, deadline)
+            memory, at = self._memory, self._start + body
+            self._start += body + payload_bytes
+        else:
+            memory, at = self._read_large(body, payload_bytes, deadline), 0
+        self._header = None
+        return build_frame(header, memory, at)
+
+    def _read_header(self, deadline: float | None) -> Header:
+        if self._start == self._end:
+            self._start = self._end = 0
+        self._need(PREFIX.size, deadline)
+        header_bytes, payload_bytes = PREFIX.unpack_from(self._view, self._start)
+        check_lengths(header_bytes, payload_bytes, self._limits)
+        self._need(aligned(PREFIX.size + header_bytes), deadline)
+        begin = self._start + PREFIX.size
+        return unpack_header(self._view[begin : begin + header_bytes], payload_bytes)
+
+    def _in_ring(self, position: int, size: int) -> tuple[Bytes, int]:
+        if self._reader is None:
+            raise WireError(f"{self.peer} names shared memory that it never gave; the channel is closed")
+        return self._reader.memory, self._reader.hold(position, size)
+
+    def _read_large(self, body: int, size: int, deadline: float | None) -> Bytes:
+        """The payload in memory of its own, straight from the socket but for what the buffer already holds."""
+        if self._large is None:
+            self._large = self._spare if self._spare is not None and len(self._spare) >= size else new_buffer(size)
+            early = min(size, self._end - self._start - body)
+            begin = self._start + body
+            self._large[:early] = self._memory[begin : begin + early]
+            self._large_end = early
+        view = memoryview(self._large)
+        while self._large_end < size:
+            self._large_end += self._receive(view[self._large_end : size], deadline)
+        memory, self._large = self._large, None
+        self._spare = memory if len(memory) <= _KEPT_BYTES else None
+        self._start = min(self._end, self._start + body + size)
+        return memory
+
+    def _need(self, size: int, deadline: float | None) -> None:
+        """Have at least `size` bytes at `_start`, in one piece."""
+        if self._start + size > len(self._memory):
+            self._make_room(size)
+        # An unproven peer's bytes are read one frame at a time: behind its last one comes a descriptor.
+        exact = self._limits is UNAUTHENTICATED
+        while self._end - self._start < size:
+            stop = self._start + size if exact else len(self._memory)
+            self._end += self._receive(self._view[self._end : stop], deadline)
+
+    def _make_room(self, size: int) -> None:
+        held = self._memory[self._start : self._end]
+        if size > len(self._memory):
+            self._memory = new_buffer(size)
+            self._view = memoryview(self._memory)
+        self._memory[: len(held)] = held
+        self._start, self._end = 0, len(held)
+
+    def _receive(self, view: memoryview, deadline: float | None) -> int:
+        left = None if deadline is None else deadline - monotonic()
+        try:
+            if left is not None and left <= 0:
+                count = self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+            else:
+                self._wait_at_most(left)
+                count = self._sock.recv_into(view)
+        except BlockingIOError as error:
+            raise ChannelTimeoutError(f"nothing came from {self.peer or 'the peer'} within the deadline") from error
+        except OSError as error:
+            raise self._lost(error) from error
+        if not count:
+            raise self._lost(None)
+        return count
+
+    def _wait_at_most(self, seconds: float | None) -> None:
+        """Bound the kernel's wait for bytes. A bound that is at most a tenth too long stays: that spares a call."""
+        now = self._wait
+        if seconds is None or now is None:
+            if seconds is not now:
+                self._set_wait(seconds)
+        elif not now / 1.1 <= seconds <= now:
+            self._set_wait(seconds * 1.05)
+
+    def _set_wait(self, seconds: float | None) -> None:
+        bounded = 0.0 if seconds is None else max(seconds, 1e-3)  # 0 is for ever
+        timeval = _TIMEVAL.pack(int(bounded), int(bounded % 1 * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._wait = seconds
+
+    def _check_open(self) -> None:
+        if self._shut:
+            raise ChannelClosedError(f"the channel to {self.peer or 'the peer'} is closed; connect again")
+
+    def _stuck(self) -> ChannelTimeoutError:
+        return ChannelTimeoutError(f"{self.peer or 'the peer'} did not read for {self.send_timeout_s:g} s; is it stopped?")
+
+    def _lost(self, error: OSError | None) -> ChannelClosedError:
+        self._shut_down()
+        cause = f" ({error.strerror})" if error is not None else ""
+        return ChannelClosedError(f"{self.peer or 'the peer'} is gone{cause}; connect again")
+
+    def _shut_down(self) -> None:
+        self._shut = True
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # the peer was faster
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        with self._close_lock:
+            if self._released:
+                return
+            self._shut_down()
+            # Whoever is in send or recv is awake by now; only then is the descriptor's number free for others.
+            with self._send_lock, self._recv_lock:
+                self._sock.close()
+                self._writer = self._reader = None
+                self._large = self._spare = None
+                self._released = True
+
+
+def _behind(buffers: list[bytes | Bytes], sent: int) -> list[bytes | Bytes]:
+    """What is left of the buffers after `sent` bytes."""
+    if not sent:
+        return buffers
+    left: list[bytes | Bytes] = []
+    for buffer in buffers:
+        if sent < len(buffer):
+            left.append(buffer[sent:])
+        sent = max(0, sent - len(buffer))
+    return left
