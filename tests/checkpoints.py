@@ -1,7 +1,7 @@
 """Tiny random checkpoints of real families, written by `save_pretrained` and so with the families' own tensor names.
 
-Weights are scaled so that outputs are not degenerate: experts differ, the gate's choice differs from token to token, and
-norms, biases and sinks are not left at their neutral initial values.
+Weights are scaled so that outputs are not degenerate: experts differ, the gate's choice differs from token to token,
+and norms, biases and sinks are not left at their neutral initial values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 EXPERTS = 8
 VOCAB = 320
@@ -236,7 +242,11 @@ CHAT_TEMPLATE = (
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """A config of a real family at a size that runs in milliseconds: 3 layers, hidden size 64, 8 experts."""
     own = FAMILIES.get(family) or FURTHER_FAMILIES[family]
-    return CONFIG_MAPPING[family](**{**_COMMON, **own, **overrides})
+    settings = {**_COMMON, **own, **overrides}
+    for key in ("layer_types", "mlp_layer_types"):
+        if key in settings:
+            settings[key] = settings[key][: settings["num_hidden_layers"]]
+    return CONFIG_MAPPING[family](**settings)
 
 
 def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
@@ -299,7 +309,11 @@ def save_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(path)

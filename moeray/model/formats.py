@@ -164,7 +164,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 def _exponents(scales: Tensor) -> Tensor:
     """E8M0 bytes -> fp32 powers of two."""
-    return torch.ldexp(torch.ones((), device=scales.device), scales.int() - _E8M0_BIAS)
+    return torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - _E8M0_BIAS)
 
 
 @cache

@@ -225,7 +225,12 @@ class WeightMap:
             if exact is not None:
                 self._bytes[name] = exact if recipe.merges else exact // self._counts[name]
             else:
-                self._bytes[name] = self._estimate(keys[0], self._shapes[name][1:])
+                shape = list(self._shapes[name][1:])
+                if recipe.cat_dim is not None:  # alike sources side by side, each with scales of its own
+                    shape[recipe.cat_dim] //= len(keys)
+                    self._bytes[name] = len(keys) * self._estimate(keys[0], tuple(shape))
+                else:
+                    self._bytes[name] = self._estimate(keys[0], tuple(shape))
         return self._bytes[name]
 
     def trunk_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,16 +35,6 @@ class ModelInfo:
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-class TokenStream(Protocol):
-    """The outputs of one request; an async generator is one. `aclose` aborts the sequence and frees its blocks."""
-
-    def __aiter__(self) -> TokenStream: ...
-
-    async def __anext__(self) -> TokenOutput: ...
-
-    async def aclose(self) -> None: ...
-
-
 class Backend(Protocol):
     """`state` and `model` are read on every request; `model` is set by the time that the state is ready."""
 
@@ -54,8 +44,12 @@ class Backend(Protocol):
     @property
     def model(self) -> ModelInfo | None: ...
 
-    def generate(self, request: GenerationRequest) -> TokenStream:
-        """Submit at the first `__anext__`, which raises QueueFullError or RequestError when it is not taken."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        """The outputs of one request, in order; the last one has a finish reason.
+
+        It is submitted at the first step, which raises QueueFullError or RequestError when it is not taken. Closing
+        the generator aborts the sequence and frees its blocks.
+        """
         ...
 
     async def status(self) -> dict[str, Any]:

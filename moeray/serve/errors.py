@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostError
+
+log = logging.getLogger("moeray.serve")
 
 LOADING_RETRY_S = 5
 ROUTER_LOST_RETRY_S = 1
@@ -108,7 +111,10 @@ def install_handlers(app: FastAPI) -> None:
     """Answer our own errors and the framework's (unknown path, wrong method) in the one style."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return reply_for(error).response()
+        reply = reply_for(error)
+        if reply.status == 500:
+            log.error("request %s failed", request.state.request_id, exc_info=error)
+        return reply.response()
 
     app.add_exception_handler(MoerayError, handle)
     app.add_exception_handler(HTTPException, handle)

@@ -42,9 +42,7 @@ class Job:
     continues_text: bool  # the output goes on in the prompt's text, so its first space counts
 
 
-async def completion_job(
-    request: CompletionRequest, model: ModelInfo, encoder: PromptEncoder, created: int
-) -> Job:
+async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: PromptEncoder, created: int) -> Job:
     """Raises RequestError for a prompt or parameter that does not fit the model."""
     prompts = []
     for prompt in request.prompt:
@@ -106,9 +104,7 @@ def _check_ids(ids: tuple[int, ...], model: ModelInfo, param: str) -> None:
             code="context_length_exceeded",
         )
     if max(ids) >= model.vocab_size:
-        raise RequestError(
-            f"token id {max(ids)} is not in the vocabulary of {model.vocab_size} tokens", param=param
-        )
+        raise RequestError(f"token id {max(ids)} is not in the vocabulary of {model.vocab_size} tokens", param=param)
 
 
 def _max_tokens(prompt_tokens: int, asked: tuple[str, int | None], default: int, model: ModelInfo) -> int:

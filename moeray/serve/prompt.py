@@ -29,9 +29,7 @@ class PromptEncoder:
             return self._text(text)
         return await asyncio.to_thread(self._text, text)
 
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
-    ) -> tuple[int, ...]:
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the rendered chat, up to where the assistant's answer begins.
 
         Raises RequestError where there is no chat template or the template refuses the messages.

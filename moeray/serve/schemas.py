@@ -82,7 +82,9 @@ def _text_content(value: Any) -> str:
 
 
 def _message(value: Any) -> Any:
-    return unsupported.without_unsupported(value, unsupported.MESSAGE, "messages.") if isinstance(value, dict) else value
+    return (
+        unsupported.without_unsupported(value, unsupported.MESSAGE, "messages.") if isinstance(value, dict) else value
+    )
 
 
 class _Strict(BaseModel):
@@ -163,9 +165,25 @@ class ChatRequest(GenerationFields):
 
 
 RESERVED_TEMPLATE_NAMES = frozenset(
-    "conversation tools documents chat_template add_generation_prompt continue_final_message tokenize padding truncation "
-    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs sanitize_control_tokens "
-    "messages self".split()
+    {
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
+        "messages",
+        "self",
+    }
 )
 
 _Request = TypeVar("_Request", bound=GenerationFields)
@@ -198,7 +216,9 @@ def _named(error: ValidationError) -> RequestError:
     if not param:
         return RequestError(message, param=message.partition(" ")[0])
     if first["type"] == "extra_forbidden":
-        return RequestError(f"unknown parameter {param[:200]!r}; leave it out", param=param[:200], code="unknown_parameter")
+        return RequestError(
+            f"unknown parameter {param[:200]!r}; leave it out", param=param[:200], code="unknown_parameter"
+        )
     if first["type"] == "missing":
         return RequestError(f"the parameter {param!r} is required", param=param, code="missing_parameter")
     return RequestError(f"{param}: {message[:1].lower()}{message[1:]}", param=param, code="invalid_value")

@@ -51,7 +51,9 @@ MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def without_unsupported(body: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], where: str = "") -> dict[str, Any]:
+def without_unsupported(
+    body: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> dict[str, Any]:
     """`body` less its neutral unsupported parameters. Raises RequestError for one that asks for something."""
     kept = {}
     for name, value in body.items():

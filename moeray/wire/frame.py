@@ -169,7 +169,7 @@ def pack_head(frame: Frame, payload_bytes: int, where: int, limits: Limits) -> b
     try:
         header: bytes = _PACKERS.packer.pack(fields)
     except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(f"frame {frame.op.name}: its fields are not plain data ({error}); send numbers, text, lists")
+        raise WireError(f"frame {frame.op.name}: its fields are not plain data ({error}); send plain data") from error
     if len(header) > limits.max_header_bytes:
         raise WireError(_over(frame, "header", len(header), limits.max_header_bytes))
     if payload_bytes > limits.max_payload_bytes:
@@ -182,18 +182,18 @@ def _over(frame: Frame, part: str, size: int, limit: int) -> str:
     return f"frame {frame.op.name}: its {part} of {size} bytes is over wire.max_{part}_bytes ({limit}); split it"
 
 
-def inline_buffers(head: bytes, chunks: list[Bytes]) -> list[bytes | Bytes]:
+def inline_buffers(head: bytes, chunks: list[Bytes]) -> list[bytes | memoryview]:
     """The buffers that follow each other on the wire when the payload is inline, pads included."""
-    buffers: list[bytes | Bytes] = [head]
+    buffers: list[bytes | memoryview] = [head]
     for chunk in chunks:
         if chunk.nbytes:
-            buffers.append(chunk)
+            buffers.append(chunk.data)
             if pad := -chunk.nbytes % ALIGN:
                 buffers.append(_PAD[:pad])
     return buffers
 
 
-def encode(frame: Frame, limits: Limits) -> list[bytes | Bytes]:
+def encode(frame: Frame, limits: Limits) -> list[bytes | memoryview]:
     """The frame with its payload inline, as buffers for `sendmsg` or `b"".join`. Raises WireError."""
     chunks, size = flatten(frame.tensors)
     return inline_buffers(pack_head(frame, size, INLINE, limits), chunks)
@@ -242,7 +242,9 @@ def _spans(shapes: Any, codes: Any, payload_bytes: int) -> list[tuple[int, list[
     offset = 0
     for shape, code in zip(shapes, codes, strict=True):
         if type(code) is not int or not 0 <= code < len(DTYPES):
-            raise WireError(f"the peer sent the unknown dtype {reprlib.repr(code)}; run one release of moeray everywhere")
+            raise WireError(
+                f"the peer sent the unknown dtype {reprlib.repr(code)}; run one release of moeray everywhere"
+            )
         elements = _elements(shape)
         spans.append((code, shape, elements, offset))
         offset += aligned(elements * _SIZES[code])

@@ -144,4 +144,6 @@ def refused(actor: str, reply: Frame) -> WireError:
         case "full":
             return ChannelClosedError(f"{actor} serves as many channels as it may; raise wire.max_channels there")
         case _:
-            return AuthenticationError(f"{actor} did not take this side's greeting; run one release of moeray everywhere")
+            return AuthenticationError(
+                f"{actor} did not take this side's greeting; run one release of moeray everywhere"
+            )

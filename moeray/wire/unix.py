@@ -21,6 +21,7 @@ from moeray.wire.frame import (
     Frame,
     Header,
     Limits,
+    VersionMismatchError,
     aligned,
     build_frame,
     check_lengths,
@@ -64,7 +65,7 @@ class UnixChannel:
         self._reader: RingReader | None = None
         # Received and not yet read: bytes [_start, _end) of the buffer; _start is a multiple of 64.
         self._memory = new_buffer(UNAUTHENTICATED.max_header_bytes + 64)
-        self._view = memoryview(self._memory)
+        self._view = self._memory.data
         self._start = self._end = 0
         self._header: Header | None = None
         self._large: Bytes | None = None
@@ -81,7 +82,7 @@ class UnixChannel:
         assert self._start == self._end, "bytes of an unproven peer are read one frame at a time"
         self._start = self._end = 0
         self._memory = new_buffer(_BUFFER_BYTES)
-        self._view = memoryview(self._memory)
+        self._view = self._memory.data
 
     def _offer_ring(self, ring_bytes: int) -> None:
         try:
@@ -154,7 +155,7 @@ class UnixChannel:
             self._shut_down()
             raise
 
-    def _finish(self, buffers: list[bytes | Bytes], sent: int, deadline: float) -> None:
+    def _finish(self, buffers: list[bytes | memoryview], sent: int, deadline: float) -> None:
         """Send the buffers whole, or keep what is left of a begun frame for the next send."""
         total = sum(len(buffer) for buffer in buffers)
         while True:
@@ -188,8 +189,10 @@ class UnixChannel:
                 return self._read_frame(deadline)
             except ChannelTimeoutError:
                 raise
-            except WireError:
-                self._shut_down()
+            except WireError as error:
+                # A peer of another version is still told so before its channel ends.
+                if not (isinstance(error, VersionMismatchError) and self._limits is UNAUTHENTICATED):
+                    self._shut_down()
                 raise
 
     def _read_frame(self, deadline: float | None) -> Frame:
@@ -232,7 +235,7 @@ class UnixChannel:
             begin = self._start + body
             self._large[:early] = self._memory[begin : begin + early]
             self._large_end = early
-        view = memoryview(self._large)
+        view = self._large.data
         while self._large_end < size:
             self._large_end += self._receive(view[self._large_end : size], deadline)
         memory, self._large = self._large, None
@@ -254,7 +257,7 @@ class UnixChannel:
         held = self._memory[self._start : self._end]
         if size > len(self._memory):
             self._memory = new_buffer(size)
-            self._view = memoryview(self._memory)
+            self._view = self._memory.data
         self._memory[: len(held)] = held
         self._start, self._end = 0, len(held)
 
@@ -294,7 +297,9 @@ class UnixChannel:
             raise ChannelClosedError(f"the channel to {self.peer or 'the peer'} is closed; connect again")
 
     def _stuck(self) -> ChannelTimeoutError:
-        return ChannelTimeoutError(f"{self.peer or 'the peer'} did not read for {self.send_timeout_s:g} s; is it stopped?")
+        return ChannelTimeoutError(
+            f"{self.peer or 'the peer'} did not read for {self.send_timeout_s:g} s; is it stopped?"
+        )
 
     def _lost(self, error: OSError | None) -> ChannelClosedError:
         self._shut_down()
@@ -322,11 +327,11 @@ class UnixChannel:
                 self._released = True
 
 
-def _behind(buffers: list[bytes | Bytes], sent: int) -> list[bytes | Bytes]:
+def _behind(buffers: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
     """What is left of the buffers after `sent` bytes."""
     if not sent:
         return buffers
-    left: list[bytes | Bytes] = []
+    left: list[bytes | memoryview] = []
     for buffer in buffers:
         if sent < len(buffer):
             left.append(buffer[sent:])

@@ -22,8 +22,9 @@ def check_path(path: str) -> None:
     """Raise WireError for a path that the kernel's socket address has no room for."""
     size = len(path.encode())
     if size > MAX_PATH_BYTES:
-        raise WireError(f"socket path {path} has {size} bytes, the system's limit is {MAX_PATH_BYTES}; choose a shorter "
-                        "folder")
+        raise WireError(
+            f"socket path {path} has {size} bytes, the system's limit is {MAX_PATH_BYTES}; choose a shorter folder"
+        )
 
 
 def connect_unix(address: Address, identity: Identity, wire: WireConfig, timeout: float) -> UnixChannel:

@@ -1,0 +1,112 @@
+"""`moeray generate MODEL`: one prompt, one answer, then everything is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import uuid
+from typing import Any
+
+import click
+
+from moeray.cli.options import config_of, config_options
+from moeray.config import Config
+from moeray.errors import RequestError
+from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
+
+
+@click.command("generate")
+@click.argument("model")
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-ids", help="Token ids to continue, such as 1,2,3.")
+@click.option("--max-tokens", type=int, default=16, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True)
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
+@click.option("--presence-penalty", type=float, default=0.0, show_default=True)
+@click.option("--frequency-penalty", type=float, default=0.0, show_default=True)
+@click.option("--logprobs", type=int, default=0, show_default=True, help="Alternatives to report per token.")
+@click.option("--ignore-eos", is_flag=True, help="Go on behind an end-of-sequence token.")
+@click.option("--local", is_flag=True, help="Run every actor in this process, without Ray.")
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@config_options
+def command(model: str, prompt: str | None, prompt_ids: str | None, local: bool, output: str, **flags: Any) -> None:
+    """Generate from MODEL (a local folder or a hub id) and print the answer."""
+    config = config_of(model, flags.pop("config_file"), flags)
+    names = SamplingParams.__dataclass_fields__
+    sampling = SamplingParams(**{key: value for key, value in flags.items() if key in names})
+    if (prompt is None) == (prompt_ids is None):
+        raise RequestError("give one of --prompt and --prompt-ids", param="prompt")
+    answer = asyncio.run(_generate(config, prompt, prompt_ids, sampling, local))
+    if output == "json":
+        click.echo(json.dumps(answer))
+    elif answer["text"] is not None:
+        click.echo(answer["text"])
+    else:
+        click.echo(",".join(map(str, answer["token_ids"])))
+
+
+async def _generate(
+    config: Config, prompt: str | None, prompt_ids: str | None, sampling: SamplingParams, local: bool
+) -> dict[str, Any]:
+    from moeray.cli.session import local_system, ray_system
+    from moeray.logs import setup_logging
+
+    setup_logging(config.log_format)
+    async with (local_system if local else ray_system)(config) as backend:
+        assert backend.model is not None
+        tokenizer = _tokenizer(backend.model.metadata_dir, needed=prompt is not None)
+        if prompt_ids is not None:
+            ids = _parse_ids(prompt_ids, backend.model.vocab_size)
+        else:
+            ids = tuple(tokenizer(prompt)["input_ids"])
+        request = GenerationRequest(uuid.uuid4().hex, ids, sampling)
+        outputs = [output async for output in backend.generate(request)]
+    return _answer(outputs, len(ids), tokenizer)
+
+
+def _parse_ids(text: str, vocab_size: int) -> tuple[int, ...]:
+    try:
+        ids = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"--prompt-ids must be numbers with commas between, got {text!r}", param="prompt") from None
+    if any(not 0 <= token < vocab_size for token in ids):
+        raise RequestError(f"--prompt-ids must lie between 0 and {vocab_size - 1}, got {text!r}", param="prompt")
+    return ids
+
+
+def _tokenizer(folder: Any, *, needed: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if not needed and not any(folder.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _answer(outputs: list[TokenOutput], prompt_tokens: int, tokenizer: Any) -> dict[str, Any]:
+    last = outputs[-1]
+    if last.finish_reason is FinishReason.ERROR:
+        click.echo(f"moeray: {last.error}", err=True)
+        sys.exit(1)
+    ids = [token for output in outputs for token in output.token_ids]
+    logprobs = [
+        {"logprob": entry.logprob, "top": [{"token_id": t, "logprob": lp} for t, lp in entry.top]}
+        for output in outputs
+        for entry in output.logprobs
+    ]
+    return {
+        "token_ids": ids,
+        "text": tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else None,
+        "logprobs": logprobs,
+        "finish_reason": last.finish_reason.value if last.finish_reason else None,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": len(ids),
+            "total_tokens": prompt_tokens + len(ids),
+            "cached_tokens": max(output.cached_tokens for output in outputs),
+        },
+    }

@@ -1,0 +1,53 @@
+"""The `moeray` command. One file a command; errors are one line on stderr and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from moeray import __version__
+from moeray.errors import MoerayError
+
+
+class _Commands(click.Group):
+    """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
+
+    _modules = {
+        "bench": "bench", "demo": "demo", "generate": "generate", "serve": "serve", "status": "status",
+        "upcycle": "upcycle",
+    }  # fmt: skip
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self._modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._modules:
+            return None
+        module = __import__(f"moeray.cli.{self._modules[cmd_name]}", fromlist=["command"])
+        command: click.Command = module.command
+        return command
+
+
+@click.group(cls=_Commands)
+@click.version_option(__version__, prog_name="moeray")
+def cli() -> None:
+    """Serve open-weight Mixture-of-Experts models, their experts as Ray actors."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MoerayError as error:
+        click.echo(f"moeray: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Every config key as a flag: `engine.block_size` is `--engine-block-size`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import click
+
+from moeray.config import Config, load_config
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_SHORT = {"serve.api_key": "--api-key", "serve.port": "--port", "serve.host": "--host"}
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, type hint, default) of every key that a flag can set; lists and mappings are left to YAML."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        hint = hints[f.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _keys(hint, f"{prefix}{f.name}.")
+        elif get_origin(hint) not in (tuple, dict):
+            yield f"{prefix}{f.name}", hint, f.default
+
+
+def flag_of(key: str) -> str:
+    return _SHORT.get(key, "--" + key.replace(".", "-").replace("_", "-"))
+
+
+def _option(key: str, hint: Any, default: Any) -> Callable[[_F], _F]:
+    args = tuple(a for a in get_args(hint) if a is not type(None)) if get_origin(hint) is not Literal else ()
+    kind = args[0] if args else hint
+    kwargs: dict[str, Any] = {"default": None, "help": f"{key} [default: {default}]"}
+    flag = flag_of(key)
+    if get_origin(kind) is Literal:
+        kwargs["type"] = click.Choice(get_args(kind))
+    elif kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    else:
+        kwargs["type"] = kind
+    return click.option(flag, _name(key), **kwargs)
+
+
+def _name(key: str) -> str:
+    return "config__" + key.replace(".", "__")
+
+
+def config_options(command: _F) -> _F:
+    """Add `--config FILE` and a flag for every config key but `model`."""
+    for key, hint, default in reversed([row for row in _keys(Config) if row[0] != "model"]):
+        command = _option(key, hint, default)(command)
+    return click.option("--config", "config_file", type=click.Path(), help="YAML file with any of these keys.")(command)
+
+
+def config_of(model: str, config_file: str | None, flags: dict[str, Any], **defaults: Any) -> Config:
+    """The config that the flags describe; `defaults` (names with `__` for dots) rank below the file. Raises ConfigError."""
+    overrides: dict[str, Any] = {"model": model}
+    for name, value in flags.items():
+        if name.startswith("config__") and value is not None:
+            overrides[name.removeprefix("config__").replace("__", ".")] = value
+    if config_file is None:
+        overrides = {key.replace("__", "."): value for key, value in defaults.items()} | overrides
+    return load_config(config_file, overrides)

@@ -1,0 +1,24 @@
+"""`moeray serve MODEL`: the endpoint on a Ray cluster, until Ctrl-C."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moeray.cli.options import config_of, config_options
+
+
+@click.command("serve")
+@click.argument("model", required=False)
+@config_options
+def command(model: str | None, config_file: str | None, **flags: Any) -> None:
+    """Serve MODEL (a local folder or a hub id) at an OpenAI-compatible endpoint, until Ctrl-C."""
+    from moeray.cli.endpoint import running_endpoint, wait_for_interrupt
+
+    config = config_of(model or "", config_file, flags)
+    if not config.model:
+        raise click.UsageError("name a MODEL, or set `model` in the file given by --config")
+    with running_endpoint(config) as url:
+        click.echo(f"serving {config.model} at {url}/v1  (Ctrl-C stops it)")
+        wait_for_interrupt()

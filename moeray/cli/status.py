@@ -1,0 +1,52 @@
+"""`moeray status`: the running system as a table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command("status")
+@click.option("--name", default="moeray", show_default=True, help="The system's name (serve.name of its config).")
+@click.option("--address", default=None, help="The Ray cluster's address [default: RAY_ADDRESS, else the local one].")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def command(name: str, address: str | None, output: str) -> None:
+    """Show the running system: its actors, what they host and how busy they are."""
+    import ray
+
+    from moeray.cluster.ray import ask, find_controller
+    from moeray.errors import MoerayError
+
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise MoerayError(
+            "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
+        ) from error
+    status = ask(find_controller(name), "status")
+    if output == "json":
+        click.echo(json.dumps(status))
+    else:
+        print_status(status)
+
+
+def print_status(status: dict[str, Any]) -> None:
+    """Print the system's status as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{status['model']}: {status['status']}, epoch {status['epoch']}", title_justify="left")
+    for column in ("actor", "device", "node", "pid", "state"):
+        table.add_column(column)
+    for column in ("experts", "rows/s", "queue", "epoch"):
+        table.add_column(column, justify="right")
+    for row in status["actors"]:
+        experts = str(row["experts"]) if row["kind"] == "expert" else ""
+        rate = f"{row['rows_per_s']:.0f}" if row["kind"] == "expert" else ""
+        table.add_row(
+            row["actor"], row["device"], row["node"][:8], str(row["pid"]), row["state"], experts, rate,
+            str(row["queue"]), str(row.get("epoch", status["epoch"])),
+        )  # fmt: skip
+    Console().print(table)

@@ -1,0 +1,141 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from moeray.config import EngineConfig
+from moeray.engine.blocks import BlockManager
+from moeray.engine.runner import Runner
+from moeray.engine.sampler import LogitsError, Sampler
+from moeray.engine.scheduler import Scheduler
+from moeray.engine.sequence import Sequence
+from moeray.errors import RequestError
+from moeray.types import FinishReason, GenerationRequest, TokenOutput
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Where the engine stands; totals count from its start.
+
+    `prefix_hit_tokens` of `prefix_query_tokens` prompt tokens came from the prefix cache. `prompt_tokens` counts
+    prompts whose prefill is done. Durations are in seconds.
+    """
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    kv_cache_usage_ratio: float
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    step_seconds_total: float
+    last_step_seconds: float
+
+
+class Engine:
+    """Single-threaded: the loop that calls `step` is its owner, and makes every other call but `stats`."""
+
+    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+        self._runner = runner
+        self._blocks = BlockManager(runner.num_blocks, config.block_size, config.prefix_cache)
+        self._scheduler = Scheduler(config, self._blocks, runner.max_context)
+        self._sampler = Sampler()
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._last_step_seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises RequestError where it cannot be served as asked, QueueFullError where later can."""
+        self._check_ids(request)
+        self._scheduler.add(Sequence(request, self._runner.eos_token_ids))
+
+    def abort(self, request_id: str) -> bool:
+        """End a request and free its blocks now; False when it is not here."""
+        return self._scheduler.abort(request_id)
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one batch and return what came of it.
+
+        An error of the runner passes through and no request is lost: the next step computes the same tokens again.
+        A request whose logits are not finite ends with an error; those beside it get their tokens a step later.
+        """
+        if ended := self._scheduler.take_ended():
+            return ended
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return []
+        began = time.perf_counter()
+        logits = self._runner.run(batch)
+        try:
+            tokens = self._sampler.sample(logits, batch.sampled)
+        except LogitsError as error:
+            return self._fail(error, batch.sampled)
+        outputs = self._scheduler.postprocess(batch, tokens)
+        self._time(time.perf_counter() - began)
+        return outputs
+
+    def _fail(self, error: LogitsError, seqs: list[Sequence]) -> list[TokenOutput]:
+        log.error("%s", error)
+        failed = [seq for seq in seqs if seq.request_id in error.request_ids]
+        for seq in failed:
+            self._scheduler.abort(seq.request_id, keep_prefix=False)
+        return [
+            TokenOutput(seq.request_id, seq.attempt, (), finish_reason=FinishReason.ERROR, error=str(error))
+            for seq in failed
+        ]
+
+    def _time(self, seconds: float) -> None:
+        self._steps += 1
+        self._step_seconds += seconds
+        self._last_step_seconds = seconds
+
+    def _check_ids(self, request: GenerationRequest) -> None:
+        if not request.prompt_ids:
+            raise RequestError("the prompt has no tokens; send at least one", param="prompt")
+        vocab = self._runner.vocab_size
+        given = {
+            "prompt": request.prompt_ids,
+            "output_ids": request.output_ids,
+            "logit_bias": tuple(token for token, _ in request.sampling.logit_bias),
+        }
+        for param, ids in given.items():
+            if ids and not (0 <= min(ids) and max(ids) < vocab):
+                wrong = next(token for token in ids if not 0 <= token < vocab)
+                raise RequestError(f"{param} names token {wrong}; the model's tokens are 0 to {vocab - 1}", param=param)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters; any thread may ask."""
+        scheduler, blocks = self._scheduler, self._blocks
+        used = blocks.used
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_blocks_used=used,
+            kv_blocks_total=blocks.num_blocks,
+            kv_cache_usage_ratio=used / blocks.num_blocks,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=scheduler.generation_tokens,
+            steps=self._steps,
+            step_seconds_total=self._step_seconds,
+            last_step_seconds=self._last_step_seconds,
+        )
+
+    def check(self) -> None:
+        """Assert that the block accounts agree with the running sequences."""
+        self._blocks.check(self._scheduler.running)

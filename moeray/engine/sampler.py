@@ -1,0 +1,87 @@
+"""From a step's logits to one token a sequence. A row's draw depends on its own logits, parameters and position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeray.engine.sampling import SampledToken, adjust, draw, keyed_uniform, report_logprobs
+from moeray.engine.sequence import Sequence
+from moeray.errors import MoerayError
+from moeray.types import SamplingParams, TokenLogprobs
+
+_GREEDY_BELOW = 1e-5  # so small a temperature leaves the likeliest token alone, and overflows fp32 on the way
+
+
+class LogitsError(MoerayError):
+    """The model's logits of these requests are not numbers; nothing was drawn for any request of the step."""
+
+    def __init__(self, request_ids: tuple[str, ...]) -> None:
+        super().__init__(
+            f"the logits of request {', '.join(request_ids)} are not finite: the weights or the dtype overflow; "
+            "check the checkpoint, or set dtype to bfloat16 or float32"
+        )
+        self.request_ids = request_ids
+
+
+class Sampler:
+    """Holds no state: draws are keyed by (seed, position), so that any router draws the same token."""
+
+    def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
+        """Draw a token for each row of `logits` [B, V] (any float dtype), row i being the sequence `seqs[i]`.
+
+        Order: logit bias, penalties, then the maximum at temperature 0, else temperature, top-k, top-p, min-p.
+        -inf is an impossible token; NaN, inf or a row of -inf raises LogitsError.
+        """
+        if not seqs:
+            return []
+        best_B, ids_B = logits.max(-1)  # NaN wins every comparison
+        self._check(best_B, seqs)
+        if all(map(_plain, (seq.sampling for seq in seqs))):
+            return [SampledToken(token) for token in ids_B.tolist()]
+        logits_BV = logits.float()
+        tokens = self._draw(logits_BV, seqs)
+        logprobs = self._logprobs(logits_BV, seqs, tokens)
+        return [SampledToken(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+
+    def _check(self, best_B: Tensor, seqs: list[Sequence]) -> None:
+        if not (finite := best_B.isfinite()).all():
+            raise LogitsError(tuple(seq.request_id for seq, ok in zip(seqs, finite.tolist(), strict=True) if not ok))
+
+    def _draw(self, logits_BV: Tensor, seqs: list[Sequence]) -> list[int]:
+        if adjusted := [row for row, seq in enumerate(seqs) if _adjusts(seq.sampling)]:
+            logits_BV = logits_BV.clone()
+            for row in adjusted:
+                adjust(logits_BV[row], seqs[row].sampling, seqs[row].tokens, seqs[row].num_prompt)
+        tokens: list[int] = logits_BV.argmax(-1).tolist()
+        rows = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
+        if rows:
+            uniform = [keyed_uniform(seqs[row].sampling.seed, seqs[row].num_tokens) for row in rows]
+            logits_RV = logits_BV[torch.tensor(rows, device=logits_BV.device)]
+            for row, token in zip(rows, draw(logits_RV, [seqs[row].sampling for row in rows], uniform), strict=True):
+                tokens[row] = token
+        return tokens
+
+    def _logprobs(self, logits_BV: Tensor, seqs: list[Sequence], tokens: list[int]) -> dict[int, TokenLogprobs]:
+        wanted = {row: n for row, seq in enumerate(seqs) if (n := seq.sampling.logprobs) is not None}
+        if not wanted:
+            return {}
+        rows = list(wanted)
+        logits_RV = logits_BV[torch.tensor(rows, device=logits_BV.device)]
+        reports = report_logprobs(logits_RV, [tokens[row] for row in rows], list(wanted.values()))
+        return dict(zip(rows, reports, strict=True))
+
+
+def _greedy(params: SamplingParams) -> bool:
+    return params.temperature < _GREEDY_BELOW
+
+
+def _adjusts(params: SamplingParams) -> bool:
+    return bool(
+        params.logit_bias or params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    )
+
+
+def _plain(params: SamplingParams) -> bool:
+    """The model's own likeliest token, and nothing else, is asked for."""
+    return _greedy(params) and not _adjusts(params) and params.logprobs is None

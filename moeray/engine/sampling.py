@@ -1,0 +1,145 @@
+"""The mathematics of drawing one token: pure functions of logits, parameters and a keyed uniform number.
+
+Every function treats each row by itself, so that a row's outcome does not depend on the rows beside it.
+
+Shapes: B rows, V vocabulary, R some of the rows, K candidates. Logits are fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeray.types import SamplingParams, TokenLogprobs
+
+_MASK = (1 << 64) - 1
+_NUCLEUS = 1024  # candidates in which the nucleus of top-p is looked for before the whole vocabulary is sorted
+
+
+class SampledToken(NamedTuple):
+    """A drawn token; `logprobs` is None where the request did not ask for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def keyed_uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) alone, in steps of 2**-52."""
+    return (_splitmix64(_splitmix64(seed & _MASK) ^ position) >> 12) * 2.0**-52
+
+
+def adjust(logits_V: Tensor, params: SamplingParams, tokens: Sequence[int], num_prompt: int) -> None:
+    """Apply, in place and in this order, the bias and the repetition, presence and frequency penalties.
+
+    Repetition looks at prompt and output, presence and frequency at the output alone.
+    """
+    device = logits_V.device
+    if params.logit_bias:
+        ids, bias = zip(*params.logit_bias, strict=True)
+        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(bias, device=device))
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(tokens)), device=device)
+        old, by = logits_V[seen], params.repetition_penalty
+        logits_V[seen] = torch.where(old > 0, old / by, old * by)
+    if (params.presence_penalty or params.frequency_penalty) and len(tokens) > num_prompt:
+        seen, counts = torch.tensor(tokens[num_prompt:], device=device).unique(return_counts=True)
+        logits_V[seen] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Sequence[float]) -> list[int]:
+    """One token a row by temperature, top-k, top-p and min-p; `uniform_R` picks it on the inverse CDF by token id.
+
+    Every row's temperature is above 0.
+    """
+    device = logits_RV.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    # Less the maximum first: a tiny temperature then makes -inf of the rest, and never inf.
+    x_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / column([p.temperature for p in params])
+    floor_R1 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
+    floor_R1 = torch.maximum(floor_R1, _top_floor(x_RV, params)[:, None])
+    p_RV = torch.where(x_RV >= floor_R1, x_RV.exp(), 0.0)
+    cdf_RV = p_RV.cumsum(-1, dtype=torch.float64)
+    aim_R1 = torch.tensor(uniform_R, dtype=torch.float64, device=device)[:, None] * cdf_RV[:, -1:]
+    # right=True finds the first entry above the aim, which therefore has a probability above 0.
+    picked: list[int] = torch.searchsorted(cdf_RV, aim_R1, right=True)[:, 0].tolist()
+    return picked
+
+
+def _top_floor(x_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The least scaled logit [R] that top-k and top-p keep; -inf where neither is set. Ties with it are kept."""
+    floor_R = torch.full((x_RV.shape[0],), -math.inf, device=x_RV.device)
+    vocab = x_RV.shape[1]
+    by_width: dict[int, list[int]] = {}
+    for row, p in enumerate(params):
+        if 0 < p.top_k < vocab:
+            # Rows are grouped by a width that follows from their own top-k alone.
+            by_width.setdefault(min(1 << (p.top_k - 1).bit_length(), vocab), []).append(row)
+        elif p.top_p < 1.0:
+            by_width.setdefault(0, []).append(row)
+    for width, rows in by_width.items():
+        chosen = [params[row] for row in rows]
+        index = torch.tensor(rows, device=x_RV.device)
+        floor_R[index] = _top_k_floor(x_RV[index], chosen, width) if width else _top_p_floor(x_RV[index], chosen)
+    return floor_R
+
+
+def _top_k_floor(x_RV: Tensor, params: Sequence[SamplingParams], width: int) -> Tensor:
+    """Top-k, then top-p of what top-k left."""
+    top_RK = x_RV.topk(width).values
+    k_R1 = torch.tensor([p.top_k for p in params], device=x_RV.device)[:, None]
+    top_RK = top_RK.masked_fill(torch.arange(width, device=x_RV.device) >= k_R1, -math.inf)
+    mass_RK = top_RK.double().exp()
+    nucleus_R = _nucleus_size(mass_RK, mass_RK.sum(-1), params)
+    keep_R = torch.minimum(nucleus_R, k_R1[:, 0])
+    return top_RK.gather(1, keep_R[:, None] - 1)[:, 0]
+
+
+def _top_p_floor(x_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Top-p of the whole vocabulary, which is sorted only for rows whose nucleus is wider than `_NUCLEUS`."""
+    total_R = x_RV.exp().sum(-1, dtype=torch.float64)
+    top_RK = x_RV.topk(min(_NUCLEUS, x_RV.shape[1])).values
+    size_R = _nucleus_size(top_RK.double().exp(), total_R, params)
+    floor_R = top_RK.gather(1, size_R[:, None] - 1)[:, 0]
+    if x_RV.shape[1] > _NUCLEUS:
+        wide = (size_R == _NUCLEUS).nonzero()[:, 0]
+        if len(wide):
+            sorted_RV = x_RV[wide].sort(-1, descending=True).values
+            chosen = [params[row] for row in wide.tolist()]
+            size_R = _nucleus_size(sorted_RV.double().exp(), total_R[wide], chosen)
+            floor_R[wide] = sorted_RV.gather(1, size_R[:, None] - 1)[:, 0]
+    return floor_R
+
+
+def _nucleus_size(mass_RK: Tensor, total_R: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """How many of the sorted candidates stay: each before which less than top-p of the total lies. At least 1."""
+    top_p_R1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=mass_RK.device)[:, None]
+    before_RK = mass_RK.cumsum(-1) - mass_RK
+    kept_RK = (before_RK < top_p_R1 * total_R[:, None]) | (top_p_R1 >= 1.0)
+    return kept_RK.sum(-1).clamp_(min=1)
+
+
+def report_logprobs(logits_RV: Tensor, chosen: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probabilities under the model itself: of the chosen token and the `counts[r]` likeliest ones."""
+    logprobs_RV = logits_RV.log_softmax(-1)
+    picked = logprobs_RV.gather(1, torch.tensor(chosen, device=logits_RV.device)[:, None])[:, 0].tolist()
+    width = min(max(counts), logits_RV.shape[1])
+    values, ids = logprobs_RV.topk(width)
+    pairs = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [
+        TokenLogprobs(logprob, tuple(pair for pair in row[:count] if pair[1] > -math.inf))
+        for logprob, row, count in zip(picked, pairs, counts, strict=True)
+    ]

@@ -1,0 +1,84 @@
+"""The endpoint as a Ray Serve application: `serve run moeray.serve.app:build model=...`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from moeray.cluster.ray import start_controller, unwrapped
+from moeray.config import Config, load_config
+from moeray.errors import ConfigError
+from moeray.logs import setup_logging
+from moeray.serve.openai import create_app
+from moeray.serve.system import SystemBackend
+
+
+class RayPort:
+    """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def renew(self) -> dict[str, Any]:
+        actor = await asyncio.to_thread(start_controller, self._config)
+        future = unwrapped(actor.renew.remote().future(), "the controller")
+        return dict(await asyncio.wait_for(asyncio.wrap_future(future), 60.0))
+
+    async def call(self, method: str, *args: Any) -> Any:
+        actor = await asyncio.to_thread(start_controller, self._config)
+        future = unwrapped(actor.call.remote(method, *args).future(), "the controller")
+        return await asyncio.wait_for(asyncio.wrap_future(future), 60.0)
+
+
+@serve.ingress()
+class Ingress:
+    """A stateless replica: HTTP in front, the routers behind. It answers 503 from the first moment on."""
+
+    def __init__(self, config: Config) -> None:
+        setup_logging(config.log_format)
+        self._config = config
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        node_id = ray.get_runtime_context().get_node_id()
+        backend = SystemBackend(self._config, RayPort(self._config), node_id)
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            backend.start()
+            yield
+            await backend.close()
+
+        app = create_app(backend, self._config)
+        app.router.lifespan_context = lifespan
+        return app
+
+
+def application(config: Config) -> serve.Application:
+    """The Serve application of a config."""
+    deployment = serve.deployment(
+        Ingress,
+        name="ingress",
+        num_replicas=config.serve.replicas,
+        max_ongoing_requests=100_000,  # the routers' queues are the limit, and answer 429
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=10.0,
+    )
+    return deployment.bind(config)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Serve's builder: `model=...`, dotted config keys (`experts.actors=4`) or nested ones, and `config=FILE`.
+
+    Raises ConfigError.
+    """
+    overrides = dict(args)
+    config = load_config(overrides.pop("config", None), overrides)
+    if not config.model:
+        raise ConfigError("config key model: name a local folder or a hub id, such as model=/models/olmoe")
+    return application(config)

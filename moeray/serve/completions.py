@@ -1,0 +1,76 @@
+"""A completion job's deltas as OpenAI's `text_completion` objects."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from moeray.serve.generate import Delta, Generation, TokenRecord
+from moeray.serve.job import Job
+from moeray.serve.responses import Completion, CompletionChoice, CompletionLogprobs, Finish, Usage
+from moeray.serve.tokens import Vocabulary
+
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
+
+
+async def plain_completion(job: Job, generation: Generation, vocabulary: Vocabulary) -> bytes:
+    """The whole answer as JSON."""
+    texts: list[list[str]] = [[] for _ in job.choices]
+    tokens: list[list[TokenRecord]] = [[] for _ in job.choices]
+    finishes: list[Finish | None] = [None for _ in job.choices]
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            texts[delta.index].append(delta.text)
+            tokens[delta.index] += delta.tokens
+            finishes[delta.index] = delta.finish
+    choices = [
+        _choice(job, vocabulary, Delta(c.index, "".join(texts[c.index]), tuple(tokens[c.index]), finishes[c.index]))
+        for c in job.choices
+    ]
+    return _object(job, choices, usage=generation.usage()).encode()
+
+
+async def completion_events(job: Job, generation: Generation, vocabulary: Vocabulary) -> AsyncGenerator[bytes, None]:
+    """The answer as stream chunks, each JSON."""
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            if delta.text or delta.finish:
+                yield _chunk(job, [_choice(job, vocabulary, delta)])
+    if job.include_usage:
+        yield _object(job, [], usage=generation.usage()).encode()
+
+
+def _chunk(job: Job, choices: list[CompletionChoice]) -> bytes:
+    """With `include_usage`, OpenAI sends `usage: null` in every chunk but the last."""
+    chunk = _object(job, choices, usage=None) if job.include_usage else _object(job, choices)
+    return chunk.encode()
+
+
+def _object(job: Job, choices: list[CompletionChoice], **usage: Usage | None) -> Completion:
+    return Completion(
+        id=job.id, object="text_completion", created=job.created, model=job.model.name, choices=choices, **usage
+    )
+
+
+def _choice(job: Job, vocabulary: Vocabulary, delta: Delta) -> CompletionChoice:
+    wanted = job.choices[delta.index].request.sampling.logprobs is not None
+    logprobs = _logprobs(vocabulary, delta.tokens) if wanted else None
+    return CompletionChoice(index=delta.index, text=delta.text, logprobs=logprobs, finish_reason=delta.finish)
+
+
+def _logprobs(vocabulary: Vocabulary, tokens: Sequence[TokenRecord]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[vocabulary.token(token.token_id).text for token in tokens],
+        token_logprobs=[max(token.logprobs.logprob, LOWEST_LOGPROB) for token in tokens],
+        top_logprobs=[_alternatives(vocabulary, token) for token in tokens],
+        text_offset=[token.offset for token in tokens],
+    )
+
+
+def _alternatives(vocabulary: Vocabulary, token: TokenRecord) -> dict[str, float]:
+    """The likeliest tokens, and the chosen one where it is not among them."""
+    pairs = (*token.logprobs.top, (token.token_id, token.logprobs.logprob))
+    found: dict[str, float] = {}
+    for token_id, logprob in pairs:
+        found.setdefault(vocabulary.token(token_id).text, max(logprob, LOWEST_LOGPROB))
+    return found

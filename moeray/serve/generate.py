@@ -1,0 +1,158 @@
+"""Run a job's choices side by side and hand out their text as it comes, in one order for plain and streamed answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+from moeray.serve.backend import Backend
+from moeray.serve.detokenize import IncrementalDetokenizer
+from moeray.serve.errors import GenerationFailedError
+from moeray.serve.job import Choice, Job
+from moeray.serve.responses import PromptTokensDetails, Usage
+from moeray.serve.tokens import Vocabulary
+from moeray.types import FinishReason, TokenLogprobs, TokenOutput
+
+_QUEUED_DELTAS = 64  # then a client that reads slowly holds its own choices up, not the memory
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """One generated token with its log probabilities; `offset` is where its text begins, in characters."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a choice gained. The first delta of a choice may be empty; the last one alone has `finish`."""
+
+    index: int
+    text: str
+    tokens: tuple[TokenRecord, ...] = ()
+    finish: Literal["stop", "length"] | None = None
+
+
+class ChoiceRun:
+    """Turns one choice's TokenOutputs into deltas. Tokens whose text is held back wait for it."""
+
+    def __init__(self, choice: Choice, job: Job, vocabulary: Vocabulary) -> None:
+        self.choice = choice
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.finished = False
+        self._eos = () if choice.request.sampling.ignore_eos else job.model.eos_token_ids
+        self._with_logprobs = choice.request.sampling.logprobs is not None
+        self._waiting: list[TokenRecord] = []
+        self._begun = False
+        self._text = IncrementalDetokenizer(
+            vocabulary.decode,
+            stop=job.stop,
+            skip=vocabulary.special_ids,
+            context=choice.request.prompt_ids[-8:] if job.continues_text else (),
+        )
+
+    def advance(self, output: TokenOutput) -> Delta | None:
+        """The delta of `output`, None when it shows nothing yet. Raises GenerationFailedError."""
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            raise GenerationFailedError(output.error or f"the sequence ended early ({output.finish_reason})")
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        text = "".join(self._token(output, place) for place in range(len(output.token_ids)))
+        finish = self._finish(output)
+        if finish is not None:
+            text += self._text.finish()
+            if self._text.stopped:
+                finish = "stop"
+        if self._begun and not text and finish is None:
+            return None
+        self._begun = True
+        return self._delta(text, finish)
+
+    def _token(self, output: TokenOutput, place: int) -> str:
+        if self._text.stopped:
+            return ""
+        token_id = output.token_ids[place]
+        self.completion_tokens += 1
+        if self._with_logprobs:
+            self._waiting.append(TokenRecord(token_id, output.logprobs[place], self._text.offset))
+        last = output.finish_reason is FinishReason.STOP and place == len(output.token_ids) - 1
+        return "" if last and token_id in self._eos else self._text.feed(token_id)
+
+    def _finish(self, output: TokenOutput) -> Literal["stop", "length"] | None:
+        if self._text.stopped or output.finish_reason is FinishReason.STOP:
+            return "stop"
+        return "length" if output.finish_reason is FinishReason.LENGTH else None
+
+    def _delta(self, text: str, finish: Literal["stop", "length"] | None) -> Delta:
+        tokens: tuple[TokenRecord, ...] = ()
+        if text or finish is not None:
+            tokens, self._waiting = tuple(self._waiting), []
+        self.finished = finish is not None
+        return Delta(self.choice.index, text, tokens, finish)
+
+
+class Generation:
+    """One job on its way. `deltas` runs once; `usage` is exact when it has ended."""
+
+    def __init__(self, backend: Backend, job: Job, vocabulary: Vocabulary) -> None:
+        self._backend = backend
+        self._job = job
+        self._runs = [ChoiceRun(choice, job, vocabulary) for choice in job.choices]
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every choice's deltas, interleaved as they come. Closing it aborts what still runs.
+
+        Raises the first error of any choice, after the others were aborted.
+        """
+        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_QUEUED_DELTAS)
+        tasks = [asyncio.create_task(self._follow(run, queue)) for run in self._runs]
+        running = len(tasks)
+        try:
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def usage(self) -> Usage:
+        """Token counts; what the prefix cache held of a prompt is what its least lucky choice found there."""
+        prompt = sum(self._job.prompt_lengths)
+        completion = sum(run.completion_tokens for run in self._runs)
+        cached: dict[int, int] = {}
+        for run in self._runs:
+            place = run.choice.prompt
+            cached[place] = min(cached.get(place, run.cached_tokens), run.cached_tokens)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached.values())),
+        )
+
+    async def _follow(self, run: ChoiceRun, queue: asyncio.Queue[Delta | Exception | None]) -> None:
+        """Send one choice's deltas, then None; or the error that ended it."""
+        try:
+            async with aclosing(self._backend.generate(run.choice.request)) as stream:
+                async for output in stream:
+                    if (delta := run.advance(output)) is not None:
+                        await queue.put(delta)
+                    if run.finished:
+                        break
+                else:
+                    raise GenerationFailedError("the sequence's stream ended without a reason")
+        except Exception as error:  # whatever it is, the one who waits for the deltas gets it
+            await queue.put(error)
+        else:
+            await queue.put(None)

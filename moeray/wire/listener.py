@@ -1,0 +1,166 @@
+"""Where an actor can be reached: a unix socket in a private folder and, where the config says so, a gRPC port."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from moeray.config import WireConfig
+from moeray.errors import WireError
+from moeray.types import Address
+from moeray.wire.base import Channel, Identity
+from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
+from moeray.wire.unix import UnixChannel
+from moeray.wire.unix_door import accept_unix, check_path
+
+if TYPE_CHECKING:
+    from moeray.wire.grpc_door import GrpcServer
+
+_log = logging.getLogger(__name__)
+
+
+class Listener:
+    """Runs `handler(channel)` in a thread of its own for each peer that has proven itself; the channel ends with it."""
+
+    def __init__(
+        self, identity: Identity, wire: WireConfig, handler: Callable[[Channel], None], socket_dir: Path
+    ) -> None:
+        self._identity = identity
+        self._wire = wire
+        self._path = Path(socket_dir) / (re.sub(r"[^A-Za-z0-9._-]", "_", identity.actor_id) + ".sock")
+        self._guests = Guests(handler, wire.max_channels)
+        self._socket: socket.socket | None = None
+        self._inode = 0
+        self._acceptor: threading.Thread | None = None
+        self._grpc: GrpcServer | None = None
+        self._closing = threading.Event()
+
+    def start(self) -> Address:
+        """Listen. Raises WireError for an unsafe folder, too long a path, or a socket that another actor holds."""
+        check_path(str(self._path))
+        _check_folder(self._path.parent)
+        _clear_stale(self._path)
+        self._socket = _bind(self._path)
+        self._inode = self._path.stat().st_ino
+        try:
+            port = self._start_grpc() if self._wire.grpc else None
+        except BaseException:
+            self._unlink()
+            self._socket.close()
+            raise
+        name = f"wire-accept-{self._identity.actor_id}"
+        self._acceptor = threading.Thread(target=self._accept, args=(self._socket,), name=name, daemon=True)
+        self._acceptor.start()
+        return Address(self._identity.actor_id, self._identity.node_id, str(self._path), port)
+
+    def _start_grpc(self) -> str:
+        from moeray.wire.grpc_door import GrpcServer  # only where it is used: grpc takes a while to import
+
+        self._grpc = GrpcServer(self._identity, self._wire, self._guests)
+        return self._grpc.start()
+
+    def _accept(self, listening: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, _ = listening.accept()
+            except OSError as error:
+                if not self._closing.is_set():
+                    _log.error("cannot accept a channel at %s: %s", self._path, error.strerror)
+                    self._closing.wait(0.1)  # out of descriptors or memory: others may give some back
+                continue
+            self._receive(sock)
+
+    def _receive(self, sock: socket.socket) -> None:
+        if not self._guests.enter():
+            sock.close()
+            return
+        channel = UnixChannel(sock, self._wire.send_timeout_s)
+        if not self._guests.spawn("wire-unix-greeting", lambda: self._host(channel)):
+            self._guests.leave()
+            channel.close()
+
+    def _host(self, channel: UnixChannel) -> None:
+        try:
+            accept_unix(channel, self._identity, self._wire, self._guests)
+        except WireError as error:
+            _log.warning("refused a peer at %s: %s", self._path, error)
+            channel.close()
+            return
+        finally:
+            self._guests.leave()
+        self._guests.serve(channel)
+
+    def close(self, timeout: float) -> None:
+        """Stop listening, end all channels, join all threads. Raises WireError that names what still runs after it."""
+        if self._socket is None:
+            return
+        deadline = monotonic() + timeout
+        self._closing.set()
+        self._unlink()
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
+        assert self._acceptor is not None
+        self._acceptor.join(max(0.0, deadline - monotonic()))
+        self._socket.close()
+        self._socket = None
+        left = self._guests.close(deadline)
+        if self._grpc is not None:
+            left += self._grpc.close(deadline)
+        if left:
+            raise WireError(f"{self._identity.actor_id}: {', '.join(left)} did not end within {timeout:g} s")
+
+    def _unlink(self) -> None:
+        """Remove our socket file, unless another actor has taken the name since."""
+        try:
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
+        except FileNotFoundError:
+            return
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise WireError(f"socket folder {folder} is not a folder; choose another")
+    if found.st_uid != os.getuid():
+        raise WireError(f"socket folder {folder} belongs to user {found.st_uid}; choose one of user {os.getuid()}")
+    if found.st_mode & 0o077:
+        raise WireError(f"socket folder {folder} is open to others (mode {found.st_mode & 0o777:o}); chmod 700 it")
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove the socket of a dead process. Raises WireError for a live one and for anything else of that name."""
+    if not path.exists():
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise WireError(f"{path} is in the way and is not a socket; remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # its queue is full, so somebody listens
+    raise WireError(f"another live actor listens at {path}; give each actor a name of its own")
+
+
+def _bind(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(str(path))
+        path.chmod(0o600)  # nobody else reaches it meanwhile: the folder is private
+        sock.listen(MAX_UNAUTHENTICATED)
+    except OSError as error:
+        sock.close()
+        raise WireError(f"cannot listen at {path}: {error.strerror}; choose another folder") from error
+    return sock

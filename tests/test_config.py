@@ -1,0 +1,70 @@
+import pytest
+
+from moeray.config import Config, config_from, load_config, to_tree
+from moeray.errors import ConfigError
+
+
+def test_defaults_survive_a_round_trip():
+    assert config_from(to_tree(Config())) == Config()
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"modle": "x"}, ["modle", "model"]),
+        ({"engine": {"blocksize": 16}}, ["engine.blocksize", "engine.block_size"]),
+        ({"engine": {"block_size": "many"}}, ["engine.block_size", "int"]),
+        ({"engine": {"block_size": 0}}, ["engine.block_size", "at least 1"]),
+        ({"engine": {"block_size": True}}, ["engine.block_size", "int"]),
+        ({"engine": []}, ["engine", "mapping"]),
+        ({"experts": {"device": "tpu"}}, ["experts.device", "cuda"]),
+        ({"experts": {"replicas": 3, "actors": 2}}, ["experts.replicas", "2 actors"]),
+        ({"experts": {"groups": [{"name": "a", "thread": 1}]}}, ["experts.groups[0].thread", "threads"]),
+        ({"experts": {"groups": [{"name": "a"}, {"name": "a"}]}}, ["differ"]),
+        ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
+        ({"serve": {"port": 70000}}, ["serve.port"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tree, words):
+    with pytest.raises(ConfigError) as error:
+        config_from(tree)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_lie_over_the_file(tmp_path):
+    path = tmp_path / "moeray.yaml"
+    path.write_text("model: a\nengine:\n  block_size: 8\n  max_running: 4\n")
+    config = load_config(path, {"engine.block_size": "32", "serve.port": 9000, "router.num_gpus": 1})
+    assert (config.model, config.engine.block_size, config.engine.max_running) == ("a", 32, 4)
+    assert config.serve.port == 9000
+    assert config.router.num_gpus == 1.0
+
+
+def test_groups_of_different_devices():
+    config = config_from(
+        {"experts": {"groups": [{"name": "fast", "device": "cuda", "num_gpus": 0.5}, {"name": "cheap", "device": "cpu"}]}}
+    )
+    assert [(g.name, g.device, g.num_gpus) for g in config.experts.resolved()] == [
+        ("fast", "cuda", 0.5),
+        ("cheap", "cpu", None),
+    ]
+
+
+def test_secrets_are_not_shown():
+    config = config_from({"wire": {"token": "s3cret"}, "serve": {"api_key": "k3y"}})
+    assert "s3cret" not in repr(config)
+    assert "k3y" not in repr(config)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n", ": :\n  - ]"])
+def test_a_file_that_is_no_config_is_named(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="absent"):
+        load_config(tmp_path / "absent.yaml")
