@@ -178,8 +178,8 @@ class Conversion:
             return
         for pattern in recipe.converter.source_patterns:
             keys = recipe.sources.get(pattern, ())
-            wanted = self._expert_keys(recipe, pattern, count)
-            lost = [key for key in wanted if key not in set(keys)]
+            present = set(keys)
+            lost = [key for key in self._expert_keys(recipe, pattern, count) if key not in present]
             if lost or len(keys) != count:
                 problem = f"tensor {lost[0]} is not in" if lost else f"{len(keys)} experts' tensors like {keys[-1]} in"
                 raise CheckpointError(

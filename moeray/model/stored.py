@@ -36,7 +36,7 @@ def logical_weights(keys: Iterable[str], quantization: Quantization) -> dict[str
         return {
             key: StoredKeys(key, key + _SCALE, Scheme.FP8_BLOCK) if key + _SCALE in present else StoredKeys(key)
             for key in present
-            if not key.endswith(_ACTIVATION) and key.removesuffix(_SCALE) not in present - {key}
+            if not key.endswith(_ACTIVATION) and not (key.endswith(_SCALE) and key.removesuffix(_SCALE) in present)
         }
     if quantization.scheme is Scheme.MXFP4:
         return dict(_mxfp4_weight(key, present) for key in present if not _is_mxfp4_scale(key, present))
