@@ -61,7 +61,8 @@ class ExpertGroupConfig:
 class ExpertsConfig:
     """`groups` lists the kinds of expert actors; `replicas` is how many actors host each expert at the start.
 
-    `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is empty.
+    `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is
+    empty.
     """
 
     actors: int = 2
@@ -146,8 +147,8 @@ class EngineConfig:
 class WireConfig:
     """The data plane. `token` None: read MOERAY_CLUSTER_TOKEN, else one is made for each start.
 
-    `send_timeout_s` bounds one send to a peer that does not read, `handshake_timeout_s` the wait for a peer's proof, and
-    `max_channels` the channels that one listener serves at once (of each kind).
+    `send_timeout_s` bounds one send to a peer that does not read, `handshake_timeout_s` the wait for a peer's proof,
+    and `max_channels` the channels that one listener serves at once (of each kind).
     """
 
     host: str = "127.0.0.1"
@@ -168,13 +169,9 @@ class WireConfig:
         for key in ("deadline_s", "send_timeout_s", "handshake_timeout_s"):
             _require(getattr(self, key) > 0, f"wire.{key}", "must be above 0 seconds")
         _require(self.max_channels >= 1, "wire.max_channels", f"must be at least 1, got {self.max_channels}")
-        _require(
-            0 < self.max_payload_bytes < 1 << 32, "wire.max_payload_bytes", "must be above 0 and below 4 GiB"
-        )
+        _require(0 < self.max_payload_bytes < 1 << 32, "wire.max_payload_bytes", "must be above 0 and below 4 GiB")
         _require(0 < self.max_header_bytes < 1 << 32, "wire.max_header_bytes", "must be above 0 and below 4 GiB")
-        _require(
-            (self.tls_cert is None) == (self.tls_key is None), "wire.tls_cert", "goes with wire.tls_key; set both"
-        )
+        _require((self.tls_cert is None) == (self.tls_key is None), "wire.tls_cert", "goes with wire.tls_key; set both")
 
 
 @dataclass(frozen=True)
@@ -289,7 +286,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     return _scalar(hint, value, key)
 
 
-def _scalar(hint: type, value: Any, key: str) -> Any:
+def _scalar(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, str) and hint in (int, float, bool):
         value = yaml.safe_load(value)  # `serve run app:build key=value` passes every value as a string
     accepted = (int, float) if hint is float else (hint,)

@@ -41,9 +41,7 @@ class LocalSystem:
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[TokenOutput]]:
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
-        requests = [
-            GenerationRequest(f"r{next(_names)}", tuple(p), s) for p, s in zip(prompts, each, strict=True)
-        ]
+        requests = [GenerationRequest(f"r{next(_names)}", tuple(p), s) for p, s in zip(prompts, each, strict=True)]
         return asyncio.run(self._all(requests))
 
     async def _all(self, requests: list[GenerationRequest]) -> list[list[TokenOutput]]:

@@ -43,7 +43,11 @@ def test_overrides_lie_over_the_file(tmp_path):
 
 def test_groups_of_different_devices():
     config = config_from(
-        {"experts": {"groups": [{"name": "fast", "device": "cuda", "num_gpus": 0.5}, {"name": "cheap", "device": "cpu"}]}}
+        {
+            "experts": {
+                "groups": [{"name": "fast", "device": "cuda", "num_gpus": 0.5}, {"name": "cheap", "device": "cpu"}]
+            }
+        }
     )
     assert [(g.name, g.device, g.num_gpus) for g in config.experts.resolved()] == [
         ("fast", "cuda", 0.5),

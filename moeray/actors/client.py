@@ -74,7 +74,8 @@ class RouterClient:
             except WireError as error:
                 raise RouterLostError(f"router {self.address.actor_id} cannot be reached: {error}") from error
             self._channel = channel
-            self._out = out = queue.SimpleQueue()
+            out: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+            self._out = out
             self._threads = [
                 threading.Thread(target=self._read, args=(channel, out), name="router-read", daemon=True),
                 threading.Thread(target=_write, args=(channel, out), name="router-write", daemon=True),

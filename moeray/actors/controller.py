@@ -1,4 +1,4 @@
-"""The controller: starts the actors, places the experts, publishes the placement, and answers what the system is doing."""
+"""The controller: starts the actors, places the experts, publishes the placement, and knows what the system does."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ class Controller:
             spec = self._spec(f"router-{i}", "router", router.device, router.threads)
             started.append((self._cluster.start_router(spec, router), None))
         futures = [handle.call("start") for handle, _ in started]
-        for (handle, group), (report, address) in zip(started, _results(futures, "start"), strict=True):
-            members = self._routers if group is None else self._experts
+        for (handle, kind), (report, address) in zip(started, _results(futures, "start"), strict=True):
+            members = self._routers if kind is None else self._experts
             with self._lock:
-                members[handle.actor_id] = _Member(handle, report, address, group)
+                members[handle.actor_id] = _Member(handle, report, address, kind)
 
     def _spec(self, actor_id: str, group: str, device: str, threads: int) -> ActorSpec:
         return ActorSpec(actor_id, group, device, threads, self._config, self._token, self._system)
@@ -227,9 +227,7 @@ class Controller:
         self._cluster.close()
 
 
-def hosts_of(
-    actors: Sequence[tuple[ActorReport, ExpertGroupConfig]], reserved: Mapping[str, int]
-) -> list[Host]:
+def hosts_of(actors: Sequence[tuple[ActorReport, ExpertGroupConfig]], reserved: Mapping[str, int]) -> list[Host]:
     """What each expert actor can hold: its part of its device's free memory.
 
     Actors of one node share its CPU memory (less `reserved[node]`, the trunk there, and the processes' own need); a

@@ -174,7 +174,7 @@ def _checked(frame: Frame) -> tuple[list[int], list[int]]:
     if ok:
         x_UD, index = frame.tensors
         ok = x_UD.dim() == 2 and index.dtype == torch.int64 and index.shape == (sum(counts),)
-        ok = ok and (len(index) == 0 or bool(0 <= index.min() and index.max() < len(x_UD)))
+        ok = ok and (len(index) == 0 or bool(index.min() >= 0 and index.max() < len(x_UD)))
     if not ok:
         raise WireError("a FORWARD frame's experts, counts and row index do not fit its tensors")
     return experts, counts

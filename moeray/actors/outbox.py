@@ -1,4 +1,4 @@
-"""Frames on their way to one ingress, sent by a thread of their own so that a slow reader never stalls the step loop."""
+"""Frames on their way to one ingress, sent by a thread of their own: a slow reader never stalls the step loop."""
 
 from __future__ import annotations
 

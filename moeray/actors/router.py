@@ -47,9 +47,7 @@ class RouterActor:
         self._recorder = Recorder()
         self._view = PlacementView()
         self._identity = spec.identity(node_id)
-        self._listener = Listener(
-            self._identity, spec.config.wire, self._serve, runtime_dir(node_id, spec.system)
-        )
+        self._listener = Listener(self._identity, spec.config.wire, self._serve, runtime_dir(node_id, spec.system))
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._owners: dict[str, tuple[Outbox, float]] = {}
         self._last_token: dict[str, float] = {}
@@ -68,9 +66,7 @@ class RouterActor:
         config = self._spec.config
         files = open_model(config.model, config.revision, node=self._node_id)
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), self._device)
-        self._dispatcher = Dispatcher(
-            self._view, self._connect, self._recorder, deadline_s=config.wire.deadline_s
-        )
+        self._dispatcher = Dispatcher(self._view, self._connect, self._recorder, deadline_s=config.wire.deadline_s)
         runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files))
         self._engine = Engine(config.engine, runner)
         self._state = self._state.advance(Lifecycle.READY)
@@ -246,4 +242,3 @@ class RouterActor:
         self._listener.close(timeout=5.0)
         if self._dispatcher:
             self._dispatcher.close()
-

@@ -56,5 +56,7 @@ def runtime_dir(node_id: str, system: str) -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
         if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-            raise ConfigError(f"folder {path} must be private to this user (mode 0700); mend it or set MOERAY_RUNTIME_DIR")
+            raise ConfigError(
+                f"folder {path} must be private to this user (mode 0700); mend it or set MOERAY_RUNTIME_DIR"
+            )
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import ClassVar
 
 import click
 
@@ -13,7 +14,7 @@ from moeray.errors import MoerayError
 class _Commands(click.Group):
     """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
 
-    _modules = {
+    _modules: ClassVar[dict[str, str]] = {
         "bench": "bench", "demo": "demo", "generate": "generate", "serve": "serve", "status": "status",
         "upcycle": "upcycle",
     }  # fmt: skip

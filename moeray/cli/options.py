@@ -56,7 +56,7 @@ def config_options(command: _F) -> _F:
 
 
 def config_of(model: str, config_file: str | None, flags: dict[str, Any], **defaults: Any) -> Config:
-    """The config that the flags describe; `defaults` (names with `__` for dots) rank below the file. Raises ConfigError."""
+    """The config that the flags describe; `defaults` (`__` for dots) rank below the file. Raises ConfigError."""
     overrides: dict[str, Any] = {"model": model}
     for name, value in flags.items():
         if name.startswith("config__") and value is not None:

@@ -25,7 +25,5 @@ def command(source: Path, out: Path, experts: int, top_k: int, dtype: str, seed:
 
     setup_logging()
     with progress() as report:
-        upcycle(
-            source, out, experts=experts, top_k=top_k, dtype=getattr(torch, dtype), progress=report, seed=seed
-        )
+        upcycle(source, out, experts=experts, top_k=top_k, dtype=getattr(torch, dtype), progress=report, seed=seed)
     click.echo(f"wrote {out}; try `moeray generate {out} --local --prompt Hello`")

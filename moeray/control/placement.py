@@ -89,9 +89,7 @@ def _emptiest(
     return min(fitting, key=key, default=None)
 
 
-def _no_room(
-    experts: Mapping[int, int], hosts: Sequence[Host], expert_bytes: Mapping[int, int], replicas: int
-) -> str:
+def _no_room(experts: Mapping[int, int], hosts: Sequence[Host], expert_bytes: Mapping[int, int], replicas: int) -> str:
     need = replicas * sum(count * expert_bytes[layer] for layer, count in experts.items())
     have = sum(host.capacity_bytes for host in hosts)
     return (

@@ -79,7 +79,7 @@ def plan_rows(
     alive = {e: n for e, n in counts.items() if replicas[e]}
     chosen = choose(alive, replicas)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
-    for expert, piece in zip(counts, rows.split(list(counts.values())), strict=True):
+    for expert, piece in zip(counts, torch.split(rows, list(counts.values())), strict=True):
         if expert in alive:
             pieces.setdefault(chosen[expert], []).append((expert, piece))
     return Plan(tuple(_share(actor, parts, top_k) for actor, parts in sorted(pieces.items())), orphans)

@@ -112,7 +112,7 @@ class Engine:
             "logit_bias": tuple(token for token, _ in request.sampling.logit_bias),
         }
         for param, ids in given.items():
-            if ids and not (0 <= min(ids) and max(ids) < vocab):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab):
                 wrong = next(token for token in ids if not 0 <= token < vocab)
                 raise RequestError(f"{param} names token {wrong}; the model's tokens are 0 to {vocab - 1}", param=param)
 

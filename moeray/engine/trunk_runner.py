@@ -33,7 +33,9 @@ class TrunkRunner:
         slots = self.num_blocks * config.block_size
         self.max_context = min(config.max_context or trunk.max_context, trunk.max_context, slots)
         trunk.cache.allocate(slots, trunk.dtype, trunk.device)
-        log.info("KV cache: %d blocks of %d tokens, context up to %d", self.num_blocks, self._block_size, self.max_context)
+        log.info(
+            "KV cache: %d blocks of %d tokens, context up to %d", self.num_blocks, self._block_size, self.max_context
+        )
 
     def _count_blocks(self, config: EngineConfig) -> int:
         if config.kv_blocks:

@@ -129,7 +129,7 @@ def attending(step: Step) -> Iterator[None]:
         _step.reset(token)
 
 
-class PassThroughCache(Cache):
+class PassThroughCache(Cache):  # type: ignore[misc]
     """The cache object that transformers' modules see: it stores nothing and hands k and v on to attention.
 
     Any other use of a cache (recurrent or convolution state, an indexer) raises UnsupportedModelError.
@@ -189,9 +189,9 @@ def _recognise(probe: _Probe) -> Pattern:
     length = min(4 * size + 3, 512) if size else 64
     drawn = probe.drawn(length)
     for pattern in _candidates(size):
-        if torch.equal(drawn, _expected(pattern, length)):
-            if size is None or size < length // 2 or _far_agrees(probe, pattern):
-                return pattern
+        near = torch.equal(drawn, _expected(pattern, length))
+        if near and (size is None or size < length // 2 or _far_agrees(probe, pattern)):
+            return pattern
     raise UnsupportedModelError(
         "the model's attention mask is neither causal, sliding nor chunked, so it cannot be paged; "
         "choose a family with one of these"
@@ -232,10 +232,10 @@ def _attend(
     _check_call(module, query, attention_mask, kwargs)
     step = _step.get()
     k_TGD, v_TGD = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    layer: int = module.layer_idx
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer not in step.cache.layers:  # the trial step: learn the shapes, attend within the step
-        step.cache.shapes[layer] = (tuple(k_TGD.shape[1:]), tuple(v_TGD.shape[1:]))
+        step.cache.shapes[layer] = ((k_TGD.shape[1], k_TGD.shape[2]), (v_TGD.shape[1], v_TGD.shape[2]))
         pool = LayerCache(k_TGD, v_TGD)
     else:
         pool = step.cache.layers[layer]

@@ -99,9 +99,11 @@ class ExpertBank:
         """
         moe = self._family.layers.get(layer)
         outs = []
-        for expert, x_rD in zip(experts, x_RD.split(counts), strict=True):
+        for expert, x_rD in zip(experts, torch.split(x_RD, counts), strict=True):
             held = self._experts.get(ExpertId(layer, expert))
             if held is None or moe is None:
-                raise PlacementError(f"expert {expert} of layer {layer} is not hosted here; the sender's epoch is stale")
+                raise PlacementError(
+                    f"expert {expert} of layer {layer} is not hosted here; the sender's epoch is stale"
+                )
             outs.append(held.down(moe.activate(held.up(x_rD))))
         return torch.cat(outs) if outs else x_RD.new_empty(0, x_RD.shape[-1])

@@ -7,7 +7,6 @@ and refused, with the reason, when it needs what moeray does not have.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +48,9 @@ class ExpertsLayer:
 
     def activate(self, up_RI: Tensor) -> Tensor:
         """Gate (or activate) the up projection's output: [R, 2I] or [R, I] -> [R, I]."""
-        gate: Callable[[Tensor], Tensor] = self.module._apply_gate if self.module.has_gate else self.module.act_fn
-        return gate(up_RI)
+        module: Any = self.module
+        out_RI: Tensor = module._apply_gate(up_RI) if module.has_gate else module.act_fn(up_RI)
+        return out_RI
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,16 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for part in ("vision_config", "audio_config", "text_config", "thinker_config"):
         if getattr(config, part, None) is not None:
             raise UnsupportedModelError(
-                f"model type {config.model_type!r} is multimodal (its config has {part}); moeray serves text-only models"
+                f"model type {config.model_type!r} is multimodal (its config has {part}); moeray serves text only"
             )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"model type {config.model_type!r} is an encoder-decoder; moeray serves decoders")
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise UnsupportedModelError(f"model type {config.model_type!r} has no causal language model in transformers")
-    cls = mapping[type(config)]
-    return cls[0] if isinstance(cls, tuple) else cls
+    found = mapping[type(config)]
+    cls: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return cls
 
 
 def load_family(config: PreTrainedConfig) -> Family:
@@ -112,7 +113,7 @@ def load_family(config: PreTrainedConfig) -> Family:
     return Family(config, full, layers)
 
 
-def _experts_layer(config: PreTrainedConfig, name: str, module: nn.Module, ordinal: int) -> ExpertsLayer:
+def _experts_layer(config: PreTrainedConfig, name: str, module: Any, ordinal: int) -> ExpertsLayer:
     found = _LAYER_IN_NAME.search(name)
     shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
     count = int(module.num_experts)

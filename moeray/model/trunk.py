@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -43,7 +43,7 @@ def dispatching(expert_rows: ExpertRows) -> Iterator[None]:
         _expert_rows.reset(token)
 
 
-def _experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """transformers' experts interface: send rows out, weigh and sum what comes back in the order of k."""
     x_TD = x.reshape(-1, x.shape[-1])
     ids_TK = ids.reshape(x_TD.shape[0], -1)
