@@ -1,0 +1,142 @@
+"""The endpoint as a user runs it: `moeray serve`, the openai client, `moeray status`, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.checkpoints import make_tiny
+
+PROMPTS = [f"message number {i}, {'and so on ' * (i % 7)}" for i in range(32)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def moeray(*args: str, **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moeray.cli.main", *args]
+    return subprocess.Popen(command, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """The URL of a served tiny model, and its process."""
+    folder = tmp_path_factory.mktemp("serve")
+    model = make_tiny("qwen3_moe", folder / "tiny-moe", tokenizer=True)
+    port = free_port()
+    log = (folder / "log").open("w+")
+    process = moeray(
+        "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512", "--api-key", "k3y",
+        stdout=subprocess.PIPE, stderr=log, env={**os.environ, "MOERAY_CACHE_DIR": str(folder)},
+    )  # fmt: skip
+    line = process.stdout.readline()
+    assert "serving" in line, Path(log.name).read_text()[-3000:]
+    yield f"http://127.0.0.1:{port}", process
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, Path(log.name).read_text()[-3000:]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=2.0)
+
+
+@pytest.fixture(scope="module")
+def client(endpoint):
+    return openai.OpenAI(base_url=f"{endpoint[0]}/v1", api_key="k3y", max_retries=0)
+
+
+def stream_text(client: openai.OpenAI, prompt: str) -> str:
+    stream = client.completions.create(
+        model="tiny-moe", prompt=prompt, max_tokens=12, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+
+def test_concurrent_streams_get_the_tokens_of_lone_ones(client):
+    alone = [stream_text(client, prompt) for prompt in PROMPTS]
+    start = threading.Barrier(len(PROMPTS))
+
+    def together(prompt: str) -> str:
+        start.wait(30)
+        return stream_text(client, prompt)
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        assert list(pool.map(together, PROMPTS)) == alone
+    assert len(set(alone)) > 10
+
+
+def test_chat_with_usage_and_logprobs(client):
+    answer = client.chat.completions.create(
+        model="tiny-moe", messages=[{"role": "user", "content": "hello"}], max_tokens=5, temperature=0,
+        logprobs=True, top_logprobs=3, n=2, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert answer.usage.completion_tokens == 10
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 5
+    assert all(len(entry.top_logprobs) == 3 for entry in content)
+    assert answer.choices[0].message.content == answer.choices[1].message.content
+
+
+def test_sampling_is_reproducible_by_seed(client):
+    def draw(seed: int) -> str:
+        answer = client.completions.create(model="tiny-moe", prompt="abc", max_tokens=16, temperature=1.0, seed=seed)
+        return answer.choices[0].text
+
+    assert draw(7) == draw(7)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_models_errors_and_metrics(endpoint, client):
+    assert [model.id for model in client.models.list()] == ["tiny-moe"]
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(model="tiny-moe", prompt="word " * 4000)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{endpoint[0]}/v1", api_key="wrong", max_retries=0).models.list()
+    text = httpx.get(f"{endpoint[0]}/metrics", timeout=30.0).text
+    assert "moeray_generation_tokens_total" in text
+    assert 'moeray_actors{kind="expert",state="ready"} 2.0' in text
+
+
+def test_a_client_that_hangs_up_frees_its_blocks(endpoint, client):
+    stream = client.completions.create(
+        model="tiny-moe", prompt="on and on", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    headers = {"Authorization": "Bearer k3y"}
+    for _ in range(100):  # the abort travels: ask until the router says so, each ask being a round trip
+        status = httpx.get(f"{endpoint[0]}/status", headers=headers, timeout=30.0).json()
+        router = next(row for row in status["actors"] if row["kind"] == "router")
+        if router["running"] == 0:
+            break
+    assert router["running"] == 0
+    assert router["kv_blocks_used"] == 0
+
+
+def test_status_shows_the_actors(endpoint):
+    process = moeray("status", "--output", "json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    status = json.loads(out)
+    assert {row["actor"]: row["state"] for row in status["actors"]} == {
+        "router-0": "ready", "experts-0": "ready", "experts-1": "ready"
+    }  # fmt: skip
+    experts = [row for row in status["actors"] if row["kind"] == "expert"]
+    assert sum(row["experts"] for row in experts) == 3 * 8 or sum(row["experts"] for row in experts) > 0
+    assert all(row["rows_total"] > 0 for row in experts)
+    assert status["epoch"] == 1
