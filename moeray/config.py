@@ -103,6 +103,7 @@ class RouterConfig:
     num_cpus: float = 0.5
     num_gpus: float | None = None
     threads: int = 0
+    resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.actors >= 1, "router.actors", f"must be at least 1, got {self.actors}")

@@ -30,7 +30,7 @@ def for_experts(group: ExpertGroupConfig, gpus: float, actors: int) -> Request:
 
 def for_router(router: RouterConfig, gpus: float, actors: int) -> Request:
     device = _device(router.device, gpus)
-    return Request(device, router.num_cpus, _share(router.num_gpus, device, gpus, actors))
+    return Request(device, router.num_cpus, _share(router.num_gpus, device, gpus, actors), dict(router.resources))
 
 
 def _device(asked: str, gpus: float) -> str:
