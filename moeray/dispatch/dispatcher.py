@@ -62,6 +62,8 @@ class Dispatcher:
         self._clock = clock
         self._channels: dict[str, Channel] = {}
         self._ids = itertools.count(1)
+        self.slowest_compute_s = 0.0
+        """Compute time of the slowest actor in the last layer, as the actors report it."""
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype.
@@ -71,6 +73,7 @@ class Dispatcher:
         home_TD, home_ids_TK = x_TD.cpu(), ids_TK.cpu()
         out_RD = home_TD.new_empty(home_ids_TK.numel(), x_TD.shape[1])
         waiting_R: Tensor | None = None  # all of them
+        self.slowest_compute_s = 0.0
         give_up = self._clock() + self._deadline_s
         while waiting_R is None or len(waiting_R):
             version = self._view.version
@@ -119,6 +122,7 @@ class Dispatcher:
         if rows_RD is None or rows_RD.shape != (len(share.rows_R), out_RD.shape[1]) or rows_RD.dtype != out_RD.dtype:
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         out_RD[share.rows_R] = rows_RD
+        self.slowest_compute_s = max(self.slowest_compute_s, float(frame.meta.get("compute_s", 0.0)))
         kind = sent.channel.kind
         self._recorder.observe("moeray_dispatch_seconds", self._clock() - sent.at, hop=kind)
         self._recorder.add("moeray_dispatch_rows_total", len(share.rows_R), hop=kind)
