@@ -75,9 +75,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {
         "num_local_experts": EXPERTS,
         "num_experts_per_tok": 3,
-        "embedding_multiplier": 3.0,
+        "embedding_multiplier": 0.2,
         "logits_scaling": 2.0,
-        "residual_multiplier": 0.5,
+        "residual_multiplier": 1.5,
         "attention_multiplier": 0.2,
         "tie_word_embeddings": True,
     },

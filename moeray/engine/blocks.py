@@ -148,7 +148,8 @@ class BlockManager:
         used, free, cached = set(counts), set(self._free), set(self._cached)
         assert self._refs == [counts[block] for block in range(self.num_blocks)], "references differ from the tables"
         assert len(free) == len(self._free), "a block is free twice"
-        assert not (used & free or used & cached or free & cached), "a block is in two states"
+        in_two = used & free | used & cached | free & cached
+        assert not in_two, "a block is in two states"
         assert len(used) + len(free) + len(cached) == self.num_blocks, "a block is lost"
         assert cached <= set(self._keys), "a cached block holds unknown tokens"
         assert not free & set(self._keys), "a free block is still shareable"

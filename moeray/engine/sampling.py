@@ -8,6 +8,7 @@ Shapes: B rows, V vocabulary, R some of the rows, K candidates. Logits are fp32.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def adjust(logits_V: Tensor, params: SamplingParams, tokens: Sequence[int], num_
         old, by = logits_V[seen], params.repetition_penalty
         logits_V[seen] = torch.where(old > 0, old / by, old * by)
     if (params.presence_penalty or params.frequency_penalty) and len(tokens) > num_prompt:
-        seen, counts = torch.tensor(tokens[num_prompt:], device=device).unique(return_counts=True)
+        seen, counts = torch.tensor(tokens[num_prompt:], device=device).unique(return_counts=True)  # type: ignore[no-untyped-call]
         logits_V[seen] -= params.presence_penalty + params.frequency_penalty * counts
 
 

@@ -17,11 +17,12 @@ class Status(StrEnum):
 
 
 class Sequence:
-    """The one mutable record of a request; the scheduler owns it, and no other changes it.
+    """The one mutable record of a request; the scheduler owns it, and none but it and the block manager changes it.
 
-    `tokens` is prompt + output, the first `num_given` of them as submitted (with an earlier attempt's). `num_computed` counts the leading tokens
-    whose KV is in the cache, in the blocks of `block_table`. `prefix` names those of its blocks that the block manager
-    has sealed, `cached_tokens` counts prompt tokens that were never computed here because another request had done so.
+    `tokens` is prompt + output, the first `num_given` of them as submitted (with an earlier attempt's). `num_computed`
+    counts the leading tokens whose KV is in the cache, in the blocks of `block_table`. `prefix` names those of its
+    blocks that the block manager has sealed, `cached_tokens` counts prompt tokens that were never computed here
+    because another request had done so.
     """
 
     def __init__(self, request: GenerationRequest, eos_token_ids: Collection[int] = ()) -> None:

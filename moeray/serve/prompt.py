@@ -15,6 +15,17 @@ from moeray.serve.tokens import Vocabulary
 
 _INLINE_CHARACTERS = 8192  # about a millisecond of tokenizing; longer text goes to a thread
 
+# A template is code: on messages or variables that it did not expect it raises its own errors or any of Python's.
+_TEMPLATE_FAULTS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class PromptEncoder:
     """Tokenizes prompts. Safe to call from several threads at once."""
@@ -53,7 +64,7 @@ class PromptEncoder:
             ids = self._tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=True, return_dict=False, **variables
             )
-        except (TemplateError, TypeError, ValueError) as error:  # a template's own code can raise any of these
+        except _TEMPLATE_FAULTS as error:
             raise RequestError(
                 f"the chat template refused the messages: {' '.join(str(error).split())[:500]}",
                 param="messages",

@@ -81,12 +81,6 @@ def _text_content(value: Any) -> str:
     return "\n".join(texts)
 
 
-def _message(value: Any) -> Any:
-    return (
-        unsupported.without_unsupported(value, unsupported.MESSAGE, "messages.") if isinstance(value, dict) else value
-    )
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -144,7 +138,7 @@ class CompletionRequest(GenerationFields):
 
 
 class ChatRequest(GenerationFields):
-    messages: list[Annotated[Message, BeforeValidator(_message)]] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -196,7 +190,17 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     """Raises RequestError that names the parameter at fault."""
-    return _parse(ChatRequest, unsupported.without_unsupported(body, unsupported.CHAT))
+    kept = unsupported.without_unsupported(body, unsupported.CHAT)
+    if isinstance(kept.get("messages"), list):
+        kept["messages"] = [_message(value, place) for place, value in enumerate(kept["messages"])]
+    return _parse(ChatRequest, kept)
+
+
+def _message(value: Any, place: int) -> Any:
+    """A message less its neutral unsupported fields; what is no message at all is left for the schema to refuse."""
+    if not isinstance(value, dict):
+        return value
+    return unsupported.without_unsupported(value, unsupported.MESSAGE, f"messages[{place}].")
 
 
 def _parse(schema: type[_Request], body: dict[str, Any]) -> _Request:

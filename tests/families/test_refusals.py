@@ -1,0 +1,72 @@
+"""What cannot be served right is refused at start, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from moeray.errors import UnsupportedModelError
+from moeray.model.family import load_family
+from moeray.model.loading import open_model
+from moeray.model.trunk import Trunk
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def load(config, path):
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    files = open_model(str(path), None, node="here")
+    return Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False}),
+        ("qwen3_next", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+        ("lfm2_moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_dense_layers": 1,
+                      "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    ],
+)  # fmt: skip
+def test_state_beside_the_cache(family, options, tmp_path):
+    config = CONFIG_MAPPING[family](**SMALL, **options)
+    with pytest.raises(UnsupportedModelError, match="state|layers use attention|served wrong") as error:
+        load(config, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dense_model(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="upcycle"):
+        load(CONFIG_MAPPING["llama"](**SMALL), tmp_path)
+
+
+def test_a_multimodal_model():
+    with pytest.raises(UnsupportedModelError, match="multimodal"):
+        load_family(CONFIG_MAPPING["qwen3_vl_moe"]())
+
+
+def test_an_encoder_decoder():
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        load_family(CONFIG_MAPPING["switch_transformers"]())
+
+
+def test_a_model_whose_tokens_see_their_neighbours(tmp_path, monkeypatch):
+    """A family that mixes packed tokens on its own is caught by the self-check."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    from tests.checkpoints import make_tiny
+
+    path = make_tiny("mixtral", tmp_path / "m")
+    forward = modeling_mixtral.MixtralSparseMoeBlock.forward
+
+    def shifted(self, hidden_states):
+        return forward(self, hidden_states + 0.5 * hidden_states.roll(1, dims=1))
+
+    monkeypatch.setattr(modeling_mixtral.MixtralSparseMoeBlock, "forward", shifted)
+    files = open_model(str(path), None, node="here")
+    with pytest.raises(UnsupportedModelError, match="served wrong"):
+        Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, torch.device("cpu"))

@@ -1,0 +1,92 @@
+"""Incremental text equals the text decoded at once, whatever the borders of the tokens."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moeray.serve.detokenize import IncrementalDetokenizer
+from moeray.serve.tokens import Vocabulary
+from tests.serve.support import save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    return PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path_factory.mktemp("byte-level")))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """SentencePiece's habits: a leading space is a character, unknown characters fall back to bytes."""
+    words = ["<unk>", "</s>", "▁", "▁Paris", "▁is", "▁a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def run(tokenizer, ids, stop=(), context=()):
+    vocabulary = Vocabulary(tokenizer)
+    text = IncrementalDetokenizer(vocabulary.decode, stop=stop, skip=vocabulary.special_ids, context=context)
+    deltas = [text.feed(i) for i in ids]
+    return [*deltas, text.finish()], text.stopped
+
+
+@given(text=st.text(max_size=40))
+def test_deltas_add_up_to_the_text(byte_level, text):
+    ids = byte_level(text)["input_ids"]
+    deltas, _ = run(byte_level, ids)
+    assert "".join(deltas) == byte_level.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, 260), max_size=30))
+def test_any_tokens_decode_as_they_do_at_once(byte_level, ids):
+    deltas, _ = run(byte_level, ids)
+    assert "".join(deltas) == byte_level.decode(ids, skip_special_tokens=True)
+
+
+@given(text=st.text("abc🦊東", max_size=25), stops=st.lists(st.text("abc🦊東", min_size=1, max_size=4), max_size=3))
+def test_nothing_of_a_stop_string_is_ever_shown(byte_level, text, stops):
+    deltas, stopped = run(byte_level, byte_level(text)["input_ids"], stops)
+    shown = "".join(deltas)
+    assert text.startswith(shown)
+    assert not any(stop in shown for stop in stops)
+    assert stopped == any(stop in text for stop in stops)
+    assert stopped or shown == text
+
+
+def test_a_false_beginning_of_a_stop_string_comes_late_but_whole(byte_level):
+    ids = byte_level("a\n\nb")["input_ids"]
+    deltas, stopped = run(byte_level, ids, ["\n\n\n"])
+    assert deltas[0] == "a"
+    assert "".join(deltas) == "a\n\nb"
+    assert not stopped
+
+
+def test_output_that_is_not_utf8_is_not_held_back_for_ever(byte_level):
+    byte = byte_level.convert_tokens_to_ids(byte_level.tokenize("🦊")[0])
+    deltas, _ = run(byte_level, [byte] * 100)
+    assert "".join(deltas[:-1])
+
+
+def test_byte_fallback_and_leading_spaces(byte_fallback):
+    def ids(*words):
+        return byte_fallback.convert_tokens_to_ids(list(words))
+
+    fox = ids("▁Paris", "▁", *(f"<0x{byte:02X}>" for byte in "🦊".encode()), "▁is", "b")
+    assert "".join(run(byte_fallback, fox)[0]) == "Paris 🦊 isb"
+    assert "".join(run(byte_fallback, fox, context=ids("▁a"))[0]) == " Paris 🦊 isb"
+    assert "".join(run(byte_fallback, ids("b", "</s>", "▁is", "</s>", "▁a"))[0]) == "b is a"
+
+
+def test_single_tokens_have_their_bytes(byte_level, byte_fallback):
+    for tokenizer, text in ((byte_level, " hi 東京 🦊 the fox"), (byte_fallback, "Paris 🦊")):
+        vocabulary = Vocabulary(tokenizer)
+        tokens = [vocabulary.token(i) for i in tokenizer(text)["input_ids"]]
+        assert b"".join(token.data for token in tokens).decode().strip() == text.strip()
+    assert Vocabulary(byte_level).token(0).text == "<|end|>"
+    assert Vocabulary(byte_level).token(100_000).data == b""

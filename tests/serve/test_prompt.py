@@ -1,0 +1,56 @@
+"""The tokenizer and the chat template of a model."""
+
+import asyncio
+
+import pytest
+
+from moeray.errors import CheckpointError, ConfigError, RequestError
+from moeray.serve.prompt import EncoderCache, load_encoder, read_template
+from tests.serve.support import model_info, save_tokenizer
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_long_text_is_tokenized_whole(metadata_dir):
+    encoder = load_encoder(model_info(metadata_dir), None)
+    long = "hello world " * 2000
+    ids = asyncio.run(encoder.encode_text(long))
+    assert encoder.vocabulary.decode(ids) == long
+    chat = asyncio.run(encoder.encode_chat([{"role": "user", "content": long}], {}))
+    assert chat[1:-1] == ids
+
+
+def test_a_model_without_a_chat_template_names_the_mend(tmp_path):
+    model = model_info(save_tokenizer(tmp_path, template=None))
+    with pytest.raises(RequestError, match="/v1/completions"):
+        asyncio.run(load_encoder(model, None).encode_chat(MESSAGES, {}))
+    template = tmp_path / "own.jinja"
+    template.write_text("<|user|>{{ messages[0].content }}")
+    from_file = asyncio.run(load_encoder(model, str(template)).encode_chat(MESSAGES, {}))
+    from_text = asyncio.run(load_encoder(model, template.read_text()).encode_chat(MESSAGES, {}))
+    assert from_file == from_text
+    assert from_file[0] == 2
+
+
+@pytest.mark.parametrize("template", ["{{ nothing.at.all }}", "{{ messages + 1 }}", "{% broken", "{{ 1 // 0 }}"])
+def test_a_broken_template_is_answered(metadata_dir, template):
+    encoder = load_encoder(model_info(metadata_dir), template)
+    with pytest.raises(RequestError, match="chat template"):
+        asyncio.run(encoder.encode_chat(MESSAGES, {}))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        load_encoder(model_info(tmp_path), None)
+    with pytest.raises(ConfigError, match="chat_template"):
+        read_template(str(tmp_path / "missing.jinja"))
+
+
+def test_the_encoder_is_loaded_once(metadata_dir):
+    async def twice():
+        cache = EncoderCache(None)
+        model = model_info(metadata_dir)
+        return await asyncio.gather(cache.get(model), cache.get(model))
+
+    first, second = asyncio.run(twice())
+    assert first is second
