@@ -34,7 +34,7 @@ def load(config, path):
 )  # fmt: skip
 def test_state_beside_the_cache(family, options, tmp_path):
     config = CONFIG_MAPPING[family](**SMALL, **options)
-    with pytest.raises(UnsupportedModelError, match="state|layers use attention|served wrong") as error:
+    with pytest.raises(UnsupportedModelError, match=r"state|layers use attention|served wrong") as error:
         load(config, tmp_path)
     assert "\n" not in str(error.value)
 
