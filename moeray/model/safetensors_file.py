@@ -113,7 +113,7 @@ def _entry(path: Path, key: str, entry: Any, start: int, size: int) -> TensorInf
         whole = False
     if not whole:
         raise CheckpointError(f"file {path}: the header's entry of tensor {key} is malformed; fetch the file again")
-    dtype = _DTYPES.get(dtype_name)
+    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise CheckpointError(f"file {path}: tensor {key} has dtype {dtype_name!r}, which moeray does not read")
     if end - begin != math.prod(shape) * dtype.itemsize:

@@ -152,6 +152,10 @@ class Generation:
                         break
                 else:
                     raise GenerationFailedError("the sequence's stream ended without a reason")
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise  # it is us who stop it
+            await queue.put(GenerationFailedError("the sequence was cancelled by the system"))
         except Exception as error:  # whatever it is, the one who waits for the deltas gets it
             await queue.put(error)
         else:

@@ -44,9 +44,7 @@ class Job:
 
 async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: PromptEncoder, created: int) -> Job:
     """Raises RequestError for a prompt or parameter that does not fit the model."""
-    prompts = []
-    for prompt in request.prompt:
-        prompts.append(await encoder.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt))
+    prompts = await encoder.encode_prompts(request.prompt)
     for ids in prompts:
         _check_ids(ids, model, "prompt")
     sampling = _sampling(request, model, request.logprobs)

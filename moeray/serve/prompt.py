@@ -34,11 +34,11 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
 
-    async def encode_text(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text, with the special tokens that the tokenizer puts around a prompt."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return self._text(text)
-        return await asyncio.to_thread(self._text, text)
+    async def encode_prompts(self, prompts: Sequence[str | Sequence[int]]) -> list[tuple[int, ...]]:
+        """Token ids of each prompt; text gets the special tokens that the tokenizer puts around a prompt."""
+        if sum(map(len, prompts)) <= _INLINE_CHARACTERS:
+            return self._prompts(prompts)
+        return await asyncio.to_thread(self._prompts, prompts)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of the rendered chat, up to where the assistant's answer begins.
@@ -55,8 +55,11 @@ class PromptEncoder:
             return self._chat(messages, variables)
         return await asyncio.to_thread(self._chat, messages, variables)
 
-    def _text(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, verbose=False)["input_ids"])
+    def _prompts(self, prompts: Sequence[str | Sequence[int]]) -> list[tuple[int, ...]]:
+        return [
+            tuple(self._tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt)
+            for prompt in prompts
+        ]
 
     def _chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> tuple[int, ...]:
         conversation = [self._known_role(message) for message in messages]

@@ -9,15 +9,27 @@ def metadata_dir(tmp_path_factory):
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture
-def backend(metadata_dir):
+@pytest.fixture(scope="session")
+def shared_backend(metadata_dir):
     return EchoBackend(model_info(metadata_dir))
 
 
-@pytest.fixture
-def url(backend):
-    with serving(backend) as url:
+@pytest.fixture(scope="session")
+def shared_url(shared_backend):
+    with serving(shared_backend) as url:
         yield url
+
+
+@pytest.fixture
+def backend(shared_backend, metadata_dir):
+    """One server serves all tests, since starting one takes longer than a test; each test finds its backend new."""
+    vars(shared_backend).update(vars(EchoBackend(model_info(metadata_dir))))
+    return shared_backend
+
+
+@pytest.fixture
+def url(shared_url, backend):
+    return shared_url
 
 
 @pytest.fixture

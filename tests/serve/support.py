@@ -64,7 +64,7 @@ class EchoBackend:
     cached_tokens: int = 0
     refuse: Exception | None = None
     break_after: int | None = None
-    break_with: Exception | None = None
+    break_with: BaseException | None = None
     hold_after: int | None = None
     gather: int = 0
     requests: list[GenerationRequest] = field(default_factory=list)

@@ -1,5 +1,8 @@
 """Every failure is answered in OpenAI's form, by the right status."""
 
+import asyncio
+import socket
+
 import httpx
 import openai
 import pytest
@@ -310,6 +313,25 @@ def test_time_limit(backend, stream):
         else:
             assert error_of(reply, 504)["code"] == "timeout"
         assert backend.closed.acquire(timeout=10)
+
+
+@pytest.mark.parametrize("implementation", ["h11", "httptools"])
+def test_a_body_that_does_not_come_or_breaks_off(backend, implementation):
+    config = Config(serve=ServeConfig(request_timeout_s=0.3))
+    head = f"POST {TEXT_PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
+    with serving(backend, config, implementation) as url:
+        address = httpx.URL(url).host, httpx.URL(url).port
+        with socket.create_connection(address, 20) as waits:
+            waits.sendall(head.encode())
+            assert waits.recv(64).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(address, 20) as breaks_off:
+            breaks_off.sendall(head.encode())
+        assert httpx.post(url + TEXT_PATH, json=TEXT).status_code == 200
+
+
+def test_a_sequence_that_the_system_cancels_is_answered(http, backend):
+    backend.break_after, backend.break_with = 2, asyncio.CancelledError()
+    assert error_of(http.post(TEXT_PATH, json=TEXT), 500)["code"] == "generation_failed"
 
 
 def test_request_ids(http):

@@ -14,7 +14,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def test_long_text_is_tokenized_whole(metadata_dir):
     encoder = load_encoder(model_info(metadata_dir), None)
     long = "hello world " * 2000
-    ids = asyncio.run(encoder.encode_text(long))
+    [ids] = asyncio.run(encoder.encode_prompts([long]))
     assert encoder.vocabulary.decode(ids) == long
     chat = asyncio.run(encoder.encode_chat([{"role": "user", "content": long}], {}))
     assert chat[1:-1] == ids

@@ -1,0 +1,133 @@
+"""Whole systems in one process: replicas, losses, and starts that cannot work."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from moeray.actors.client import RouterClient
+from moeray.actors.controller import Controller
+from moeray.actors.spec import model_fingerprint
+from moeray.cluster.local import NODE, LocalCluster
+from moeray.errors import AuthenticationError, MoerayError, PlacementError, RequestError, RouterLostError
+from moeray.types import GenerationRequest, SamplingParams
+from moeray.wire.channel import Identity, connect
+from tests.checkpoints import make_tiny
+from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
+
+PROMPTS = [[5, 9, 33], list(range(10, 70)), [8] * 7]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny("deepseek_v3", tmp_path_factory.mktemp("actors") / "m")
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with LocalSystem(tiny_config(model)) as system:
+        return [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)]
+
+
+@pytest.mark.parametrize(("actors", "replicas"), [(1, 1), (3, 1), (3, 2), (2, 2)])
+def test_no_placement_changes_a_token(model, expected, actors, replicas):
+    config = tiny_config(model, experts__actors=actors, experts__replicas=replicas)
+    with LocalSystem(config) as system:
+        assert [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)] == expected
+
+
+def test_the_loss_of_an_actor_changes_no_token(model, expected):
+    with LocalSystem(tiny_config(model, experts__actors=2, experts__replicas=2)) as system:
+        victim = system.controller._experts["experts-0"].handle
+        served = threading.Event()
+
+        def kill_once_it_serves():
+            while not victim.call("load").result(10):
+                pass
+            served.set()
+            victim.call("stop").result(10)
+
+        killer = threading.Thread(target=kill_once_it_serves)
+        killer.start()
+        outputs = system.generate(PROMPTS, GREEDY24)
+        killer.join(30)
+        assert served.is_set()
+        assert [tokens_of(o) for o in outputs] == expected
+
+
+def test_rows_without_a_replica_end_with_an_error_that_names_the_expert(model):
+    config = tiny_config(model, experts__actors=2, wire__deadline_s=0.5)
+    with LocalSystem(config) as system:
+        system.controller._experts["experts-0"].handle.call("stop").result(10)
+        outputs = system.generate(PROMPTS[:1], GREEDY24)[0]
+    assert outputs[-1].finish_reason == "error"
+    assert "has had no replica" in outputs[-1].error
+
+
+def test_a_request_that_cannot_be_served_is_refused_and_others_go_on(model, expected):
+    with LocalSystem(tiny_config(model)) as system:
+        with pytest.raises(RequestError, match="context"):
+            system.generate([[1] * 600], GREEDY24)
+        assert tokens_of(system.generate(PROMPTS[:1], GREEDY24)[0]) == expected[0]
+
+
+def test_a_client_learns_that_its_router_is_gone(model):
+    system = LocalSystem(tiny_config(model)).__enter__()
+
+    async def run():
+        identity = Identity("test", NODE, model_fingerprint(system.config), system.info.token)
+        client = RouterClient(system.info.routers[0], identity, system.config.wire)
+        request = GenerationRequest("x", (1, 2), SamplingParams(max_tokens=400, temperature=0, ignore_eos=True))
+        stream = client.generate(request)
+        await anext(stream)
+        stopper = asyncio.create_task(asyncio.to_thread(system.controller.stop))
+        with pytest.raises(RouterLostError, match="router-0"):
+            async for _ in stream:
+                pass
+        await stopper
+        await client.close()
+
+    asyncio.run(run())
+
+
+def test_a_stranger_is_not_served(model):
+    with LocalSystem(tiny_config(model)) as system:
+        stranger = Identity("x", NODE, model_fingerprint(system.config), b"another token")
+        with pytest.raises(AuthenticationError):
+            connect(system.info.routers[0], stranger, system.config.wire, timeout=5.0)
+
+
+def start_error(config):
+    with pytest.raises(MoerayError) as error:
+        Controller(config, LocalCluster()).start()
+    assert "\n" not in str(error.value)
+    return error
+
+
+def test_more_memory_than_there_is(model):
+    error = start_error(tiny_config(model, experts__memory_gib=0.00001))
+    assert error.type is PlacementError
+    assert "GiB" in str(error.value)
+
+
+def test_a_folder_that_is_not_there():
+    assert "absent" in str(start_error(tiny_config("/absent/model")).value)
+
+
+def test_a_truncated_file(model, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model.iterdir():
+        data = path.read_bytes()
+        (copy / path.name).write_bytes(data[:-1000] if path.suffix == ".safetensors" else data)
+    assert "model.safetensors" in str(start_error(tiny_config(copy)).value)
+
+
+def test_nothing_is_left_behind(model):
+    before = set(threading.enumerate())
+    with LocalSystem(tiny_config(model, wire__grpc=True)) as system:
+        system.generate(PROMPTS[:1], GREEDY24)
+    left = {t.name for t in threading.enumerate()} - {t.name for t in before}
+    assert not {name for name in left if not name.startswith(("asyncio", "Thread-auto_conversion"))}

@@ -1,0 +1,182 @@
+"""The engine against a real paged runner: whatever the batch, each request's tokens are those it gets alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from moeray.config import EngineConfig
+from moeray.engine.engine import Engine
+from moeray.errors import MoerayError, QueueFullError, RequestError
+from moeray.types import FinishReason, GenerationRequest, SamplingParams
+from tests.engine_support import VOCAB, HashRunner
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+
+
+def engine_of(num_blocks=64, block_size=4, eos=(), **config):
+    settings = {"block_size": block_size, "max_batch_tokens": 32, "max_running": 8, "prefill_chunk": 8} | config
+    runner = HashRunner(num_blocks, block_size, eos=eos)
+    return Engine(EngineConfig(**settings), runner), runner
+
+
+def finish(engine, tokens=None):
+    tokens = {} if tokens is None else tokens
+    ends = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason:
+                ends[output.request_id] = output.finish_reason
+        engine.check()
+    return tokens, ends
+
+
+def alone(request):
+    engine, _ = engine_of(num_blocks=256, prefix_cache=False, max_batch_tokens=512, prefill_chunk=512)
+    engine.submit(request)
+    return finish(engine)[0][request.request_id]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_lives_leave_no_block_and_change_no_token(seed):
+    rng = random.Random(seed)
+    engine, _ = engine_of(num_blocks=rng.randint(12, 40), block_size=rng.choice([1, 2, 4, 8]), max_running=5)
+    shared = [rng.randrange(VOCAB) for _ in range(24)]
+    requests, aborted, tokens = {}, set(), {}
+    limit = engine.stats().kv_blocks_total * engine._blocks.block_size
+    for step in range(200):
+        if rng.random() < 0.25 and len(requests) < 25:
+            request = _random_request(rng, f"r{step}", shared, limit)
+            if len(request.prompt_ids) < limit:
+                engine.submit(request)
+                requests[request.request_id] = request
+            else:
+                with pytest.raises(RequestError, match="context"):
+                    engine.submit(request)
+        if rng.random() < 0.05 and requests:
+            victim = rng.choice(sorted(requests))
+            if engine.abort(victim):
+                aborted.add(victim)
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        engine.check()
+    finish(engine, tokens)
+    assert engine.stats().kv_blocks_used == 0
+    for request_id, request in requests.items():
+        expected = alone(request)
+        got = tokens.get(request_id, [])
+        if request_id in aborted:
+            assert got == expected[: len(got)]
+        else:
+            longest = limit - len(request.prompt_ids)
+            assert got == expected[: min(len(expected), longest)]
+
+
+def _random_request(rng, name, shared, limit):
+    prompt = shared[: rng.randint(0, 24)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))]
+    sampling = SamplingParams(
+        max_tokens=rng.randint(1, 20), temperature=rng.choice([0.0, 0.8]), seed=rng.randrange(99),
+        top_k=rng.choice([0, 5]), top_p=rng.choice([1.0, 0.9]), presence_penalty=rng.choice([0.0, 0.5]),
+    )  # fmt: skip
+    return GenerationRequest(name, tuple(prompt), sampling)
+
+
+def test_preemption_happens_and_changes_nothing():
+    engine, _ = engine_of(num_blocks=10, block_size=4)
+    requests = [GenerationRequest(f"r{i}", tuple(range(i, i + 9)), replace(GREEDY, max_tokens=16)) for i in range(4)]
+    for request in requests:
+        engine.submit(request)
+    tokens, _ = finish(engine)
+    assert engine.stats().preemptions > 0
+    assert all(tokens[r.request_id] == alone(r) for r in requests)
+
+
+def test_a_long_prompt_does_not_stall_running_streams():
+    engine, runner = engine_of(num_blocks=2048, max_batch_tokens=512, prefill_chunk=64)
+    runner.max_context = 8000
+    engine, runner = (
+        Engine(EngineConfig(block_size=4, max_batch_tokens=512, max_running=8, prefill_chunk=64), runner),
+        runner,
+    )
+    for i in range(4):
+        engine.submit(GenerationRequest(f"short{i}", (i + 1, 2, 3), replace(GREEDY, max_tokens=200)))
+    while engine.stats().generation_tokens < 8:
+        engine.step()
+    engine.submit(GenerationRequest("long", tuple(i % VOCAB for i in range(4000)), GREEDY))
+    runner.spans.clear()
+    while engine.stats().running + engine.stats().waiting == 5 and engine.stats().prompt_tokens < 4000:
+        outputs = engine.step()
+        assert sum(len(o.token_ids) for o in outputs if o.request_id != "long") == 4
+    assert max(prefill for prefill, _ in runner.spans) <= 64
+
+
+def test_a_shared_prefix_is_computed_once():
+    engine, runner = engine_of()
+    prompt = tuple(range(33))
+    engine.submit(GenerationRequest("a", prompt, GREEDY))
+    first, _ = finish(engine)
+    computed = sum(prefill for prefill, _ in runner.spans)
+    engine.submit(GenerationRequest("b", prompt, GREEDY))
+    second, _ = finish(engine)
+    assert second["b"] == first["a"]
+    assert sum(prefill for prefill, _ in runner.spans) - computed <= 4
+    assert engine.stats().prefix_hit_tokens == 32
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 11])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_resumed_request_goes_on_as_if_nothing_had_happened(done, temperature):
+    sampling = replace(GREEDY, temperature=temperature, seed=3, frequency_penalty=0.3)
+    whole = alone(GenerationRequest("x", (4, 5, 6), sampling))
+    engine, _ = engine_of()
+    engine.submit(GenerationRequest("x", (4, 5, 6), sampling, output_ids=tuple(whole[:done]), attempt=1))
+    tokens, _ = finish(engine)
+    assert tokens["x"] == whole[done:]
+
+
+def test_an_end_token_stops_and_can_be_ignored():
+    whole = alone(GenerationRequest("x", (7, 8), GREEDY))
+    engine, _ = engine_of(eos=(whole[3],))
+    first = whole.index(whole[3])
+    engine.submit(GenerationRequest("stops", (7, 8), GREEDY))
+    engine.submit(GenerationRequest("goes on", (7, 8), replace(GREEDY, ignore_eos=True)))
+    tokens, ends = finish(engine)
+    assert tokens == {"stops": whole[: first + 1], "goes on": whole}
+    assert ends == {"stops": FinishReason.STOP, "goes on": FinishReason.LENGTH}
+
+
+def test_a_step_that_fails_can_be_run_again(monkeypatch):
+    engine, runner = engine_of()
+    engine.submit(GenerationRequest("x", tuple(range(20)), GREEDY))
+    run, calls = runner.run, []
+
+    def fails_at_first(batch):
+        calls.append(1)
+        if len(calls) % 2:
+            raise MoerayError("an expert is gone")
+        return run(batch)
+
+    monkeypatch.setattr(runner, "run", fails_at_first)
+    tokens = []
+    while engine.has_work:
+        try:
+            tokens += [t for output in engine.step() for t in output.token_ids]
+        except MoerayError:
+            engine.check()
+    assert tokens == alone(GenerationRequest("x", tuple(range(20)), GREEDY))
+
+
+def test_what_cannot_be_served_is_refused():
+    engine, _ = engine_of(num_blocks=4, block_size=4, max_waiting=1)
+    with pytest.raises(RequestError, match="16") as error:
+        engine.submit(GenerationRequest("long", tuple(range(40)), GREEDY))
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError):
+        engine.submit(GenerationRequest("empty", (), GREEDY))
+    engine.submit(GenerationRequest("a", (1,), GREEDY))
+    with pytest.raises(QueueFullError) as full:
+        engine.submit(GenerationRequest("b", (1,), GREEDY))
+    assert full.value.retry_after_s > 0
