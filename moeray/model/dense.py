@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +122,15 @@ def _open_gguf(path: Path) -> DenseModel:
         raise CheckpointError(f"file {path} is not there; check the path")
     try:
         metadata, _ = read_gguf_metadata(str(path))
-        tensors = load_gguf_state_dict(GgufHeader.from_file(str(path)))
-    except (ValueError, KeyError, IndexError) as error:
+        header = GgufHeader.from_file(str(path))
+        tensors = load_gguf_state_dict(header)
+        settings = _gguf_settings(path, metadata, tensors)
+    except (ValueError, KeyError, IndexError, struct.error) as error:
         raise CheckpointError(f"file {path} is not a GGUF that can be read ({error}); fetch it again") from error
-    settings = _gguf_settings(path, metadata, tensors)
+    size = path.stat().st_size
+    for info in header.tensors:
+        if header.data_start + info.offset + info.nbytes > size:
+            raise CheckpointError(f"file {path} is truncated within tensor {info.name}; fetch it again")
     names = {_llama_name(name): name for name in tensors}
 
     def read(name: str) -> Tensor:
@@ -136,7 +142,11 @@ def _open_gguf(path: Path) -> DenseModel:
         return tensor
 
     def save_tokenizer(out: Path) -> None:
-        PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModelError(f"the tokenizer in {path} cannot be read ({error}); give a folder") from error
+        tokenizer.save_pretrained(out)
 
     return DenseModel(str(path), settings, frozenset(names), read, save_tokenizer)
 

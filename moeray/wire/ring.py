@@ -1,7 +1,7 @@
 """Shared memory for large payloads: one ring per direction, written by the sender and read in place by the receiver.
 
-The ring is a sealed memfd: it has no name, so a kill leaves nothing behind, and nobody can shrink it under its
-reader. Its first page holds one number, how far the receiver is done; how far the sender has written travels in the frames.
+The ring is a sealed memfd: it has no name, so a kill leaves nothing behind, and nobody can shrink it under its reader.
+Its first page holds one number, how far the receiver is done; how far the sender has written travels in the frames.
 Positions only grow: position p lies at byte p % capacity. Each side mistrusts what the other writes.
 """
 
