@@ -21,6 +21,8 @@ DType = Literal["auto", "float32", "float16", "bfloat16"]
 
 _T = TypeVar("_T")
 
+_SECRETS = {("wire", "token"): "MOERAY_CLUSTER_TOKEN", ("serve", "api_key"): "MOERAY_API_KEY"}
+
 
 def _require(ok: bool, key: str, mend: str) -> None:
     if not ok:
@@ -227,6 +229,9 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         tree = _read_yaml(Path(path))
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted.split("."), value)
+    for (room, key), variable in _SECRETS.items():
+        if variable in os.environ and isinstance(tree.setdefault(room, {}), dict):
+            tree[room].setdefault(key, os.environ[variable])
     return config_from(tree)
 
 

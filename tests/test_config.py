@@ -72,3 +72,11 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="absent"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_secrets_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MOERAY_API_KEY", "from-env")
+    monkeypatch.setenv("MOERAY_CLUSTER_TOKEN", "t0ken")
+    config = load_config(None, {"serve.port": 1})
+    assert (config.serve.api_key, config.wire.token) == ("from-env", "t0ken")
+    assert load_config(None, {"serve.api_key": "given"}).serve.api_key == "given"

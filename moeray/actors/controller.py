@@ -91,7 +91,7 @@ class Controller:
     def _start(self) -> SystemInfo:
         config = self._config
         self._phase = "opening the model"
-        files = open_model(config.model, config.revision, node="the controller's node")
+        files = open_model(config.model, config.revision, node="of the controller")
         self._cluster.check(config.experts.resolved(), config.router)
         self._phase = "starting actors"
         self._start_actors()

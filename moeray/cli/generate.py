@@ -82,7 +82,11 @@ def _parse_ids(text: str, vocab_size: int) -> tuple[int, ...]:
 def _tokenizer(folder: Any, *, needed: bool) -> Any:
     from transformers import AutoTokenizer
 
-    if not needed and not any(folder.glob("tokenizer*")):
+    if not any(folder.glob("tokenizer*")):
+        if needed:
+            raise RequestError(
+                f"folder {folder} has no tokenizer files; add them, or give --prompt-ids", param="prompt"
+            )
         return None
     return AutoTokenizer.from_pretrained(folder)
 

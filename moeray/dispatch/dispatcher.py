@@ -79,13 +79,14 @@ class Dispatcher:
             version = self._view.version
             plan = plan_rows(home_ids_TK, self._view.replicas(layer), self._choose, waiting_R)
             lost = self._round(layer, home_TD, plan.shares, out_RD)
-            orphans_R = [torch.nonzero(torch.isin(home_ids_TK.reshape(-1), torch.tensor(plan.orphans))).flatten()]
+            if plan.orphans:
+                lost.append(torch.nonzero(torch.isin(home_ids_TK.reshape(-1), torch.tensor(plan.orphans))).flatten())
             if plan.orphans and not self._view.wait_change(version, give_up - self._clock()):
                 raise PlacementError(
                     f"expert {plan.orphans[0]} of layer {layer} has had no replica for {self._deadline_s:g} s; "
                     "start another expert actor (`moeray status` shows what is missing)"
                 )
-            waiting_R = torch.cat([*lost, *orphans_R]) if plan.orphans or lost else home_ids_TK.new_empty(0)
+            waiting_R = torch.cat(lost) if lost else home_ids_TK.new_empty(0)
         return out_RD.view(*home_ids_TK.shape, -1).to(x_TD.device)
 
     def _round(self, layer: int, x_TD: Tensor, shares: tuple[Share, ...], out_RD: Tensor) -> list[Tensor]:

@@ -48,14 +48,15 @@ def adjust(logits_V: Tensor, params: SamplingParams, tokens: Sequence[int], num_
     device = logits_V.device
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
-        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(bias, device=device))
+        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(bias, dtype=torch.float32, device=device))
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(tokens)), device=device)
         old, by = logits_V[seen], params.repetition_penalty
         logits_V[seen] = torch.where(old > 0, old / by, old * by)
     if (params.presence_penalty or params.frequency_penalty) and len(tokens) > num_prompt:
-        seen, counts = torch.tensor(tokens[num_prompt:], device=device).unique(return_counts=True)  # type: ignore[no-untyped-call]
-        logits_V[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(tokens[num_prompt:])
+        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+        logits_V[torch.tensor(list(counts), device=device)] -= torch.tensor(penalties, device=device)
 
 
 def draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Sequence[float]) -> list[int]:

@@ -153,6 +153,8 @@ class WeightMap:
         """Expert `expert`'s slice of the fused parameter `name`. Raises CheckpointError."""
         recipe = self._experts[name]
         row = None if recipe.merges else expert
+        if row is not None:
+            self._check_rows(recipe, name)
         weights = {
             pattern: read_stored(self._checkpoint, self._stored[keys[expert] if recipe.merges else keys[0]], row)
             for pattern, keys in recipe.sources.items()
@@ -184,6 +186,15 @@ class WeightMap:
                 "placed one by one"
             )
         return made[0]
+
+    def _check_rows(self, recipe: Recipe, name: str) -> None:
+        stored = self._stored[recipe.tensors[0]]
+        shape = stored_shape(self._checkpoint, stored)
+        if not shape or shape[0] != self._counts[name]:
+            raise CheckpointError(
+                f"tensor {stored.weight} {list(shape)} in file {self._checkpoint.file_of(stored.weight)} is not of the "
+                f"{self._counts[name]} experts that the config wants; use the checkpoint's own config.json"
+            )
 
     def _refuse_shape(self, recipe: Recipe, name: str, expert: int) -> None:
         keys = [k[expert] if recipe.merges else k[0] for k in recipe.sources.values()]

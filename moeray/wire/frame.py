@@ -147,7 +147,9 @@ def flatten(tensors: Sequence[torch.Tensor]) -> tuple[list[Bytes], int]:
             raise _refusal(tensor)
         if tensor.dim() > MAX_DIMS:
             raise WireError(f"a tensor of {tensor.dim()} dimensions is over the wire's {MAX_DIMS}; flatten it")
-        chunk = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        # A contiguous tensor of one element may still have any stride, which a byte view would refuse.
+        flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+        chunk = flat.view(torch.uint8).numpy()
         chunks.append(chunk)
         total += aligned(chunk.nbytes)
     return chunks, total

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping
+from transformers.core_model_loading import Interleave, Transpose, WeightConverter, WeightRenaming
 
+from moeray.errors import UnsupportedModelError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.family import load_family
 from moeray.model.formats import Fp8Block, Mxfp4, Plain
@@ -176,3 +179,38 @@ def test_experts_slices_move_to_a_device(tmp_path: Path) -> None:
     tensor = weights.expert("model.layers.0.mlp.experts.down_proj", 1)
     assert torch.equal(tensor.to(torch.device("cpu")).dense(torch.float32), tensor.dense(torch.float32))
     assert tensor.to(torch.device("meta")).dense(torch.bfloat16).device.type == "meta"
+
+
+@pytest.fixture
+def fused_mixtral_mapping(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Until the test ends, Mixtral's experts lie in its checkpoints as the parametrised operations undo."""
+    known = conversion_mapping.get_checkpoint_conversion_mapping("mixtral")
+    entries = [WeightRenaming(".block_sparse_moe.", ".mlp.")]
+    for name in ("gate_up_proj", "down_proj"):
+        entries.append(WeightConverter(f"mlp.experts.{name}", f"mlp.experts.{name}", list(request.param)))
+    conversion_mapping.register_checkpoint_conversion_mapping("mixtral", entries, overwrite=True)
+    yield
+    conversion_mapping.register_checkpoint_conversion_mapping("mixtral", known, overwrite=True)
+    conversion_mapping.USER_REGISTERED_MAPPINGS.discard("mixtral")
+
+
+@pytest.mark.parametrize(
+    "fused_mixtral_mapping",
+    [[Transpose(1, 2)], [Transpose(1, 2, check_dims=True)], [Interleave(dim=1)]],
+    indirect=True,
+    ids=["transpose", "transpose-if-needed", "interleave"],
+)
+@pytest.mark.usefixtures("fused_mixtral_mapping")
+def test_any_other_chain_of_operations(tmp_path: Path) -> None:
+    path = make_tiny("mixtral", tmp_path, intermediate_size=64)  # so that down_proj is square
+    assert "model.layers.0.block_sparse_moe.experts.gate_up_proj" in load_file(path / "model.safetensors")
+    assert_same(path, path)
+
+
+@pytest.mark.parametrize("fused_mixtral_mapping", [[Transpose(0, 1)]], indirect=True, ids=["across-experts"])
+@pytest.mark.usefixtures("fused_mixtral_mapping")
+def test_a_chain_that_mixes_experts_is_refused(tmp_path: Path) -> None:
+    path = make_tiny("mixtral", tmp_path, hidden_size=8, intermediate_size=EXPERTS, num_attention_heads=2, head_dim=4)
+    _, weights, _ = opened(path)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj: transformers' conversion .* mixes experts"):
+        weights.expert("model.layers.0.mlp.experts.down_proj", 0)

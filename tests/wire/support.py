@@ -1,0 +1,113 @@
+"""Two ends of a channel in one process, and a peer in another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from time import monotonic
+
+from moeray.config import WireConfig
+from moeray.errors import ChannelClosedError
+from moeray.types import Address
+from moeray.wire.channel import Channel, Identity, Listener, connect
+from moeray.wire.frame import Frame, Op
+
+SERVER = "expert-0"
+KINDS = ("unix", "grpc")
+SMALL = WireConfig(send_timeout_s=10.0, handshake_timeout_s=5.0, shared_memory_bytes=1 << 20)
+
+
+def identity(actor: str = SERVER, node: str = "here", fingerprint: str = "model", token: bytes = b"secret") -> Identity:
+    return Identity(actor, node, fingerprint, token)
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether the condition comes true in time (for what the kernel or gRPC ends behind our back)."""
+    deadline, never = monotonic() + seconds, threading.Event()
+    while not holds():
+        if monotonic() > deadline:
+            return False
+        never.wait(0.01)
+    return True
+
+
+class Host:
+    """A listener whose channels are handed to the test; it keeps each until the channel is closed."""
+
+    def __init__(self, folder: Path, wire: WireConfig = SMALL) -> None:
+        self.wire = wire
+        self.channels: SimpleQueue[Channel] = SimpleQueue()
+        self._done = threading.Event()
+        self.listener = Listener(identity(), wire, self._handle, folder)
+        self.address = self.listener.start()
+
+    def _handle(self, channel: Channel) -> None:
+        self.channels.put(channel)
+        self._done.wait()
+
+    def dial(self, kind: str, actor: str = "router-0", **other: object) -> Channel:
+        """Only the connecting end."""
+        me = identity(actor, "here" if kind == "unix" else "there", **other)
+        return connect(self.address, me, self.wire, timeout=10.0)
+
+    def pair(self, kind: str) -> tuple[Channel, Channel]:
+        """The connecting and the listening end of a new channel."""
+        near = self.dial(kind)
+        return near, self.channels.get(timeout=10.0)
+
+    def close(self) -> None:
+        self._done.set()
+        self.listener.close(20.0)
+
+
+def echo(channel: Channel) -> None:
+    """Answer each frame with its own tensors until the peer leaves."""
+    with suppress(ChannelClosedError):
+        while True:
+            frame = channel.recv()
+            channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, frame.meta, frame.tensors))
+
+
+class OtherProcess:
+    """An echoing listener in a process of its own, to be killed or stopped."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "tests.wire.support", str(folder)]
+        root = Path(__file__).parents[2]
+        self.process = subprocess.Popen(
+            command,
+            cwd=root,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        unix, grpc = self.process.stdout.readline().split()
+        self.address = Address(SERVER, "here", unix, grpc)
+
+    def dial(self, kind: str, wire: WireConfig = SMALL) -> Channel:
+        me = identity("router-0", "here" if kind == "unix" else "there")
+        return connect(self.address, me, wire, timeout=20.0)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def main(folder: str) -> None:
+    listener = Listener(identity(), SMALL, echo, Path(folder))
+    address = listener.start()
+    print(address.unix, address.grpc, flush=True)
+    sys.stdin.read()
+    listener.close(5.0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
