@@ -38,7 +38,7 @@ def message(frame: Frame) -> bytes:
 
 def same(sent: torch.Tensor, got: torch.Tensor) -> bool:
     """Equal to the bit: NaN and float8, which have no equality of their own, included."""
-    flat = [x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (sent, got)]
+    flat = [torch.empty(x.shape, dtype=x.dtype).copy_(x.detach()).view(-1).view(torch.uint8) for x in (sent, got)]
     return sent.dtype == got.dtype and sent.shape == got.shape and torch.equal(*flat)
 
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_sent_is_refused_by_name(frame, named):
         raw(with_field(5, [])),
         raw(with_field(5, {1: 2})),
         raw(with_field(5, msgpack.ExtType(5, b"x"))),
-        raw(with_field(6, [[5]])),
+        raw(with_field(6, [[17]])),
         raw(with_field(6, [[-4]])),
         raw(with_field(6, [[-2, -2]])),
         raw(with_field(6, [[1 << 62, 4, 4]])),

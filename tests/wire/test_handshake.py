@@ -1,0 +1,238 @@
+"""Who is let in: proofs that cannot be replayed or reflected, and refusals that say why."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+
+import grpc
+import msgpack
+import pytest
+
+from moeray.config import WireConfig
+from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.types import Address
+from moeray.wire.base import UNAUTHENTICATED
+from moeray.wire.channel import connect
+from moeray.wire.frame import PREFIX, Frame, Op, aligned, decode, encode
+from moeray.wire.grpc_stream import FRAME_KEY, GREET, SERVICE, STREAM
+from moeray.wire.guests import MAX_UNAUTHENTICATED
+from moeray.wire.handshake import Acceptor, Connector
+from tests.wire.support import KINDS, SERVER, SMALL, Host, eventually, identity
+
+CLIENT = identity("router-0")
+
+
+def greet() -> tuple[Connector, Acceptor, Frame]:
+    connector, acceptor = Connector(CLIENT, SERVER), Acceptor(identity())
+    return connector, acceptor, acceptor.welcome(connector.hello())
+
+
+def of_version(version: int) -> bytes:
+    """A message as another release of moeray would greet with."""
+    header = msgpack.packb([version, "whatever it has"])
+    return PREFIX.pack(len(header), 0) + header + bytes(aligned(8 + len(header)) - 8 - len(header))
+
+
+def test_both_sides_prove_themselves():
+    connector, acceptor, welcome = greet()
+    assert acceptor.check(connector.prove(welcome)) == "router-0"
+
+
+def test_a_replayed_proof_fails():
+    connector, _, welcome = greet()
+    proof = connector.prove(welcome)
+    later = Acceptor(identity())
+    later.welcome(connector.hello())
+    with pytest.raises(AuthenticationError):
+        later.check(proof)
+    again = Connector(CLIENT, SERVER)
+    with pytest.raises(AuthenticationError, match="token"):
+        again.prove(welcome)
+
+
+def test_a_reflected_proof_fails():
+    _, acceptor, welcome = greet()
+    with pytest.raises(AuthenticationError):
+        acceptor.check(Frame(Op.PROOF, meta={"proof": welcome.meta["proof"], "nonce": welcome.meta["nonce"]}))
+
+
+@pytest.mark.parametrize("meta", [{}, {"proof": 1}, {"proof": b"short"}, {"proof": bytes(32)}])
+def test_a_poor_proof_fails(meta):
+    _, acceptor, _ = greet()
+    with pytest.raises(AuthenticationError):
+        acceptor.check(Frame(Op.PROOF, meta=meta))
+    with pytest.raises(AuthenticationError):
+        Acceptor(identity()).check(Frame(Op.PROOF, meta=meta))
+
+
+@pytest.mark.parametrize("meta", [{}, {"actor": 5}, {"actor": "a", "fingerprint": "model"}, {"actor": "a" * 600}])
+def test_a_poor_greeting_fails(meta):
+    with pytest.raises(AuthenticationError):
+        Acceptor(identity()).welcome(Frame(Op.HELLO, meta=meta))
+    with pytest.raises(AuthenticationError):
+        Connector(CLIENT, SERVER).prove(Frame(Op.WELCOME, meta=meta))
+    with pytest.raises(AuthenticationError):
+        Connector(CLIENT, SERVER).prove(Frame(Op.RESULT, meta=meta))
+
+
+def test_an_actor_at_anothers_address_is_refused():
+    connector, acceptor = Connector(CLIENT, "expert-7"), Acceptor(identity())
+    with pytest.raises(AuthenticationError, match="expert-0 answered at the address of expert-7"):
+        connector.prove(acceptor.welcome(connector.hello()))
+
+
+def test_an_empty_token_is_refused():
+    with pytest.raises(AuthenticationError, match="MOERAY_CLUSTER_TOKEN"):
+        identity(token=b"")
+
+
+@pytest.mark.parametrize(("other", "named"), [({"token": b"x"}, "token"), ({"fingerprint": "x"}, "another model")])
+def test_a_stranger_is_refused_and_others_are_served(host, kind, other, named):
+    with pytest.raises(AuthenticationError, match=named):
+        host.dial(kind, **other)
+    near, far = host.pair(kind)
+    near.send(Frame(Op.PING, 1))
+    assert far.recv(5.0).id == 1
+    assert host.channels.empty()
+    near.close()
+
+
+def test_the_secret_is_not_printed():
+    assert "secret" not in repr(identity())
+
+
+def test_a_listener_of_another_version_is_named(folder):
+    path = str(folder / "old.sock")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+
+        def answer() -> None:
+            sock, _ = listening.accept()
+            with sock:
+                sock.recv(4096)
+                sock.sendall(of_version(2))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        with pytest.raises(AuthenticationError, match="version 2"):
+            connect(Address(SERVER, "here", path, None), CLIENT, SMALL, timeout=5.0)
+        answering.join()
+
+
+def test_a_connector_of_another_version_is_told_so(host):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5.0)
+        sock.connect(host.address.unix)
+        sock.sendall(of_version(2))
+        assert decode(sock.recv(4096), UNAUTHENTICATED).meta == {"reason": "version"}
+        assert sock.recv(1) == b""
+    host.dial("unix").close()
+
+
+def greet_by_grpc(address: Address, message: bytes) -> Frame:
+    with grpc.insecure_channel(address.grpc) as connection:
+        call = connection.stream_stream(f"/{SERVICE}/{GREET}")(iter(()), metadata=((FRAME_KEY, message),), timeout=5.0)
+        assert list(call) == []
+        return decode(dict(call.initial_metadata())[FRAME_KEY], UNAUTHENTICATED)
+
+
+@pytest.mark.parametrize(("message", "reason"), [(of_version(2), "version"), (b"noise", "greeting")])
+def test_grpc_greetings_of_others_are_refused(host, message, reason):
+    assert greet_by_grpc(host.address, message).meta == {"reason": reason}
+    host.dial("grpc").close()
+
+
+@pytest.mark.parametrize("metadata", [(), ((FRAME_KEY, b"x"),), "proof"])
+def test_a_grpc_stream_without_proof_is_refused_before_its_messages_are_read(host, metadata):
+    if metadata == "proof":
+        metadata = ((FRAME_KEY, b"".join(encode(Frame(Op.PROOF, meta={"nonce": bytes(32)}), UNAUTHENTICATED))),)
+    with grpc.insecure_channel(host.address.grpc) as connection:
+        stream = connection.stream_stream(f"/{SERVICE}/{STREAM}")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream(iter([b"x" * 1000]), metadata=metadata, timeout=5.0))
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert host.channels.empty()
+
+
+@pytest.mark.parametrize("data", [struct.pack("<II", 5000, 0), struct.pack("<II", 50, 64), b"GET / HTTP/1.1\r\n\r\n"])
+def test_an_unproven_peer_gets_tiny_limits(host, data):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5.0)
+        sock.connect(host.address.unix)
+        sock.sendall(data)
+        try:
+            assert sock.recv(1) == b""
+        except ConnectionResetError:
+            pass
+    host.dial("unix").close()
+
+
+def test_silent_peers_are_dropped_and_bounded(folder):
+    host = Host(folder, WireConfig(handshake_timeout_s=0.5))
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(MAX_UNAUTHENTICATED + 8)]
+    for sock in silent:
+        sock.settimeout(10.0)
+        sock.connect(host.address.unix)
+    for sock in silent:  # the first are dropped at the deadline, those over the bound at once
+        assert sock.recv(1) == b""
+        sock.close()
+    near, _ = host.pair("unix")
+    near.close()
+    host.close()
+
+
+def test_descriptors_from_an_unproven_peer_are_not_kept(host):
+    before = len(os.listdir("/proc/self/fd"))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5.0)
+        sock.connect(host.address.unix)
+        socket.send_fds(sock, [of_version(2)], [0, 0, 0])
+        sock.recv(4096)
+    assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_a_full_listener_says_so(folder, kind):
+    host = Host(folder, WireConfig(max_channels=2))
+    pairs = [host.pair(kind) for _ in range(2)]
+    with pytest.raises(ChannelClosedError, match=r"wire\.max_channels"):
+        host.dial(kind)
+    pairs[0][0].close()
+    host.close()
+    for near, _ in pairs:
+        near.close()
+
+
+@pytest.mark.parametrize("chosen", KINDS)
+def test_nobody_there_is_a_closed_channel(folder, chosen):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = Address(
+            SERVER,
+            "here" if chosen == "unix" else "there",
+            str(folder / "no.sock"),
+            f"127.0.0.1:{free.getsockname()[1]}",
+        )
+        with pytest.raises(ChannelClosedError, match=SERVER):
+            connect(address, CLIENT, SMALL, timeout=5.0)
+
+
+@pytest.mark.parametrize(("node", "named"), [("here", "unix socket"), ("there", "gRPC port")])
+def test_a_missing_way_is_named(node, named):
+    with pytest.raises(WireError, match=named):
+        connect(Address(SERVER, node, None, None), CLIENT, SMALL, timeout=1.0)
+
+
+@pytest.mark.parametrize("chosen", KINDS)
+def test_a_listener_that_never_answers_is_a_timeout(folder, chosen):
+    family = socket.AF_UNIX if chosen == "unix" else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.bind(str(folder / "mute.sock") if chosen == "unix" else ("127.0.0.1", 0))
+        listening.listen()
+        port = None if chosen == "unix" else f"127.0.0.1:{listening.getsockname()[1]}"
+        node = "here" if chosen == "unix" else "there"
+        with pytest.raises((ChannelTimeoutError, ChannelClosedError)):
+            connect(Address(SERVER, node, str(folder / "mute.sock"), port), CLIENT, SMALL, timeout=0.5)

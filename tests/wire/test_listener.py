@@ -1,0 +1,208 @@
+"""The listener: a private socket, its neighbours' sockets, TLS, and handlers that fail."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moeray.config import WireConfig
+from moeray.errors import ChannelClosedError, ConfigError, WireError
+from moeray.wire.channel import Listener, connect
+from moeray.wire.frame import Frame, Op
+from tests.wire.support import SMALL, Host, echo, identity
+
+UNIX_ONLY = replace(SMALL, grpc=False)
+
+# Made for this test alone, for 127.0.0.1; it protects nothing.
+CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBlDCCATqgAwIBAgIUdYoK8LUYuBGxUhv0JM7pknnQ88swCgYIKoZIzj0EAwIw
+FjEUMBIGA1UEAwwLbW9lcmF5LXRlc3QwIBcNMjYxMTI0MDE0NDUyWhgPMjEyNjEw
+MzEwMTQ0NTJaMBYxFDASBgNVBAMMC21vZXJheS10ZXN0MFkwEwYHKoZIzj0CAQYI
+KoZIzj0DAQcDQgAEe5jhtJ+17LPzAdsba8MnxOcwy7JqYYlKb7+JFTxAFfn+3RZl
+ZZTnu9NU1/UyacuLOCE+lAQFrbh2Ai+hpdLjR6NkMGIwHQYDVR0OBBYEFEdfTGIl
+JR5MT+MXc5YjIFTalEe2MB8GA1UdIwQYMBaAFEdfTGIlJR5MT+MXc5YjIFTalEe2
+MA8GA1UdEQQIMAaHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAKBggqhkjOPQQDAgNI
+ADBFAiB13pJKazIGTmUWOKVCc+AOKSTqFqiKCP3ea60ovrl0/AIhAK2DZfwVknAm
+L1Uf9xSeXRxsnaErhjBUzuMgSKpOf2iM
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgOSeIxnLfTqQgN84/
+/ifpDOXDd99/vsmScH/ARcBfaqShRANCAAR7mOG0n7Xss/MB2xtrwyfE5zDLsmph
+iUpvv4kVPEAV+f7dFmVllOe701TX9TJpy4s4IT6UBAWtuHYCL6Gl0uNH
+-----END PRIVATE KEY-----
+"""
+
+
+def listener(folder: Path, wire: WireConfig = UNIX_ONLY) -> Listener:
+    return Listener(identity(), wire, echo, folder)
+
+
+def test_the_socket_and_its_folder_are_private(folder):
+    mine = listener(folder / "run")
+    address = mine.start()
+    assert stat.S_IMODE(os.stat(address.unix).st_mode) == 0o600
+    assert stat.S_IMODE((folder / "run").stat().st_mode) == 0o700
+    assert address.grpc is None
+    mine.close(5.0)
+    assert not Path(address.unix).exists()
+    mine.close(5.0)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_an_open_folder_is_refused(folder, mode):
+    folder.chmod(mode)
+    with pytest.raises(WireError, match="chmod 700"):
+        listener(folder).start()
+    folder.chmod(0o700)
+
+
+def test_a_link_in_place_of_the_folder_is_refused(folder):
+    (folder / "real").mkdir(mode=0o700)
+    (folder / "link").symlink_to(folder / "real")
+    with pytest.raises(WireError, match="not a folder"):
+        listener(folder / "link").start()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(folder):
+    (folder / "theirs").mkdir(mode=0o700)
+    os.chown(folder / "theirs", 12345, 12345)
+    with pytest.raises(WireError, match="belongs to user 12345"):
+        listener(folder / "theirs").start()
+
+
+def test_too_long_a_path_is_named(folder):
+    with pytest.raises(WireError, match="limit is 107"):
+        listener(folder / ("x" * 100)).start()
+
+
+def test_the_socket_of_a_dead_process_is_replaced(folder):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / "expert-0.sock"))
+    mine = listener(folder)
+    address = mine.start()
+    connect(address, identity("router-0"), UNIX_ONLY, timeout=5.0).close()
+    mine.close(5.0)
+
+
+def test_a_live_neighbour_is_not_replaced(folder):
+    first, second = listener(folder), listener(folder)
+    address = first.start()
+    with pytest.raises(WireError, match="another live actor"):
+        second.start()
+    second.close(1.0)
+    connect(address, identity("router-0"), UNIX_ONLY, timeout=5.0).close()
+    first.close(5.0)
+
+
+def test_a_file_in_the_way_is_not_removed(folder):
+    (folder / "expert-0.sock").write_text("mine")
+    with pytest.raises(WireError, match="not a socket"):
+        listener(folder).start()
+    assert (folder / "expert-0.sock").read_text() == "mine"
+
+
+def test_a_successors_socket_is_left_alone(folder):
+    first = listener(folder)
+    path = Path(first.start().unix)
+    path.unlink()
+    second = listener(folder)
+    address = second.start()
+    first.close(5.0)
+    connect(address, identity("router-0"), UNIX_ONLY, timeout=5.0).close()
+    second.close(5.0)
+
+
+def test_a_handler_that_fails_ends_only_its_channel(folder, kind, caplog):
+    calls = threading.Semaphore(0)
+
+    def handler(channel) -> None:
+        if channel.recv(5.0).op is Op.ABORT:
+            raise KeyError("a fault of the handler")
+        calls.release()
+
+    mine = Listener(identity(), SMALL, handler, folder)
+    address = mine.start()
+    me = identity("router-0", "here" if kind == "unix" else "there")
+    bad, good = (connect(address, me, SMALL, timeout=5.0) for _ in range(2))
+    bad.send(Frame(Op.ABORT))
+    with pytest.raises(ChannelClosedError):
+        bad.recv(5.0)
+    good.send(Frame(Op.PING))
+    assert calls.acquire(timeout=5.0)
+    assert "router-0 failed" in caplog.text
+    for channel in (bad, good):
+        channel.close()
+    mine.close(10.0)
+
+
+def test_a_handler_runs_in_a_named_thread(folder, kind):
+    names = []
+
+    def handler(channel) -> None:
+        names.append(threading.current_thread().name)
+        channel.send(Frame(Op.PONG))
+
+    mine = Listener(identity(), SMALL, handler, folder)
+    channel = connect(mine.start(), identity("router-0", "here" if kind == "unix" else "there"), SMALL, timeout=5.0)
+    assert channel.recv(5.0).op is Op.PONG
+    assert names == [f"wire-{kind}-router-0"]
+    channel.close()
+    mine.close(10.0)
+
+
+def test_a_handler_that_does_not_end_is_named(folder):
+    entered, end = threading.Event(), threading.Event()
+
+    def handler(channel) -> None:
+        entered.set()
+        end.wait()
+
+    mine = Listener(identity(), UNIX_ONLY, handler, folder)
+    channel = connect(mine.start(), identity("router-0"), UNIX_ONLY, timeout=5.0)
+    assert entered.wait(5.0)
+    with pytest.raises(WireError, match="wire-unix-router-0 did not end"):
+        mine.close(0.1)
+    end.set()
+    channel.close()
+
+
+def test_a_host_that_is_not_ours_is_named(folder):
+    with pytest.raises(WireError, match=r"wire\.host 192\.0\.2\.7"):
+        listener(folder, replace(SMALL, host="192.0.2.7")).start()
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
+def tls(folder) -> WireConfig:
+    (folder / "cert.pem").write_text(CERT)
+    (folder / "key.pem").write_text(KEY)
+    return replace(SMALL, tls_cert=str(folder / "cert.pem"), tls_key=str(folder / "key.pem"))
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_tls(folder, tls, mutual):
+    wire = replace(tls, tls_ca=tls.tls_cert) if mutual else tls
+    host = Host(folder, wire)
+    near, far = host.pair("grpc")
+    near.send(Frame(Op.PING, 3))
+    assert far.recv(5.0).id == 3
+    host.wire = SMALL
+    with pytest.raises(ChannelClosedError):
+        host.dial("grpc")  # in the clear
+    near.close()
+    host.close()
+
+
+def test_a_missing_tls_file_is_named(folder, tls):
+    with pytest.raises(ConfigError, match="tls_key"):
+        listener(folder, replace(tls, tls_key=str(folder / "no.pem"))).start()
