@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,10 +14,14 @@ from ray import serve
 
 from moeray.cluster.ray import start_controller, unwrapped
 from moeray.config import Config, load_config
-from moeray.errors import ConfigError
+from moeray.errors import ConfigError, MoerayError
 from moeray.logs import setup_logging
 from moeray.serve.openai import create_app
 from moeray.serve.system import SystemBackend
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 3600.0
 
 
 class RayPort:
@@ -51,12 +56,24 @@ class Ingress:
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             backend.start()
+            warming = asyncio.create_task(warm_up(app, backend))
             yield
+            warming.cancel()
+            await asyncio.gather(warming, return_exceptions=True)
             await backend.close()
 
         app = create_app(backend, self._config)
         app.router.lifespan_context = lifespan
         return app
+
+
+async def warm_up(app: FastAPI, backend: SystemBackend) -> None:
+    """Load the tokenizer once the system is ready, so that the first request does not wait for it."""
+    try:
+        await backend.ready(START_TIMEOUT_S)
+        await app.state.endpoint.warm_up()
+    except MoerayError as error:
+        log.error("%s", error)
 
 
 def application(config: Config) -> serve.Application:

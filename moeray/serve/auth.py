@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import hmac
-import os
 from collections.abc import Callable
 
 from fastapi import Request
 
-from moeray.config import ServeConfig
 from moeray.serve.errors import ApiError
-
-API_KEY_VARIABLE = "MOERAY_API_KEY"
-
-
-def api_key_of(config: ServeConfig) -> str | None:
-    """The configured key, else the environment's; None leaves the endpoint open."""
-    return config.api_key or os.environ.get(API_KEY_VARIABLE) or None
 
 
 def require_key(key: str | None) -> Callable[[Request], None]:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from moeray.config import Config
-from moeray.serve.auth import api_key_of, require_key
+from moeray.serve.auth import require_key
 from moeray.serve.backend import Backend, ModelInfo
 from moeray.serve.body import read_json
 from moeray.serve.chat import chat_events, plain_chat
@@ -64,7 +64,7 @@ def _open_routes(endpoint: Endpoint) -> APIRouter:
 
 
 def _key_routes(endpoint: Endpoint, config: Config) -> APIRouter:
-    routes = APIRouter(dependencies=[Depends(require_key(api_key_of(config.serve)))])
+    routes = APIRouter(dependencies=[Depends(require_key(config.serve.api_key))])
     routes.add_api_route("/status", endpoint.status, methods=["GET"])
     routes.add_api_route("/v1/models", endpoint.models, methods=["GET"])
     routes.add_api_route("/v1/models/{model_id:path}", endpoint.model, methods=["GET"])

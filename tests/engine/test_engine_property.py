@@ -68,6 +68,7 @@ class World:
         self.live: dict[str, GenerationRequest] = {}
         self.collected = Collected()
         self.refused = 0
+        self.streaming: set[str] = set()
 
     def arrive(self, number: int) -> None:
         request = _request(self.rng, number, self.prefixes, self.limit)
@@ -99,14 +100,21 @@ class World:
         self.engine.check()
         for batch in self.runner.batches[before:]:
             self.check_budget(batch)
+        if outputs:
+            self.streaming = {output.request_id for output in outputs if output.finish_reason is None}
 
     def check_budget(self, batch) -> None:
-        prefill = sum(entry.count for entry in batch.entries if entry.count > 1)
-        decodes = sum(entry.count == 1 and entry.samples and entry.seq.num_output > 0 for entry in batch.entries)
+        """While a sequence streams (it got a token from the step before), prefills stay within their chunk."""
+        decodes = [entry for entry in batch.entries if entry.seq.request_id in self.streaming]
         assert batch.num_tokens <= self.config.max_batch_tokens
         assert len(batch.entries) <= self.config.max_running
+        assert all(entry.count == 1 for entry in decodes)
         if decodes:
-            assert prefill <= max(self.config.prefill_chunk, 1)
+            assert batch.num_tokens - len(decodes) <= self.config.prefill_chunk + self.resumed_decodes(batch)
+
+    def resumed_decodes(self, batch) -> int:
+        """One-token spans that are no stream yet: a failed step's, or a prompt that the prefix cache holds but for one."""
+        return sum(entry.count == 1 and entry.seq.request_id not in self.streaming for entry in batch.entries)
 
     def run(self, requests: int) -> None:
         number = 0

@@ -242,13 +242,6 @@ def test_api_key(backend):
             ai.models.list()
 
 
-def test_api_key_from_the_environment(backend, monkeypatch):
-    monkeypatch.setenv("MOERAY_API_KEY", "from-env")
-    with serving(backend) as url:
-        error_of(httpx.get(f"{url}/v1/models"), 401)
-        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "bearer from-env"}).status_code == 200
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("refusal", "status", "retry_after"),

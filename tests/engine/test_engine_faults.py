@@ -1,0 +1,77 @@
+"""One bad request among good ones, and what a wrong request is told."""
+
+import pytest
+
+from moeray.config import EngineConfig
+from moeray.engine.engine import Engine
+from moeray.errors import RequestError
+from moeray.types import FinishReason, GenerationRequest, SamplingParams
+from tests.engine.history_runner import VOCAB, HistoryRunner, alone, drain
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+def engine_of(**runner):
+    return Engine(EngineConfig(block_size=4, max_running=4, max_batch_tokens=32), HistoryRunner(32, 4, 100, **runner))
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone():
+    engine = engine_of(poison=VOCAB - 1)
+    good = GenerationRequest("good", (1, 2, 3), GREEDY)
+    engine.submit(good)
+    engine.submit(GenerationRequest("bad", (*range(1, 9), VOCAB - 1), GREEDY, attempt=3))
+    failures = []
+    while not failures:
+        failures = [output for output in engine.step() if output.error]
+    assert [(f.request_id, f.attempt, f.finish_reason) for f in failures] == [("bad", 3, FinishReason.ERROR)]
+    assert "bad" in failures[0].error
+    rest = drain(engine)
+    assert rest.tokens["good"] == alone(good, 100)[0][-len(rest.tokens["good"]) :]
+    assert engine.stats().generation_tokens == 6
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_the_prefix_of_a_failed_request_is_not_shared():
+    engine = engine_of(poison=VOCAB - 1)
+    prompt = tuple(range(1, 17))
+    engine.submit(GenerationRequest("first", prompt, GREEDY))
+    drain(engine)
+    engine.submit(GenerationRequest("bad", (*prompt, VOCAB - 1), GREEDY))
+    assert drain(engine).reasons == {"bad": FinishReason.ERROR}
+    hits = engine.stats().prefix_hit_tokens
+    again = GenerationRequest("again", prompt, GREEDY)
+    engine.submit(again)
+    assert drain(engine).tokens["again"] == alone(again, 100)[0]
+    assert engine.stats().prefix_hit_tokens == hits == 16
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (GenerationRequest("a", ()), "prompt"),
+        (GenerationRequest("a", (1, VOCAB)), "prompt"),
+        (GenerationRequest("a", (-1,)), "prompt"),
+        (GenerationRequest("a", (1,), output_ids=(VOCAB,)), "output_ids"),
+        (GenerationRequest("a", (1,), SamplingParams(logit_bias=((VOCAB, 1.0),))), "logit_bias"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_refused(request_, param):
+    engine = engine_of()
+    with pytest.raises(RequestError) as refused:
+        engine.submit(request_)
+    assert refused.value.param == param
+    assert not engine.has_work
+
+
+def test_stats_count_what_happened():
+    engine = engine_of()
+    for name in ("a", "b"):
+        engine.submit(GenerationRequest(name, tuple(range(1, 14)), GREEDY))
+        assert engine.stats().waiting == 1
+        drain(engine)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.kv_blocks_total) == (0, 0, 0, 32)
+    assert (stats.prompt_tokens, stats.generation_tokens) == (26, 12)
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (26, 12)
+    assert stats.steps == 12
+    assert stats.step_seconds_total >= stats.last_step_seconds > 0.0
