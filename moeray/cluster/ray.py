@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from moeray.actors.controller import Controller
 from moeray.actors.expert import ExpertActor
 from moeray.actors.router import RouterActor
-from moeray.actors.spec import ActorSpec
+from moeray.actors.spec import ActorSpec, model_fingerprint
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError
@@ -129,6 +129,7 @@ class ControllerProcess:
 
     def __init__(self, config: Config) -> None:
         setup_logging(config.log_format)
+        self._config = config
         self._controller = Controller(config, RayCluster())
         self._renewed = time.monotonic()
         self._ended = threading.Event()
@@ -149,10 +150,22 @@ class ControllerProcess:
                 self.stop()
                 ray.actor.exit_actor()
 
-    def renew(self) -> dict[str, Any]:
-        """Keep the system alive for another lease; its state."""
+    def renew(self, config: Config) -> dict[str, Any]:
+        """Keep the system alive for another lease; its state.
+
+        `config` is the caller's: a system that failed to start gives way to one with another config (status "gone"),
+        one that lives with another model does not: MoerayError.
+        """
+        state = self._controller.state()
+        if config != self._config and state["status"] == "failed":
+            return {"status": "gone", "detail": state["detail"], "info": None}
+        if model_fingerprint(config) != model_fingerprint(self._config):
+            raise MoerayError(
+                f"a system named {config.serve.name!r} already serves {self._config.model} in this Ray cluster; "
+                "stop it, or choose another serve.name"
+            )
         self._renewed = time.monotonic()
-        return self._controller.state()
+        return state
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._controller, method)(*args)

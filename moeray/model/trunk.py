@@ -90,7 +90,7 @@ class Trunk:
         model, info = trunk_class.from_pretrained(
             None,
             config=config,
-            state_dict=weights.trunk_state_dict(),
+            state_dict=weights.trunk_state_dict(dtype),
             dtype=dtype,
             device_map={"": str(device)} if device.type != "cpu" else None,
             output_loading_info=True,

@@ -32,8 +32,12 @@ class RayPort:
 
     async def renew(self) -> dict[str, Any]:
         actor = await asyncio.to_thread(start_controller, self._config)
-        future = unwrapped(actor.renew.remote().future(), "the controller")
-        return dict(await asyncio.wait_for(asyncio.wrap_future(future), 60.0))
+        future = unwrapped(actor.renew.remote(self._config).future(), "the controller")
+        state = dict(await asyncio.wait_for(asyncio.wrap_future(future), 60.0))
+        if state["status"] == "gone":
+            await asyncio.to_thread(ray.kill, actor)
+            return {"status": "loading", "detail": "starting again with a new config", "info": None}
+        return state
 
     async def call(self, method: str, *args: Any) -> Any:
         actor = await asyncio.to_thread(start_controller, self._config)

@@ -73,7 +73,7 @@ class SystemBackend:
         return self._model
 
     async def _follow(self) -> None:
-        while True:
+        while self._state.status != "failed":
             await self._look()
             await asyncio.sleep(POLL_LOADING_S if self._state.status == "loading" else RENEW_S)
 

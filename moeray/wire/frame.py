@@ -70,6 +70,8 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.float8_e4m3fn,
 )
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+# numpy does not know these, so their bytes go as whole numbers of the same size.
+_FOREIGN = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 _SIZES = tuple(dtype.itemsize for dtype in DTYPES)
 _OPS = {int(op): op for op in Op}
 
@@ -133,26 +135,34 @@ def new_buffer(size: int) -> Bytes:
     return torch.empty(max(size, ALIGN), dtype=torch.uint8).numpy()
 
 
-def flatten(tensors: Sequence[torch.Tensor]) -> tuple[list[Bytes], int]:
-    """The tensors' bytes, one flat uint8 array each, and the payload length with padding.
+def flatten(tensors: Sequence[torch.Tensor]) -> tuple[list[memoryview], int]:
+    """The tensors' bytes, one flat view each, and the payload length with padding.
 
     Contiguous tensors are not copied. Raises WireError for a tensor that the wire does not carry.
     """
     if len(tensors) > MAX_TENSORS:
         raise WireError(f"a frame carries at most {MAX_TENSORS} tensors, got {len(tensors)}; stack them")
-    chunks: list[Bytes] = []
+    chunks = []
     total = 0
     for tensor in tensors:
         if not tensor.is_cpu or tensor.dtype not in _CODES or tensor.layout is not torch.strided:
             raise _refusal(tensor)
         if tensor.dim() > MAX_DIMS:
             raise WireError(f"a tensor of {tensor.dim()} dimensions is over the wire's {MAX_DIMS}; flatten it")
-        # A contiguous tensor of one element may still have any stride, which a byte view would refuse.
-        flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
-        chunk = flat.view(torch.uint8).numpy()
+        chunk = _bytes_of(tensor)
         chunks.append(chunk)
         total += aligned(chunk.nbytes)
     return chunks, total
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    if not tensor.numel():
+        return memoryview(b"")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype in _FOREIGN:
+        tensor = tensor.view(_FOREIGN[tensor.dtype])
+    return tensor.contiguous().numpy().data.cast("B")
 
 
 def _refusal(tensor: torch.Tensor) -> WireError:
@@ -184,12 +194,12 @@ def _over(frame: Frame, part: str, size: int, limit: int) -> str:
     return f"frame {frame.op.name}: its {part} of {size} bytes is over wire.max_{part}_bytes ({limit}); split it"
 
 
-def inline_buffers(head: bytes, chunks: list[Bytes]) -> list[bytes | memoryview]:
+def inline_buffers(head: bytes, chunks: list[memoryview]) -> list[bytes | memoryview]:
     """The buffers that follow each other on the wire when the payload is inline, pads included."""
     buffers: list[bytes | memoryview] = [head]
     for chunk in chunks:
         if chunk.nbytes:
-            buffers.append(chunk.data)
+            buffers.append(chunk)
             if pad := -chunk.nbytes % ALIGN:
                 buffers.append(_PAD[:pad])
     return buffers

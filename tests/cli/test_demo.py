@@ -19,7 +19,14 @@ from tests.systems import LocalSystem, tiny_config, tokens_of
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "2 + 2 =", "Dear Sir,"]
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at",
+    "2 + 2 =",
+    "Dear Sir,",
+]
 
 
 @pytest.fixture(scope="module")

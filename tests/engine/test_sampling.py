@@ -74,7 +74,7 @@ def test_draws_follow_softmax():
 @pytest.mark.parametrize("key", [lambda i: (i, 0), lambda i: (0, i), lambda i: (i, i), lambda i: (-i, 7)])
 def test_keyed_uniforms_are_uniform(key):
     values = sorted(keyed_uniform(*key(i)) for i in range(4000))
-    assert 0.0 <= values[0]
+    assert values[0] >= 0.0
     assert values[-1] < 1.0
     assert len(set(values)) == 4000
     assert max(abs(value - i / 4000) for i, value in enumerate(values)) < 0.035  # Kolmogorov-Smirnov, 1 in 10,000

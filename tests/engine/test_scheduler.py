@@ -43,7 +43,7 @@ def step(scheduler, token=1):
         ([100, 100], [48, 16]),  # half, half of the rest, and what is left to the oldest
         ([100, 3], [61, 3]),  # a short prompt is not stuck behind a long one
         ([100, 100, 3], [45, 16, 3]),
-        ([100, 3, 100], [47, 3, 14]),
+        ([100, 3, 100], [46, 3, 15]),
     ],
 )
 def test_prefills_share_the_budget(prompts, shares):
@@ -51,9 +51,7 @@ def test_prefills_share_the_budget(prompts, shares):
     for i, prompt in enumerate(prompts):
         scheduler.add(sequence(str(i), prompt))
     taken, _ = step(scheduler)
-    assert sum(shares) <= 64
-    first = 64 - sum(share for share in shares[1:])
-    assert [count for _, count, _ in taken.values()] == [min(first, prompts[0]), *shares[1:]]
+    assert [count for _, count, _ in taken.values()] == shares
 
 
 def test_decodes_go_first_and_bound_the_prefill():
@@ -86,7 +84,7 @@ def test_the_latest_is_preempted_and_comes_back_first():
     assert scheduler.preemptions == 1
     assert seen[-1] == {"a"}
     assert scheduler.abort("a")
-    assert list(step(scheduler)[0])[0] == "b"  # before c and d, which came later
+    assert next(iter(step(scheduler)[0])) == "b"  # before c and d, which came later
     blocks.check(scheduler.running)
 
 

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from time import monotonic
 
-import numpy as np
 import pytest
 import torch
 
@@ -48,7 +47,7 @@ def ends() -> Iterator[tuple[UnixChannel, UnixChannel, socket.socket]]:
 def put(writer: RingWriter, value: int, size: int) -> int | None:
     position = writer.reserve(size)
     if position is not None:
-        writer.write(position, [np.full(size, value, np.uint8)])
+        writer.write(position, [memoryview(bytes([value]) * size)])
         writer.commit(position, size)
     return position
 
