@@ -93,7 +93,9 @@ class World:
         try:
             outputs = self.engine.step()
         except MoerayError:
-            return self.engine.check()  # the next step computes the same again
+            self.engine.check()
+            self.streaming &= {entry.seq.request_id for entry in self.runner.batches[-1].entries}  # less the preempted
+            return
         assert not {output.request_id for output in outputs} - set(self.live)
         self.collected.take(outputs)
         self.engine.check()
@@ -161,7 +163,7 @@ def test_the_random_loads_reach_every_corner():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1400))
+@pytest.mark.parametrize("seed", range(1000, 1200))
 def test_soak(seed):
     world = World(seed)
     world.run(40)
