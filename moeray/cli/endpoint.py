@@ -52,23 +52,24 @@ def _cluster_runs() -> bool:
 
 def _wait_ready(url: str, report: Report, timeout: float) -> None:
     until, last = time.monotonic() + timeout, ""
-    while time.monotonic() < until:
-        state = _health(url)
-        if state.get("status") == "ok":
-            return
-        detail = str(state.get("detail", "starting"))
-        if state.get("status") == "failed":
-            raise MoerayError(detail)
-        if detail != last:
-            report(detail)
-            last = detail
-        time.sleep(0.2)
+    with httpx.Client(timeout=5.0) as client:
+        while time.monotonic() < until:
+            state = _health(client, url)
+            if state.get("status") == "ok":
+                return
+            detail = str(state.get("detail", "starting"))
+            if state.get("status") == "failed":
+                raise MoerayError(detail)
+            if detail != last:
+                report(detail)
+                last = detail
+            time.sleep(0.25)
     raise MoerayError(f"the endpoint at {url} was not ready after {timeout:g} s; it says: {last}")
 
 
-def _health(url: str) -> dict[str, Any]:
+def _health(client: httpx.Client, url: str) -> dict[str, Any]:
     try:
-        return dict(httpx.get(f"{url}/health", timeout=5.0).json())
+        return dict(client.get(f"{url}/health").json())
     except (httpx.HTTPError, ValueError):
         return {"status": "loading", "detail": "starting the endpoint"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -31,15 +33,14 @@ def cluster():
 
 
 def wait_until_ready(url: str, give_up: float = 120.0) -> list[int]:
-    """Statuses of /health on the way to 200; each ask is one HTTP round trip to the endpoint."""
-    import time
-
-    seen, until = [], time.monotonic() + give_up
+    """Statuses of /health on the way to 200."""
+    seen, until, pause = [], time.monotonic() + give_up, threading.Event()
     while time.monotonic() < until:
         try:
             status = httpx.get(f"{url}/health", timeout=10.0).status_code
         except httpx.HTTPError:
-            continue
+            status = 0
+        pause.wait(0.25)  # asking without a pause would take the core that the actors start on
         if not seen or seen[-1] != status:
             seen.append(status)
         if status == 200:
