@@ -6,8 +6,9 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,8 +144,19 @@ class Controller:
             for actor, member in self._experts.items()
         ]
         trunks = [member.handle.call("load") for member in self._routers.values()]
+        self._watch_loading([*loads, *trunks])
         _results(loads, "load its experts")
         return _results(trunks, "load the trunk")
+
+    def _watch_loading(self, futures: Sequence[Future[Any]]) -> None:
+        """Keep the phase up to date with the experts loaded, until every actor is done or one has failed."""
+        until = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < until:
+            done, left = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
+            if not left or any(future.exception() for future in done):
+                return
+            rows = [row["loading"] for row in _gather(self._expert_members(), "status").values() if row]
+            self._phase = f"loading experts {sum(row[0] for row in rows)}/{sum(row[1] for row in rows)}"
 
     def _publish(self, placement: Placement) -> None:
         with self._lock:
@@ -191,12 +203,8 @@ class Controller:
         snapshots: list[Snapshot] = [s for s in _gather(self._members(), "metrics").values() if s is not None]
         own = Recorder()
         own.set("moeray_placement_epoch", self._placement.epoch)
-        for row in self.status()["actors"]:
-            own.set("moeray_actors", 0, kind=row["kind"], state=row["state"])
-        for row in self.status()["actors"]:
-            key = (row["kind"], row["state"])
-            count = own.snapshot()["moeray_actors"][key]
-            own.set("moeray_actors", count + 1, kind=row["kind"], state=row["state"])
+        for (kind, state), count in Counter((row["kind"], row["state"]) for row in self.status()["actors"]).items():
+            own.set("moeray_actors", count, kind=kind, state=state)
         for layer, expert, rows in self.load():
             own.add("moeray_expert_load_rows_total", rows, layer=layer, expert=expert)
         return exposition(merge([*snapshots, own.snapshot()]))

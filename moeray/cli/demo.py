@@ -29,7 +29,7 @@ def command(question: str, max_tokens: int, leave: bool, config_file: str | None
     model = prepare(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
     config = replace(config, model=str(model))
     click.echo("starting Ray, two expert groups, a router and the endpoint ...", err=True)
-    with running_endpoint(config, lambda detail: click.echo(f"  {detail}", err=True)) as url:
+    with running_endpoint(config) as url:
         click.echo(f"\n> {question}", err=True)
         answer = ask(url, question, max_tokens, config.serve.api_key)
         click.echo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import httpx
 import ray
 from ray import serve
 
+from moeray.cli.progress import phases, progress
 from moeray.cli.session import connect_ray, stop_controller
 from moeray.cluster.ray import find_controller
 from moeray.config import Config
@@ -20,37 +22,28 @@ from moeray.errors import MoerayError
 from moeray.logs import setup_logging
 from moeray.serve.app import application
 
-Report = Callable[[str], None]
-
 
 @contextmanager
-def running_endpoint(config: Config, report: Report = lambda detail: None, timeout: float = 1800.0) -> Iterator[str]:
+def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
     """Start the endpoint and wait until it is ready; its URL. Leaving the block stops what was started here.
 
-    `report` gets each new line of progress. Raises MoerayError when the system does not start.
+    Progress is shown on stderr. Raises MoerayError when the system does not start.
     """
-    started_ray = not ray.is_initialized() and not _cluster_runs()
     connect_ray()
     setup_logging(config.log_format)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = f"http://{config.serve.host}:{config.serve.port}"
     try:
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
         serve.run(application(config), name=config.serve.name, route_prefix="/")
-        _wait_ready(url, report, timeout)
+        with progress() as report:
+            _wait_ready(url, phases(report), timeout)
         yield url
     finally:
-        _stop(config, started_ray)
+        _stop(config)
 
 
-def _cluster_runs() -> bool:
-    try:
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
-        return False
-    return True
-
-
-def _wait_ready(url: str, report: Report, timeout: float) -> None:
+def _wait_ready(url: str, show: Callable[[str], None], timeout: float) -> None:
     until, last = time.monotonic() + timeout, ""
     with httpx.Client(timeout=5.0) as client:
         while time.monotonic() < until:
@@ -61,7 +54,7 @@ def _wait_ready(url: str, report: Report, timeout: float) -> None:
             if state.get("status") == "failed":
                 raise MoerayError(detail)
             if detail != last:
-                report(detail)
+                show(detail)
                 last = detail
             time.sleep(0.25)
     raise MoerayError(f"the endpoint at {url} was not ready after {timeout:g} s; it says: {last}")
@@ -74,13 +67,15 @@ def _health(client: httpx.Client, url: str) -> dict[str, Any]:
         return {"status": "loading", "detail": "starting the endpoint"}
 
 
-def _stop(config: Config, started_ray: bool) -> None:
-    with suppress(Exception):  # an endpoint that never came up cannot be deleted; the rest must still be stopped
+def _stop(config: Config) -> None:
+    """The endpoint first, since it would start a controller that it misses; then the actors.
+
+    A Ray that was started here ends with everything in it; one that was there before goes on.
+    """
+    if config.serve.name in serve.status().applications:
         serve.delete(config.serve.name)
     with suppress(MoerayError):
         stop_controller(find_controller(config.serve.name))
-    if started_ray:
-        serve.shutdown()
     ray.shutdown()
 
 

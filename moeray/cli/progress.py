@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ def progress() -> Iterator[Report]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+def phases(report: Report) -> Callable[[str], None]:
+    """Turn lines such as `loading experts 12/64` into a bar, and print any other line."""
+    console = Console(stderr=True)
+
+    def show(detail: str) -> None:
+        counted = re.fullmatch(r"(.*) (\d+)/(\d+)", detail)
+        if counted:
+            report(counted[1], int(counted[2]), int(counted[3]))
+        else:
+            console.print(f"  {detail}", highlight=False)
+
+    return show
 
 
 def _plain() -> Report:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import click
+
+RATE_WINDOW_S = 1.0
 
 
 @click.command("status")
@@ -25,7 +28,10 @@ def command(name: str, address: str | None, output: str) -> None:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
         ) from error
-    status = ask(find_controller(name), "status")
+    controller = find_controller(name)
+    ask(controller, "status")  # rates are the difference of two readings
+    time.sleep(RATE_WINDOW_S)
+    status = ask(controller, "status")
     if output == "json":
         click.echo(json.dumps(status))
     else:

@@ -15,12 +15,12 @@ NODE = "local"
 
 
 class LocalHandle:
-    """An actor object in this process, with one thread for its control calls."""
+    """An actor object in this process, with threads for its control calls: one may load while another asks."""
 
     def __init__(self, actor_id: str, actor: ExpertActor | RouterActor) -> None:
         self.actor_id = actor_id
         self._actor = actor
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"control-{actor_id}")
+        self._thread = ThreadPoolExecutor(2, thread_name_prefix=f"control-{actor_id}")
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         return self._thread.submit(getattr(self._actor, method), *args)
