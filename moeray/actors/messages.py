@@ -19,13 +19,13 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
     try:
         sampling = dict(tree["sampling"])
         sampling["logit_bias"] = tuple((int(token), float(bias)) for token, bias in sampling["logit_bias"])
-        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+        sampling["stop_token_ids"] = tuple(map(int, sampling["stop_token_ids"]))
         return GenerationRequest(
-            tree["request_id"],
-            tuple(tree["prompt_ids"]),
+            str(tree["request_id"]),
+            tuple(map(int, tree["prompt_ids"])),
             SamplingParams(**sampling),
-            tuple(tree["output_ids"]),
-            tree["attempt"],
+            tuple(map(int, tree["output_ids"])),
+            int(tree["attempt"]),
         )
     except RequestError:
         raise

@@ -109,6 +109,15 @@ class RouterActor:
     # -- the step loop's thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._steps()
+        except BaseException:
+            log.exception("the step loop died; every channel is closed, so that no client waits for ever")
+            self._state = Lifecycle.STOPPED
+            self._listener.close(timeout=5.0)
+            raise
+
+    def _steps(self) -> None:
         assert self._engine is not None
         while True:
             if not self._drain_inbox(wait=not self._engine.has_work):
