@@ -50,7 +50,7 @@ def test_imports_point_one_way():
 
 def test_every_room_is_covered():
     rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
-    assert rooms == set(ALLOWED)
+    assert rooms <= set(ALLOWED)
 
 
 def test_ray_is_imported_only_where_it_may_be():
