@@ -66,6 +66,7 @@ class Controller:
         self._token = token
         self._system = secrets.token_hex(4)
         self._lock = threading.Lock()
+        self._started: list[tuple[ActorHandle, ExpertGroupConfig | None]] = []
         self._experts: dict[str, _Member] = {}
         self._routers: dict[str, _Member] = {}
         self._placement = Placement()
@@ -91,11 +92,12 @@ class Controller:
 
     def _start(self) -> SystemInfo:
         config = self._config
-        self._phase = "opening the model"
-        files = open_model(config.model, config.revision, node="of the controller")
         self._cluster.check(config.experts.resolved(), config.router)
+        self._phase = "opening the model"
+        self._launch()  # processes come up while the model is opened here
+        files = open_model(config.model, config.revision, node="of the controller")
         self._phase = "starting actors"
-        self._start_actors()
+        self._await_actors()
         placement = self._place(files)
         self._phase = "loading weights"
         facts = self._load(placement)
@@ -112,18 +114,19 @@ class Controller:
             eos_token_ids(files),
         )
 
-    def _start_actors(self) -> None:
-        started: list[tuple[ActorHandle, ExpertGroupConfig | None]] = []
+    def _launch(self) -> None:
         for group in self._config.experts.resolved():
             for i in range(group.actors):
                 spec = self._spec(f"{group.name}-{i}", group.name, group.device, group.threads)
-                started.append((self._cluster.start_expert(spec, group), group))
+                self._started.append((self._cluster.start_expert(spec, group), group))
         router = self._config.router
         for i in range(router.actors):
             spec = self._spec(f"router-{i}", "router", router.device, router.threads)
-            started.append((self._cluster.start_router(spec, router), None))
-        futures = [handle.call("start") for handle, _ in started]
-        for (handle, kind), (report, address) in zip(started, _results(futures, "start"), strict=True):
+            self._started.append((self._cluster.start_router(spec, router), None))
+
+    def _await_actors(self) -> None:
+        futures = [handle.call("start") for handle, _ in self._started]
+        for (handle, kind), (report, address) in zip(self._started, _results(futures, "start"), strict=True):
             members = self._routers if kind is None else self._experts
             with self._lock:
                 members[handle.actor_id] = _Member(handle, report, address, kind)
@@ -225,13 +228,13 @@ class Controller:
             if self._stopped:
                 return
             self._stopped = True
-            members = [*self._routers.values(), *self._experts.values()]
-        for member in members:
+        routers_first = sorted(self._started, key=lambda item: item[1] is not None)
+        for handle, _ in routers_first:
             try:
-                member.handle.call("stop").result(timeout=30.0)
+                handle.call("stop").result(timeout=30.0)
             except (MoerayError, FutureTimeoutError) as error:
-                log.warning("actor %s did not stop in good order: %s", member.handle.actor_id, error)
-            member.handle.kill()
+                log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
+            handle.kill()
         self._cluster.close()
 
 

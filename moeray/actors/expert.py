@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from moeray.actors.spec import ActorReport, ActorSpec, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
 from moeray.errors import ChannelClosedError, MoerayError, PlacementError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.experts import ExpertBank
@@ -166,6 +166,7 @@ class ExpertActor:
         if self._state is not Lifecycle.STOPPED:
             self._state = self._state.advance(Lifecycle.STOPPED)
             self._listener.close(timeout=5.0)
+            remove_runtime_dir(self._node_id, self._spec.system)
 
 
 def _checked(frame: Frame) -> tuple[list[int], list[int]]:

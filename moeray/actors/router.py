@@ -14,7 +14,7 @@ import psutil
 
 from moeray.actors.messages import error_tree, output_tree, request_from
 from moeray.actors.outbox import Outbox
-from moeray.actors.spec import ActorReport, ActorSpec, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
 from moeray.control.placement import Placement
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
@@ -249,5 +249,6 @@ class RouterActor:
         if self._loop.is_alive():
             self._loop.join(timeout=30.0)
         self._listener.close(timeout=5.0)
+        remove_runtime_dir(self._node_id, self._spec.system)
         if self._dispatcher:
             self._dispatcher.close()

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,3 +61,9 @@ def runtime_dir(node_id: str, system: str) -> Path:
                 f"folder {path} must be private to this user (mode 0700); mend it or set MOERAY_RUNTIME_DIR"
             )
     return folder
+
+
+def remove_runtime_dir(node_id: str, system: str) -> None:
+    """Remove the folder once the last actor of the node has closed its socket."""
+    with suppress(OSError):  # another actor's socket is still there, or it was faster
+        runtime_dir(node_id, system).rmdir()

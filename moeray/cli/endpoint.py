@@ -16,7 +16,7 @@ from ray import serve
 
 from moeray.cli.progress import phases, progress
 from moeray.cli.session import connect_ray, stop_controller
-from moeray.cluster.ray import find_controller
+from moeray.cluster.ray import find_controller, start_controller
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.logs import setup_logging
@@ -34,6 +34,7 @@ def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = f"http://{config.serve.host}:{config.serve.port}"
     try:
+        start_controller(config)  # its actors come up while Serve does
         serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
         serve.run(application(config), name=config.serve.name, route_prefix="/")
         with progress() as report:
