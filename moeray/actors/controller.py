@@ -100,12 +100,12 @@ class Controller:
         self._await_actors()
         placement = self._place(files)
         self._phase = "loading weights"
-        facts = self._load(placement)
+        facts = self._load(placement, files.checkpoint.source.revision)
         self._phase = "publishing the placement"
         self._publish(placement)
         return SystemInfo(
             config.model,
-            config.revision,
+            files.checkpoint.source.revision,
             self._token,
             self._system,
             tuple(member.address for member in self._routers.values()),
@@ -141,12 +141,12 @@ class Controller:
             files.expert_counts(), hosts, expert_bytes=files.expert_bytes(), replicas=self._config.experts.replicas
         )
 
-    def _load(self, placement: Placement) -> list[dict[str, Any]]:
+    def _load(self, placement: Placement, revision: str | None) -> list[dict[str, Any]]:
         loads = [
-            member.handle.call("host", [tuple(expert) for expert in placement.hosted_by(actor)])
+            member.handle.call("host", [tuple(expert) for expert in placement.hosted_by(actor)], revision)
             for actor, member in self._experts.items()
         ]
-        trunks = [member.handle.call("load") for member in self._routers.values()]
+        trunks = [member.handle.call("load_trunk", revision) for member in self._routers.values()]
         self._watch_loading([*loads, *trunks])
         _results(loads, "load its experts")
         return _results(trunks, "load the trunk")

@@ -57,12 +57,16 @@ class ExpertActor:
         report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free)
         return report, self._address
 
-    def host(self, experts: Sequence[tuple[int, int]]) -> int:
-        """Map the weights of `experts` beside those already hosted; stored bytes in all. Raises CheckpointError."""
+    def host(self, experts: Sequence[tuple[int, int]], revision: str | None = None) -> int:
+        """Map the weights of `experts` beside those already hosted; stored bytes in all.
+
+        `revision` pins the hub's commit, so that all nodes read the same files. Raises CheckpointError.
+        """
         with self._loading:
             if self._bank is None:
-                files = open_model(self._spec.config.model, self._spec.config.revision, node=self._node_id)
-                dtype = files.dtype(self._spec.config.dtype)
+                config = self._spec.config
+                files = open_model(config.model, revision or config.revision, node=self._node_id)
+                dtype = files.dtype(config.dtype)
                 self._bank = ExpertBank(files.family, files.weights, dtype, self._device)
             wanted = [ExpertId(*expert) for expert in experts]
             self._bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))

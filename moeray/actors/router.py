@@ -34,7 +34,7 @@ Event = Callable[[], None]
 
 
 class RouterActor:
-    """Lifecycle: start (listening) → load (trunk in memory, step loop running) → stop.
+    """Lifecycle: start (listening) → load_trunk (trunk in memory, step loop running) → stop.
 
     The step loop's thread owns the engine, the trunk and the dispatcher; every other thread leaves events in the inbox.
     """
@@ -61,10 +61,13 @@ class RouterActor:
         free = int(psutil.virtual_memory().available)
         return ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free), address
 
-    def load(self) -> dict[str, Any]:
-        """Load the trunk, allocate the KV cache, start the step loop. Raises CheckpointError, UnsupportedModelError."""
+    def load_trunk(self, revision: str | None = None) -> dict[str, Any]:
+        """Load the trunk, allocate the KV cache, start the step loop.
+
+        `revision` pins the hub's commit. Raises CheckpointError, UnsupportedModelError.
+        """
         config = self._spec.config
-        files = open_model(config.model, config.revision, node=self._node_id)
+        files = open_model(config.model, revision or config.revision, node=self._node_id)
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), self._device)
         self._dispatcher = Dispatcher(self._view, self._connect, self._recorder, deadline_s=config.wire.deadline_s)
         runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files))
