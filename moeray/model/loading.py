@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,9 +64,9 @@ def pick_device(asked: str) -> torch.device:
     return torch.device(asked)
 
 
-def generation_defaults(files: ModelFiles) -> dict[str, Any]:
-    """What the model's authors advise (generation_config.json), {} where the file is absent."""
-    path = files.checkpoint.source.metadata_dir() / "generation_config.json"
+def generation_defaults(metadata_dir: Path) -> dict[str, Any]:
+    """What the model's authors advise (generation_config.json), {} where the file is absent. Raises CheckpointError."""
+    path = metadata_dir / "generation_config.json"
     try:
         defaults = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -77,7 +78,9 @@ def generation_defaults(files: ModelFiles) -> dict[str, Any]:
 
 def eos_token_ids(files: ModelFiles) -> tuple[int, ...]:
     """The tokens that end a sequence: generation_config.json's, else config.json's."""
-    eos = generation_defaults(files).get("eos_token_id", files.checkpoint.config.eos_token_id)
+    eos = generation_defaults(files.checkpoint.source.metadata_dir()).get(
+        "eos_token_id", files.checkpoint.config.eos_token_id
+    )
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)

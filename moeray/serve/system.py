@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -16,6 +15,7 @@ from moeray.actors.controller import SystemInfo
 from moeray.actors.spec import model_fingerprint
 from moeray.config import Config
 from moeray.errors import MoerayError
+from moeray.model.loading import generation_defaults
 from moeray.model.source import resolve
 from moeray.serve.backend import BackendState, ModelInfo
 from moeray.types import GenerationRequest, TokenOutput
@@ -104,7 +104,7 @@ class SystemBackend:
             vocab_size=info.vocab_size,
             metadata_dir=folder,
             eos_token_ids=info.eos_token_ids,
-            generation_defaults=_generation_defaults(folder),
+            generation_defaults=generation_defaults(folder),
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -130,8 +130,3 @@ class SystemBackend:
             await asyncio.gather(self._follower, return_exceptions=True)
         for client in self._clients:
             await client.close()
-
-
-def _generation_defaults(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
