@@ -29,6 +29,19 @@ def _require(ok: bool, key: str, mend: str) -> None:
         raise ConfigError(f"config key {key}: {mend}")
 
 
+def _span(actors: int, low: int | None, high: int | None) -> tuple[int, int]:
+    return actors if low is None else low, actors if high is None else high
+
+
+def _check_span(group: ExpertGroupConfig | RouterConfig, key: str) -> None:
+    low, high = group.actors_span
+    _require(
+        1 <= low <= group.actors <= high,
+        f"{key}.actors",
+        f"must lie between min_actors ({low}) and max_actors ({high}), got {group.actors}",
+    )
+
+
 @dataclass(frozen=True)
 class ExpertGroupConfig:
     """One kind of expert actor.
@@ -38,6 +51,10 @@ class ExpertGroupConfig:
     actor (None: what its device has free). `num_gpus` None means one GPU,
     or an equal part where there are more actors than GPUs; `num_cpus` None means half of `threads`, since routers and
     experts take turns on the cores.
+
+    `actors` is the number at the start; the controller keeps it between `min_actors` and `max_actors` (None: `actors`
+    itself, so that a group scales only where it is told how far). `price_per_hour` is what one actor costs, in any
+    currency: the cheaper group grows first.
     """
 
     name: str = "experts"
@@ -49,14 +66,24 @@ class ExpertGroupConfig:
     share: float = 1.0
     memory_gib: float | None = None
     resources: dict[str, float] = field(default_factory=dict)
+    min_actors: int | None = None
+    max_actors: int | None = None
+    price_per_hour: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.actors >= 1, "experts.groups.actors", f"must be at least 1, got {self.actors}")
+        _check_span(self, "experts.groups")
+        _require(self.price_per_hour >= 0, "experts.groups.price_per_hour", "must be 0 or more")
         _require(self.threads >= 1, "experts.groups.threads", f"must be at least 1, got {self.threads}")
         _require(self.share > 0, "experts.groups.share", f"must be above 0, got {self.share}")
         for key in ("num_cpus", "num_gpus", "memory_gib"):
             value = getattr(self, key)
             _require(value is None or value >= 0, f"experts.groups.{key}", f"must be 0 or more, got {value}")
+
+    @property
+    def actors_span(self) -> tuple[int, int]:
+        """(fewest, most) actors of the group."""
+        return _span(self.actors, self.min_actors, self.max_actors)
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,8 @@ class ExpertsConfig:
     num_gpus: float | None = None
     threads: int = 1
     memory_gib: float | None = None
+    min_actors: int | None = None
+    max_actors: int | None = None
     replicas: int = 1
     groups: tuple[ExpertGroupConfig, ...] = ()
 
@@ -91,7 +120,15 @@ class ExpertsConfig:
         """The groups, or the one that the short form describes."""
         return self.groups or (
             ExpertGroupConfig(
-                "experts", self.actors, self.device, self.num_cpus, self.num_gpus, self.threads, 1.0, self.memory_gib
+                "experts",
+                self.actors,
+                self.device,
+                self.num_cpus,
+                self.num_gpus,
+                self.threads,
+                memory_gib=self.memory_gib,
+                min_actors=self.min_actors,
+                max_actors=self.max_actors,
             ),
         )
 
@@ -106,10 +143,19 @@ class RouterConfig:
     num_gpus: float | None = None
     threads: int = 0
     resources: dict[str, float] = field(default_factory=dict)
+    min_actors: int | None = None
+    max_actors: int | None = None
+    price_per_hour: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.actors >= 1, "router.actors", f"must be at least 1, got {self.actors}")
         _require(self.threads >= 0, "router.threads", "must be 0 (all cores of the node) or more")
+        _check_span(self, "router")
+
+    @property
+    def actors_span(self) -> tuple[int, int]:
+        """(fewest, most) routers."""
+        return _span(self.actors, self.min_actors, self.max_actors)
 
 
 @dataclass(frozen=True)
@@ -178,6 +224,77 @@ class WireConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """A floor for a group while a time span lasts: `actors` at least, from each moment of `cron` (UTC) on for
+    `duration_s` seconds. `group` is an expert group's name or `router`."""
+
+    cron: str = ""
+    group: str = "experts"
+    actors: int = 1
+    duration_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        _require(len(self.cron.split()) == 5, "control.schedule.cron", f"must have 5 fields, got {self.cron!r}")
+        _require(self.actors >= 1, "control.schedule.actors", f"must be at least 1, got {self.actors}")
+        _require(self.duration_s > 0, "control.schedule.duration_s", "must be above 0 seconds")
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """How the controller watches and decides.
+
+    Watching: every actor reports each `report_s` seconds; one that is silent for `silence_s` is replaced, and a router
+    that does not acknowledge a placement for `lease_s` too. An actor that hears of no controller for `orphan_s` stops.
+
+    Deciding, every `interval_s`: each of `policies` (a shipped name, or a dotted path to one of your own) says how many
+    actors and replicas it wants, and the largest wish wins. Growth is at once, by at most `max_growth` times; a shrink
+    needs `shrink_votes` decisions in a row that want less. `target_utilisation` is the busy part of an actor that is
+    aimed at, `slo_queue_wait_s` the p99 wait of rows at an actor, `idle_s` how long without load until the minimum.
+    `replica_budget` bounds the replicas of hot experts beyond `experts.replicas`, as a part of all experts;
+    `max_skew` is the max/mean load per actor of a layer above which experts are moved or replicated, and
+    `migration_cost` what moving one expert costs, in units of the mean expert's load.
+    `window_s` is the time constant of the load windows. `target_running` requests per router are aimed at.
+
+    `warm_pool`: started, empty expert actors kept in reserve. `autoscale` false: only repair and manual commands.
+    `audit_log`: a JSONL file of every decision (None: `audit/NAME.jsonl` in the cache folder). `drain_s` bounds the
+    wait for what an actor that leaves still has in flight.
+    """
+
+    report_s: float = 1.0
+    silence_s: float = 3.0
+    lease_s: float = 5.0
+    orphan_s: float = 600.0
+    interval_s: float = 2.0
+    window_s: float = 10.0
+    policies: tuple[str, ...] = ("target_utilisation", "hot_experts", "idle", "schedule", "queue_wait")
+    target_utilisation: float = 0.6
+    slo_queue_wait_s: float = 0.25
+    shrink_votes: int = 15
+    max_growth: float = 2.0
+    idle_s: float = 300.0
+    replica_budget: float = 0.25
+    max_skew: float = 1.25
+    migration_cost: float = 0.02
+    target_running: int = 32
+    warm_pool: int = 0
+    autoscale: bool = True
+    schedule: tuple[ScheduleConfig, ...] = ()
+    audit_log: str | None = None
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for key in ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s"):
+            _require(getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
+        _require(0 < self.target_utilisation <= 1, "control.target_utilisation", "must be above 0 and at most 1")
+        _require(self.shrink_votes >= 1, "control.shrink_votes", f"must be at least 1, got {self.shrink_votes}")
+        _require(self.max_growth > 1, "control.max_growth", f"must be above 1, got {self.max_growth}")
+        _require(self.replica_budget >= 0, "control.replica_budget", "must be 0 or more")
+        _require(self.max_skew > 1, "control.max_skew", f"must be above 1, got {self.max_skew}")
+        _require(self.warm_pool >= 0, "control.warm_pool", "must be 0 or more")
+        _require(self.target_running >= 1, "control.target_running", "must be at least 1")
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open."""
 
@@ -209,6 +326,7 @@ class Config:
     router: RouterConfig = field(default_factory=RouterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
 

@@ -1,0 +1,75 @@
+"""What expert actors and routers say of themselves, as they travel and as decisions read them.
+
+Counts are cumulative since the actor's start, so that a report that got lost loses nothing; an actor that starts again
+has another `incarnation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moeray.types import ExpertId
+
+
+@dataclass(frozen=True)
+class ExpertReport:
+    """One expert actor at one moment.
+
+    `rows`: rows served by each expert; `busy_s`: time spent computing; waits and service times (of a forward) are
+    quantiles over the time since the last report, in seconds. `leaving`: it was told to go (SIGTERM, a spot notice).
+    """
+
+    actor_id: str
+    incarnation: str
+    rows: Mapping[ExpertId, int] = field(default_factory=dict)
+    forwards: int = 0
+    busy_s: float = 0.0
+    queue_wait_p50_s: float = 0.0
+    queue_wait_p99_s: float = 0.0
+    service_p50_s: float = 0.0
+    service_p99_s: float = 0.0
+    memory_bytes: int = 0
+    in_flight: int = 0
+    leaving: bool = False
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """One router at one moment. `lost`: (actor, reason) of expert actors that it gave up since the last report, the
+    reason being `closed`, `timeout` or `error`; `orphans`: rows that wait because their expert has no replica."""
+
+    actor_id: str
+    incarnation: str
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    epoch: int = 0
+    orphans: int = 0
+    lost: tuple[tuple[str, str], ...] = ()
+    leaving: bool = False
+
+
+Report = ExpertReport | RouterReport
+
+
+def report_tree(report: Report) -> dict[str, Any]:
+    """Plain data for a frame; `report_from` is the inverse."""
+    tree = {f.name: getattr(report, f.name) for f in fields(report)}
+    if isinstance(report, ExpertReport):
+        return tree | {"kind": "expert", "rows": [[*expert, count] for expert, count in report.rows.items()]}
+    return tree | {"kind": "router", "lost": [list(pair) for pair in report.lost]}
+
+
+def report_from(tree: Mapping[str, Any]) -> Report:
+    """Raises KeyError, TypeError or ValueError for a tree that is no report."""
+    plain = {key: value for key, value in tree.items() if key != "kind"}
+    if tree["kind"] == "expert":
+        rows = {ExpertId(layer, expert): count for layer, expert, count in tree["rows"]}
+        return ExpertReport(**plain | {"rows": rows})
+    return RouterReport(**plain | {"lost": tuple((actor, reason) for actor, reason in tree["lost"])})
