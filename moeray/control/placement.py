@@ -15,7 +15,7 @@ class Host:
     """An actor that can host experts: `capacity_bytes` of weights at most, taking `share` of the load.
 
     `share` is relative: the actor's measured service rate, or the config's wish before there is one. Actors of one
-    `pool` share memory (the CPU actors of a node map the same file, so an expert that one of them hosts costs the others
+    `pool` share memory (CPU actors of a node map the same file, so an expert that one of them hosts costs the others
     nothing); "" is a pool of its own. `pool_bytes` bounds the distinct experts of a pool. `tier` is `cuda` or `cpu`.
     """
 

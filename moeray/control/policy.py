@@ -1,4 +1,4 @@
-"""Policy: from what is seen to how many actors and replicas are wanted. Pure, so that live and simulated runs share it."""
+"""Policy: from what is seen to how many actors and replicas are wanted. Pure: live and simulated runs share it."""
 
 from __future__ import annotations
 
