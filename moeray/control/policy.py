@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeray.config import ControlConfig
@@ -78,3 +78,13 @@ class Wish:
 
 
 Policy = Callable[[PolicyInput], Wish]
+
+
+def load_policies(names: Sequence[str]) -> list[Policy]:
+    """The policies by name. Raises ConfigError for one that is not there."""
+    raise NotImplementedError
+
+
+def decide(policies: Sequence[Policy], seen: PolicyInput) -> Wish:
+    """All policies' wishes in one."""
+    raise NotImplementedError
