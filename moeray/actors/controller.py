@@ -1,38 +1,52 @@
-"""The controller: starts the actors, places the experts, publishes the placement, and knows what the system does."""
+"""The controller: brings the system up, watches it, mends it and scales it, and answers questions about it.
+
+One thread, the loop, owns all that changes; every call from outside is an event in its inbox.
+"""
 
 from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+from moeray.actors.adoption import Found, adopt
+from moeray.actors.audit import Audit
+from moeray.actors.autoscaler import Autoscaler, summary
+from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
-from moeray.actors.spec import ActorReport, ActorSpec
-from moeray.config import Config, ExpertGroupConfig
-from moeray.control.placement import Host, Placement, initial_placement
+from moeray.actors.loop import Loop
+from moeray.actors.overview import Overview
+from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
+from moeray.actors.roster import Actor, Roster
+from moeray.config import Config, default_cache_dir
+from moeray.control.fleet import Phase
+from moeray.control.plan import plan_diff
+from moeray.control.reports import Report, RouterReport
 from moeray.errors import MoerayError
-from moeray.metrics import Recorder, Snapshot, exposition, merge
-from moeray.model.loading import ModelFiles, eos_token_ids, open_model
-from moeray.types import Address, ExpertId
+from moeray.model.loading import eos_token_ids, open_model
+from moeray.types import Address
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 START_TIMEOUT_S = 600.0
-STATUS_TIMEOUT_S = 5.0
-BASE_BYTES = 512 << 20
-"""What an actor's process needs beside its weights."""
+STOP_TIMEOUT_S = 30.0
+EARLY_LOSSES = 3
+"""So many actors may die before the system is up; one more, and the start is given up."""
+HEAL_REPORTS = 3
+"""A router that reports rows without a taker so often in a row, while nothing is being changed, is helped."""
 
 
 @dataclass(frozen=True)
 class SystemInfo:
-    """What an ingress needs to serve: where the routers listen, and the model's own facts."""
+    """What an ingress needs to serve: where the routers listen that take requests, and the model's own facts."""
 
     model: str
     revision: str | None
@@ -44,268 +58,378 @@ class SystemInfo:
     eos_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Member:
-    handle: ActorHandle
-    report: ActorReport
-    address: Address
-    group: ExpertGroupConfig | None
-
-
 class Controller:
-    """Owns the set of actors and the placement. `start` runs once, in a thread of its caller's; the rest may be called
-    from any thread meanwhile.
+    """`start` runs once, in a thread of its caller's; the rest may be called from any thread meanwhile.
 
-    Started by whoever owns the system; `stop` ends every actor it started.
+    Started by whoever owns the system; `stop` ends every actor. A controller that dies leaves its actors serving, and
+    the next one over the same cluster takes them over.
     """
 
     def __init__(self, config: Config, cluster: Cluster) -> None:
         self._cluster = cluster
-        token = config.wire.token.encode() if config.wire.token else secrets.token_bytes(32)
+        self._token = config.wire.token.encode() if config.wire.token else secrets.token_bytes(32)
         self._config = replace(config, wire=replace(config.wire, token=None))
-        self._token = token
         self._system = secrets.token_hex(4)
-        self._lock = threading.Lock()
-        self._started: list[tuple[ActorHandle, ExpertGroupConfig | None]] = []
-        self._experts: dict[str, _Member] = {}
-        self._routers: dict[str, _Member] = {}
-        self._placement = Placement()
-        self._info: SystemInfo | None = None
+        self._roster = Roster()
+        self._audit = Audit(audit_path(config))
+        self._autoscaler = Autoscaler(self._config, self._roster)
+        self._loop = Loop("controller", self._tick, min(0.25, config.control.report_s))
+        self._ready: Future[None] = Future()
         self._phase = "starting"
         self._error: str | None = None
-        self._rates = _Rates()
+        self._info: SystemInfo | None = None
+        self._eos: tuple[int, ...] = ()
+        self._fleet: FleetKeeper | None = None
+        self._places: PlacementKeeper | None = None
+        self._overview = Overview(self._config)
+        self._next_decision = 0.0
+        self._next_look = 0.0
+        self._orphaned: dict[str, int] = {}
+        self._early_losses = 0
         self._stopped = False
 
     # -- start ----------------------------------------------------------------------------------------------------
 
     def start(self) -> SystemInfo:
-        """Bring the whole system up. Raises the one MoerayError that stopped it; `state` keeps its text too."""
+        """Bring the whole system up, or take over the one that runs. Raises the one MoerayError that stopped it."""
         try:
-            info = self._start()
+            self._start()
         except MoerayError as error:
             self._error = str(error)
             self.stop()
             raise
-        self._info = info
-        self._phase = "ready"
-        return info
+        assert self._info is not None
+        return self._info
 
-    def _start(self) -> SystemInfo:
+    def _start(self) -> None:
         config = self._config
-        self._cluster.check(config.experts.resolved(), config.router)
+        self._phase = "looking for running actors"
+        found = adopt(self._cluster.find(), config)
+        if found is None:
+            self._cluster.check(config.experts.resolved(), config.router)
+        else:
+            self._token, self._system = found.token, found.system
         self._phase = "opening the model"
-        self._launch()  # processes come up while the model is opened here
-        files = open_model(config.model, config.revision, node="of the controller")
+        fleet = FleetKeeper(
+            config, self._cluster, self._loop, self._roster, self._audit, self, self._token, self._system
+        )
+        self._fleet = fleet
+        self._loop.start()
+        files = open_model(config.model, found.revision if found else config.revision, node="of the controller")
+        self._eos = eos_token_ids(files)
+        fleet.revision = files.checkpoint.source.revision
+        shape = ModelShape(files.expert_counts(), files.expert_bytes(), files.weights.trunk_bytes())
+        places = PlacementKeeper(
+            config, self._roster, self._audit, shape, self._autoscaler, self._autoscaler.wanted, self._cannot_place
+        )
         self._phase = "starting actors"
-        self._await_actors()
-        placement = self._place(files)
-        self._phase = "loading weights"
-        facts = self._load(placement, files.checkpoint.source.revision)
-        self._phase = "publishing the placement"
-        self._publish(placement)
-        return SystemInfo(
-            config.model,
-            files.checkpoint.source.revision,
-            self._token,
-            self._system,
-            tuple(member.address for member in self._routers.values()),
-            min(fact["max_context"] for fact in facts),
-            facts[0]["vocab_size"],
-            eos_token_ids(files),
-        )
+        self._audit.write("controller", system=self._system, model=config.model, adopted=found is not None)
+        self._loop.ask(lambda: self._begin(places, found))
+        self._await_ready()
 
-    def _launch(self) -> None:
-        for group in self._config.experts.resolved():
-            for i in range(group.actors):
-                spec = self._spec(f"{group.name}-{i}", group.name, group.device, group.threads)
-                self._started.append((self._cluster.start_expert(spec, group), group))
-        router = self._config.router
-        for i in range(router.actors):
-            spec = self._spec(f"router-{i}", "router", router.device, router.threads)
-            self._started.append((self._cluster.start_router(spec, router), None))
+    def _begin(self, places: PlacementKeeper, found: Found | None) -> None:
+        assert self._fleet is not None
+        if found is not None:
+            placement = found.enter(self._roster, self._loop, self._fleet, places)
+            self._autoscaler.adopt(placement)
+            self._autoscaler.paused = self._audit.last("pause", "resume") == "pause"
+        self._places = places
 
-    def _await_actors(self) -> None:
-        futures = [handle.call("start") for handle, _ in self._started]
-        for (handle, kind), (report, address) in zip(self._started, _results(futures, "start"), strict=True):
-            members = self._routers if kind is None else self._experts
-            with self._lock:
-                members[handle.actor_id] = _Member(handle, report, address, kind)
+    def _cannot_place(self, error: MoerayError) -> None:
+        """The first placement failed, and with it the start; a later one is tried again."""
+        if not self._ready.done():
+            self._ready.set_exception(error)
 
-    def _spec(self, actor_id: str, group: str, device: str, threads: int) -> ActorSpec:
-        return ActorSpec(actor_id, group, device, threads, self._config, self._token, self._system)
-
-    def _place(self, files: ModelFiles) -> Placement:
-        trunks = {member.report.node_id: files.weights.trunk_bytes() for member in self._routers.values()}
-        hosts = hosts_of([(m.report, m.group) for m in self._experts.values() if m.group], trunks)
-        return initial_placement(
-            files.expert_counts(), hosts, expert_bytes=files.expert_bytes(), replicas=self._config.experts.replicas
-        )
-
-    def _load(self, placement: Placement, revision: str | None) -> list[dict[str, Any]]:
-        loads = [
-            member.handle.call("host", [tuple(expert) for expert in placement.hosted_by(actor)], revision)
-            for actor, member in self._experts.items()
-        ]
-        trunks = [member.handle.call("load_trunk", revision) for member in self._routers.values()]
-        self._watch_loading([*loads, *trunks])
-        _results(loads, "load its experts")
-        return _results(trunks, "load the trunk")
-
-    def _watch_loading(self, futures: Sequence[Future[Any]]) -> None:
-        """Keep the phase up to date with the experts loaded, until every actor is done or one has failed."""
+    def _await_ready(self) -> None:
         until = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < until:
-            done, left = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
-            if not left or any(future.exception() for future in done):
+            try:
+                self._ready.result(timeout=0.5)
                 return
-            rows = [row["loading"] for row in _gather(self._expert_members(), "status").values() if row]
-            self._phase = f"loading experts {sum(row[0] for row in rows)}/{sum(row[1] for row in rows)}"
+            except FutureTimeoutError:
+                self._phase = self._overview.phase(self._snapshot()) or self._phase
+        raise MoerayError(
+            f"the system is still {self._phase} after {START_TIMEOUT_S:g} s; "
+            "`ray status` shows whether the cluster has room"
+        )
 
-    def _publish(self, placement: Placement) -> None:
-        with self._lock:
-            self._placement = placement
-        addresses = {actor: member.address for actor, member in self._experts.items()}
-        tree = placement.to_tree()
-        _results([m.handle.call("publish", tree, addresses) for m in self._routers.values()], "take the placement")
+    # -- the loop's events ----------------------------------------------------------------------------------------
 
-    # -- what it is doing -----------------------------------------------------------------------------------------
+    def on_ready(self, actor: Actor) -> None:
+        assert self._places is not None
+        if actor.is_router and self._places.placement.replicas:
+            self._places.publish_to(actor)
+        self._replan()
+        self._look_ready()
+
+    def on_lost(self, actor: Actor, reason: str) -> None:
+        if not self._ready.done():
+            self._early_losses += 1
+            if self._early_losses > EARLY_LOSSES:
+                self._ready.set_exception(MoerayError(f"{actor.actor_id} died while the system started: {reason}"))
+        if self._places is None:
+            return
+        self._autoscaler.forget(actor.actor_id)
+        self._orphaned.pop(actor.actor_id, None)
+        self._places.on_lost(actor)
+        self._reconcile()
+        self._look_ready()
+
+    def on_start_failed(self, actor: Actor, error: Exception) -> None:
+        if not self._ready.done():
+            known = error if isinstance(error, MoerayError) else MoerayError(f"{actor.actor_id} did not start: {error}")
+            self._ready.set_exception(known)
+
+    def on_report(self, actor: Actor, report: Report) -> None:
+        self._autoscaler.fold(report)
+        if isinstance(report, RouterReport) and self._places is not None:
+            orphaned = self._orphaned.get(actor.actor_id, 0) + 1 if report.orphans else 0
+            self._orphaned[actor.actor_id] = orphaned
+            if orphaned >= HEAL_REPORTS:
+                self._orphaned[actor.actor_id] = 0
+                self._places.heal()
+
+    def _tick(self) -> None:
+        if self._places is None or self._stopped:
+            return
+        now = time.monotonic()
+        assert self._fleet is not None
+        if now >= self._next_look:
+            self._next_look = now + self._config.control.report_s
+            self._fleet.look_at_nodes()
+        if self._ready.done() and now >= self._next_decision:
+            self._next_decision = now + self._config.control.interval_s
+            self._decide()
+        for router in self._places.late_routers():
+            self._fleet.lose(router, f"it did not acknowledge a placement within {self._config.control.lease_s:g} s")
+        self._reconcile()
+        self._replan()
+        for actor in self._places.emptied():
+            self._fleet.retire(actor)
+        self._look_ready()
+
+    def _decide(self) -> None:
+        assert self._places is not None
+        decision = self._autoscaler.decide(self._places.placement)
+        if decision is not None:
+            wish, seen = decision
+            self._audit.write("decision", **wish_tree(wish), inputs=summary(seen))
+
+    def _reconcile(self) -> None:
+        """Bring the numbers that are wanted to those who make them true."""
+        assert self._fleet is not None
+        assert self._places is not None
+        self._fleet.wanted = self._autoscaler.wanted()
+        self._places.replicas = self._autoscaler.wish.replicas
+        self._fleet.reconcile(self._places.placement)
+
+    def _replan(self, force: bool = False) -> None:
+        assert self._places is not None
+        if self._places.placement.replicas or self._all_ready():
+            self._places.replan(force)
+
+    def _all_ready(self) -> bool:
+        """The first placement waits for the whole first set of expert actors."""
+        ready: dict[str, int] = {}
+        for actor in self._roster.experts(Phase.READY):
+            ready[actor.group] = ready.get(actor.group, 0) + 1
+        return all(ready.get(name, 0) >= count for name, count in self._autoscaler.wish.actors.items())
+
+    def _look_ready(self) -> None:
+        """Who serves may have changed: say so to those who ask, and end the start when all is there."""
+        places = self._places
+        if places is None or not places.placement.replicas:
+            return
+        routers = [r for r in self._roster.routers(Phase.READY) if r.epoch >= 1 and r.address]
+        if self._info is None and (not routers or places.change is not None):
+            return
+        addresses = tuple(router.address for router in routers if router.address)
+        if self._info is None or self._info.routers != addresses:
+            facts = [router.facts for router in routers] or [self._facts()]
+            self._info = SystemInfo(
+                self._config.model, self._fleet.revision if self._fleet else None, self._token, self._system,
+                addresses, min(f["max_context"] for f in facts), facts[0]["vocab_size"], self._eos,
+            )  # fmt: skip
+        if not self._ready.done():
+            self._phase = "ready"
+            self._ready.set_result(None)
+
+    def _facts(self) -> dict[str, Any]:
+        assert self._info is not None
+        return {"max_context": self._info.max_context, "vocab_size": self._info.vocab_size}
+
+    # -- questions ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """`status` ("loading", "ready" or "failed"), `detail` in a line, and `info` (SystemInfo) once ready."""
         if self._error is not None:
             return {"status": "failed", "detail": self._error, "info": None}
-        if self._info is None:
+        if self._info is None or not self._ready.done():
             return {"status": "loading", "detail": self._phase, "info": None}
         return {"status": "ready", "detail": "ready", "info": self._info}
 
     def status(self) -> dict[str, Any]:
-        """The running system as plain data: its actors with what each says of itself."""
-        members = self._members()
-        rows = _gather(members, "status")
-        actors = [rows[actor] or _silent(member) for actor, member in members.items()]
-        for row in actors:
-            row["rows_per_s"] = self._rates.rate(row["actor"], row.get("rows_total"))
+        """The running system as plain data: its actors with what each says of itself, and what is wanted."""
+        snapshot = self._snapshot()
+        state = self.state()
         return {
             "model": self._config.model,
-            "status": self.state()["status"],
-            "detail": self.state()["detail"],
-            "epoch": self._placement.epoch,
-            "actors": actors,
+            "status": state["status"],
+            "detail": state["detail"],
+            **(self._loop.ask(self._standing) if self._places is not None and not self._stopped else {"epoch": 0}),
+            "actors": self._overview.rows(snapshot),
+        }
+
+    def _standing(self) -> dict[str, Any]:
+        assert self._places is not None
+        assert self._fleet is not None
+        placement = self._places.placement
+        counts = dict.fromkeys(self._fleet.wanted, 0)
+        for actor in self._roster:
+            counts[actor.group] += actor.phase is Phase.READY
+        return {
+            "epoch": placement.epoch,
+            "wanted": dict(self._fleet.wanted),
+            "reserve": dict(self._fleet.reserve),
+            "ready": counts,
+            "hot_experts": [[*e, n] for e, n in sorted(self._places.replicas.items())],
+            "replicas": sum(len(held) for held in placement.replicas.values()),
+            "without_replica": sum(not held for held in placement.replicas.values()),
+            "fewest_replicas": min((len(held) for held in placement.replicas.values()), default=0),
+            "changing": self._places.change is not None,
+            "autoscaling": not self._autoscaler.paused,
+            "skew": {str(layer): round(value, 3) for layer, value in self._autoscaler.skews().items()},
+            "decisions": list(self._audit.recent)[-10:],
+            "audit_log": str(self._audit.path) if self._audit.path else None,
         }
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""
-        totals = dict.fromkeys(self._placement.replicas, 0)
-        for rows in _gather(self._expert_members(), "load").values():
-            for layer, expert, count in rows or ():
-                totals[ExpertId(layer, expert)] = totals.get(ExpertId(layer, expert), 0) + count
-        return [(*expert, count) for expert, count in sorted(totals.items())]
+        known = list(self._places.placement.replicas) if self._places else []
+        return self._overview.load(self._snapshot(), known)
 
     def metrics(self) -> bytes:
         """Every actor's registry and the controller's own, in Prometheus' text format."""
-        snapshots: list[Snapshot] = [s for s in _gather(self._members(), "metrics").values() if s is not None]
-        own = Recorder()
-        own.set("moeray_placement_epoch", self._placement.epoch)
-        for (kind, state), count in Counter((row["kind"], row["state"]) for row in self.status()["actors"]).items():
-            own.set("moeray_actors", count, kind=kind, state=state)
-        for layer, expert, rows in self.load():
-            own.add("moeray_expert_load_rows_total", rows, layer=layer, expert=expert)
-        return exposition(merge([*snapshots, own.snapshot()]))
+        standing = self._loop.ask(self._standing) if self._places is not None and not self._stopped else {}
+        changes = dict(self._places.counts) if self._places else {}
+        return self._overview.metrics(self._snapshot(), standing, changes, self.load())
 
-    def _members(self) -> dict[str, _Member]:
-        with self._lock:
-            return {**self._routers, **self._experts}
+    def _snapshot(self) -> Mapping[str, Actor]:
+        return {actor.actor_id: actor for actor in self._roster}
 
-    def _expert_members(self) -> dict[str, _Member]:
-        with self._lock:
-            return dict(self._experts)
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def plan(self) -> dict[str, Any]:
+        """What would be done now and why; nothing is changed."""
+        return self._ask(self._plan)
+
+    def _plan(self) -> dict[str, Any]:
+        assert self._places is not None
+        wish, seen = self._autoscaler.preview(self._places.placement)
+        proposal = None if self._places.change is not None else self._places.propose(force=True)
+        diff = plan_diff(self._places.placement, proposal.target) if proposal else None
+        return {
+            "now": self._autoscaler.wanted(),
+            "wish": wish_tree(wish),
+            "shrink_votes": self._config.control.shrink_votes,
+            "autoscaling": not self._autoscaler.paused,
+            "placement": None if proposal is None or diff is None else {
+                "kind": proposal.kind, "why": proposal.why, "moves": diff.moves,
+                "host": {actor: [list(e) for e in held] for actor, held in diff.host.items()},
+                "drop": {actor: [list(e) for e in held] for actor, held in diff.drop.items()},
+            },
+            "inputs": summary(seen),
+        }  # fmt: skip
+
+    def scale(self, group: str, count: int) -> dict[str, int]:
+        """Set the number of a group's actors (`router` for the routers). Raises ConfigError beyond its limits."""
+
+        def run() -> dict[str, int]:
+            self._autoscaler.scale(group, count)
+            self._audit.write("scale", group=group, actors=count, by="hand")
+            self._reconcile()
+            self._replan()
+            return self._autoscaler.wanted()
+
+        return self._ask(run)
+
+    def drain(self, actor_id: str, within_s: float | None = None) -> None:
+        """Empty one actor and stop it, within `within_s` seconds where given; another is started in its place."""
+
+        def run() -> None:
+            assert self._fleet is not None
+            self._fleet.tell_to_leave(actor_id, within_s)
+            self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
+            self._reconcile()
+            self._replan()
+
+        self._ask(run)
+
+    def rebalance(self) -> bool:
+        """Balance the placement by the load of now; False where nothing is to be moved, or a change is under way."""
+
+        def run() -> bool:
+            assert self._places is not None
+            if self._places.change is not None:
+                return False
+            self._audit.write("rebalance", by="hand")
+            self._replan(force=True)
+            return self._places.change is not None
+
+        return self._ask(run)
+
+    def pause(self, paused: bool) -> None:
+        """Stop or resume scaling by policy. Repair and manual commands go on."""
+
+        def run() -> None:
+            self._autoscaler.paused = paused
+            self._audit.write("pause" if paused else "resume", by="hand")
+
+        self._ask(run)
+
+    def _ask(self, question: Callable[[], _T]) -> _T:
+        if not self._ready.done() or self._error is not None or self._stopped:
+            raise MoerayError(f"the system is {self._phase}; try again when it is ready")
+        return self._loop.ask(question)
 
     # -- stop -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """End every actor: routers first, so that no row is sent to an actor that is going. Idempotent."""
-        with self._lock:
-            if self._stopped:
-                return
-            self._stopped = True
-        routers_first = sorted(self._started, key=lambda item: item[1] is not None)
-        for handle, _ in routers_first:
-            try:
-                handle.call("stop").result(timeout=30.0)
-            except (MoerayError, FutureTimeoutError) as error:
-                log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
-            handle.kill()
+        if self._stopped:
+            return
+        self._stopped = True
+        self._loop.stop(STOP_TIMEOUT_S)
+        if self._fleet is not None:
+            self._fleet.close()
+        actors = sorted(self._roster, key=lambda actor: not actor.is_router)
+        for actor in actors:
+            if actor.handle is not None:
+                _end(actor.handle)
         self._cluster.close()
 
 
-def hosts_of(actors: Sequence[tuple[ActorReport, ExpertGroupConfig]], reserved: Mapping[str, int]) -> list[Host]:
-    """What each expert actor can hold: its part of its device's free memory.
-
-    Actors of one node share its CPU memory (less `reserved[node]`, the trunk there, and the processes' own need); a
-    GPU's free bytes were read by each of its actors and are shared likewise.
-    """
-    sharing: dict[tuple[str, str], int] = {}
-    for report, _ in actors:
-        key = (report.node_id, report.device)
-        sharing[key] = sharing.get(key, 0) + 1
-    hosts = []
-    for report, group in actors:
-        mates = sharing[report.node_id, report.device]
-        taken = reserved.get(report.node_id, 0) + mates * BASE_BYTES if report.device == "cpu" else 0
-        capacity = max(0, int(0.9 * (report.free_bytes - taken) / mates))
-        if group.memory_gib is not None:
-            capacity = min(capacity, int(group.memory_gib * 2**30))
-        hosts.append(Host(report.actor_id, capacity, group.share / group.actors))
-    return hosts
-
-
-def _results(futures: Sequence[Future[Any]], what: str) -> list[Any]:
-    """Every result; the first error goes up. One deadline for all of them."""
-    until = time.monotonic() + START_TIMEOUT_S
+def _end(handle: ActorHandle) -> None:
     try:
-        return [future.result(timeout=max(0.0, until - time.monotonic())) for future in futures]
-    except FutureTimeoutError:
-        raise MoerayError(
-            f"an actor did not {what} within {START_TIMEOUT_S:g} s; `ray status` shows whether the cluster has room"
-        ) from None
+        handle.call("stop").result(timeout=STOP_TIMEOUT_S)
+    except (MoerayError, FutureTimeoutError) as error:
+        log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
+    handle.kill()
 
 
-def _gather(members: Mapping[str, _Member], method: str) -> dict[str, Any]:
-    """Ask every actor at once; None for those that do not answer in time or are gone."""
-    futures = {actor: member.handle.call(method) for actor, member in members.items()}
-    until = time.monotonic() + STATUS_TIMEOUT_S
-    answers: dict[str, Any] = {}
-    for actor, future in futures.items():
-        try:
-            answers[actor] = future.result(timeout=max(0.0, until - time.monotonic()))
-        except (MoerayError, FutureTimeoutError) as error:
-            log.warning("actor %s did not answer %s: %s", actor, method, error)
-            answers[actor] = None
-    return answers
-
-
-def _silent(member: _Member) -> dict[str, Any]:
-    kind = "router" if member.group is None else "expert"
-    report = member.report
+def wish_tree(wish: Any) -> dict[str, Any]:
+    """A wish as plain data."""
     return {
-        "actor": report.actor_id, "kind": kind, "group": member.group.name if member.group else "router",
-        "node": report.node_id, "pid": report.pid, "device": report.device, "state": "silent", "experts": 0, "queue": 0,
-    }  # fmt: skip
+        "actors": dict(wish.actors),
+        "routers": wish.routers,
+        "replicas": [[*expert, count] for expert, count in sorted(wish.replicas.items())],
+        "reasons": list(wish.reasons),
+    }
 
 
-class _Rates:
-    """Per second, from two readings of a counter."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._last: dict[str, tuple[float, float]] = {}
-        self._lock = threading.Lock()
-
-    def rate(self, key: str, total: float | None) -> float:
-        if total is None:
-            return 0.0
-        now = self._clock()
-        with self._lock:
-            before, count = self._last.get(key, (now, total))
-            self._last[key] = (now, total)
-        return (total - count) / (now - before) if now > before else 0.0
+def audit_path(config: Config) -> Path:
+    """Where the audit log goes: `control.audit_log`, else a file named after the system in the cache folder."""
+    if config.control.audit_log:
+        return Path(config.control.audit_log)
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    return cache / "audit" / f"{config.serve.name}.jsonl"

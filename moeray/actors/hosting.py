@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -19,16 +19,29 @@ class ActorHandle(Protocol):
     def call(self, method: str, *args: Any) -> Future[Any]: ...
 
     def kill(self) -> None:
-        """End the actor at once, without a drain."""
+        """End the actor at once, without a drain. May take a while; killing what is gone does nothing."""
         ...
 
 
 class Cluster(Protocol):
-    """Starts actors. The group's device and resources decide where."""
+    """Starts actors. The group's device and resources decide where. Calls may block while the cluster is disturbed."""
+
+    @property
+    def node_id(self) -> str:
+        """The node of this process."""
+        ...
 
     def start_expert(self, spec: ActorSpec, group: ExpertGroupConfig) -> ActorHandle: ...
 
     def start_router(self, spec: ActorSpec, router: RouterConfig) -> ActorHandle: ...
+
+    def find(self) -> list[ActorHandle]:
+        """The actors of this system that live already: what a controller before this one has started."""
+        ...
+
+    def draining(self) -> Mapping[str, float]:
+        """Nodes that are about to go, with the seconds that are left to them (inf: until they are empty)."""
+        ...
 
     def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
         """Raise PlacementError when the cluster as it is could not run these actors, naming what is short."""

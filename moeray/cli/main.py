@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import ClassVar
 
@@ -15,8 +16,9 @@ class _Commands(click.Group):
     """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
 
     _modules: ClassVar[dict[str, str]] = {
-        "bench": "bench", "demo": "demo", "generate": "generate", "serve": "serve", "status": "status",
-        "upcycle": "upcycle",
+        "bench": "bench", "demo": "demo", "drain": "drain", "generate": "generate", "pause-autoscaling": "pause:pause",
+        "plan": "plan", "rebalance": "rebalance", "resume-autoscaling": "pause:resume", "scale": "scale",
+        "serve": "serve", "status": "status", "upcycle": "upcycle",
     }  # fmt: skip
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -25,8 +27,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._modules:
             return None
-        module = __import__(f"moeray.cli.{self._modules[cmd_name]}", fromlist=["command"])
-        command: click.Command = module.command
+        module, _, name = self._modules[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(f"moeray.cli.{module}"), name or "command")
         return command
 
 

@@ -64,3 +64,11 @@ def config_of(model: str, config_file: str | None, flags: dict[str, Any], **defa
     if config_file is None:
         overrides = {key.replace("__", "."): value for key, value in defaults.items()} | overrides
     return load_config(config_file, overrides)
+
+
+def system_options(command: _F) -> _F:
+    """The options of a command that talks to a running system: which one, where, and how to print."""
+    name = click.option("--name", default="moeray", show_default=True, help="The system's name (its serve.name).")
+    address = click.option("--address", help="The Ray cluster's address [default: RAY_ADDRESS, else the local one].")
+    output = click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+    return name(address(output(command)))

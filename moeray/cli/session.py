@@ -65,3 +65,19 @@ def stop_controller(controller: Any) -> None:
 
     ray.get(controller.stop.remote(), timeout=120.0)
     ray.kill(controller)
+
+
+def attach(name: str, address: str | None) -> Any:
+    """The controller of a running system. Raises MoerayError where there is no cluster or no such system."""
+    import ray
+
+    from moeray.cluster.ray import find_controller
+    from moeray.errors import MoerayError
+
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise MoerayError(
+            "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
+        ) from error
+    return find_controller(name)

@@ -8,27 +8,19 @@ from typing import Any
 
 import click
 
+from moeray.cli.options import system_options
+
 RATE_WINDOW_S = 1.0
 
 
 @click.command("status")
-@click.option("--name", default="moeray", show_default=True, help="The system's name (serve.name of its config).")
-@click.option("--address", default=None, help="The Ray cluster's address [default: RAY_ADDRESS, else the local one].")
-@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@system_options
 def command(name: str, address: str | None, output: str) -> None:
     """Show the running system: its actors, what they host and how busy they are."""
-    import ray
+    from moeray.cli.session import attach
+    from moeray.cluster.ray import ask
 
-    from moeray.cluster.ray import ask, find_controller
-    from moeray.errors import MoerayError
-
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
-        raise MoerayError(
-            "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
-        ) from error
-    controller = find_controller(name)
+    controller = attach(name, address)
     ask(controller, "status")  # rates are the difference of two readings
     time.sleep(RATE_WINDOW_S)
     status = ask(controller, "status")

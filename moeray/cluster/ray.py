@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import ray
-import torch
+from ray._private.state import state as global_state
 from ray.exceptions import RayActorError, RayTaskError
 
 from moeray.actors.controller import Controller
-from moeray.actors.expert import ExpertActor
-from moeray.actors.router import RouterActor
+from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import ActorSpec, model_fingerprint
+from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError
@@ -26,23 +28,8 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "moeray"
 LEASE_S = 60.0
-_KINDS = {"expert": ExpertActor, "router": RouterActor}
 # Threads that wait must not spin on a core that another actor needs.
 _ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
-
-
-class _Process:
-    """The Ray actor around an expert or a router: it owns the process, so it sets its threads."""
-
-    def __init__(self, kind: str, spec: ActorSpec) -> None:
-        setup_logging(spec.config.log_format)
-        node_id = ray.get_runtime_context().get_node_id()
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
-        self._actor = _KINDS[kind](spec, node_id)
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._actor, method)(*args)
 
 
 class RayHandle:
@@ -79,33 +66,50 @@ def unwrapped(future: Future[Any], who: str) -> Future[Any]:
 
 
 class RayCluster:
-    """Implements `Cluster`. Must be made inside a process that is connected to Ray."""
+    """Implements `Cluster`. Must be made inside a process that is connected to Ray.
 
-    def __init__(self, namespace: str = NAMESPACE) -> None:
+    Actors are detached and named `SYSTEM:START:ACTOR`, so that they outlive a controller that dies and the next one
+    finds them; `name` is the system's.
+    """
+
+    def __init__(self, name: str, namespace: str = NAMESPACE) -> None:
+        self._name = name
         self._namespace = namespace
-        self._gpus = 0.0
+        self.node_id: str = ray.get_runtime_context().get_node_id()
+        self._gpus: float | None = None
         self._actors = 1
 
     def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
-        total = ray.cluster_resources()
-        self._gpus = total.get("GPU", 0.0)
-        self._actors = router.actors + sum(group.actors for group in groups)
-        requests = [for_experts(group, self._gpus, self._actors) for group in groups for _ in range(group.actors)]
-        requests += [for_router(router, self._gpus, self._actors)] * router.actors
+        total = self._measure(groups, router)
+        requests = [
+            for_experts(group, self._gpus or 0.0, self._actors) for group in groups for _ in range(group.actors)
+        ]
+        requests += [for_router(router, self._gpus or 0.0, self._actors)] * router.actors
         check_fits(requests, total)
 
-    def start_expert(self, spec: ActorSpec, group: ExpertGroupConfig) -> RayHandle:
-        return self._start("expert", spec, for_experts(group, self._gpus, self._actors))
+    def _measure(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> dict[str, float]:
+        total: dict[str, float] = ray.cluster_resources()
+        self._gpus = total.get("GPU", 0.0)
+        self._actors = router.actors + sum(group.actors for group in groups)
+        return total
 
-    def start_router(self, spec: ActorSpec, router: RouterConfig) -> RayHandle:
-        return self._start("router", spec, for_router(router, self._gpus, self._actors))
+    def start_expert(self, spec: ActorSpec, group: ExpertGroupConfig) -> ActorHandle:
+        if self._gpus is None:
+            self._measure(spec.config.experts.resolved(), spec.config.router)
+        return self._start("expert", spec, for_experts(group, self._gpus or 0.0, self._actors))
 
-    def _start(self, kind: str, spec: ActorSpec, request: Request) -> RayHandle:
+    def start_router(self, spec: ActorSpec, router: RouterConfig) -> ActorHandle:
+        if self._gpus is None:
+            self._measure(spec.config.experts.resolved(), router)
+        return self._start("router", spec, for_router(router, self._gpus or 0.0, self._actors))
+
+    def _start(self, kind: str, spec: ActorSpec, request: Request) -> ActorHandle:
         actor = (
-            ray.remote(_Process)
+            ray.remote(Process)
             .options(
-                name=f"{spec.config.serve.name}:{spec.system}:{spec.actor_id}",
+                name=f"{self._name}:{spec.system}:{spec.actor_id}",
                 namespace=self._namespace,
+                lifetime="detached",
                 num_cpus=request.num_cpus,
                 num_gpus=request.num_gpus,
                 resources=dict(request.resources),
@@ -116,6 +120,27 @@ class RayCluster:
             .remote(kind, spec)
         )
         return RayHandle(spec.actor_id, actor)
+
+    def find(self) -> list[ActorHandle]:
+        names = [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if self._ours(row)]
+        found: list[ActorHandle] = []
+        for name in names:
+            with suppress(ValueError):  # it died since the list was made
+                found.append(RayHandle(name.rpartition(":")[2], ray.get_actor(name, namespace=self._namespace)))
+        return found
+
+    def _ours(self, row: Mapping[str, str]) -> bool:
+        """An actor of any start of this system, but not its controller."""
+        return (
+            row["namespace"] == self._namespace
+            and row["name"].startswith(f"{self._name}:")
+            and row["name"] != controller_name(self._name)
+        )
+
+    def draining(self) -> Mapping[str, float]:
+        deadlines: dict[str, int] = global_state.get_draining_nodes()
+        now = time.time()
+        return {node: at / 1000 - now if at else math.inf for node, at in deadlines.items()}
 
     def close(self) -> None:
         """Nothing is held."""
@@ -130,7 +155,7 @@ class ControllerProcess:
     def __init__(self, config: Config) -> None:
         setup_logging(config.log_format)
         self._config = config
-        self._controller = Controller(config, RayCluster())
+        self._controller = Controller(config, RayCluster(config.serve.name))
         self._renewed = time.monotonic()
         self._ended = threading.Event()
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
@@ -188,6 +213,7 @@ def start_controller(config: Config) -> Any:
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
+            max_restarts=-1,
             num_cpus=0,
             max_concurrency=16,
         )

@@ -1,0 +1,101 @@
+"""What a new controller takes over from one that died: the actors that go on serving, and the placement they hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from typing import Any
+
+from moeray.actors.fleet_keeper import FleetKeeper
+from moeray.actors.hosting import ActorHandle
+from moeray.actors.loop import Loop
+from moeray.actors.placement_keeper import PlacementKeeper
+from moeray.actors.roster import Actor, Calls, Roster
+from moeray.actors.spec import ActorReport
+from moeray.config import Config, ExpertGroupConfig
+from moeray.control.fleet import Phase
+from moeray.control.placement import Placement
+from moeray.errors import MoerayError
+from moeray.types import Address, ExpertId
+
+log = logging.getLogger(__name__)
+
+DESCRIBE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The running actors with what each says of itself."""
+
+    token: bytes
+    system: str
+    revision: str | None
+    actors: tuple[tuple[ActorHandle, Mapping[str, Any]], ...]
+    config: Config
+
+    def enter(self, roster: Roster, loop: Loop, fleet: FleetKeeper, places: PlacementKeeper) -> Placement:
+        """Put the actors into the roster as ready, watch them, and hold the placement that they hold."""
+        kinds = {group.name: group for group in self.config.experts.resolved()}
+        for handle, says in self.actors:
+            roster.add(_actor(handle, says, kinds, loop))
+        places.placement = placement_of([says for _, says in self.actors])
+        for actor in roster:
+            fleet.watch(actor)
+        for actor in roster.routers():
+            places.publish_to(actor)
+        return places.placement
+
+
+def adopt(handles: Sequence[ActorHandle], config: Config) -> Found | None:
+    """Ask the actors that were found who they are. None where none serves; those that do not fit are ended."""
+    kinds = {group.name for group in config.experts.resolved()} | {"router"}
+    futures = [(handle, handle.call("describe")) for handle in handles]
+    serving: list[tuple[ActorHandle, Mapping[str, Any]]] = []
+    for handle, future in futures:
+        try:
+            says = future.result(timeout=DESCRIBE_S)
+        except (MoerayError, FutureTimeoutError) as error:
+            log.warning("actor %s does not say who it is, so it is ended: %s", handle.actor_id, error)
+            handle.kill()
+            continue
+        if says["state"] != "ready" or says["group"] not in kinds:
+            handle.kill()
+        else:
+            serving.append((handle, says))
+    if not serving:
+        return None
+    newest = max(serving, key=lambda pair: pair[1].get("epoch", 0))[1]
+    ours = tuple(pair for pair in serving if pair[1]["system"] == newest["system"])
+    for handle, says in serving:
+        if says["system"] != newest["system"]:
+            handle.kill()
+    return Found(newest["token"], newest["system"], newest["revision"], ours, config)
+
+
+def placement_of(says: Sequence[Mapping[str, Any]]) -> Placement:
+    """The newest placement that a router holds, less the actors that are gone; else what the experts host."""
+    alive = {row["actor_id"] for row in says}
+    held = [Placement.from_tree(row["placement"]) for row in says if row["kind"] == "router"]
+    newest = max(held, key=lambda placement: placement.epoch, default=Placement())
+    if newest.replicas:
+        for actor_id in set(newest.actors()) - alive:
+            newest = newest.without(actor_id)
+        return newest
+    replicas: dict[ExpertId, tuple[str, ...]] = {}
+    for row in says:
+        for layer, expert in row.get("experts", ()):
+            key = ExpertId(layer, expert)
+            replicas[key] = (*replicas.get(key, ()), row["actor_id"])
+    return Placement(1, replicas) if replicas else Placement()
+
+
+def _actor(handle: ActorHandle, says: Mapping[str, Any], kinds: Mapping[str, ExpertGroupConfig], loop: Loop) -> Actor:
+    number = int(handle.actor_id.rpartition("-")[2])
+    kind = kinds.get(says["group"]) if says["kind"] == "expert" else None
+    return Actor(
+        handle.actor_id, kind, number, Phase.READY, handle, Calls(handle, loop),
+        ActorReport(handle.actor_id, says["node"], says["pid"], says["device"], says["free_bytes"]),
+        Address(handle.actor_id, says["node"], says["unix"], says["grpc"]), dict(says.get("facts", {})),
+    )  # fmt: skip

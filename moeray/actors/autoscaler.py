@@ -1,0 +1,167 @@
+"""From reports to the numbers that are wanted: windows, policies, hysteresis. Owned by the controller's loop."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+
+from moeray.actors.roster import ROUTER, Roster
+from moeray.config import Config, ExpertGroupConfig, RouterConfig
+from moeray.control.fleet import Phase
+from moeray.control.load import LoadBook, skew
+from moeray.control.placement import Placement
+from moeray.control.policy import (
+    ExpertActorView,
+    GroupLimits,
+    PolicyInput,
+    RouterView,
+    Wish,
+    decide,
+    load_policies,
+)
+from moeray.control.reports import Report
+from moeray.control.votes import settle
+from moeray.errors import ConfigError
+from moeray.types import ExpertId
+
+
+class Autoscaler:
+    """Implements the placement's `LoadSource`. `wish` is what is wanted now; it changes by `decide` and `scale`."""
+
+    def __init__(self, config: Config, roster: Roster, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._roster = roster
+        self._clock = clock
+        self._policies = load_policies(config.control.policies)
+        self._book = LoadBook(config.control.window_s)
+        self._history: deque[Wish] = deque(maxlen=config.control.shrink_votes)
+        self._kinds: dict[str, ExpertGroupConfig | RouterConfig] = {g.name: g for g in config.experts.resolved()}
+        self._kinds[ROUTER] = config.router
+        self.paused = not config.control.autoscale
+        groups = {group.name: group.actors for group in config.experts.resolved()}
+        self.wish = Wish(groups, config.router.actors)
+
+    def adopt(self, placement: Placement) -> None:
+        """Go on from what an earlier controller had scaled to: the actors that serve, and hot experts' replicas."""
+        named = set(placement.actors())
+        groups = {
+            name: self._within(name, sum(a.group == name and a.actor_id in named for a in self._roster))
+            for name in self.wish.actors
+        }
+        routers = self._within(ROUTER, len(self._roster.routers(Phase.READY)))
+        base = self._config.experts.replicas
+        hot = {expert: len(held) for expert, held in placement.replicas.items() if len(held) > base}
+        self.wish = Wish(groups, routers, hot)
+
+    def _within(self, name: str, count: int) -> int:
+        low, high = self._kinds[name].actors_span
+        return min(max(count, low), high)
+
+    def fold(self, report: Report) -> None:
+        """Take one report."""
+        self._book.fold(report, self._clock())
+
+    def forget(self, actor_id: str) -> None:
+        self._book.forget(actor_id)
+
+    # -- LoadSource -----------------------------------------------------------------------------------------------
+
+    def load(self) -> Mapping[ExpertId, float]:
+        return self._book.expert_rates(self._clock())
+
+    def rates(self) -> Mapping[str, float]:
+        return self._book.service_rates()
+
+    def worst_skew(self, placement: Placement) -> float:
+        return max(skew(self.load(), placement).values(), default=1.0)
+
+    def skews(self) -> Mapping[int, float]:
+        """Layer -> max/mean of what its actors really served."""
+        return self._book.skew_observed(self._clock())
+
+    # -- deciding -------------------------------------------------------------------------------------------------
+
+    def seen(self, placement: Placement) -> PolicyInput:
+        """What the policies look at, at this moment."""
+        now = self._clock()
+        busy, rates, waits = self._book.busy(now), self._book.service_rates(), self._book.queue_waits(now)
+        named = set(placement.actors())
+        experts = tuple(
+            ExpertActorView(
+                a.actor_id, a.group, a.node_id, busy.get(a.actor_id, 0.0), rates.get(a.actor_id, 0.0),
+                waits.get(a.actor_id, 0.0),
+            )
+            for a in self._roster.experts(Phase.READY)
+            if a.actor_id in named
+        )  # fmt: skip
+        means = self._book.routers(now)
+        routers = tuple(
+            RouterView(a.actor_id, a.node_id, *means.get(a.actor_id, (0.0, 0.0, 0.0)))
+            for a in self._roster.routers(Phase.READY)
+        )
+        limits = {name: self._limits(name) for name in self._kinds}
+        router_limits = limits.pop(ROUTER)
+        return PolicyInput(
+            time.time(), self._book.idle_s(now), self.load(), self._book.peak(now), experts, routers, placement,
+            limits, router_limits, self._config.experts.replicas, self._config.control,
+        )  # fmt: skip
+
+    def _limits(self, name: str) -> GroupLimits:
+        kind = self._kinds[name]
+        low, high = kind.actors_span
+        wanted = self.wish.routers if name == ROUTER else self.wish.actors[name]
+        assert wanted is not None
+        return GroupLimits(wanted, low, high, kind.price_per_hour, kind.device)
+
+    def decide(self, placement: Placement) -> tuple[Wish, PolicyInput] | None:
+        """Let the policies decide; the new wish and what it rests on, or None where nothing changes or it is paused."""
+        seen = self.seen(placement)
+        self._history.append(decide(self._policies, seen))
+        if self.paused:
+            return None
+        settled = settle(self.wish, list(self._history), self._config.control.shrink_votes)
+        if replace(settled, reasons=()) == replace(self.wish, reasons=()):
+            return None
+        self.wish = settled
+        return settled, seen
+
+    def preview(self, placement: Placement) -> tuple[Wish, PolicyInput]:
+        """What the policies would want at this moment, before hysteresis. Changes nothing."""
+        seen = self.seen(placement)
+        return decide(self._policies, seen), seen
+
+    def scale(self, group: str, count: int) -> None:
+        """Set a group's number by hand; the policies go on from it. Raises ConfigError beyond its limits."""
+        if group not in self._kinds:
+            raise ConfigError(f"there is no group {group!r}; the groups are {', '.join(self._kinds)}")
+        low, high = self._kinds[group].actors_span
+        if not low <= count <= high:
+            raise ConfigError(
+                f"{group}={count} is outside {low} to {high}; raise max_actors (or lower min_actors) of the group"
+            )
+        self._history.clear()
+        if group == ROUTER:
+            self.wish = replace(self.wish, routers=count)
+        else:
+            self.wish = replace(self.wish, actors={**self.wish.actors, group: count})
+
+    def wanted(self) -> dict[str, int]:
+        """Actors of each group, the routers' group included."""
+        assert self.wish.routers is not None
+        return {**self.wish.actors, ROUTER: self.wish.routers}
+
+
+def summary(seen: PolicyInput) -> dict[str, object]:
+    """A policy's input as the audit log keeps it: all of it but the load of each expert, of which the heaviest."""
+    heaviest = sorted(seen.load.items(), key=lambda item: -item[1])[:8]
+    return {
+        "idle_s": round(seen.idle_s, 1),
+        "rows_per_s": round(sum(seen.load.values()), 1),
+        "hottest": [[*expert, round(rate, 1)] for expert, rate in heaviest],
+        "experts": [asdict(view) for view in seen.experts],
+        "routers": [asdict(view) for view in seen.routers],
+        "groups": {name: asdict(limits) for name, limits in seen.groups.items()},
+        "epoch": seen.placement.epoch,
+    }

@@ -1,0 +1,282 @@
+"""Keeps every expert placed: plans, carries out one change at a time, repairs first. Owned by the controller's loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moeray.actors.audit import Audit
+from moeray.actors.hosts import hosts_of
+from moeray.actors.roster import Actor, Roster
+from moeray.config import Config
+from moeray.control import reconcile
+from moeray.control.eplb import place, repair
+from moeray.control.fleet import Phase, serving
+from moeray.control.placement import Host, Placement
+from moeray.control.plan import plan_diff
+from moeray.control.reconcile import Change, Event, Instruction, Publish, Step, Unhost
+from moeray.errors import MoerayError, PlacementError
+from moeray.types import ExpertId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What placing needs of the model: layer -> number of experts, layer -> bytes of one, bytes of the trunk."""
+
+    experts: Mapping[int, int]
+    expert_bytes: Mapping[int, int]
+    trunk_bytes: int
+
+
+class LoadSource(Protocol):
+    """What is known of the load at present."""
+
+    def load(self) -> Mapping[ExpertId, float]: ...
+
+    def rates(self) -> Mapping[str, float]: ...
+
+    def worst_skew(self, placement: Placement) -> float: ...
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A new placement and why. `kind`: first, repair, scale, rebalance."""
+
+    target: Placement
+    kind: str
+    why: str
+
+
+class PlacementKeeper:
+    """`replicas` is the policies' wish for hot experts; `wanted` says how many actors of each group serve."""
+
+    def __init__(
+        self, config: Config, roster: Roster, audit: Audit, model: ModelShape, source: LoadSource,
+        wanted: Callable[[], Mapping[str, int]], on_failure: Callable[[MoerayError], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._roster = roster
+        self._audit = audit
+        self._model = model
+        self._source = source
+        self._wanted = wanted
+        self._on_failure = on_failure
+        self._clock = clock
+        self.placement = Placement()
+        self.replicas: Mapping[ExpertId, int] = {}
+        self.change: Change | None = None
+        self.counts: dict[tuple[str, str], int] = {}
+        """Changes so far by (kind, result)."""
+        self.moved = 0
+        self._proposal: Proposal | None = None
+        self._planned: object = None
+        self._looked_at_skew = 0.0
+        self._no_room = ""
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    def replan(self, force: bool = False) -> None:
+        """Begin a change, if one is needed and none is under way."""
+        if self.change is not None:
+            return
+        try:
+            proposal = self.propose(force)
+        except PlacementError as error:
+            if str(error) != self._no_room:
+                self._no_room = str(error)
+                log.error("%s", error)
+                self._audit.write("no_room", error=str(error))
+                self._on_failure(error)
+            return
+        self._no_room = ""
+        if proposal is not None:
+            self._begin(proposal)
+
+    def propose(self, force: bool = False) -> Proposal | None:
+        """What would be changed now, and why; None where all is as it should be. Raises PlacementError."""
+        ids = serving(self._roster.members(self.placement), self._wanted())
+        if not ids:
+            return None
+        hosts = self.hosts(ids)
+        if not self.placement.replicas:
+            return Proposal(self._place(hosts), "first", f"{len(ids)} actors are ready")
+        base = min(self._config.experts.replicas, len(hosts))
+        short = sum(len(held) < base for held in self.placement.replicas.values())
+        if short:
+            target = repair(
+                self.placement, hosts, self._source.load(), expert_bytes=self._model.expert_bytes, replicas=base
+            )
+            return Proposal(target, "repair", f"{short} experts have fewer than {base} replicas")
+        signature = (frozenset(ids), tuple(sorted(self.replicas.items())))
+        if signature != self._planned:
+            target = self._place(hosts)
+            self._planned = signature
+            return self._if_moved(target, "scale", f"{len(ids)} actors serve, {len(self.replicas)} experts are hot")
+        return self._rebalance(hosts, force)
+
+    def _rebalance(self, hosts: Sequence[Host], force: bool) -> Proposal | None:
+        now, settings = self._clock(), self._config.control
+        if not force and now - self._looked_at_skew < settings.window_s:
+            return None
+        self._looked_at_skew = now
+        skew = self._source.worst_skew(self.placement)
+        if not force and skew <= settings.max_skew:
+            return None
+        return self._if_moved(self._place(hosts), "rebalance", f"the worst layer's max/mean load is {skew:.2f}")
+
+    def _if_moved(self, target: Placement, kind: str, why: str) -> Proposal | None:
+        diff = plan_diff(self.placement, target)
+        return Proposal(target, kind, why) if diff.host or diff.drop else None
+
+    def _place(self, hosts: Sequence[Host]) -> Placement:
+        base = min(self._config.experts.replicas, len(hosts))
+        wish = {e: min(max(count, base), len(hosts)) for e, count in self.replicas.items()}
+        counts = {ExpertId(la, e): base for la, n in self._model.experts.items() for e in range(n)} | wish
+        return place(
+            self._source.load(), hosts, experts=self._model.experts, expert_bytes=self._model.expert_bytes,
+            replicas=counts, current=self.placement, migration_cost=self._config.control.migration_cost,
+        )  # fmt: skip
+
+    def hosts(self, ids: Iterable[str]) -> list[Host]:
+        chosen = [actor for actor in (self._roster.get(actor_id) for actor_id in ids) if actor is not None]
+        trunks: dict[str, int] = {}
+        for router in self._roster.routers():
+            trunks[router.node_id] = trunks.get(router.node_id, 0) + self._model.trunk_bytes
+        return hosts_of(chosen, trunks, self._source.rates())
+
+    # -- carrying out ---------------------------------------------------------------------------------------------
+
+    def _begin(self, proposal: Proposal) -> None:
+        diff = plan_diff(self.placement, proposal.target)
+        self._proposal = proposal
+        self._audit.write(
+            "plan", kind=proposal.kind, why=proposal.why, epoch=proposal.target.epoch, moves=diff.moves,
+            hosts={actor: len(held) for actor, held in diff.host.items()},
+            drops={actor: len(held) for actor, held in diff.drop.items()},
+        )  # fmt: skip
+        self.moved += diff.moves
+        routers = [router.actor_id for router in self._roster.routers(Phase.READY, Phase.LEAVING)]
+        self.change, instructions = reconcile.begin(proposal.target, diff.host, diff.drop, routers)
+        self._carry_out(instructions)
+
+    def tell(self, event: Event) -> None:
+        """Something happened that the change under way may wait for."""
+        if self.change is None:
+            return
+        self.change, instructions = reconcile.advance(self.change, event)
+        self._carry_out(instructions)
+
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case reconcile.Host(actor_id, experts):
+                    self._host(actor_id, experts)
+                case Unhost(actor_id, experts):
+                    self._call(actor_id, "unhost", [tuple(e) for e in experts])
+                case Publish(placement):
+                    self.publish(placement)
+        if self.change is not None and self.change.ended:
+            self._end(self.change)
+
+    def _end(self, change: Change) -> None:
+        assert self._proposal is not None
+        kind = self._proposal.kind
+        self.change = None
+        self.counts[kind, change.step.value] = self.counts.get((kind, change.step.value), 0) + 1
+        self._audit.write(
+            "plan_ended", kind=kind, result=change.step.value, epoch=change.target.epoch, error=change.error
+        )
+        if change.step is Step.ROLLED_BACK:
+            log.warning("the %s was rolled back: %s", kind, change.error)
+            self._planned = None
+            self._on_failure(MoerayError(change.error or "the placement was rolled back"))
+
+    def _host(self, actor_id: str, experts: Sequence[ExpertId]) -> None:
+        actor = self._roster.get(actor_id)
+        if actor is None or actor.calls is None:
+            self.tell(reconcile.ActorLost(actor_id))
+            return
+
+        def hosted(_: Any, error: Exception | None) -> None:
+            self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
+
+        actor.calls.put("host", [tuple(expert) for expert in experts], then=hosted)
+
+    def _call(self, actor_id: str, method: str, *args: Any) -> None:
+        actor = self._roster.get(actor_id)
+        if actor is not None and actor.calls is not None:
+            actor.calls.put(method, *args, then=lambda _, error: _log(actor_id, method, error))
+
+    def publish(self, placement: Placement, lost: Sequence[str] = ()) -> None:
+        """Give every router this placement; `lost` names actors that are dead, so that nobody waits for them."""
+        self.placement = placement
+        for router in self._roster.routers(Phase.READY, Phase.LEAVING):
+            self.publish_to(router, lost)
+
+    def publish_to(self, router: Actor, lost: Sequence[str] = ()) -> None:
+        """Give one router the placement as it is."""
+        if router.calls is None:
+            return
+        actors = {actor_id: self._roster.get(actor_id) for actor_id in self.placement.actors()}
+        addresses = {actor_id: actor.address for actor_id, actor in actors.items() if actor and actor.address}
+        if router.epoch_since == 0.0:
+            router.epoch_since = self._clock()
+        router.calls.put(
+            "publish", self.placement.to_tree(), addresses, dict(self._source.rates()), list(lost),
+            then=lambda epoch, error: self._acked(router, epoch, error),
+        )  # fmt: skip
+
+    def _acked(self, router: Actor, epoch: int | None, error: Exception | None) -> None:
+        if epoch is None:
+            _log(router.actor_id, "publish", error)
+            return
+        router.epoch = epoch
+        if epoch >= self.placement.epoch:
+            router.epoch_since = 0.0
+        self.tell(reconcile.Acked(router.actor_id, epoch))
+
+    # -- losses ---------------------------------------------------------------------------------------------------
+
+    def on_lost(self, actor: Actor) -> None:
+        """Routers hear of it at once; what has no replica any more is hosted elsewhere before anything else."""
+        if actor.is_router:
+            self.tell(reconcile.Acked(actor.actor_id, 1 << 62))
+            return
+        self.tell(reconcile.ActorLost(actor.actor_id))
+        if actor.actor_id in self.placement.actors():
+            self.tell(reconcile.Abandon(f"{actor.actor_id} was lost, which is to be mended first"))
+            self.publish(self.placement.without(actor.actor_id), [actor.actor_id])
+            self._planned = None
+        self.replan()
+
+    def heal(self) -> None:
+        """Map again what the placement names and publish it again, for rows that nobody takes though all seems well."""
+        if self.change is not None:
+            return
+        for actor_id in self.placement.actors():
+            self._call(actor_id, "host", [tuple(expert) for expert in self.placement.hosted_by(actor_id)])
+        self.publish(Placement(self.placement.epoch + 1, self.placement.replicas))
+
+    def late_routers(self) -> list[Actor]:
+        """Routers that have not acknowledged a placement within their lease."""
+        limit = self._clock() - self._config.control.lease_s
+        ready = self._roster.routers(Phase.READY, Phase.LEAVING)
+        return [router for router in ready if router.epoch_since and router.epoch_since < limit]
+
+    def emptied(self) -> list[Actor]:
+        """Expert actors that leave and that no placement names any more."""
+        if self.change is not None:
+            return []
+        named = set(self.placement.actors())
+        return [actor for actor in self._roster.experts(Phase.LEAVING) if actor.actor_id not in named]
+
+
+def _log(actor_id: str, method: str, error: Exception | None) -> None:
+    if error is not None:
+        log.warning("%s of %s failed: %s", method, actor_id, error)

@@ -1,0 +1,140 @@
+"""The actors of a system as the controller knows them. Owned by the controller's loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeray.actors.hosting import ActorHandle
+from moeray.actors.loop import Loop
+from moeray.actors.spec import ActorReport
+from moeray.actors.watch import Watcher
+from moeray.config import ExpertGroupConfig
+from moeray.control.fleet import Member, Phase
+from moeray.control.placement import Placement
+from moeray.control.reports import ExpertReport, Report, RouterReport
+from moeray.types import Address
+
+ROUTER = "router"
+BASE_BYTES = 512 << 20
+"""What an actor's process needs beside its weights."""
+
+Then = Callable[[Any, Exception | None], None]
+
+
+class Calls:
+    """Control calls to one actor, one at a time and in order: a late answer can never undo a newer order."""
+
+    def __init__(self, handle: ActorHandle, loop: Loop) -> None:
+        self._handle = handle
+        self._loop = loop
+        self._waiting: deque[tuple[str, tuple[Any, ...], Then]] = deque()
+        self._busy = False
+
+    def put(self, method: str, *args: Any, then: Then) -> None:
+        """Call `method` behind those before it; `then(result, error)` runs on the loop."""
+        self._waiting.append((method, args, then))
+        self._next()
+
+    def _next(self) -> None:
+        if self._busy or not self._waiting:
+            return
+        self._busy = True
+        method, args, then = self._waiting.popleft()
+        self._loop.when_done(self._handle.call(method, *args), lambda result, error: self._done(then, result, error))
+
+    def _done(self, then: Then, result: Any, error: Exception | None) -> None:
+        self._busy = False
+        try:
+            then(result, error)
+        finally:
+            self._next()
+
+
+@dataclass
+class Actor:
+    """One actor. `group` is an expert group's name or `router`; `kind` is None for a router.
+
+    `handle` and `calls` come with its process, `report` and `address` once it listens, `facts` with a router's trunk.
+    `leave_by`: when an actor that leaves must be gone, on the loop's clock; `draining`: nothing new is sent to it.
+    """
+
+    actor_id: str
+    kind: ExpertGroupConfig | None
+    order: int
+    phase: Phase = Phase.STARTING
+    handle: ActorHandle | None = None
+    calls: Calls | None = None
+    report: ActorReport | None = None
+    address: Address | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    watcher: Watcher | None = None
+    latest: Report | None = None
+    leave_by: float | None = None
+    draining: bool = False
+    epoch: int = 0
+    epoch_since: float = 0.0
+
+    @property
+    def group(self) -> str:
+        return self.kind.name if self.kind else ROUTER
+
+    @property
+    def is_router(self) -> bool:
+        return self.kind is None
+
+    @property
+    def node_id(self) -> str:
+        return self.report.node_id if self.report else ""
+
+    @property
+    def leaving(self) -> bool:
+        """It was told to go from outside: SIGTERM, or a spot notice."""
+        return isinstance(self.latest, ExpertReport | RouterReport) and self.latest.leaving
+
+
+class Roster:
+    """All living actors, by id."""
+
+    def __init__(self) -> None:
+        self._actors: dict[str, Actor] = {}
+        self._started = 0
+        self._numbers: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Actor]:
+        return iter(list(self._actors.values()))
+
+    def get(self, actor_id: str) -> Actor | None:
+        return self._actors.get(actor_id)
+
+    def add(self, actor: Actor) -> None:
+        self._actors[actor.actor_id] = actor
+        self._started = max(self._started, actor.order + 1)
+        number = int(actor.actor_id.rpartition("-")[2])
+        self._numbers[actor.group] = max(self._numbers.get(actor.group, 0), number + 1)
+
+    def remove(self, actor_id: str) -> Actor | None:
+        return self._actors.pop(actor_id, None)
+
+    def new(self, kind: ExpertGroupConfig | None) -> Actor:
+        """A record for an actor that is about to be started, under a name that was never used before."""
+        group = kind.name if kind else ROUTER
+        actor = Actor(f"{group}-{self._numbers.get(group, 0)}", kind, self._started)
+        self.add(actor)
+        return actor
+
+    def experts(self, *phases: Phase) -> list[Actor]:
+        return [a for a in self if not a.is_router and (not phases or a.phase in phases)]
+
+    def routers(self, *phases: Phase) -> list[Actor]:
+        return [a for a in self if a.is_router and (not phases or a.phase in phases)]
+
+    def members(self, placement: Placement) -> list[Member]:
+        """The roster as decisions read it."""
+        hosted: dict[str, int] = {}
+        for held in placement.replicas.values():
+            for actor_id in held:
+                hosted[actor_id] = hosted.get(actor_id, 0) + 1
+        return [Member(a.actor_id, a.group, a.phase, a.node_id, hosted.get(a.actor_id, 0), a.order) for a in self]

@@ -1,0 +1,88 @@
+"""How many actors of each group there should be, against those there are. Pure and level-triggered: the difference
+between wish and fact is worked out anew each time, so an actor that waits minutes for a node blocks nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """`STARTING`: asked for, perhaps waiting for a node. `READY`: can work. `LEAVING`: to be emptied, then stopped."""
+
+    STARTING = "starting"
+    READY = "ready"
+    LEAVING = "leaving"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One actor of a group. `hosted`: experts that the placement gives it; `order`: its number, in order of start."""
+
+    actor_id: str
+    group: str
+    phase: Phase
+    node_id: str = ""
+    hosted: int = 0
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class FleetSteps:
+    """`start`: a group's name for each actor to start; `cancel`: starts to give up; `leave`: actors to empty."""
+
+    start: tuple[str, ...] = ()
+    cancel: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
+
+
+def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: Iterable[str] = ()) -> FleetSteps:
+    """What brings the fleet to `wanted` actors of each group (those kept in reserve included).
+
+    `doomed`: actors that must go whatever is wanted (their node drains, they were told to): they leave, and others are
+    started for them. Too many: starts are given up first, the newest before older ones; then the actors leave that let
+    a whole node go free soonest.
+    """
+    gone = set(doomed)
+    leave = [m.actor_id for m in members if m.actor_id in gone and m.phase is Phase.READY]
+    cancel = [m.actor_id for m in members if m.actor_id in gone and m.phase is Phase.STARTING]
+    start: list[str] = []
+    staying = [m for m in members if m.actor_id not in gone and m.phase is not Phase.LEAVING]
+    for group, count in wanted.items():
+        mine = [m for m in staying if m.group == group]
+        start += [group] * (count - len(mine))
+        surplus = len(mine) - count
+        if surplus > 0:
+            starting = sorted((m for m in mine if m.phase is Phase.STARTING), key=lambda m: -m.order)
+            cancel += [m.actor_id for m in starting[:surplus]]
+            left = [m for m in staying if m.actor_id not in cancel]
+            leave += _victims([m for m in mine if m.phase is Phase.READY], surplus - len(starting), left)
+    return FleetSteps(tuple(start), tuple(cancel), tuple(leave))
+
+
+def _victims(ready: Sequence[Member], count: int, staying: Sequence[Member]) -> list[str]:
+    """The actors to let go: from the node with the fewest actors of any kind, again and again, the emptiest first."""
+    left = list(ready)
+    crowd = Counter(m.node_id for m in staying)
+    victims: list[str] = []
+    while len(victims) < count:
+        victim = min(left, key=lambda m: (crowd[m.node_id], m.hosted, -m.order))
+        left.remove(victim)
+        crowd[victim.node_id] -= 1
+        victims.append(victim.actor_id)
+    return victims
+
+
+def serving(members: Sequence[Member], wanted: Mapping[str, int]) -> tuple[str, ...]:
+    """The ready actors that are to host experts: as many of each group as wanted, those that host most first.
+
+    The others are the warm pool: they take the place of one that is lost at once.
+    """
+    chosen: list[str] = []
+    for group, count in wanted.items():
+        ready = [m for m in members if m.group == group and m.phase is Phase.READY]
+        ready.sort(key=lambda m: (-m.hosted, m.order))
+        chosen += [m.actor_id for m in ready[:count]]
+    return tuple(chosen)
