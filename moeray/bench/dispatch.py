@@ -10,16 +10,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from moeray.actors.expert import ExpertActor
 from moeray.actors.spec import ActorSpec
+from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.environment import environment
 from moeray.config import Config, load_config
 from moeray.control.placement import Host, initial_placement
@@ -36,44 +36,22 @@ from moeray.wire.channel import connect
 NEAR, FAR = "near", "far"
 
 
-@dataclass(frozen=True)
-class Shape:
-    hidden: int = 1024
-    intermediate: int = 512
-    experts: int = 32
-    top_k: int = 8
-    layers: int = 2
-    actors: int = 2
-
-
-def measure(shape: Shape, tokens: list[int], repeat: int) -> dict[str, Any]:
+def measure(shape: Shape, actors: int, tokens: list[int], repeat: int) -> dict[str, Any]:
     """Medians in microseconds of one layer for each number of tokens; `*_compute_us` is the slowest actor's part."""
     with tempfile.TemporaryDirectory() as folder:
-        model = _write_model(shape, Path(folder))
+        model = write_random_moe(shape, Path(folder))
         config = load_config(None, {"model": str(model), "dtype": "bfloat16"})
-        with _actors(config, shape) as addresses:
+        with _actors(config, actors) as addresses:
             rows = [_row(config, shape, addresses, n, repeat) for n in tokens]
-    return {"shape": asdict(shape), "repeat": repeat, "rows": rows, "environment": environment()}
-
-
-def _write_model(shape: Shape, folder: Path) -> Path:
-    """Random experts of the shape behind the smallest trunk."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=8, num_key_value_heads=1, num_local_experts=shape.experts,
-        num_experts_per_tok=shape.top_k, dtype="bfloat16",
-    )  # fmt: skip
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return {"shape": asdict(shape) | {"actors": actors}, "repeat": repeat, "rows": rows, "environment": environment()}
 
 
 @contextmanager
-def _actors(config: Config, shape: Shape) -> Iterator[list[Address]]:
+def _actors(config: Config, count: int) -> Iterator[list[Address]]:
     """Expert actors as processes, one thread each, on a node named NEAR; all stopped at the end."""
     files = open_model(config.model, None, node=NEAR)
     counts = files.expert_counts()
-    hosts = [Host(f"experts-{i}", 1 << 60) for i in range(shape.actors)]
+    hosts = [Host(f"experts-{i}", 1 << 60) for i in range(count)]
     placement = initial_placement(counts, hosts, expert_bytes=files.expert_bytes())
     context, system, token = multiprocessing.get_context("spawn"), secrets.token_hex(4), secrets.token_bytes(32)
     started = []
@@ -116,13 +94,16 @@ def _row(config: Config, shape: Shape, started: list[Any], tokens: int, repeat: 
     generator = torch.Generator().manual_seed(tokens)
     x_TD = torch.randn(tokens, shape.hidden, generator=generator).to(torch.bfloat16)
     ids_TK = torch.stack([torch.randperm(shape.experts, generator=generator)[: shape.top_k] for _ in range(tokens)])
-    row: dict[str, Any] = {"tokens": tokens, "in_process_us": _in_process(config, shape, x_TD, ids_TK, repeat)}
+    row: dict[str, Any] = {
+        "tokens": tokens,
+        "in_process_us": _in_process(config, shape, len(started), x_TD, ids_TK, repeat),
+    }
     for hop, node in (("unix", NEAR), ("grpc", FAR)):
         row |= _over(hop, node, config, shape, started, x_TD, ids_TK, repeat)
     return row
 
 
-def _in_process(config: Config, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repeat: int) -> float:
+def _in_process(config: Config, shape: Shape, actors: int, x_TD: Tensor, ids_TK: Tensor, repeat: int) -> float:
     """The same experts by direct calls, on as many threads as the actors have together."""
     files = open_model(config.model, None, node=NEAR)
     bank = ExpertBank(files.family, files.weights, torch.bfloat16, torch.device("cpu"))
@@ -132,7 +113,7 @@ def _in_process(config: Config, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repe
     distinct, counts = torch.unique_consecutive(flat[order], return_counts=True)
     experts, sizes = distinct.tolist(), counts.tolist()
     before = torch.get_num_threads()
-    torch.set_num_threads(shape.actors)
+    torch.set_num_threads(actors)
     try:
         return _median_us(lambda i: bank.forward(i % shape.layers, x_TD[order // shape.top_k], experts, sizes), repeat)
     finally:

@@ -28,10 +28,11 @@ def dispatch(tokens: str, output: str, **shape: int) -> None:
 
     The expert actors are processes of their own; the in-process figure uses the same number of threads in all.
     """
-    from moeray.bench.dispatch import Shape, measure
+    from moeray.bench.checkpoint import Shape
+    from moeray.bench.dispatch import measure
 
-    repeat = shape.pop("repeat")
-    result = measure(Shape(**shape), [int(part) for part in tokens.split(",")], repeat)
+    repeat, actors = shape.pop("repeat"), shape.pop("actors")
+    result = measure(Shape(**shape), actors, [int(part) for part in tokens.split(",")], repeat)
     if output == "json":
         click.echo(json.dumps(result))
     else:

@@ -1,0 +1,69 @@
+"""Fleet decisions as tables: members and wishes in, steps out."""
+
+import pytest
+
+from moeray.control.fleet import FleetSteps, Member, Phase, fleet_steps, serving
+
+READY, STARTING, LEAVING = Phase.READY, Phase.STARTING, Phase.LEAVING
+
+
+def crew(*rows):
+    """(id, group, phase, node, hosted) -> members, in order of start."""
+    return [Member(name, group, phase, node, hosted, i) for i, (name, group, phase, node, hosted) in enumerate(rows)]
+
+
+TWO = crew(("a0", "a", READY, "n0", 4), ("a1", "a", READY, "n1", 4))
+
+CASES = {
+    "nothing to do": (TWO, {"a": 2}, (), FleetSteps()),
+    "grow by two": (TWO, {"a": 4}, (), FleetSteps(start=("a", "a"))),
+    "a start under way counts": (
+        [*TWO, Member("a2", "a", STARTING, order=2)], {"a": 4}, (), FleetSteps(start=("a",)),
+    ),
+    "a start that is no longer wanted is given up, the newest first": (
+        [*TWO, Member("a2", "a", STARTING, order=2), Member("a3", "a", STARTING, order=3)],
+        {"a": 3}, (), FleetSteps(cancel=("a3",)),
+    ),
+    "starts go before ready actors": (
+        [*TWO, Member("a2", "a", STARTING, order=2)], {"a": 1}, (), FleetSteps(cancel=("a2",), leave=("a1",)),
+    ),
+    "the emptier of two lone actors leaves": (
+        crew(("a0", "a", READY, "n0", 1), ("a1", "a", READY, "n1", 4)), {"a": 1}, (), FleetSteps(leave=("a0",)),
+    ),
+    "one on a crowded node stays when another node can go free": (
+        crew(("a0", "a", READY, "n0", 1), ("a1", "a", READY, "n1", 9), ("router-0", "router", READY, "n0", 0)),
+        {"a": 1, "router": 1}, (), FleetSteps(leave=("a1",)),
+    ),
+    "whole nodes are emptied one after the other": (
+        crew(*((f"a{i}", "a", READY, f"n{i % 2}", 2) for i in range(4))), {"a": 2}, (), FleetSteps(leave=("a3", "a1")),
+    ),
+    "a doomed actor leaves and another is started for it": (
+        TWO, {"a": 2}, ("a0",), FleetSteps(start=("a",), leave=("a0",)),
+    ),
+    "one that leaves already is not told again, nor counted": (
+        crew(("a0", "a", LEAVING, "n0", 4), ("a1", "a", READY, "n1", 4)), {"a": 2}, ("a0",), FleetSteps(start=("a",)),
+    ),
+    "a doomed start is given up": (
+        [*TWO, Member("a2", "a", STARTING, "n9", order=2)], {"a": 2}, ("a2",), FleetSteps(cancel=("a2",)),
+    ),
+    "groups are apart": (
+        crew(("a0", "a", READY, "n0", 4), ("b0", "b", READY, "n0", 4), ("b1", "b", READY, "n1", 4)),
+        {"a": 2, "b": 1}, (), FleetSteps(start=("a",), leave=("b1",)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps(name):
+    members, wanted, doomed, expected = CASES[name]
+    assert fleet_steps(members, wanted, doomed) == expected
+
+
+def test_those_who_host_serve_and_the_rest_is_the_warm_pool():
+    members = crew(
+        ("a0", "a", READY, "n0", 0), ("a1", "a", READY, "n0", 5), ("a2", "a", STARTING, "", 0),
+        ("a3", "a", READY, "n1", 3), ("a4", "a", LEAVING, "n1", 7), ("b0", "b", READY, "n1", 0),
+    )  # fmt: skip
+    assert serving(members, {"a": 2, "b": 1}) == ("a1", "a3", "b0")
+    assert serving(members, {"a": 3}) == ("a1", "a3", "a0")
+    assert serving(members, {"a": 9}) == ("a1", "a3", "a0")
