@@ -23,7 +23,7 @@ class Shape:
 
 
 def write_random_moe(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """Write it with `save_pretrained`. Weights have the scale of trained ones, so that experts differ and tokens vary."""
+    """Write it with `save_pretrained`. Weights are scaled so that experts differ and tokens vary."""
     torch.manual_seed(seed)
     config = MixtralConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
