@@ -4,129 +4,175 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import queue
-import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Any
 
+from moeray.actors.link import Link
 from moeray.actors.messages import error_from, output_from, request_tree
 from moeray.config import WireConfig
-from moeray.errors import ChannelClosedError, MoerayError, RouterLostError, WireError
+from moeray.errors import MoerayError, RequestError, RouterLostError, WireError
 from moeray.types import Address, GenerationRequest, TokenOutput
 from moeray.wire.channel import Channel, Identity, connect
 from moeray.wire.frame import Frame, Op
 
-log = logging.getLogger(__name__)
+SILENCE_S = 2.0
+"""A router that is silent for so long while requests are in flight counts as hung."""
+CONNECT_S = 5.0
 
-_Item = TokenOutput | MoerayError | None
+
+@dataclass(eq=False)
+class _Stream:
+    attempt: int
+    link: Link
+    items: asyncio.Queue[TokenOutput | MoerayError] = field(default_factory=asyncio.Queue)
 
 
 class RouterClient:
-    """Made and used on one event loop. Two threads serve the channel: one reads, one writes."""
+    """Made and used on one event loop. `on_loss` is called there whenever the channel to the router ends by itself.
 
-    def __init__(self, address: Address, identity: Identity, wire: WireConfig) -> None:
+    Outputs of an older attempt than the stream's are dropped: a router that was stopped and wakes cannot speak for it.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        identity: Identity,
+        wire: WireConfig,
+        *,
+        silence_s: float = SILENCE_S,
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         self.address = address
         self._identity = identity
         self._wire = wire
+        self._silence_s = silence_s
+        self._on_loss = on_loss
         self._loop = asyncio.get_running_loop()
-        self._channel: Channel | None = None
-        self._streams: dict[str, asyncio.Queue[_Item]] = {}
+        self._link: Link | None = None
+        self._ended: list[Link] = []
+        self._connecting: asyncio.Task[Link] | None = None
+        self._streams: dict[str, _Stream] = {}
         self._ids = itertools.count(1)
-        self._out: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._opening = asyncio.Lock()
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._streams)
+        self._closing = False
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
         """Outputs of one request, the last one with a finish reason. Closing the iterator aborts the request.
 
-        Raises QueueFullError or RequestError when the router does not take it, RouterLostError when the router goes.
+        Raises QueueFullError or RequestError when the router does not take it; RouterLostError when the router goes,
+        hangs or drains.
         """
-        await self._open()
-        stream: asyncio.Queue[_Item] = asyncio.Queue()
-        self._streams[request.request_id] = stream
+        stream = await self._submit(request)
         finished = False
         try:
-            self._out.put(Frame(Op.SUBMIT, next(self._ids), meta=request_tree(request)))
             while not finished:
-                item = await stream.get()
+                item = await stream.items.get()
                 if isinstance(item, MoerayError):
                     finished = True
                     raise item
-                if item is not None:
-                    finished = item.finish_reason is not None
-                    yield item
+                finished = item.finish_reason is not None
+                yield item
         finally:
-            self._streams.pop(request.request_id, None)
+            self._leave(request.request_id, stream)
             if not finished:
-                self._out.put(Frame(Op.ABORT, meta={"request_id": request.request_id}))
+                named = {"request_id": request.request_id, "attempt": request.attempt}
+                stream.link.put(Frame(Op.ABORT, meta=named))
 
-    async def _open(self) -> None:
-        async with self._opening:
-            if self._channel is not None and not self._channel.closed:
-                return
-            await self._join()
-            try:
-                channel = await asyncio.to_thread(connect, self.address, self._identity, self._wire, timeout=10.0)
-            except WireError as error:
-                raise RouterLostError(f"router {self.address.actor_id} cannot be reached: {error}") from error
-            self._channel = channel
-            out: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-            self._out = out
-            self._threads = [
-                threading.Thread(target=self._read, args=(channel, out), name="router-read", daemon=True),
-                threading.Thread(target=_write, args=(channel, out), name="router-write", daemon=True),
-            ]
-            for thread in self._threads:
-                thread.start()
+    async def _submit(self, request: GenerationRequest) -> _Stream:
+        link = await self.open()
+        if link is not self._link:
+            raise self._loss("is gone")  # between the connecting task's end and this task's turn
+        stream = self._streams[request.request_id] = _Stream(request.attempt, link)
+        link.busy = True
+        link.put(Frame(Op.SUBMIT, next(self._ids), meta=request_tree(request)))
+        return stream
 
-    def _read(self, channel: Channel, out: queue.SimpleQueue[Frame | None]) -> None:
-        """The reading thread: hand each frame to the event loop, until the channel ends."""
+    def _leave(self, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+        stream.link.busy = any(other.link is stream.link for other in self._streams.values())
+
+    # -- the link -------------------------------------------------------------------------------------------------
+
+    async def open(self) -> Link:
+        """The link to the router, made where there is none. Raises RouterLostError."""
+        if self._closing:
+            raise self._loss("was left")
+        if self._link is not None:
+            return self._link
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._connect(), name=f"connect-{self.address.actor_id}")
+            self._connecting.add_done_callback(self._connected)
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> Link:
+        await self._join_ended()
         try:
-            while True:
-                frame = channel.recv()
-                self._loop.call_soon_threadsafe(self._take, frame)
+            channel = await asyncio.to_thread(connect, self.address, self._identity, self._wire, timeout=CONNECT_S)
         except WireError as error:
-            if not isinstance(error, ChannelClosedError):
-                log.warning("channel to router %s broke: %s", self.address.actor_id, error)
-            channel.close()
-            out.put(None)
+            raise self._loss(f"cannot be reached: {error}") from error
+        self._link = link = self._link_over(channel)
+        link.start()
+        return link
+
+    def _connected(self, task: asyncio.Task[Link]) -> None:
+        self._connecting = None
+        if not task.cancelled():
+            task.exception()  # each waiter has it too, if any is left
+
+    def _link_over(self, channel: Channel) -> Link:
+        link = Link(
+            channel,
+            self._silence_s,
+            on_frame=lambda frame: self._call(self._take, frame),
+            on_unsent=lambda frame, error: self._call(self._refuse, frame, error),
+            on_end=lambda reason: self._call(self._end, link, reason),
+        )
+        return link
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._lost)
+            self._loop.call_soon_threadsafe(function, *args)
 
     def _take(self, frame: Frame) -> None:
         if frame.op is Op.STEP:
-            for tree in frame.meta["outputs"]:
-                output = output_from(tree)
-                if stream := self._streams.get(output.request_id):
-                    stream.put_nowait(output)
-        elif frame.op is Op.ERROR and (stream := self._streams.get(frame.meta["request_id"])):
-            stream.put_nowait(error_from(frame.meta))
+            for output in map(output_from, frame.meta["outputs"]):
+                self._hand(output.request_id, output.attempt, output)
+        elif frame.op is Op.ERROR:
+            self._hand(frame.meta["request_id"], frame.meta["attempt"], error_from(frame.meta))
 
-    def _lost(self) -> None:
+    def _refuse(self, frame: Frame, error: WireError) -> None:
+        if frame.op is Op.SUBMIT:
+            refused = RequestError(f"the request is too large to be sent: {error}", param="prompt")
+            self._hand(frame.meta["request_id"], frame.meta["attempt"], refused)
+
+    def _hand(self, request_id: str, attempt: int, item: TokenOutput | MoerayError) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.attempt == attempt:
+            stream.items.put_nowait(item)
+
+    def _end(self, link: Link, reason: str) -> None:
+        self._ended.append(link)
+        if self._link is link:
+            self._link = None
         for stream in self._streams.values():
-            stream.put_nowait(RouterLostError(f"router {self.address.actor_id} is gone; send the request again"))
+            if stream.link is link:
+                stream.items.put_nowait(self._loss(reason))
+        if not self._closing:
+            self._on_loss()
+
+    def _loss(self, reason: str) -> RouterLostError:
+        return RouterLostError(f"router {self.address.actor_id} {reason}; send the request again")
+
+    async def _join_ended(self) -> None:
+        while self._ended:
+            await asyncio.to_thread(self._ended.pop().close)
 
     async def close(self) -> None:
-        """Close the channel and join its threads."""
-        if self._channel is not None:
-            self._channel.close()
-        self._out.put(None)
-        await self._join()
-
-    async def _join(self) -> None:
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join, 5.0)
-        self._threads = []
-
-
-def _write(channel: Channel, out: queue.SimpleQueue[Frame | None]) -> None:
-    while (frame := out.get()) is not None:
-        try:
-            channel.send(frame)
-        except WireError:
-            channel.close()
-            return
+        """Close the channel and join its threads; streams that are left end with RouterLostError."""
+        self._closing = True
+        if self._connecting is not None:
+            await asyncio.wait({self._connecting})
+        if self._link is not None:
+            await asyncio.to_thread(self._link.close)
+        await self._join_ended()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moeray.errors import MoerayError, QueueFullError, RequestError, WireError
+from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostError, WireError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 
 
@@ -49,12 +49,15 @@ def output_from(tree: Sequence[Any]) -> TokenOutput:
     )
 
 
-def error_tree(request_id: str, error: MoerayError) -> dict[str, Any]:
-    tree: dict[str, Any] = {"request_id": request_id, "message": str(error), "kind": "error"}
+def error_tree(request_id: str, attempt: int, error: MoerayError) -> dict[str, Any]:
+    """What a router answers to a SUBMIT that it does not take. RouterLostError there means that it takes no more."""
+    tree: dict[str, Any] = {"request_id": request_id, "attempt": attempt, "message": str(error), "kind": "error"}
     if isinstance(error, QueueFullError):
         tree |= {"kind": "queue_full", "retry_after_s": error.retry_after_s}
     elif isinstance(error, RequestError):
         tree |= {"kind": "request", "param": error.param, "code": error.code}
+    elif isinstance(error, RouterLostError):
+        tree |= {"kind": "draining"}
     return tree
 
 
@@ -63,4 +66,6 @@ def error_from(tree: Mapping[str, Any]) -> MoerayError:
         return QueueFullError(tree["message"], retry_after_s=tree["retry_after_s"])
     if tree["kind"] == "request":
         return RequestError(tree["message"], param=tree["param"], code=tree["code"])
+    if tree["kind"] == "draining":
+        return RouterLostError(tree["message"])
     return MoerayError(tree["message"])

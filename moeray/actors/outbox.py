@@ -20,11 +20,12 @@ class Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._frames: queue.Queue[Frame | None] = queue.Queue(MAX_FRAMES)
+        self._frames: queue.Queue[Frame | threading.Event | None] = queue.Queue(MAX_FRAMES)
         self._thread = threading.Thread(target=self._run, name=f"outbox-{channel.peer}", daemon=True)
         self._thread.start()
 
-    def put(self, frame: Frame) -> None:
+    def put(self, frame: Frame | threading.Event) -> None:
+        """Send a frame when its turn comes; an event instead of one is set when all before it has left."""
         try:
             self._frames.put_nowait(frame)
         except queue.Full:
@@ -33,6 +34,9 @@ class Outbox:
 
     def _run(self) -> None:
         while (frame := self._frames.get()) is not None:
+            if isinstance(frame, threading.Event):
+                frame.set()
+                continue
             try:
                 self._channel.send(frame)
             except ChannelClosedError:

@@ -4,90 +4,223 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import psutil
 
-from moeray.actors.messages import error_tree, output_tree, request_from
+from moeray.actors.observers import Losses, Observers
 from moeray.actors.outbox import Outbox
 from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
+from moeray.actors.step_loop import StepLoop
+from moeray.actors.vigil import Vigil, new_incarnation
 from moeray.control.placement import Placement
+from moeray.control.reports import RouterReport, report_tree
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
-from moeray.errors import ChannelClosedError, MoerayError, WireError
+from moeray.errors import ChannelClosedError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
-from moeray.types import Address, FinishReason, Lifecycle, TokenOutput
+from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
 from moeray.wire.frame import Frame, Op
 
 log = logging.getLogger(__name__)
 
-Event = Callable[[], None]
+FLUSH_S = 2.0
+
+
+def _nothing() -> None:
+    """Nobody wants to know that the actor has stopped itself."""
 
 
 class RouterActor:
-    """Lifecycle: start (listening) → load_trunk (trunk in memory, step loop running) → stop.
+    """Lifecycle: start (listening) → load_trunk (trunk in memory, step loop running) → drain → stop.
 
-    The step loop's thread owns the engine, the trunk and the dispatcher; every other thread leaves events in the inbox.
+    The step loop's thread owns the engine, the trunk and the dispatcher. Control methods are thread-safe. An actor that
+    stops itself, because its step loop died or no controller was heard of for `control.orphan_s`, calls `on_stop` then.
     """
 
-    def __init__(self, spec: ActorSpec, node_id: str) -> None:
+    def __init__(
+        self,
+        spec: ActorSpec,
+        node_id: str,
+        on_stop: Callable[[], None] = _nothing,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._spec = spec
         self._node_id = node_id
+        self._on_stop = on_stop
+        self._clock = clock
         self._device = pick_device(spec.device)
         self._state = Lifecycle.STARTING
+        self._lifecycle = threading.Lock()
+        self._incarnation = new_incarnation()
+        self._leaving = False
         self._recorder = Recorder()
-        self._view = PlacementView()
         self._identity = spec.identity(node_id)
         self._listener = Listener(self._identity, spec.config.wire, self._serve, runtime_dir(node_id, spec.system))
-        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._owners: dict[str, tuple[Outbox, float]] = {}
-        self._last_token: dict[str, float] = {}
-        self._engine: Engine | None = None
+        self._outboxes: set[Outbox] = set()
+        self._observers = Observers(self._report)
+        self._loop = StepLoop(spec.actor_id, self._recorder, self._stop_itself)
+        self._vigil: Vigil | None = None
+        self._started: tuple[ActorReport, Address] | None = None
+        self._view = PlacementView()
+        self._published: tuple[Mapping[str, Any], dict[str, Address]] = (Placement().to_tree(), {})
         self._dispatcher: Dispatcher | None = None
-        self._loop = threading.Thread(target=self._run, name=f"step-loop-{spec.actor_id}", daemon=True)
+        self._revision: str | None = None
+        self._facts: dict[str, Any] = {}
+
+    # -- control --------------------------------------------------------------------------------------------------
 
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is."""
         address = self._listener.start()
         free = int(psutil.virtual_memory().available)
-        return ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free), address
+        report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free)
+        self._started = report, address
+        self._vigil = Vigil(self._spec.config.control.orphan_s, self._orphaned, self._clock)
+        return self._started
 
     def load_trunk(self, revision: str | None = None) -> dict[str, Any]:
         """Load the trunk, allocate the KV cache, start the step loop.
 
         `revision` pins the hub's commit. Raises CheckpointError, UnsupportedModelError.
         """
+        self._heard()
         config = self._spec.config
         files = open_model(config.model, revision or config.revision, node=self._node_id)
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), self._device)
         self._dispatcher = Dispatcher(self._view, self._connect, self._recorder, deadline_s=config.wire.deadline_s)
         runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files))
-        self._engine = Engine(config.engine, runner)
-        self._state = self._state.advance(Lifecycle.READY)
-        self._loop.start()
-        return {"max_context": runner.max_context, "vocab_size": runner.vocab_size, "kv_blocks": runner.num_blocks}
+        self._revision = revision
+        self._facts = {
+            "max_context": runner.max_context,
+            "vocab_size": runner.vocab_size,
+            "kv_blocks": runner.num_blocks,
+        }
+        with self._lifecycle:
+            self._state = self._state.advance(Lifecycle.READY)
+            self._loop.start(Engine(config.engine, runner))
+        return self._facts
 
     def _connect(self, address: Address) -> Channel:
         return connect(address, self._identity, self._spec.config.wire, timeout=5.0)
 
     def publish(self, placement: Mapping[str, Any], addresses: Mapping[str, Address]) -> int:
         """Take a placement (plain data) and where its actors listen; the epoch now held is the acknowledgement."""
-        self._view.publish(Placement.from_tree(placement), addresses)
+        self._heard()
+        if self._view.publish(Placement.from_tree(placement), addresses):
+            before = self._published[1]
+            self._published = placement, dict(addresses)
+            self._observers.forget([actor for actor in before if addresses.get(actor) != before[actor]])
         return self._view.epoch
 
-    # -- channels from ingresses ----------------------------------------------------------------------------------
+    def describe(self) -> dict[str, Any]:
+        """All that a restarted controller needs to take this router over, as plain data."""
+        self._heard()
+        assert self._started is not None, "an actor is described after its start"
+        report, address = self._started
+        placement, addresses = self._published
+        return {
+            "actor_id": report.actor_id,
+            "kind": "router",
+            "group": self._spec.group,
+            "system": self._spec.system,
+            "token": self._spec.token,
+            "node": report.node_id,
+            "pid": report.pid,
+            "device": report.device,
+            "free_bytes": report.free_bytes,
+            "address": asdict(address),
+            "revision": self._revision,
+            "state": self._state.value,
+            "epoch": self._view.epoch,
+            "incarnation": self._incarnation,
+            "facts": self._facts,
+            "placement": placement,
+            "addresses": {actor: asdict(where) for actor, where in addresses.items()},
+        }
+
+    def drain(self, timeout: float, migrate: bool = False) -> bool:
+        """Take no new request, and finish those that run; True when they have all ended here.
+
+        What is left after `timeout` seconds (with `migrate`, at once) is handed over: every channel is told GOODBYE,
+        and the ingresses go on elsewhere. To be stopped afterwards.
+        """
+        self._heard()
+        with self._lifecycle:
+            if self._state is Lifecycle.READY:
+                self._state = self._state.advance(Lifecycle.DRAINING)
+        self._loop.refuse()
+        idle = not migrate and self._loop.wait_idle(timeout)
+        if not idle:
+            for outbox in self._outboxes.copy():
+                outbox.put(Frame(Op.GOODBYE))
+            self._loop.abort_all()
+        self._flush()
+        return idle
+
+    def _flush(self) -> None:
+        """Wait until what is in the outboxes has left."""
+        until = time.monotonic() + FLUSH_S
+        marks = []
+        for outbox in self._outboxes.copy():
+            marks.append(threading.Event())
+            outbox.put(marks[-1])
+        for mark in marks:
+            mark.wait(max(0.0, until - time.monotonic()))
+
+    def leave(self) -> None:
+        """This actor was told to go (SIGTERM, a spot notice): say so to the controller, who sees to it."""
+        self._heard()
+        self._leaving = True
+        self._observers.push()
+
+    def stop(self) -> None:
+        """End the step loop and every channel. Idempotent."""
+        self._stop()
+
+    def _stop(self) -> bool:
+        """False where another call has stopped it or is about to."""
+        with self._lifecycle:
+            if self._state is Lifecycle.STOPPED:
+                return False
+            self._state = self._state.advance(Lifecycle.STOPPED)
+        if self._vigil:
+            self._vigil.close()
+        try:
+            self._listener.close(timeout=5.0)
+        finally:
+            self._loop.stop(timeout=30.0)
+            remove_runtime_dir(self._node_id, self._spec.system)
+            if self._dispatcher:
+                self._dispatcher.close()
+        return True
+
+    def _stop_itself(self) -> None:
+        if self._stop():
+            self._on_stop()
+
+    def _orphaned(self) -> None:
+        log.warning("no controller was heard of for %g s; this router stops", self._spec.config.control.orphan_s)
+        self._stop_itself()
+
+    def _heard(self) -> None:
+        if self._vigil:
+            self._vigil.heard()
+
+    # -- channels from ingresses and controllers ------------------------------------------------------------------
 
     def _serve(self, channel: Channel) -> None:
         outbox = Outbox(channel)
+        self._outboxes.add(outbox)
         try:
             while True:
                 self._take(channel.recv(), outbox)
@@ -96,124 +229,47 @@ class RouterActor:
         except WireError as error:
             log.warning("channel from %s closed: %s", channel.peer, error)
         finally:
-            self._inbox.put(lambda: self._abandon(outbox))
+            self._outboxes.discard(outbox)
+            self._observers.leave(outbox)
+            self._loop.abandon(outbox)
             outbox.close()
 
     def _take(self, frame: Frame, outbox: Outbox) -> None:
-        if frame.op is Op.PING:
-            outbox.put(Frame(Op.PONG, frame.id))
-        elif frame.op is Op.SUBMIT:
-            self._inbox.put(lambda: self._submit(frame, outbox))
-        elif frame.op is Op.ABORT:
-            self._inbox.put(lambda: self._abort(str(frame.meta.get("request_id"))))
-        else:
-            raise WireError(f"a router takes SUBMIT, ABORT and PING frames, not {frame.op.name}")
+        match frame.op:
+            case Op.PING:
+                outbox.put(Frame(Op.PONG, frame.id))
+            case Op.SUBMIT:
+                self._loop.submit(frame, outbox)
+            case Op.ABORT:
+                self._loop.abort(frame, outbox)
+            case Op.STATS:
+                self._heard()
+                self._observers.answer(frame, outbox)
+            case _:
+                raise WireError(f"a router takes SUBMIT, ABORT, PING and STATS frames, not {frame.op.name}")
 
-    # -- the step loop's thread -----------------------------------------------------------------------------------
+    # -- what it is doing -----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            self._steps()
-        except BaseException:
-            log.exception("the step loop died; every channel is closed, so that no client waits for ever")
-            self._state = Lifecycle.STOPPED
-            self._listener.close(timeout=5.0)
-            raise
-
-    def _steps(self) -> None:
-        assert self._engine is not None
-        while True:
-            if not self._drain_inbox(wait=not self._engine.has_work):
-                return
-            if self._engine.has_work:
-                self._deliver(self._step())
-
-    def _drain_inbox(self, wait: bool) -> bool:
-        """Run the events that wait (or wait for one); False when told to stop."""
-        while True:
-            try:
-                event = self._inbox.get(block=wait)
-            except queue.Empty:
-                return True
-            if event is None:
-                return False
-            event()
-            wait = False
-
-    def _submit(self, frame: Frame, outbox: Outbox) -> None:
-        assert self._engine is not None
-        request_id = str(frame.meta.get("request_id"))
-        try:
-            self._engine.submit(request_from(frame.meta))
-        except MoerayError as error:
-            outbox.put(Frame(Op.ERROR, frame.id, meta=error_tree(request_id, error)))
-            return
-        self._owners[request_id] = (outbox, time.monotonic())
-        outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
-
-    def _abort(self, request_id: str) -> None:
-        assert self._engine is not None
-        if self._engine.abort(request_id):
-            self._recorder.add("moeray_request_total", 1, reason=FinishReason.ABORT.value)
-        self._forget(request_id)
-
-    def _abandon(self, outbox: Outbox) -> None:
-        for request_id in [key for key, (owner, _) in self._owners.items() if owner is outbox]:
-            self._abort(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        self._owners.pop(request_id, None)
-        self._last_token.pop(request_id, None)
-
-    def _step(self) -> list[TokenOutput]:
-        assert self._engine is not None
-        began = time.perf_counter()
-        try:
-            outputs = self._engine.step()
-        except (MoerayError, RuntimeError) as error:
-            log.exception("the step failed; its requests end with an error")
-            return self._fail_all(str(error))
-        self._recorder.observe("moeray_step_seconds", time.perf_counter() - began)
-        return outputs
-
-    def _fail_all(self, message: str) -> list[TokenOutput]:
-        assert self._engine is not None
-        failed = [key for key in self._owners if self._engine.abort(key)]
-        return [TokenOutput(key, 0, (), finish_reason=FinishReason.ERROR, error=message) for key in failed]
-
-    def _deliver(self, outputs: list[TokenOutput]) -> None:
-        """One STEP frame per ingress with all its requests' tokens."""
-        now = time.monotonic()
-        by_outbox: dict[Outbox, list[Any]] = {}
-        for output in outputs:
-            if output.request_id not in self._owners:
-                continue
-            outbox, arrived = self._owners[output.request_id]
-            by_outbox.setdefault(outbox, []).append(output_tree(output))
-            self._note(output, arrived, now)
-            if output.finish_reason is not None:
-                self._forget(output.request_id)
-        for outbox, trees in by_outbox.items():
-            outbox.put(Frame(Op.STEP, meta={"outputs": trees}))
-
-    def _note(self, output: TokenOutput, arrived: float, now: float) -> None:
-        if output.token_ids:
-            self._recorder.add("moeray_generation_tokens_total", len(output.token_ids))
-            before = self._last_token.get(output.request_id)
-            if before is None:
-                self._recorder.observe("moeray_time_to_first_token_seconds", now - arrived)
-            else:
-                self._recorder.observe("moeray_time_per_output_token_seconds", now - before)
-            self._last_token[output.request_id] = now
-        if output.finish_reason is not None:
-            self._recorder.add("moeray_request_total", 1, reason=output.finish_reason.value)
-            self._recorder.observe("moeray_e2e_request_latency_seconds", now - arrived)
-
-    # -- control --------------------------------------------------------------------------------------------------
+    def _report(self, lost: Losses) -> dict[str, Any]:
+        stats = self._loop.stats()
+        report = RouterReport(self._spec.actor_id, self._incarnation, epoch=self._view.epoch, leaving=self._leaving)
+        tree = report_tree(report) | {"lost": [list(pair) for pair in lost]}
+        if stats:
+            tree |= {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "kv_usage": stats.kv_cache_usage_ratio,
+                "prompt_tokens": stats.prompt_tokens,
+                "generation_tokens": stats.generation_tokens,
+                "steps": stats.steps,
+                "step_s": stats.step_seconds_total,
+            }
+        return tree
 
     def status(self) -> dict[str, Any]:
         """Plain data for `moeray status`."""
-        stats = self._engine.stats() if self._engine else None
+        self._heard()
+        stats = self._loop.stats()
         return {
             "actor": self._spec.actor_id,
             "kind": "router",
@@ -230,28 +286,17 @@ class RouterActor:
         }
 
     def metrics(self) -> Snapshot:
-        if self._engine:
-            stats, actor = self._engine.stats(), self._spec.actor_id
-            self._recorder.set("moeray_num_requests_running", stats.running, actor=actor)
-            self._recorder.set("moeray_num_requests_waiting", stats.waiting, actor=actor)
-            self._recorder.set("moeray_kv_cache_usage_ratio", stats.kv_cache_usage_ratio, actor=actor)
-            counters = {
-                "moeray_prompt_tokens_total": stats.prompt_tokens,
-                "moeray_prefix_cache_hit_tokens_total": stats.prefix_hit_tokens,
-                "moeray_preemptions_total": stats.preemptions,
-            }
-            return self._recorder.snapshot() | {name: {(): float(value)} for name, value in counters.items()}
-        return self._recorder.snapshot()
-
-    def stop(self) -> None:
-        """End the step loop and every channel. Idempotent."""
-        if self._state is Lifecycle.STOPPED:
-            return
-        self._state = self._state.advance(Lifecycle.STOPPED)
-        self._inbox.put(None)
-        if self._loop.is_alive():
-            self._loop.join(timeout=30.0)
-        self._listener.close(timeout=5.0)
-        remove_runtime_dir(self._node_id, self._spec.system)
-        if self._dispatcher:
-            self._dispatcher.close()
+        self._heard()
+        stats = self._loop.stats()
+        if stats is None:
+            return self._recorder.snapshot()
+        actor = self._spec.actor_id
+        self._recorder.set("moeray_num_requests_running", stats.running, actor=actor)
+        self._recorder.set("moeray_num_requests_waiting", stats.waiting, actor=actor)
+        self._recorder.set("moeray_kv_cache_usage_ratio", stats.kv_cache_usage_ratio, actor=actor)
+        counters = {
+            "moeray_prompt_tokens_total": stats.prompt_tokens,
+            "moeray_prefix_cache_hit_tokens_total": stats.prefix_hit_tokens,
+            "moeray_preemptions_total": stats.preemptions,
+        }
+        return self._recorder.snapshot() | {name: {(): float(value)} for name, value in counters.items()}

@@ -1,7 +1,7 @@
 """Tokens in flight: send each row to an actor that hosts its expert, gather the outputs, send again what was lost.
 
-A forward is a pure function of its frame, so rows of a lost actor go to another replica; with none left they wait for
-a new placement until the deadline. Nothing is dropped and nothing is zero-filled.
+A forward is a pure function of its frame, so rows of a lost actor go to another replica at once; with none left they
+wait for a new placement until the deadline. Nothing is dropped and nothing is zero-filled.
 
 Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 """
@@ -11,37 +11,74 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from moeray.dispatch.plan import Choose, Share, balance_rows, plan_rows
+from moeray.dispatch.balance import Balancer
+from moeray.dispatch.links import Connect, Links, UnknownActorError
+from moeray.dispatch.plan import Share, plan_rows
 from moeray.dispatch.view import PlacementView
-from moeray.errors import ChannelClosedError, ChannelTimeoutError, MoerayError, PlacementError, WireError
+from moeray.errors import (
+    AuthenticationError,
+    ChannelClosedError,
+    ChannelTimeoutError,
+    MoerayError,
+    PlacementError,
+    WireError,
+)
 from moeray.metrics import Recorder
-from moeray.types import Address, ExpertId
+from moeray.types import ExpertId
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
 
 log = logging.getLogger(__name__)
 
-Connect = Callable[[Address], Channel]
+RETRY_S = 1.0
+"""Rows that wait in vain for so long try the replicas that were given up once more."""
+LEAST_READ_S = 0.1
+"""What an answer may take to be read, also where its actor's deadline passed while another's was read."""
+
+OnLoss = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
 class _Sent:
+    """A forward on its way; `until`: when its actor is given up."""
+
     frame_id: int
     share: Share
     channel: Channel
     at: float
+    until: float
+
+
+@dataclass
+class _Work:
+    """One layer's rows: `sent` are in flight; `waiting` are those of `orphans`, experts that had no replica when the
+    view was at `version`. `failed`: who failed at an expert."""
+
+    layer: int
+    x_TD: Tensor
+    ids_TK: Tensor
+    out_RD: Tensor
+    give_up: float
+    sent: list[_Sent] = field(default_factory=list)
+    waiting: list[Tensor] = field(default_factory=list)
+    orphans: set[int] = field(default_factory=set)
+    version: int = -1
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 class Dispatcher:
     """Owned by one step loop: not thread-safe. Everything with a wait has a deadline.
 
-    `deadline_s`: how long one actor may take to answer, and how long rows wait for a replica when none is left.
+    `deadline_s`: how long one actor may take to answer at most, and how long rows wait for a replica when none is left.
+    `on_loss(actor_id, reason)` is called in the step loop's thread when an actor is given up, before its rows go
+    elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. It must not block.
     """
 
     def __init__(
@@ -51,122 +88,201 @@ class Dispatcher:
         recorder: Recorder,
         *,
         deadline_s: float,
-        choose: Choose = balance_rows,
+        on_loss: OnLoss = lambda actor_id, reason: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._view = view
-        self._connect = connect
+        self._links = Links(view, connect)
         self._recorder = recorder
         self._deadline_s = deadline_s
-        self._choose = choose
+        self._on_loss = on_loss
         self._clock = clock
-        self._channels: dict[str, Channel] = {}
+        self._balancer = Balancer()
         self._ids = itertools.count(1)
+        self._orphans = 0
         self.slowest_compute_s = 0.0
         """Compute time of the slowest actor in the last layer, as the actors report it."""
+
+    @property
+    def orphans(self) -> int:
+        """Rows that wait at this moment because their expert has no replica. Any thread may ask."""
+        return self._orphans
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype.
 
-        Raises PlacementError when an expert had no replica for `deadline_s` seconds.
+        Raises PlacementError when an expert had no replica for `deadline_s` seconds, MoerayError when two attempts at
+        an expert's rows failed.
         """
         home_TD, home_ids_TK = x_TD.cpu(), ids_TK.cpu()
         out_RD = home_TD.new_empty(home_ids_TK.numel(), x_TD.shape[1])
-        waiting_R: Tensor | None = None  # all of them
+        work = _Work(layer, home_TD, home_ids_TK, out_RD, self._clock() + self._deadline_s)
         self.slowest_compute_s = 0.0
-        give_up = self._clock() + self._deadline_s
-        while waiting_R is None or len(waiting_R):
-            version = self._view.version
-            plan = plan_rows(home_ids_TK, self._view.replicas(layer), self._choose, waiting_R)
-            lost = self._round(layer, home_TD, plan.shares, out_RD)
-            if plan.orphans:
-                lost.append(torch.nonzero(torch.isin(home_ids_TK.reshape(-1), torch.tensor(plan.orphans))).flatten())
-            if plan.orphans and not self._view.wait_change(version, give_up - self._clock()):
-                raise PlacementError(
-                    f"expert {plan.orphans[0]} of layer {layer} has had no replica for {self._deadline_s:g} s; "
-                    "start another expert actor (`moeray status` shows what is missing)"
-                )
-            waiting_R = torch.cat(lost) if lost else home_ids_TK.new_empty(0)
+        self._links.sweep()
+        try:
+            self._send_rows(work, None)
+            while work.sent or work.waiting:
+                if work.sent:
+                    self._gather(work)
+                else:
+                    self._await_replicas(work)
+        finally:
+            self._orphans = 0
         return out_RD.view(*home_ids_TK.shape, -1).to(x_TD.device)
 
-    def _round(self, layer: int, x_TD: Tensor, shares: tuple[Share, ...], out_RD: Tensor) -> list[Tensor]:
-        """Send every share, then gather; the row indices of the shares that were lost on the way."""
-        sent: list[_Sent] = []
-        lost: list[Tensor] = []
-        for share in shares:
-            try:
-                sent.append(self._send(layer, x_TD, share))
-            except MoerayError as error:
-                lost.append(self._lose(share, error))
-        for item in sent:
-            try:
-                self._receive(item, layer, out_RD)
-            except MoerayError as error:
-                lost.append(self._lose(item.share, error))
-        return lost
+    # -- sending --------------------------------------------------------------------------------------------------
 
-    def _send(self, layer: int, x_TD: Tensor, share: Share) -> _Sent:
-        channel = self._channel(share.actor_id)
-        frame_id = next(self._ids)
-        x_UD = x_TD if len(share.tokens_U) == len(x_TD) else x_TD[share.tokens_U]
+    def _send_rows(self, work: _Work, rows_R: Tensor | None) -> None:
+        """Plan and send the rows (None: all of them), again for those whose actor turns out to be gone."""
+        todo = [rows_R]
+        while todo:
+            version = self._view.version
+            choose = partial(self._balancer, rates=self._view.rates)
+            plan = plan_rows(work.ids_TK, self._replicas(work), choose, todo.pop())
+            if plan.orphans:
+                work.version = min(work.version, version) if work.waiting else version
+                work.orphans |= set(plan.orphans)
+                work.waiting.append(plan.orphan_rows_R)
+            # Who must be dialled first would keep the others waiting for their rows.
+            for share in sorted(plan.shares, key=lambda share: not self._links.connected(share.actor_id)):
+                if not self._send(work, share):
+                    todo.append(share.rows_R)
+        work.sent.sort(key=lambda sent: sent.until)
+        self._orphans = sum(map(len, work.waiting))
+
+    def _replicas(self, work: _Work) -> Mapping[int, Sequence[str]]:
+        """The layer's usable replicas; an actor that failed at an expert is passed over where there is another."""
+        replicas = self._view.replicas(work.layer)
+        if not work.failed:
+            return replicas
+        others = {e: tuple(a for a in replicas.get(e, ()) if a != actor) for e, actor in work.failed.items()}
+        return {**replicas, **{expert: actors for expert, actors in others.items() if actors}}
+
+    def _send(self, work: _Work, share: Share) -> bool:
+        """False where the actor is gone; its rows are to be planned anew."""
+        try:
+            channel = self._links.channel(share.actor_id)
+            work.sent.append(self._forward(work, share, channel))
+        except UnknownActorError:
+            return False
+        except (ChannelClosedError, ChannelTimeoutError, AuthenticationError) as error:
+            self._lose(share.actor_id, _reason(error), str(error), len(share.rows_R))
+            return False
+        return True
+
+    def _forward(self, work: _Work, share: Share, channel: Channel) -> _Sent:
+        actor, frame_id = share.actor_id, next(self._ids)
+        x_UD = work.x_TD if len(share.tokens_U) == len(work.x_TD) else work.x_TD[share.tokens_U]
         meta = {"experts": share.experts, "counts": share.counts}
+        allowed = self._links.deadline_s(actor, work.layer, share.experts, len(share.rows_R), self._deadline_s)
         at = self._clock()
-        channel.send(Frame(Op.FORWARD, frame_id, layer, self._view.epoch, meta, (x_UD, share.token_of_row_R)))
-        return _Sent(frame_id, share, channel, at)
+        channel.send(Frame(Op.FORWARD, frame_id, work.layer, self._view.epoch, meta, (x_UD, share.token_of_row_R)))
+        before = max((sent.until for sent in work.sent if sent.channel is channel), default=at)
+        return _Sent(frame_id, share, channel, at, max(at, before) + allowed)
 
-    def _receive(self, sent: _Sent, layer: int, out_RD: Tensor) -> None:
-        frame = self._answer(sent)
+    # -- gathering ------------------------------------------------------------------------------------------------
+
+    def _gather(self, work: _Work) -> None:
+        """Take the answer of the actor whose deadline ends first, and send again what did not come back."""
+        sent = work.sent.pop(0)
         share = sent.share
-        if frame.op is Op.ERROR:
-            self._handle_error(frame, share, layer)
-        rows_RD = frame.tensors[0] if frame.op is Op.RESULT and len(frame.tensors) == 1 else None
-        if rows_RD is None or rows_RD.shape != (len(share.rows_R), out_RD.shape[1]) or rows_RD.dtype != out_RD.dtype:
-            raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
-        out_RD[share.rows_R] = rows_RD
-        self.slowest_compute_s = max(self.slowest_compute_s, float(frame.meta.get("compute_s", 0.0)))
-        kind = sent.channel.kind
-        self._recorder.observe("moeray_dispatch_seconds", self._clock() - sent.at, hop=kind)
-        self._recorder.add("moeray_dispatch_rows_total", len(share.rows_R), hop=kind)
+        try:
+            self._links.awaiting(share.actor_id)
+            frame = self._answer(sent)
+            if frame.op is not Op.ERROR:
+                self._take(work, sent, frame)
+                return
+        except WireError as error:
+            self._give_up(work, sent, _reason(error), str(error))
+            return
+        kind, message = frame.meta.get("kind"), str(frame.meta.get("message"))
+        if kind == "out_of_memory":
+            self._give_up(work, sent, "out_of_memory", message)
+            return
+        if kind == "not_hosted":
+            named = frame.meta.get("experts")
+            missing = [e for e in share.experts if isinstance(named, list) and e in named] or share.experts
+            self._view.refuse(share.actor_id, [ExpertId(work.layer, expert) for expert in missing])
+        else:
+            self._note_failure(work, share, message)
+        self._send_rows(work, share.rows_R)
 
     def _answer(self, sent: _Sent) -> Frame:
         """The frame that answers `sent`; answers to earlier frames that came too late are passed over."""
-        until = sent.at + self._deadline_s
+        until = max(sent.until, self._clock() + LEAST_READ_S)
         while True:
             frame = sent.channel.recv(timeout=max(0.0, until - self._clock()))
             if frame.id == sent.frame_id:
                 return frame
 
-    def _handle_error(self, frame: Frame, share: Share, layer: int) -> None:
-        if frame.meta.get("kind") == "not_hosted":
-            self._view.refuse(share.actor_id, [ExpertId(layer, e) for e in share.experts])
-            raise _StaleEpoch(str(frame.meta.get("message")))
-        raise WireError(f"expert actor {share.actor_id} failed: {frame.meta.get('message')}")
+    def _take(self, work: _Work, sent: _Sent, frame: Frame) -> None:
+        """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
+        share, out_RD = sent.share, work.out_RD
+        rows_RD = frame.tensors[0] if frame.op is Op.RESULT and len(frame.tensors) == 1 else None
+        if rows_RD is None or rows_RD.shape != (len(share.rows_R), out_RD.shape[1]) or rows_RD.dtype != out_RD.dtype:
+            raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
+        compute_s = frame.meta.get("compute_s", 0.0)
+        if not isinstance(compute_s, float):
+            raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
+        out_RD[share.rows_R] = rows_RD
+        took = self._clock() - sent.at
+        self._links.answered(share.actor_id, work.layer, share.experts, len(share.rows_R), took)
+        self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
+        self._recorder.observe("moeray_dispatch_seconds", took, hop=sent.channel.kind)
+        self._recorder.add("moeray_dispatch_rows_total", len(share.rows_R), hop=sent.channel.kind)
 
-    def _lose(self, share: Share, error: MoerayError) -> Tensor:
-        """After an error with an actor: forget its channel, and give back its rows to be sent again."""
-        if not isinstance(error, _StaleEpoch):
-            log.warning("expert actor %s is lost: %s", share.actor_id, error)
-            self._view.lose(share.actor_id)
-            self._recorder.add("moeray_dispatch_retries_total", len(share.rows_R), reason=_reason(error))
-            if channel := self._channels.pop(share.actor_id, None):
-                channel.close()
-        return share.rows_R
+    # -- what went wrong ------------------------------------------------------------------------------------------
 
-    def _channel(self, actor_id: str) -> Channel:
-        channel = self._channels.get(actor_id)
-        if channel is None or channel.closed:
-            channel = self._channels[actor_id] = self._connect(self._view.address(actor_id))
-        return channel
+    def _give_up(self, work: _Work, sent: _Sent, reason: str, message: str) -> None:
+        """Lose the actor, and send all rows that were under way to it on this channel elsewhere."""
+        lost = [sent, *(other for other in work.sent if other.channel is sent.channel)]
+        work.sent = [other for other in work.sent if other.channel is not sent.channel]
+        rows_R = torch.cat([item.share.rows_R for item in lost])
+        self._lose(sent.share.actor_id, reason, message, len(rows_R))
+        if self._clock() >= work.give_up:
+            raise PlacementError(
+                f"no actor answered for expert {sent.share.experts[0]} of layer {work.layer} within "
+                f"{self._deadline_s:g} s, {sent.share.actor_id} last ({message}); add replicas or raise wire.deadline_s"
+            )
+        self._send_rows(work, rows_R)
+
+    def _lose(self, actor_id: str, reason: str, message: str, rows: int) -> None:
+        log.warning("expert actor %s is lost (%s): %s", actor_id, reason, message)
+        self._recorder.add("moeray_dispatch_retries_total", rows, reason=reason)
+        if reason == "timeout":
+            self._links.late(actor_id)
+        self._links.drop(actor_id)
+        if self._view.lose(actor_id):
+            self._on_loss(actor_id, reason)
+
+    def _note_failure(self, work: _Work, share: Share, message: str) -> None:
+        """A forward failed in an actor that is well: its rows get one more try. Raises MoerayError after that."""
+        log.warning("expert actor %s failed at layer %d: %s", share.actor_id, work.layer, message)
+        for expert in share.experts:
+            if expert in work.failed:
+                raise MoerayError(
+                    f"expert {expert} of layer {work.layer} failed twice, on {work.failed[expert]} and then on "
+                    f"{share.actor_id}: {message}; the actor's log has the cause"
+                )
+        work.failed.update(dict.fromkeys(share.experts, share.actor_id))
+        self._recorder.add("moeray_dispatch_retries_total", len(share.rows_R), reason="failed")
+
+    def _await_replicas(self, work: _Work) -> None:
+        """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""
+        left = work.give_up - self._clock()
+        if left <= 0:
+            raise PlacementError(
+                f"expert {min(work.orphans)} of layer {work.layer} has had no replica for {self._deadline_s:g} s; "
+                "start another expert actor (`moeray status` shows what is missing)"
+            )
+        if not self._view.wait_change(work.version, min(left, RETRY_S)) and left > RETRY_S:
+            self._view.retry([ExpertId(work.layer, expert) for expert in work.orphans])
+        rows_R, work.waiting, work.orphans = torch.cat(work.waiting), [], set()
+        self._send_rows(work, rows_R)
 
     def close(self) -> None:
         """Close every channel."""
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
-
-
-class _StaleEpoch(MoerayError):
-    """The actor is well but does not host the expert."""
+        self._links.close()
 
 
 def _reason(error: MoerayError) -> str:

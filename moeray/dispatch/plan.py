@@ -1,17 +1,25 @@
 """Which row goes to which actor. Pure: tensors and a placement in, a plan out.
 
-Shapes: T tokens, K experts a token, R = T * K rows; a row's index is t * K + k.
+It runs for every layer of every step, so it is numpy and plain loops over experts: at one token torch's operators
+would cost more than the rest of a dispatch.
+
+Shapes: T tokens, K experts a token, R = T * K rows; a row's index is t * K + k; U distinct tokens of a share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moeray.dispatch.balance import Choose, balance_rows
 from moeray.errors import PlacementError
+
+_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -32,29 +40,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Plan:
-    """`shares` go out now; `orphans` are experts of which no replica is left, with the rows that wait for one."""
+    """`shares` go out now; `orphans` are experts of which no replica is left, `orphan_rows_R` the rows that wait."""
 
     shares: tuple[Share, ...]
     orphans: tuple[int, ...]
-
-
-Choose = Callable[[Mapping[int, int], Mapping[int, Sequence[str]]], Mapping[int, str]]
-"""(rows of each expert, its usable replicas) -> the replica to use, for every expert."""
-
-
-def balance_rows(rows: Mapping[int, int], replicas: Mapping[int, Sequence[str]]) -> dict[int, str]:
-    """Give each expert's rows to its replica with the fewest rows so far, experts with many rows first.
-
-    Longest-processing-time list scheduling (Graham 1969). Ties go to the first in order, so the choice is the same
-    each time.
-    """
-    load: dict[str, int] = {}
-    chosen: dict[int, str] = {}
-    for expert in sorted(rows, key=lambda e: (len(replicas[e]) > 1, -rows[e], e)):
-        actor = min(replicas[expert], key=lambda a: load.get(a, 0))
-        chosen[expert] = actor
-        load[actor] = load.get(actor, 0) + rows[expert]
-    return chosen
+    orphan_rows_R: Tensor
 
 
 def plan_rows(
@@ -62,32 +52,75 @@ def plan_rows(
 ) -> Plan:
     """Split the rows (or only `rows_R` of them) among actors.
 
-    ids_TK: chosen experts, int, on the CPU. `replicas`: expert -> actors that can serve it now. Raises PlacementError
-    for an expert that the placement does not know.
+    ids_TK: chosen experts, int64, on the CPU. `replicas`: expert -> actors that can serve it now. Raises
+    PlacementError for an expert that the placement does not know.
     """
+    flat = ids_TK.numpy().ravel()
+    rows = None if rows_R is None else rows_R.numpy()
+    expert_of_row = flat if rows is None else flat[rows]
+    order = _grouped(expert_of_row)
+    rows = order if rows is None else rows[order]
+    expert_of_row = expert_of_row[order]
+    starts = np.concatenate(([0], np.flatnonzero(expert_of_row[1:] != expert_of_row[:-1]) + 1, [len(rows)]))
+    counts = dict(zip(expert_of_row[starts[:-1]].tolist(), np.diff(starts).tolist(), strict=True)) if len(rows) else {}
+    orphans = tuple(expert for expert in counts if not _actors(expert, replicas))
+    alive = {e: n for e, n in counts.items() if e not in orphans} if orphans else counts
+    shares, left = _deal(rows, counts, choose(alive, replicas))
     top_k = ids_TK.shape[1]
-    rows = torch.arange(ids_TK.numel()) if rows_R is None else rows_R
-    expert_of_row = ids_TK.reshape(-1)[rows]
-    order = torch.argsort(expert_of_row, stable=True)
-    rows, expert_of_row = rows[order], expert_of_row[order]
-    distinct, counts_E = torch.unique_consecutive(expert_of_row, return_counts=True)
-    counts = dict(zip(distinct.tolist(), counts_E.tolist(), strict=True))
-    for expert in counts:
-        if expert not in replicas:
-            raise PlacementError(f"the gate chose expert {expert}, which the placement does not know")
-    orphans = tuple(e for e in counts if not replicas[e])
-    alive = {e: n for e, n in counts.items() if replicas[e]}
-    chosen = choose(alive, replicas)
-    pieces: dict[str, list[tuple[int, Tensor]]] = {}
-    for expert, piece in zip(counts, torch.split(rows, list(counts.values())), strict=True):
-        if expert in alive:
-            pieces.setdefault(chosen[expert], []).append((expert, piece))
-    return Plan(tuple(_share(actor, parts, top_k) for actor, parts in sorted(pieces.items())), orphans)
+    orphan_rows = np.concatenate(left) if left else rows[:0]
+    return Plan(
+        tuple(_share(actor, shares[actor], top_k, len(ids_TK)) for actor in sorted(shares)),
+        orphans,
+        torch.from_numpy(orphan_rows),
+    )
 
 
-def _share(actor_id: str, parts: list[tuple[int, Tensor]], top_k: int) -> Share:
-    rows_R = torch.cat([piece for _, piece in parts])
-    tokens_U, token_of_row_R = torch.unique(rows_R // top_k, return_inverse=True)
-    experts = tuple(expert for expert, _ in parts)
-    counts = tuple(len(piece) for _, piece in parts)
-    return Share(actor_id, rows_R, experts, counts, tokens_U, token_of_row_R)
+def _grouped(expert_of_row: _Ints) -> _Ints:
+    """The order that sorts rows by expert, stable. numpy sorts 16-bit numbers in linear time."""
+    small = expert_of_row.astype(np.uint16) if len(expert_of_row) > 64 else expert_of_row
+    return np.argsort(small, kind="stable")
+
+
+def _actors(expert: int, replicas: Mapping[int, Sequence[str]]) -> Sequence[str]:
+    actors = replicas.get(expert)
+    if actors is None:
+        raise PlacementError(f"the gate chose expert {expert}, which the placement does not know")
+    return actors
+
+
+def _deal(
+    rows: _Ints, counts: Mapping[int, int], chosen: Mapping[int, Sequence[tuple[str, int]]]
+) -> tuple[dict[str, list[tuple[int, _Ints]]], list[_Ints]]:
+    """Each actor's (expert, rows) in order of experts, and the rows of experts that nobody serves."""
+    shares: dict[str, list[tuple[int, _Ints]]] = {}
+    left = []
+    start = 0
+    for expert, count in counts.items():
+        stop = start + count
+        if expert not in chosen:
+            left.append(rows[start:stop])
+            start = stop
+            continue
+        for actor, part in chosen[expert]:
+            shares.setdefault(actor, []).append((expert, rows[start : start + part]))
+            start += part
+        assert start == stop, f"expert {expert} has {count} rows, the choice covers {count - stop + start}"
+    return shares, left
+
+
+def _share(actor_id: str, parts: list[tuple[int, _Ints]], top_k: int, tokens: int) -> Share:
+    rows_R = np.concatenate([piece for _, piece in parts])
+    token_of_row_R = rows_R // top_k
+    used_T = np.zeros(tokens, dtype=bool)
+    used_T[token_of_row_R] = True
+    tokens_U = np.flatnonzero(used_T)
+    if len(tokens_U) < tokens:
+        token_of_row_R = (np.cumsum(used_T) - 1)[token_of_row_R]
+    return Share(
+        actor_id,
+        torch.from_numpy(rows_R),
+        tuple(expert for expert, _ in parts),
+        tuple(len(piece) for _, piece in parts),
+        torch.from_numpy(tokens_U),
+        torch.from_numpy(token_of_row_R),
+    )

@@ -6,10 +6,13 @@ One writer at a time (the control thread publishes, the step loop reports losses
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moeray.control.placement import Placement
 from moeray.types import Address, ExpertId
+
+Cut = Callable[[Sequence[str]], None]
+"""Called with actors that are known to be dead, in the thread that publishes."""
 
 
 class PlacementView:
@@ -20,9 +23,12 @@ class PlacementView:
         self._version = 0
         self._placement = Placement()
         self._addresses: dict[str, Address] = {}
+        self._rates: Mapping[str, float] = {}
         self._lost: set[str] = set()
+        self._dead: set[str] = set()
         self._refused: set[tuple[str, ExpertId]] = set()
         self._by_layer: dict[int, dict[int, tuple[str, ...]]] = {}
+        self._cuts: list[Cut] = []
 
     @property
     def version(self) -> int:
@@ -34,23 +40,70 @@ class PlacementView:
         with self._changed:
             return self._placement.epoch
 
-    def publish(self, placement: Placement, addresses: Mapping[str, Address]) -> bool:
-        """Take a newer placement; an older epoch is ignored (False). Actors that it names are believed alive again
-        only at a new address."""
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Relative speed of the actors whose rate is known; their mean is 1."""
+        with self._changed:
+            return self._rates
+
+    def publish(
+        self,
+        placement: Placement,
+        addresses: Mapping[str, Address],
+        *,
+        rates: Mapping[str, float] | None = None,
+        lost: Iterable[str] = (),
+    ) -> bool:
+        """Take a newer placement; an older epoch is ignored (False).
+
+        `addresses`: every actor that may be sent rows. One that is new there, or has moved, is believed alive again.
+        `rates`: rows per second of each actor, where known (above 0). `lost`: actors that are dead; whoever waits for
+        their answer is woken at once. An actor that is merely absent may answer what it already has.
+        """
+        dead = list(lost)
         with self._changed:
             if placement.epoch < self._placement.epoch:
                 return False
             moved = {actor for actor, address in addresses.items() if self._addresses.get(actor) != address}
-            self._lost -= moved
+            self._dead = ((self._dead & addresses.keys()) | set(dead)) - moved
+            self._lost = ((self._lost & addresses.keys()) | self._dead) - moved
             self._refused.clear()
             self._placement, self._addresses = placement, dict(addresses)
+            self._rates = _relative(rates or {})
+            self._rebuild()
+            cuts = list(self._cuts)
+        for cut in cuts if dead else ():
+            cut(dead)
+        return True
+
+    def lose(self, actor_id: str) -> bool:
+        """The actor's channel broke or it answered too late: use it no more. True where that was news."""
+        with self._changed:
+            if actor_id in self._lost or actor_id not in self._addresses:
+                return False
+            self._lost.add(actor_id)
             self._rebuild()
             return True
 
-    def lose(self, actor_id: str) -> None:
-        """The actor's channel broke or it answered too late: use it no more."""
+    def restore(self, actor_id: str) -> None:
+        """The actor was asked and is alive, at the same address: use it again."""
         with self._changed:
-            self._lost.add(actor_id)
+            self._dead.discard(actor_id)
+            if actor_id in self._lost:
+                self._lost.remove(actor_id)
+                self._rebuild()
+
+    def retry(self, experts: Iterable[ExpertId]) -> None:
+        """Believe in the replicas of these experts again, unless a publisher has named them dead.
+
+        For rows that have no other hope: their actor may have been slow only, and the controller that would say so may
+        be gone itself.
+        """
+        with self._changed:
+            for expert in experts:
+                actors = set(self._placement.replicas.get(expert, ()))
+                self._lost -= actors - self._dead
+                self._refused -= {(actor, expert) for actor in actors}
             self._rebuild()
 
     def refuse(self, actor_id: str, experts: Iterable[ExpertId]) -> None:
@@ -73,11 +126,32 @@ class PlacementView:
         with self._changed:
             return self._by_layer.get(layer, {})
 
-    def address(self, actor_id: str) -> Address:
+    def address(self, actor_id: str) -> Address | None:
+        """Where the actor listens; None for one that the newest placement does not know."""
         with self._changed:
-            return self._addresses[actor_id]
+            return self._addresses.get(actor_id)
+
+    def is_dead(self, actor_id: str) -> bool:
+        """Whether a publisher has named the actor dead."""
+        with self._changed:
+            return actor_id in self._dead
 
     def wait_change(self, version: int, timeout: float) -> bool:
         """Wait until `version` is no longer the newest; False when `timeout` seconds passed first."""
         with self._changed:
             return self._changed.wait_for(lambda: self._version != version, timeout)
+
+    def subscribe(self, cut: Cut) -> None:
+        """Have `cut` called whenever actors are named dead."""
+        with self._changed:
+            self._cuts.append(cut)
+
+    def unsubscribe(self, cut: Cut) -> None:
+        with self._changed:
+            self._cuts.remove(cut)
+
+
+def _relative(rates: Mapping[str, float]) -> dict[str, float]:
+    known = {actor: rate for actor, rate in rates.items() if rate > 0}
+    mean = sum(known.values()) / len(known) if known else 1.0
+    return {actor: rate / mean for actor, rate in known.items()}

@@ -11,17 +11,21 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 
-from moeray.cluster.ray import start_controller, unwrapped
+from moeray.cluster.ray import start_controller
 from moeray.config import Config, load_config
 from moeray.errors import ConfigError, MoerayError
 from moeray.logs import setup_logging
+from moeray.serve.errors import ControllerLostError
 from moeray.serve.openai import create_app
 from moeray.serve.system import SystemBackend
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 3600.0
+RENEW_TIMEOUT_S = 15.0
+CALL_TIMEOUT_S = 60.0
 
 
 class RayPort:
@@ -31,18 +35,34 @@ class RayPort:
         self._config = config
 
     async def renew(self) -> dict[str, Any]:
-        actor = await asyncio.to_thread(start_controller, self._config)
-        future = unwrapped(actor.renew.remote(self._config).future(), "the controller")
-        state = dict(await asyncio.wait_for(asyncio.wrap_future(future), 60.0))
+        state = dict(await self._ask("renew", self._config, timeout=RENEW_TIMEOUT_S))
         if state["status"] == "gone":
+            actor = await asyncio.to_thread(start_controller, self._config)
             await asyncio.to_thread(ray.kill, actor)
             return {"status": "loading", "detail": "starting again with a new config", "info": None}
         return state
 
     async def call(self, method: str, *args: Any) -> Any:
-        actor = await asyncio.to_thread(start_controller, self._config)
-        future = unwrapped(actor.call.remote(method, *args).future(), "the controller")
-        return await asyncio.wait_for(asyncio.wrap_future(future), 60.0)
+        return await self._ask("call", method, *args, timeout=CALL_TIMEOUT_S)
+
+    async def _ask(self, method: str, *args: Any, timeout: float) -> Any:
+        """Raises the controller's own MoerayError, or ControllerLostError where it gave no answer."""
+        try:
+            async with asyncio.timeout(timeout):
+                actor = await asyncio.to_thread(start_controller, self._config)
+                return await asyncio.wrap_future(getattr(actor, method).remote(*args).future())
+        except RayTaskError as error:
+            if isinstance(error.cause, MoerayError):
+                raise error.cause from error
+            raise MoerayError(f"the controller failed: {_line(error)[-300:]}") from error
+        except TimeoutError as error:
+            raise ControllerLostError(f"the controller has not answered for {timeout:g} s") from error
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            raise ControllerLostError(f"the controller does not answer: {_line(error)[:300]}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @serve.ingress()

@@ -12,9 +12,12 @@ from moeray.types import GenerationRequest, TokenOutput
 
 @dataclass(frozen=True, slots=True)
 class BackendState:
-    """`detail` is the progress while loading, and the one-line error once failed."""
+    """`detail` is the progress while loading, what is missing while waiting, and the one-line error once failed.
 
-    status: Literal["loading", "ready", "failed"]
+    `waiting`: the system had come up, but nothing can be served at present; requests are taken, and wait for a router.
+    """
+
+    status: Literal["loading", "ready", "waiting", "failed"]
     detail: str = ""
 
 

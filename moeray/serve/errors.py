@@ -47,6 +47,10 @@ class RequestTimeoutError(MoerayError):
     """The request was not finished within the endpoint's time limit."""
 
 
+class ControllerLostError(MoerayError):
+    """The controller does not answer at present; another attempt may find it, or a new one."""
+
+
 class ClientGoneError(MoerayError):
     """The client hung up; nobody is there to answer."""
 
@@ -85,6 +89,8 @@ def reply_for(error: Exception) -> ErrorReply:
             return ErrorReply(429, str(error), code="queue_full", headers=_retry_after(error.retry_after_s))
         case RouterLostError():
             return ErrorReply(503, str(error), code="router_lost", headers=_retry_after(ROUTER_LOST_RETRY_S))
+        case ControllerLostError():
+            return ErrorReply(503, str(error), code="controller_lost", headers=_retry_after(LOADING_RETRY_S))
         case RequestTimeoutError():
             return ErrorReply(504, str(error), code="timeout")
         case ClientGoneError():

@@ -1,4 +1,4 @@
-"""The endpoint's backend over a running system: follows the controller, and spreads requests over the routers."""
+"""The endpoint's backend over a running system: follows the controller, and knows whether anything can be served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,41 +19,58 @@ from moeray.errors import MoerayError
 from moeray.model.loading import generation_defaults
 from moeray.model.source import resolve
 from moeray.serve.backend import BackendState, ModelInfo
-from moeray.types import GenerationRequest, TokenOutput
+from moeray.serve.errors import ControllerLostError
+from moeray.serve.pool import RouterPool
+from moeray.types import Address, GenerationRequest, TokenOutput
 from moeray.wire.channel import Identity
 
 log = logging.getLogger(__name__)
 
-POLL_LOADING_S = 0.2
+POLL_S = 0.2
+"""While the system loads, a request waits for a router or a router is lost."""
 RENEW_S = 5.0
+FIRST_CONTACT_S = 120.0
+"""A controller that has never answered for so long will not."""
 
 
 class ControllerPort(Protocol):
     """A way to the controller: a Ray actor, or an object of this process."""
 
     async def renew(self) -> dict[str, Any]:
-        """Keep the system alive, and read its state."""
+        """Keep the system alive, and read its state. Raises ControllerLostError while the controller does not answer,
+        another MoerayError where it refuses."""
         ...
 
     async def call(self, method: str, *args: Any) -> Any: ...
 
 
 class SystemBackend:
-    """Implements `Backend`. `start` and `close` on the event loop that uses it."""
+    """Implements `Backend`. `start` and `close` on the event loop that uses it.
+
+    A controller that does not answer disturbs no request: the routers known at last go on serving, and the follower
+    goes on asking.
+    """
 
     def __init__(self, config: Config, controller: ControllerPort, node_id: str) -> None:
         self._config = config
         self._controller = controller
         self._node_id = node_id
-        self._state = BackendState("loading", "connecting to the controller")
+        self._said = BackendState("loading", "connecting to the controller")
+        self._identity: Identity | None = None
         self._model: ModelInfo | None = None
-        self._clients: list[RouterClient] = []
+        self._pool = RouterPool(self._dial, config.serve.request_timeout_s)
         self._follower: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
+        self._unanswered = 0
+        self._began = time.monotonic()
 
     @property
     def state(self) -> BackendState:
-        return self._state
+        if self._model is None:
+            return self._said
+        if self._pool.usable:
+            return BackendState("ready")
+        return BackendState("waiting", f"no router can be reached; the controller: {self._said.detail}")
 
     @property
     def model(self) -> ModelInfo | None:
@@ -61,43 +79,73 @@ class SystemBackend:
     def start(self) -> None:
         """Begin to follow the controller; returns at once."""
         self._follower = asyncio.create_task(self._follow(), name="controller-follower")
+        self._follower.add_done_callback(_log_death)
 
     async def ready(self, timeout: float) -> ModelInfo:
         """Wait until the system serves. Raises the MoerayError that stopped its start, or one after `timeout` s."""
         try:
             await asyncio.wait_for(self._settled.wait(), timeout)
         except TimeoutError:
-            raise MoerayError(f"the system is still {self._state.detail} after {timeout:g} s") from None
+            raise MoerayError(f"the system is still {self._said.detail} after {timeout:g} s") from None
         if self._model is None:
-            raise MoerayError(self._state.detail)
+            raise MoerayError(self._said.detail)
         return self._model
 
+    # -- following the controller ---------------------------------------------------------------------------------
+
     async def _follow(self) -> None:
-        while self._state.status != "failed":
+        """Ask on for as long as the backend lives, unless the system could not start at all."""
+        while True:
             await self._look()
-            await asyncio.sleep(POLL_LOADING_S if self._state.status == "loading" else RENEW_S)
+            if self._model is not None or self._said.status == "failed":
+                self._settled.set()
+                if self._model is None:
+                    return
+            await self._pause()
+
+    async def _pause(self) -> None:
+        self._pool.disturbed.clear()
+        hurried = self._model is None or self._pool.troubled
+        if hurried or self._unanswered:
+            await asyncio.sleep(min(RENEW_S, POLL_S * 2.0 ** min(self._unanswered, 10)))
+            return
+        try:
+            await asyncio.wait_for(self._pool.disturbed.wait(), RENEW_S)
+        except TimeoutError:
+            return
 
     async def _look(self) -> None:
         try:
             state = await self._controller.renew()
-            if state["status"] == "ready" and self._model is None:
-                await self._connect(state["info"])
-            self._state = BackendState(state["status"], state["detail"])
+            self._unanswered = 0
+            self._said = BackendState(state["status"], state["detail"])
+            if state["info"] is not None:
+                await self._take(state["info"])
+        except ControllerLostError as error:
+            self._unanswered += 1
+            log.warning("%s", error)
+            late = self._model is None and time.monotonic() - self._began > FIRST_CONTACT_S
+            self._said = BackendState("failed" if late else "loading", str(error))
         except MoerayError as error:
-            # A controller that is gone does not stop the routers: go on serving, and say so in /health.
-            log.warning("the controller does not answer: %s", error)
-            if self._model is None:
-                self._state = BackendState("failed", str(error))
-        if self._state.status != "loading":
-            self._settled.set()
+            log.error("%s", error)
+            self._unanswered += 1
+            self._said = BackendState("failed", str(error))
 
-    async def _connect(self, info: SystemInfo) -> None:
-        identity = Identity(
+    async def _take(self, info: SystemInfo) -> None:
+        self._identity = Identity(
             f"ingress-{secrets.token_hex(4)}", self._node_id, model_fingerprint(self._config), info.token
         )
-        self._clients = [RouterClient(address, identity, self._config.wire) for address in info.routers]
+        self._pool.follow(info.routers)
+        if self._model is None:
+            self._model = await self._describe(info)
+
+    def _dial(self, address: Address, on_loss: Callable[[], None]) -> RouterClient:
+        assert self._identity is not None, "routers are named together with the token"
+        return RouterClient(address, self._identity, self._config.wire, on_loss=on_loss)
+
+    async def _describe(self, info: SystemInfo) -> ModelInfo:
         folder = await asyncio.to_thread(lambda: resolve(info.model, info.revision, node=self._node_id).metadata_dir())
-        self._model = ModelInfo(
+        return ModelInfo(
             name=self._config.serve.model_name or Path(info.model).name,
             created=int(time.time()),
             max_context=info.max_context,
@@ -107,15 +155,13 @@ class SystemBackend:
             generation_defaults=generation_defaults(folder),
         )
 
+    # -- serving --------------------------------------------------------------------------------------------------
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Run on the router with the fewest requests of ours in flight."""
-        client = min(self._clients, key=lambda c: c.in_flight)
-        stream = client.generate(request)
-        try:
+        """Run on the router with the fewest requests of ours, and go on elsewhere when that one is lost."""
+        async with aclosing(self._pool.generate(request)) as stream:
             async for output in stream:
                 yield output
-        finally:
-            await stream.aclose()
 
     async def status(self) -> dict[str, Any]:
         return dict(await self._controller.call("status"))
@@ -128,5 +174,9 @@ class SystemBackend:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
-        for client in self._clients:
-            await client.close()
+        await self._pool.close()
+
+
+def _log_death(follower: asyncio.Task[None]) -> None:
+    if not follower.cancelled() and (error := follower.exception()):
+        log.error("nobody follows the controller any more", exc_info=error)

@@ -1,7 +1,7 @@
 import pytest
 
 from moeray.actors.messages import error_from, error_tree, output_from, output_tree, request_from, request_tree
-from moeray.errors import MoerayError, QueueFullError, RequestError, WireError
+from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostError, WireError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 
 
@@ -19,10 +19,16 @@ def test_an_output_round_trip():
 
 
 @pytest.mark.parametrize(
-    "error", [QueueFullError("full", retry_after_s=2.0), RequestError("no", param="seed", code="x"), MoerayError("bad")]
+    "error",
+    [
+        QueueFullError("full", retry_after_s=2.0),
+        RequestError("no", param="seed", code="x"),
+        RouterLostError("draining"),
+        MoerayError("bad"),
+    ],
 )
 def test_an_error_round_trip(error):
-    back = error_from(error_tree("r", error))
+    back = error_from(error_tree("r", 0, error))
     assert type(back) is type(error)
     assert str(back) == str(error)
     assert vars(back) == vars(error)

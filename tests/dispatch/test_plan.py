@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moeray.dispatch.plan import balance_rows, plan_rows
+from moeray.dispatch.plan import plan_rows
 from moeray.errors import PlacementError
 
 
@@ -29,6 +31,7 @@ def test_only_the_rows_that_are_asked_for():
 def test_an_expert_without_replicas_is_an_orphan():
     plan = plan_rows(torch.tensor([[0, 1]]), {0: (), 1: ("a",)})
     assert plan.orphans == (0,)
+    assert plan.orphan_rows_R.tolist() == [0]
     assert [s.rows_R.tolist() for s in plan.shares] == [[1]]
 
 
@@ -41,14 +44,40 @@ def test_an_unknown_expert_is_an_error():
         plan_rows(torch.tensor([[7]]), {0: ("a",)})
 
 
-@pytest.mark.parametrize(
-    ("rows", "replicas", "chosen"),
-    [
-        ({0: 5}, {0: ("a", "b")}, {0: "a"}),
-        ({0: 5, 1: 4}, {0: ("a", "b"), 1: ("a", "b")}, {0: "a", 1: "b"}),
-        ({0: 9, 1: 4, 2: 3}, {0: ("a",), 1: ("a", "b"), 2: ("a", "b")}, {0: "a", 1: "b", 2: "b"}),
-        ({0: 2, 1: 2, 2: 2, 3: 2}, dict.fromkeys(range(4), ("a", "b")), {0: "a", 1: "b", 2: "a", 3: "b"}),
-    ],
-)
-def test_rows_are_balanced_over_replicas(rows, replicas, chosen):
-    assert balance_rows(rows, replicas) == chosen
+@st.composite
+def layers(draw):
+    """A layer's choices, replicas (some experts without any), and which of the rows to plan."""
+    experts = draw(st.integers(1, 6))
+    tokens, top_k = draw(st.integers(0, 90)), draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    ids_TK = torch.empty(tokens, top_k, dtype=torch.int64)
+    for token in range(tokens):
+        ids_TK[token] = torch.randperm(experts, generator=generator)[:top_k]
+    actors = st.lists(st.sampled_from("abcd"), unique=True, max_size=4)
+    replicas = {expert: tuple(draw(actors)) for expert in range(experts)}
+    rows = draw(st.none() | st.lists(st.integers(0, max(tokens * top_k - 1, 0)), unique=True))
+    return ids_TK, replicas, torch.tensor(rows) if rows and tokens else None
+
+
+@given(layers())
+@settings(deadline=None, max_examples=300)
+def test_every_row_goes_once_to_a_usable_replica_or_waits(layer):
+    ids_TK, replicas, rows_R = layer
+    plan = plan_rows(ids_TK, replicas, rows_R=rows_R)
+    top_k, flat = ids_TK.shape[1], ids_TK.flatten().tolist()
+    seen = plan.orphan_rows_R.tolist()
+    assert all(not replicas[flat[row]] for row in seen)
+    assert set(plan.orphans) == {flat[row] for row in seen}
+    assert [share.actor_id for share in plan.shares] == sorted({share.actor_id for share in plan.shares})
+    for share in plan.shares:
+        rows = share.rows_R.tolist()
+        seen += rows
+        assert all(share.actor_id in replicas[flat[row]] for row in rows)
+        assert [flat[row] for row in rows] == [
+            e for e, n in zip(share.experts, share.counts, strict=True) for _ in range(n)
+        ]
+        assert list(share.experts) == sorted(set(share.experts))
+        assert share.tokens_U.tolist() == sorted({row // top_k for row in rows})
+        assert share.tokens_U[share.token_of_row_R].tolist() == [row // top_k for row in rows]
+    wanted = range(len(flat)) if rows_R is None else rows_R.tolist()
+    assert sorted(seen) == sorted(wanted)

@@ -1,0 +1,208 @@
+"""A router's step loop: the one thread that owns the engine. Requests come in as events, tokens leave by outboxes."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moeray.actors.messages import error_tree, output_tree, request_from
+from moeray.actors.outbox import Outbox
+from moeray.engine.engine import Engine, EngineStats
+from moeray.errors import MoerayError, RouterLostError
+from moeray.metrics import Recorder
+from moeray.types import FinishReason, TokenOutput
+from moeray.wire.frame import Frame, Op
+
+log = logging.getLogger(__name__)
+
+Event = Callable[[], None]
+
+
+@dataclass
+class _Request:
+    """Times are of time.monotonic."""
+
+    outbox: Outbox
+    attempt: int
+    arrived: float
+    last_token: float | None = None
+
+
+class StepLoop:
+    """Any thread may call the public methods; what they ask is done between two steps.
+
+    A request's end is told only to the channel that submitted its newest attempt. `on_death` is called from the loop's
+    thread when it dies of a bug.
+    """
+
+    def __init__(self, actor_id: str, recorder: Recorder, on_death: Callable[[], None]) -> None:
+        self._actor_id = actor_id
+        self._recorder = recorder
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._requests: dict[str, _Request] = {}
+        self._idle = threading.Condition()
+        self._refusing = False
+        self._engine: Engine | None = None
+        self._thread = threading.Thread(target=self._run, name=f"step-loop-{actor_id}", daemon=True)
+
+    def start(self, engine: Engine) -> None:
+        self._engine = engine
+        self._thread.start()
+
+    def stats(self) -> EngineStats | None:
+        """The engine's counters; None before it has one."""
+        return self._engine.stats() if self._engine else None
+
+    # -- from other threads ---------------------------------------------------------------------------------------
+
+    def submit(self, frame: Frame, outbox: Outbox) -> None:
+        """A SUBMIT frame; RESULT or ERROR is the answer."""
+        self._inbox.put(lambda: self._submit(frame, outbox))
+
+    def abort(self, frame: Frame, outbox: Outbox) -> None:
+        """An ABORT frame: it ends the attempt that it names, if that one is the channel's own."""
+        request_id, attempt = str(frame.meta.get("request_id")), frame.meta.get("attempt")
+        self._inbox.put(lambda: self._abort_if(request_id, lambda r: r.outbox is outbox and r.attempt == attempt))
+
+    def abandon(self, outbox: Outbox) -> None:
+        """The channel has ended: nobody waits for its requests."""
+        self._inbox.put(lambda: self._abort_all(lambda request: request.outbox is outbox))
+
+    def refuse(self) -> None:
+        """From now on every SUBMIT is answered by the error `draining`."""
+        self._refusing = True
+
+    def abort_all(self) -> None:
+        """End every request without a word."""
+        self._inbox.put(lambda: self._abort_all(lambda request: True))
+
+    def wait_idle(self, timeout: float) -> bool:
+        """After `refuse`: wait until no request is left; False after `timeout` seconds."""
+        if not self._thread.is_alive():
+            return True
+        until = time.monotonic() + timeout
+        passed = threading.Event()
+        self._inbox.put(passed.set)  # what was submitted before is a request by then, what comes after is refused
+        if not passed.wait(timeout):
+            return False
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._requests, max(0.0, until - time.monotonic()))
+
+    def stop(self, timeout: float) -> None:
+        """End the loop after the step that runs, and join its thread."""
+        self._inbox.put(None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    # -- the loop's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._steps()
+        except BaseException:
+            log.exception("the step loop died; every channel is closed, so that no client waits for ever")
+            self._on_death()
+            raise
+
+    def _steps(self) -> None:
+        assert self._engine is not None
+        while True:
+            if not self._drain_inbox(wait=not self._engine.has_work):
+                return
+            if self._engine.has_work:
+                self._deliver(self._step())
+
+    def _drain_inbox(self, wait: bool) -> bool:
+        """Run the events that wait (or wait for one); False when told to stop."""
+        while True:
+            try:
+                event = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            if event is None:
+                return False
+            event()
+            wait = False
+
+    def _submit(self, frame: Frame, outbox: Outbox) -> None:
+        assert self._engine is not None
+        request_id, attempt = str(frame.meta.get("request_id")), frame.meta.get("attempt", 0)
+        try:
+            if self._refusing:
+                raise RouterLostError(f"router {self._actor_id} is draining; send the request to another")
+            request = request_from(frame.meta)
+            self._engine.submit(request)
+        except MoerayError as error:
+            outbox.put(Frame(Op.ERROR, frame.id, meta=error_tree(request_id, attempt, error)))
+            return
+        self._requests[request_id] = _Request(outbox, request.attempt, time.monotonic())
+        outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
+
+    def _abort_if(self, request_id: str, fits: Callable[[_Request], bool]) -> None:
+        assert self._engine is not None
+        request = self._requests.get(request_id)
+        if request is not None and fits(request):
+            if self._engine.abort(request_id):
+                self._recorder.add("moeray_request_total", 1, reason=FinishReason.ABORT.value)
+            self._forget(request_id)
+
+    def _abort_all(self, fits: Callable[[_Request], bool]) -> None:
+        for request_id in list(self._requests):
+            self._abort_if(request_id, fits)
+
+    def _forget(self, request_id: str) -> None:
+        with self._idle:
+            self._requests.pop(request_id, None)
+            self._idle.notify_all()
+
+    def _step(self) -> list[TokenOutput]:
+        assert self._engine is not None
+        began = time.perf_counter()
+        try:
+            outputs = self._engine.step()
+        except (MoerayError, RuntimeError) as error:
+            log.exception("the step failed; its requests end with an error")
+            return self._fail_all(str(error))
+        self._recorder.observe("moeray_step_seconds", time.perf_counter() - began)
+        return outputs
+
+    def _fail_all(self, message: str) -> list[TokenOutput]:
+        assert self._engine is not None
+        failed = [(key, request.attempt) for key, request in self._requests.items() if self._engine.abort(key)]
+        return [TokenOutput(*key, (), finish_reason=FinishReason.ERROR, error=message) for key in failed]
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        """One STEP frame per ingress with all its requests' tokens."""
+        now = time.monotonic()
+        by_outbox: dict[Outbox, list[Any]] = {}
+        ended = []
+        for output in outputs:
+            request = self._requests.get(output.request_id)
+            if request is None or request.attempt != output.attempt:
+                continue
+            by_outbox.setdefault(request.outbox, []).append(output_tree(output))
+            self._note(output, request, now)
+            if output.finish_reason is not None:
+                ended.append(output.request_id)
+        for outbox, trees in by_outbox.items():
+            outbox.put(Frame(Op.STEP, meta={"outputs": trees}))
+        for request_id in ended:  # only now: a drain that finds no request left sends what is in the outboxes
+            self._forget(request_id)
+
+    def _note(self, output: TokenOutput, request: _Request, now: float) -> None:
+        if output.token_ids:
+            self._recorder.add("moeray_generation_tokens_total", len(output.token_ids))
+            if request.last_token is None:
+                self._recorder.observe("moeray_time_to_first_token_seconds", now - request.arrived)
+            else:
+                self._recorder.observe("moeray_time_per_output_token_seconds", now - request.last_token)
+            request.last_token = now
+        if output.finish_reason is not None:
+            self._recorder.add("moeray_request_total", 1, reason=output.finish_reason.value)
+            self._recorder.observe("moeray_e2e_request_latency_seconds", now - request.arrived)

@@ -1,0 +1,45 @@
+"""An actor's watch for its controller: one that hears of no controller for long stops, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+
+def new_incarnation() -> str:
+    """A name for one start of an actor: counters of another incarnation begin again at 0."""
+    return secrets.token_hex(8)
+
+
+class Vigil:
+    """Calls `on_orphan`, once and from its own thread, when `heard` was not called for `orphan_s` seconds."""
+
+    def __init__(
+        self, orphan_s: float, on_orphan: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._orphan_s = orphan_s
+        self._on_orphan = on_orphan
+        self._clock = clock
+        self._last = clock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
+        self._thread.start()
+
+    def heard(self) -> None:
+        """A controller has spoken."""
+        self._last = self._clock()
+
+    def _watch(self) -> None:
+        while (left := self._last + self._orphan_s - self._clock()) > 0:
+            if self._closed.wait(left):
+                return
+        if not self._closed.is_set():
+            self._on_orphan()
+
+    def close(self) -> None:
+        """End the watch and join its thread; `on_orphan` itself may call it."""
+        self._closed.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()

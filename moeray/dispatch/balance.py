@@ -1,0 +1,134 @@
+"""Which replica serves an expert's rows. Pure but for `Balancer`, which remembers the recent load.
+
+Cost is time: an actor's rows divided by its rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+MIN_PIECE = 16
+"""Fewer rows than this are not worth reading an expert's weights in one more place."""
+
+_NEAR = 1.1
+"""Costs that differ by less count as equal: measured rates never agree exactly."""
+_GAIN = 0.9
+"""An expert is split where that brings its actor down to this part of its cost."""
+_DECAY = 0.99
+_MOVES_PER_ACTOR = 4
+
+Pieces = Sequence[tuple[str, int]]
+"""(actor, number of rows) of one expert, which sum to its rows."""
+
+Choose = Callable[[Mapping[int, int], Mapping[int, Sequence[str]]], Mapping[int, Pieces]]
+"""(rows of each expert, its usable replicas) -> who serves them, for every expert."""
+
+
+def balance_rows(
+    rows: Mapping[int, int],
+    replicas: Mapping[int, Sequence[str]],
+    rates: Mapping[str, float] | None = None,
+    carry: Mapping[str, float] | None = None,
+) -> dict[int, list[tuple[str, int]]]:
+    """Keep the largest cost of an actor small: longest-processing-time list scheduling (Graham 1969), then hot experts
+    are split between their replicas.
+
+    `rates`: relative speed of each actor, 1 where absent. `carry`: what each had to do of late, which decides between
+    equal costs. Deterministic: at last the first replica in order wins.
+    """
+    rates, carry = rates or {}, carry or {}
+    cost: dict[str, float] = {}
+    pieces: dict[int, list[tuple[str, int]]] = {}
+    free = []
+    for expert, count in rows.items():
+        actors = replicas[expert]
+        if len(actors) > 1:
+            free.append(expert)
+            continue
+        pieces[expert] = [(actors[0], count)]
+        cost[actors[0]] = cost.get(actors[0], 0.0) + count / rates.get(actors[0], 1.0)
+    free.sort(key=lambda e: (-rows[e], e))
+    for expert in free:
+        actor, done = _cheapest(replicas[expert], rows[expert], cost, rates, carry)
+        pieces[expert] = [(actor, rows[expert])]
+        cost[actor] = done
+    if hot := [expert for expert in free if rows[expert] >= 2 * MIN_PIECE]:
+        _split(hot, replicas, rates, cost, pieces)
+    return pieces
+
+
+def _cheapest(
+    actors: Sequence[str], count: int, cost: Mapping[str, float], rates: Mapping[str, float], carry: Mapping[str, float]
+) -> tuple[str, float]:
+    """The actor that is done first with `count` more rows, and when; among nearly equal ones the one rested longest."""
+    done = [cost.get(actor, 0.0) + count / rates.get(actor, 1.0) for actor in actors]
+    near = _NEAR * min(done)
+    _, cost_s, i = min(
+        (carry.get(a, 0.0), d, i) for i, (a, d) in enumerate(zip(actors, done, strict=True)) if d <= near
+    )
+    return actors[i], cost_s
+
+
+def _split(
+    hot: Sequence[int],
+    replicas: Mapping[int, Sequence[str]],
+    rates: Mapping[str, float],
+    cost: dict[str, float],
+    pieces: dict[int, list[tuple[str, int]]],
+) -> None:
+    """Move parts of hot experts from the costliest actor to their other replicas while that helps enough."""
+    for actor in {actor for expert in hot for actor in replicas[expert]}:
+        cost.setdefault(actor, 0.0)
+    for _ in range(_MOVES_PER_ACTOR * len(cost)):
+        source = max(sorted(cost), key=cost.__getitem__)
+        moves = (_move(expert, source, to, rates, cost, pieces) for expert in hot for to in replicas[expert])
+        best = min((move for move in moves if move), default=None)
+        if best is None or best[0] > _GAIN * cost[source]:
+            return
+        _, expert, to, count = best
+        held = dict(pieces[expert])
+        held[source] -= count
+        held[to] = held.get(to, 0) + count
+        pieces[expert] = [(actor, n) for actor, n in held.items() if n]
+        cost[source] -= count / rates.get(source, 1.0)
+        cost[to] += count / rates.get(to, 1.0)
+
+
+def _move(
+    expert: int,
+    source: str,
+    to: str,
+    rates: Mapping[str, float],
+    cost: Mapping[str, float],
+    pieces: Mapping[int, Pieces],
+) -> tuple[float, int, str, int] | None:
+    """(the larger cost of both afterwards, expert, to, rows): the move that evens out two actors, if it may be made."""
+    held = dict(pieces[expert])
+    here = held.get(source, 0)
+    if to == source or not here:
+        return None
+    slow, slow_to = 1.0 / rates.get(source, 1.0), 1.0 / rates.get(to, 1.0)
+    count = min(here, int((cost[source] - cost[to]) / (slow + slow_to)))
+    if 0 < here - count < MIN_PIECE:
+        count = here - MIN_PIECE
+    if count <= 0 or held.get(to, 0) + count < MIN_PIECE:
+        return None
+    return max(cost[source] - count * slow, cost[to] + count * slow_to), expert, to, count
+
+
+class Balancer:
+    """`balance_rows` with a memory, so that over many small steps replicas share evenly. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._carry: dict[str, float] = {}
+
+    def __call__(
+        self, rows: Mapping[int, int], replicas: Mapping[int, Sequence[str]], rates: Mapping[str, float]
+    ) -> dict[int, list[tuple[str, int]]]:
+        pieces = balance_rows(rows, replicas, rates, self._carry)
+        carry = {actor: load * _DECAY for actor, load in self._carry.items() if load > 1e-6}
+        for parts in pieces.values():
+            for actor, count in parts:
+                carry[actor] = carry.get(actor, 0.0) + count / rates.get(actor, 1.0)
+        self._carry = carry
+        return pieces

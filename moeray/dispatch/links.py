@@ -1,0 +1,126 @@
+"""A dispatcher's channels to expert actors, and how fast each one answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from moeray.dispatch.deadline import Latency, deadline_s, observed, timed_out
+from moeray.dispatch.view import PlacementView
+from moeray.errors import ChannelClosedError
+from moeray.types import Address
+from moeray.wire.channel import Channel
+
+Connect = Callable[[Address], Channel]
+
+
+class UnknownActorError(LookupError):
+    """The newest placement does not know the actor any more."""
+
+
+@dataclass
+class _Link:
+    address: Address
+    channel: Channel | None = None
+    latency: Latency = field(default_factory=Latency)
+    served: dict[int, set[int]] = field(default_factory=dict)
+
+
+class Links:
+    """Owned by a dispatcher's thread; only `cut` is called by others, to wake that thread.
+
+    What is known of an actor outlives its channel, but not the actor's name in the placement, nor its address.
+    """
+
+    def __init__(self, view: PlacementView, connect: Connect) -> None:
+        self._view = view
+        self._connect = connect
+        self._links: dict[str, _Link] = {}
+        self._lock = threading.Lock()
+        self._awaited = ""
+        self._version = -1
+        view.subscribe(self.cut)
+
+    def connected(self, actor_id: str) -> bool:
+        """Whether a frame can go out without dialling first."""
+        link = self._links.get(actor_id)
+        return link is not None and link.channel is not None and not link.channel.closed
+
+    def channel(self, actor_id: str) -> Channel:
+        """The actor's channel, dialled where there is none. Raises UnknownActorError, and WireError as `connect`."""
+        address = self._view.address(actor_id)
+        if address is None:
+            raise UnknownActorError(actor_id)
+        link = self._links.get(actor_id)
+        if link is None or link.address != address:
+            self.drop(actor_id)
+            link = self._links[actor_id] = _Link(address)
+        channel = link.channel
+        if channel is None or channel.closed:
+            self.drop(actor_id)
+            channel = self._connect(address)
+            with self._lock:
+                link.channel = channel
+        if self._view.is_dead(actor_id):  # named dead while it was dialled, when there was nothing to cut
+            self.drop(actor_id)
+            raise ChannelClosedError(f"{actor_id} is dead, says the controller")
+        return channel
+
+    def awaiting(self, actor_id: str) -> None:
+        """The owner is about to wait for this actor. Raises ChannelClosedError where that is in vain."""
+        self._awaited = actor_id
+        if self._view.is_dead(actor_id):
+            raise ChannelClosedError(f"{actor_id} is dead, says the controller")
+
+    def cut(self, actors: Sequence[str]) -> None:
+        """Close the channels to dead actors from any thread, first the one that the owner waits for."""
+        for actor_id in sorted(actors, key=lambda actor: actor != self._awaited):
+            with self._lock:
+                link = self._links.get(actor_id)
+                channel = link.channel if link else None
+            if channel is not None:
+                channel.close()
+
+    def drop(self, actor_id: str) -> None:
+        """Close the actor's channel, if there is one."""
+        link = self._links.get(actor_id)
+        if link is not None and link.channel is not None:
+            link.channel.close()
+            with self._lock:
+                link.channel = None
+
+    def sweep(self) -> None:
+        """Forget actors that the placement no longer knows. Called while nothing is in flight."""
+        version = self._view.version
+        if version == self._version:
+            return
+        self._version = version
+        for actor_id in [actor for actor in self._links if self._view.address(actor) is None]:
+            self.drop(actor_id)
+            with self._lock:
+                del self._links[actor_id]
+
+    def deadline_s(self, actor_id: str, layer: int, experts: Iterable[int], rows: int, most_s: float) -> float:
+        """Seconds that the actor has for a forward."""
+        link = self._links[actor_id]
+        fresh = not link.served.get(layer, set()).issuperset(experts)
+        return deadline_s(link.latency, rows, fresh=fresh, most_s=most_s)
+
+    def answered(self, actor_id: str, layer: int, experts: Iterable[int], rows: int, seconds: float) -> None:
+        link = self._links[actor_id]
+        link.latency = observed(link.latency, rows, seconds)
+        link.served.setdefault(layer, set()).update(experts)
+
+    def late(self, actor_id: str) -> None:
+        """The actor missed a deadline; should it turn out to be alive, the next one is twice as long."""
+        link = self._links.get(actor_id)
+        if link is not None:
+            link.latency = timed_out(link.latency)
+
+    def close(self) -> None:
+        """Close every channel."""
+        self._view.unsubscribe(self.cut)
+        for actor_id in self._links:
+            self.drop(actor_id)
+        self._links.clear()

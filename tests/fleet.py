@@ -1,0 +1,106 @@
+"""An expert actor and as many routers as a test wants, without a controller: the real actors, channels and engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import threading
+from typing import Any
+
+from moeray.actors.controller import SystemInfo
+from moeray.actors.expert import ExpertActor
+from moeray.actors.router import RouterActor
+from moeray.actors.spec import ActorSpec, model_fingerprint
+from moeray.cluster.local import NODE
+from moeray.config import Config
+from moeray.control.placement import Host, initial_placement
+from moeray.model.loading import eos_token_ids, open_model
+from moeray.serve.errors import ControllerLostError
+from moeray.types import Address
+from moeray.wire.channel import Channel, Identity, connect
+from tests.systems import tiny_config
+
+_names = itertools.count()
+
+
+class Fleet:
+    """A context manager; `routers` are those that live, in order of their start."""
+
+    def __init__(self, model: Any, **overrides: Any) -> None:
+        self.config: Config = tiny_config(model, **overrides)
+        self.system = secrets.token_hex(4)
+        self.token = secrets.token_bytes(16)
+        self.files = open_model(self.config.model, None, node=NODE)
+        self.routers: list[RouterActor] = []
+        self.addresses: dict[RouterActor, Address] = {}
+
+    def __enter__(self) -> Fleet:
+        self.expert = ExpertActor(self.spec("experts-0", "experts"), NODE)
+        _, self.expert_address = self.expert.start()
+        hosts = [Host("experts-0", 1 << 40)]
+        self.placement = initial_placement(self.files.expert_counts(), hosts, expert_bytes=self.files.expert_bytes())
+        self.expert.host([tuple(expert) for expert in self.placement.replicas])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for router in self.addresses:
+            router.stop()
+        self.expert.stop()
+
+    def spec(self, actor_id: str, group: str) -> ActorSpec:
+        return ActorSpec(actor_id, group, "cpu", 0, self.config, self.token, self.system)
+
+    def add_router(self, **options: Any) -> RouterActor:
+        router = RouterActor(self.spec(f"router-{next(_names)}", "router"), NODE, **options)
+        _, self.addresses[router] = router.start()
+        self.facts = router.load_trunk()
+        router.publish(self.placement.to_tree(), {"experts-0": self.expert_address})
+        self.routers.append(router)
+        return router
+
+    def kill(self, router: RouterActor) -> None:
+        """Its sockets close in the middle of whatever they carry."""
+        self.routers.remove(router)
+        router.stop()
+
+    def identity(self, name: str = "") -> Identity:
+        return Identity(name or f"test-{next(_names)}", NODE, model_fingerprint(self.config), self.token)
+
+    def connect(self, router: RouterActor) -> Channel:
+        return connect(self.addresses[router], self.identity(), self.config.wire, timeout=10.0)
+
+    def info(self) -> SystemInfo:
+        return SystemInfo(
+            self.config.model,
+            None,
+            self.token,
+            self.system,
+            tuple(self.addresses[router] for router in self.routers),
+            self.facts["max_context"],
+            self.facts["vocab_size"],
+            eos_token_ids(self.files),
+        )
+
+
+class FleetPort:
+    """Implements `ControllerPort` over a fleet. While `silent` is set it does not answer."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self.silent = threading.Event()
+        self.asked_in_vain = asyncio.Event()
+
+    async def renew(self) -> dict[str, Any]:
+        if self.silent.is_set():
+            self.asked_in_vain.set()
+            raise ControllerLostError("the controller does not answer: the test says so")
+        return {"status": "ready", "detail": "ready", "info": self._fleet.info()}
+
+    async def call(self, method: str, *args: Any) -> Any:
+        raise AssertionError(f"no test here calls {method}")
+
+
+def generated(router: RouterActor) -> float:
+    """Tokens that a router has generated."""
+    return float(router.metrics().get("moeray_generation_tokens_total", {}).get((), 0.0))
