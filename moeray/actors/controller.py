@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
@@ -296,6 +296,7 @@ class Controller:
             "replicas": sum(len(held) for held in placement.replicas.values()),
             "without_replica": sum(not held for held in placement.replicas.values()),
             "fewest_replicas": min((len(held) for held in placement.replicas.values()), default=0),
+            "replicas_wanted": min(self._config.experts.replicas, sum(self._autoscaler.wish.actors.values())),
             "changing": self._places.change is not None,
             "autoscaling": not self._autoscaler.paused,
             "skew": {str(layer): round(value, 3) for layer, value in self._autoscaler.skews().items()},
@@ -402,19 +403,21 @@ class Controller:
         self._loop.stop(STOP_TIMEOUT_S)
         if self._fleet is not None:
             self._fleet.close()
-        actors = sorted(self._roster, key=lambda actor: not actor.is_router)
-        for actor in actors:
-            if actor.handle is not None:
-                _end(actor.handle)
+        _end([actor.handle for actor in self._roster.routers() if actor.handle])
+        _end([actor.handle for actor in self._roster.experts() if actor.handle])
         self._cluster.close()
 
 
-def _end(handle: ActorHandle) -> None:
-    try:
-        handle.call("stop").result(timeout=STOP_TIMEOUT_S)
-    except (MoerayError, FutureTimeoutError) as error:
-        log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
-    handle.kill()
+def _end(handles: Sequence[ActorHandle]) -> None:
+    """Stop all of them side by side, within one deadline."""
+    futures = [(handle, handle.call("stop")) for handle in handles]
+    until = time.monotonic() + STOP_TIMEOUT_S
+    for handle, future in futures:
+        try:
+            future.result(timeout=max(0.0, until - time.monotonic()))
+        except (MoerayError, FutureTimeoutError) as error:
+            log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
+        handle.kill()
 
 
 def wish_tree(wish: Any) -> dict[str, Any]:

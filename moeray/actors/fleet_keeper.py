@@ -75,6 +75,7 @@ class FleetKeeper:
         self._asking_nodes = False
         self._backoff: dict[str, _Backoff] = {}
         self._suspects: set[str] = set()
+        self._launching: dict[str, Future[ActorHandle]] = {}
         # Starting and killing ask Ray's head, which may be away for a while: never on the loop.
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="controller-launch")
 
@@ -145,9 +146,11 @@ class FleetKeeper:
             future = self._pool.submit(self._cluster.start_expert, spec, kind)
         else:
             future = self._pool.submit(self._cluster.start_router, spec, self._config.router)
+        self._launching[actor.actor_id] = future
         self._loop.when_done(future, lambda handle, error: self._on_handle(actor, handle, error))
 
     def _on_handle(self, actor: Actor, handle: ActorHandle | None, error: Exception | None) -> None:
+        self._launching.pop(actor.actor_id, None)
         if handle is None:
             self._failed(actor, error or MoerayError("no actor was made"))
             return
@@ -299,7 +302,10 @@ class FleetKeeper:
         self._loop.when_done(self._pool.submit(handle.kill), _log_error(handle.actor_id, "kill"))
 
     def close(self) -> None:
-        """Wait for starts and kills under way, and for the watchers. Called when the loop has ended."""
+        """Wait for starts and kills under way, and for the watchers. Called when the loop has ended.
+
+        Actors whose start nobody has taken note of are ended here.
+        """
         for actor in self._roster:
             if actor.watcher:
                 actor.watcher.close()
@@ -307,6 +313,9 @@ class FleetKeeper:
             if actor.watcher:
                 actor.watcher.join(5.0)
         self._pool.shutdown(wait=True)
+        for future in self._launching.values():
+            if future.exception() is None:
+                future.result().kill()
 
 
 def _log_error(actor_id: str, what: str) -> Callable[[Any, Exception | None], None]:

@@ -100,7 +100,7 @@ async def run_chaos(
     """
     calm = await _calm(source, plan)
     expected = [stream_tokens for stream_tokens, _ in calm]
-    gaps = tuple(b - a for _, arrivals in calm for a, b in zip(arrivals, arrivals[1:], strict=False))
+    gaps = tuple(b - a for _, arrivals in calm for a, b in itertools.pairwise(arrivals))
     began = time.monotonic()
     until = began + plan.for_s
     streams = [Stream(number) for number in range(plan.streams)]
@@ -206,7 +206,7 @@ def _longest_gap(stream: Stream, begin: float, end: float) -> float:
     """The longest time without a token that touches begin..end, the wait for a request's first token included."""
     marks = sorted({*stream.arrivals, *(start for start, _ in stream.spans), *(stop for _, stop in stream.spans)})
     longest = 0.0
-    for a, b in zip(marks, marks[1:], strict=False):
+    for a, b in itertools.pairwise(marks):
         if b > begin and a < end:
             longest = max(longest, b - a)
     return longest

@@ -16,10 +16,20 @@ class _Commands(click.Group):
     """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
 
     _modules: ClassVar[dict[str, str]] = {
-        "bench": "bench", "demo": "demo", "drain": "drain", "generate": "generate", "pause-autoscaling": "pause:pause",
-        "plan": "plan", "rebalance": "rebalance", "resume-autoscaling": "pause:resume", "scale": "scale",
-        "serve": "serve", "status": "status", "upcycle": "upcycle",
-    }  # fmt: skip
+        "bench": "bench",
+        "chaos": "chaos",
+        "demo": "demo",
+        "drain": "drain",
+        "generate": "generate",
+        "pause-autoscaling": "pause:pause",
+        "plan": "plan",
+        "rebalance": "rebalance",
+        "resume-autoscaling": "pause:resume",
+        "scale": "scale",
+        "serve": "serve",
+        "status": "status",
+        "upcycle": "upcycle",
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(self._modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -173,7 +174,7 @@ class ControllerProcess:
             if time.monotonic() - self._renewed > LEASE_S:
                 log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
                 self.stop()
-                ray.actor.exit_actor()
+                ray.kill(ray.get_runtime_context().current_actor)  # and not started again
 
     def renew(self, config: Config) -> dict[str, Any]:
         """Keep the system alive for another lease; its state.
@@ -191,6 +192,10 @@ class ControllerProcess:
             )
         self._renewed = time.monotonic()
         return state
+
+    def process(self) -> tuple[str, int]:
+        """Where this controller runs: node id and process id."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._controller, method)(*args)
@@ -229,6 +234,12 @@ def find_controller(system: str) -> Any:
         raise MoerayError(
             f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
         ) from None
+
+
+def process_of(controller: Any) -> tuple[str, int]:
+    """The node and the process id of a controller. Raises MoerayError."""
+    node, pid = unwrapped(controller.process.remote().future(), "the controller").result(30.0)
+    return str(node), int(pid)
 
 
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:

@@ -46,7 +46,7 @@ def _make(kind: str, spec: ActorSpec, node_id: str) -> Any:
     from moeray.actors.router import RouterActor
 
     kinds = {"expert": ExpertActor, "router": RouterActor}
-    return kinds[kind](spec, node_id, on_orphan=_exit)
+    return kinds[kind](spec, node_id, on_stop=_exit)
 
 
 def _exit() -> None:

@@ -1,0 +1,158 @@
+"""`moeray chaos [MODEL]`: kill actors under load, and show that nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moeray.cli.options import config_of, config_options
+from moeray.cli.progress import progress
+
+if TYPE_CHECKING:
+    from moeray.bench.chaos import ChaosPlan
+    from moeray.config import Config
+    from moeray.serve.system import SystemBackend
+
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+_DEFAULTS = {
+    "experts__replicas": 2, "experts__num_cpus": 0.1, "router__num_cpus": 0.1, "control__warm_pool": 1,
+    "dtype": "float32", "serve__name": "moeray-chaos", "engine__kv_blocks": 1024,
+}  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    return float(text.removesuffix("s"))
+
+
+@click.command("chaos")
+@click.argument("model", required=False)
+@click.option("--kill", type=click.Choice(["experts", "routers", "controller", "any", "none"]), default="experts")
+@click.option("--every", default="5s", show_default=True, help="Seconds between kills.")
+@click.option("--for", "duration", default="60s", show_default=True, help="Seconds of load and kills.")
+@click.option("--streams", type=int, default=16, show_default=True, help="Requests in flight at any time.")
+@click.option("--max-tokens", type=int, default=64, show_default=True, help="Tokens of a request.")
+@click.option("--signal", "how", type=click.Choice(sorted(SIGNALS)), default="kill", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@config_options
+def command(
+    model: str | None, every: str, duration: str, how: str, output: str, config_file: str | None, **flags: Any
+) -> None:
+    """Serve MODEL, kill its actors again and again under load, and compare every token with an undisturbed run.
+
+    Where no MODEL is named, a small random checkpoint is made. It starts a system of its own (two replicas of each
+    expert and a warm pool of one, unless told otherwise) and stops it. Exits 1 when a request was lost or a token
+    changed.
+    """
+    from moeray.bench.chaos import ChaosPlan, summary
+
+    chosen = {key: flags.pop(key) for key in ("kill", "streams", "max_tokens", "seed")}
+    plan = ChaosPlan(**chosen, every_s=_seconds(every), for_s=_seconds(duration))
+    with tempfile.TemporaryDirectory() as folder, progress() as report:
+        defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
+        config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
+        result = asyncio.run(_run(config, plan, SIGNALS[how], report))
+    figures = summary(result)
+    if output == "json":
+        click.echo(json.dumps(figures))
+    else:
+        _print(plan, figures)
+    if figures["lost_requests"] or figures["changed_tokens"]:
+        raise SystemExit(1)
+
+
+def _small_model(folder: Path) -> str:
+    import torch
+
+    from moeray.bench.checkpoint import Shape, write_random_moe
+
+    shape = Shape(hidden=128, intermediate=192, experts=8, top_k=2, layers=4, vocab=512)
+    return str(write_random_moe(shape, folder / "random-moe", torch.float32))
+
+
+async def _run(config: Config, plan: ChaosPlan, number: int, report: Callable[[str, int, int], None]) -> Any:
+    from moeray.bench.chaos import run_chaos
+    from moeray.cli.session import ray_system
+
+    async with ray_system(config) as backend:
+        assert backend.model is not None
+        fitting = replace(plan, vocab=min(backend.model.vocab_size, 32000))
+        return await run_chaos(
+            backend, _killer(backend, config, number, plan.seed), lambda: _whole(backend), fitting, report
+        )
+
+
+def _killer(backend: SystemBackend, config: Config, number: int, seed: int) -> Callable[[str], Awaitable[str | None]]:
+    """Ends one random actor of a kind. An expert actor that hosts nothing (warm, or still starting) is not a victim."""
+    from moeray.cluster.ray import find_controller, process_of
+    from moeray.cluster.ray_kill import kill_process
+    from moeray.errors import MoerayError
+
+    rng = random.Random(seed)
+
+    async def kill(kind: str) -> str | None:
+        try:
+            if kind == "controller":
+                node, pid = await asyncio.to_thread(process_of, find_controller(config.serve.name))
+                await asyncio.to_thread(kill_process, node, pid, number)
+                return "controller"
+            rows = (await backend.status())["actors"]
+            wanted = "expert" if kind == "experts" else "router"
+            alive = [row for row in rows if row["kind"] == wanted and row["state"] == "ready"]
+            if not alive:
+                return None
+            victim = rng.choice(alive)
+            await asyncio.to_thread(kill_process, victim["node"], victim["pid"], number)
+            return str(victim["actor"])
+        except MoerayError:
+            return None  # it was dying already, or the controller that was asked is
+
+    return kill
+
+
+async def _whole(backend: SystemBackend) -> bool:
+    """Every expert has the replicas that it should have, and every actor that is wanted is ready."""
+    from moeray.errors import MoerayError
+
+    try:
+        status = await backend.status()
+    except MoerayError:
+        return False
+    if status["status"] != "ready" or status["changing"]:
+        return False
+    enough = all(status["ready"].get(group, 0) >= count for group, count in status["wanted"].items())
+    silent = any(row["state"] == "silent" for row in status["actors"])
+    return enough and not silent and status["fewest_replicas"] >= status["replicas_wanted"]
+
+
+def _print(plan: ChaosPlan, figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{figures['kills']} kills ({plan.kill}, every {plan.every_s:g} s) under {plan.streams} streams"
+    table = Table(title=title, title_justify="left", show_header=False)
+    for key, text in _LINES.items():
+        value = figures[key]
+        table.add_row(text, "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
+    console = Console()
+    console.print(table)
+    for error in figures["errors"]:
+        console.print(f"lost: {error}", highlight=False)
+
+
+_LINES = {
+    "requests": "requests", "lost_requests": "lost requests", "changed_tokens": "changed tokens", "tokens": "tokens",
+    "tokens_per_second": "tokens/s", "calm_gap_p99_seconds": "gap between tokens without kills, p99 (s)",
+    "stall_p50_seconds": "longest gap per kill and stream, p50 (s)", "stall_p99_seconds": "p99 (s)",
+    "stall_max_seconds": "maximum (s)", "recovery_p50_seconds": "until all is whole again, p50 (s)",
+    "recovery_p99_seconds": "p99 (s)", "not_recovered": "kills not recovered from",
+}  # fmt: skip
