@@ -1,0 +1,111 @@
+"""A whole system over real Ray actors, for tests that kill and scale it: streams that are checked token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import ray
+
+from moeray.cluster.ray import start_controller
+from moeray.config import Config
+from moeray.errors import MoerayError
+from moeray.serve.app import RayPort
+from moeray.serve.system import SystemBackend
+from moeray.types import GenerationRequest, SamplingParams
+
+_names = itertools.count()
+
+GREEDY = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=48, temperature=0.9, seed=5, ignore_eos=True, frequency_penalty=0.4)
+REQUESTS = tuple((tuple(range(5 + i, 25 + 2 * i)), GREEDY if i % 2 == 0 else SAMPLED) for i in range(4))
+
+
+class Live:
+    """A running system. Waiting is asking: every question is a round trip to the controller."""
+
+    def __init__(self, backend: SystemBackend, controller: Any) -> None:
+        self.backend = backend
+        self.controller = controller
+
+    async def tokens(self, prompt: tuple[int, ...], sampling: SamplingParams, after: Any = None) -> list[int]:
+        """One request's tokens; `after`, an event, is set at its 4th token."""
+        got: list[int] = []
+        request = GenerationRequest(f"live-{next(_names)}", prompt, sampling)
+        async with aclosing(self.backend.generate(request)) as outputs:
+            async for output in outputs:
+                assert output.error is None, output.error
+                got += output.token_ids
+                if after is not None and len(got) >= 4:
+                    after.set()
+        return got
+
+    async def all_tokens(self, disturb: Callable[[], Any] | None = None) -> list[list[int]]:
+        """Every request's tokens, side by side; `disturb` runs once all of them have begun to stream."""
+        begun = [asyncio.Event() for _ in REQUESTS]
+        tasks = [asyncio.create_task(self.tokens(*r, after=e)) for r, e in zip(REQUESTS, begun, strict=True)]
+        if disturb is not None:
+            await asyncio.gather(*(event.wait() for event in begun))
+            assert not any(task.done() for task in tasks), "the streams ended before they could be disturbed"
+            answer = disturb()
+            if asyncio.iscoroutine(answer):
+                await answer
+        return await asyncio.gather(*tasks)
+
+    async def ask(self, method: str, *args: Any) -> Any:
+        return await self.backend._controller.call(method, *args)
+
+    async def until(self, what: Callable[[dict[str, Any]], Any], timeout: float = 90.0) -> dict[str, Any]:
+        """The status, as soon as `what` holds of it."""
+        status: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    try:
+                        status = await self.backend.status()
+                    except MoerayError:
+                        continue
+                    if status["status"] == "ready" and what(status):
+                        return status
+        except TimeoutError:
+            raise AssertionError(f"it did not come to pass within {timeout:g} s: {status}") from None
+
+    async def whole(self) -> dict[str, Any]:
+        return await self.until(is_whole)
+
+    async def rows(self, kind: str, state: str = "ready") -> list[dict[str, Any]]:
+        status = await self.backend.status()
+        return [row for row in status["actors"] if row["kind"] == kind and row["state"] == state]
+
+
+def is_whole(status: dict[str, Any]) -> bool:
+    return (
+        not status["changing"]
+        and status["fewest_replicas"] >= status["replicas_wanted"]
+        and all(status["ready"][g] == n + status["reserve"].get(g, 0) for g, n in status["wanted"].items())
+        and not any(row["state"] in ("silent", "starting", "draining") for row in status["actors"])
+    )
+
+
+def kill(row: dict[str, Any], number: int = signal.SIGKILL) -> None:
+    os.kill(row["pid"], number)
+
+
+@asynccontextmanager
+async def live_system(config: Config) -> AsyncIterator[Live]:
+    """Started and stopped; Ray is the caller's."""
+    controller = start_controller(config)
+    backend = SystemBackend(config, RayPort(config), ray.get_runtime_context().get_node_id())
+    backend.start()
+    try:
+        await backend.ready(180)
+        yield Live(backend, controller)
+    finally:
+        await backend.close()
+        await asyncio.to_thread(ray.get, start_controller(config).stop.remote(), timeout=120)
+        ray.kill(start_controller(config))
