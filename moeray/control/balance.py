@@ -7,16 +7,18 @@ are in units of load; a step has to gain more than what it moves costs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, nsmallest
+
+import numpy as np
 
 from moeray.control.board import Board, Part
 
 PARTNERS = 4
 """How many of the least loaded hosts a step considers."""
-LEAST_GAIN = 0.002
-"""A step gains at least this part of the mean host's load; less is noise."""
+LEAST_GAIN = 0.005
+"""A step gains at least this part of what the busiest host has; less is noise."""
 
 
 @dataclass(frozen=True)
@@ -31,52 +33,93 @@ class _Step:
 
 def improve_part(board: Board, part: Part, *, cost: float, max_skew: float) -> int:
     """Lower the part's busiest hosts, if max/mean is above `max_skew`. `cost`: of one move. Returns the moves."""
-    on = _on_hosts(part)
+    speeds = [board.speed[host] for host in part.hosts]
+    mean = sum(part.load) / sum(speeds)
+    least = max(mean * max_skew, max((part.units[e] for e in part.experts), default=0.0) / max(speeds)) * (1 + 1e-9)
+    if max(part.load[h] / board.speed[h] for h in part.hosts) <= least:
+        return 0  # as even as it should or can be
+    search = _Search(board, part)
     moves = 0
-    while moves < 4 * len(part.hosts) and (host := _worth_a_look(board, part, on, max_skew)) is not None:
-        step = _best_step(board, part, on, host, cost)
+    while moves < 4 * len(speeds):
+        host, end = search.last()
+        step = search.best_step(host, max(cost, LEAST_GAIN * end)) if end > least else None
         if step is None:
             break
-        moves += _apply(board, part, on, host, step)
+        moves += search.apply(host, step)
     return moves
 
 
-def _on_hosts(part: Part) -> dict[int, list[int]]:
-    on: dict[int, list[int]] = {}
-    for expert in part.experts:
-        for host in part.held[expert]:
-            on.setdefault(host, []).append(expert)
-    return on
+class _Search:
+    """One part's local search: which experts each host has, and the hosts' ends as vectors (one entry a host)."""
+
+    def __init__(self, board: Board, part: Part) -> None:
+        self._board, self._part = board, part
+        self._hosts = np.array(part.hosts)
+        self._at = {host: at for at, host in enumerate(part.hosts)}
+        self._speed = np.array(board.speed)[self._hosts]
+        self._load = np.array(part.load)[self._hosts]
+        # Of hosts that end equally early the one with the least total load is to come first.
+        self._tie = 1e-9 * np.array(board.total)[self._hosts] / self._speed
+        self._on: dict[int, list[int]] = {}
+        for expert in part.experts:
+            for host in part.held[expert]:
+                self._on.setdefault(host, []).append(expert)
+
+    def last(self) -> tuple[int, float]:
+        """The host that ends last, and its end."""
+        ends = self._load / self._speed
+        at = int(ends.argmax())
+        return int(self._hosts[at]), float(ends[at])
+
+    def _first(self, unit: float, count: int) -> list[int]:
+        """The hosts that end first with `unit` more."""
+        ends = (self._load + unit) / self._speed + self._tie
+        count = min(count, len(ends))
+        return [int(host) for host in self._hosts[np.argpartition(ends, count - 1)[:count]]]
+
+    def best_step(self, host: int, least: float) -> _Step | None:
+        """The step off `host` that gains most, if more than `least` (a swap, which moves two: twice that)."""
+        mine = sorted((self._part.units[e], e) for e in self._on[host])
+        targets = {to for unit in {mine[0][0], mine[-1][0]} for to in self._first(unit, PARTNERS)}
+        best = max(_moves(self._board, self._part, host, mine, sorted(targets)), key=_gain, default=None)
+        if best is not None and best.gain > least:
+            return best
+        others = [h for h in self._first(0.0, 2 * PARTNERS) if h != host and self._on.get(h)]
+        if len(others) < PARTNERS:
+            others = [h for h in nsmallest(PARTNERS + 1, self._on, key=self._end) if h != host and self._on[h]]
+        theirs = {to: sorted((self._part.units[e], e) for e in self._on[to]) for to in others[:PARTNERS]}
+        best = max(_swaps(self._board, self._part, host, mine, theirs), key=_gain, default=None)
+        return best if best is not None and best.gain > 2 * least else None
+
+    def _end(self, host: int) -> float:
+        return self._part.load[host] / self._board.speed[host]
+
+    def apply(self, host: int, step: _Step) -> int:
+        """Do it, and return how many replicas moved."""
+        self._move(step.expert, host, step.to)
+        if step.back is None:
+            return 1
+        self._move(step.back, step.to, host)
+        return 2
+
+    def _move(self, expert: int, host: int, to: int) -> None:
+        self._board.move(self._part, expert, host, to)
+        self._on[host].remove(expert)
+        self._on.setdefault(to, []).append(expert)
+        for changed in (host, to):
+            self._load[self._at[changed]] = self._part.load[changed]
 
 
-def _worth_a_look(board: Board, part: Part, on: dict[int, list[int]], max_skew: float) -> int | None:
-    """The host that ends last, or None when the layer is as even as it should or can be."""
-    speed, load = board.speed, part.load
-    host = max(on, key=lambda h: load[h] / speed[h], default=None)
-    if host is None:
-        return None
-    mean = sum(load[h] for h in on) / sum(speed[h] for h in part.hosts)
-    least = max(mean * max_skew, max(part.units[e] for e in part.experts) / max(speed[h] for h in part.hosts))
-    return host if load[host] / speed[host] > least * (1 + 1e-9) else None
+def _gain(step: _Step) -> float:
+    return step.gain
 
 
-def _best_step(board: Board, part: Part, on: dict[int, list[int]], host: int, cost: float) -> _Step | None:
-    mean = sum(part.load) / sum(board.speed[h] for h in part.hosts)
-    least = max(cost, LEAST_GAIN * mean)
-    mine = sorted((part.units[e], e) for e in on[host])
-    moves = [step for unit in {mine[0][0], mine[-1][0]} for step in _moves(board, part, host, mine, unit)]
-    best = max(moves, key=lambda step: step.gain, default=None)
-    if best is not None and best.gain > least:
-        return best
-    best = max(_swaps(board, part, on, host, mine), key=lambda step: step.gain, default=None)
-    return best if best is not None and best.gain > 2 * cost and best.gain > least else None
-
-
-def _moves(board: Board, part: Part, host: int, mine: Sequence[tuple[float, int]], unit: float) -> list[_Step]:
-    """Plain moves to the hosts that would end earliest with `unit` more."""
+def _moves(
+    board: Board, part: Part, host: int, mine: Sequence[tuple[float, int]], targets: Sequence[int]
+) -> list[_Step]:
+    """Plain moves of each expert of `host` (as (load, expert), sorted) to each of the targets."""
     speed, load = board.speed, part.load
     now = load[host] / speed[host]
-    targets = nsmallest(PARTNERS, part.hosts, key=lambda h: ((load[h] + unit) / speed[h], board.total[h] / speed[h]))
     steps = []
     for to in targets:
         for weight, expert in mine:
@@ -87,19 +130,21 @@ def _moves(board: Board, part: Part, host: int, mine: Sequence[tuple[float, int]
 
 
 def _swaps(
-    board: Board, part: Part, on: dict[int, list[int]], host: int, mine: Sequence[tuple[float, int]]
+    board: Board,
+    part: Part,
+    host: int,
+    mine: Sequence[tuple[float, int]],
+    theirs: Mapping[int, list[tuple[float, int]]],
 ) -> list[_Step]:
-    """Exchanges with the hosts that end first: for each expert here, the partner that evens the two hosts best."""
+    """Exchanges with other hosts: for each expert here, the partner there that evens the two hosts best."""
     speed, load = board.speed, part.load
     now = load[host] / speed[host]
-    others = nsmallest(PARTNERS, (h for h in on if h != host), key=lambda h: load[h] / speed[h])
     steps = []
-    for to in others:
-        theirs = sorted((part.units[e], e) for e in on[to])
+    for to, there in theirs.items():
         ideal = (now - load[to] / speed[to]) * speed[host] * speed[to] / (speed[host] + speed[to])
         for weight, expert in mine:
-            at = bisect_left(theirs, (weight - ideal, -1))
-            for other, back in theirs[max(0, at - 1) : at + 1]:
+            at = bisect_left(there, (weight - ideal, -1))
+            for other, back in there[max(0, at - 1) : at + 1]:
                 by = weight - other
                 gain = now - max((load[host] - by) / speed[host], (load[to] + by) / speed[to])
                 if gain > 0 and _can_swap(board, part, expert, host, back, to):
@@ -115,20 +160,6 @@ def _can_swap(board: Board, part: Part, expert: int, host: int, back: int, to: i
     if pools == (-1, -1) or pools[0] == pools[1]:
         return True
     return board.room(part, expert, to) and board.room(part, back, host)
-
-
-def _apply(board: Board, part: Part, on: dict[int, list[int]], host: int, step: _Step) -> int:
-    board.move(part, step.expert, host, step.to)
-    on[host].remove(step.expert)
-    on.setdefault(step.to, []).append(step.expert)
-    if step.back is None:
-        if not on[host]:
-            del on[host]
-        return 1
-    board.move(part, step.back, step.to, host)
-    on[step.to].remove(step.back)
-    on[host].append(step.back)
-    return 2
 
 
 def improve_totals(board: Board, parts: Sequence[Part], *, cost: float, max_skew: float) -> int:

@@ -104,27 +104,28 @@ class Board:
 
     def _bytes(self, part: Part, expert: int, host: int, by: int) -> None:
         self.free[host] -= by * part.size
-        if (pool := self.pool[host]) < 0:
-            return
-        key = (pool, part.layer, expert)
+        if (pool := self.pool[host]) >= 0:
+            self._pool_bytes(part, (pool, part.layer, expert), by)
+
+    def _pool_bytes(self, part: Part, key: tuple[int, int, int], by: int) -> None:
         count = self.pooled.get(key, 0)
         if count == 0 or count + by == 0:  # the pool's first copy of it, or its last
-            self.pool_free[pool] -= by * part.size
+            self.pool_free[key[0]] -= by * part.size
         self.pooled[key] = count + by
         if count + by == 0:
             del self.pooled[key]
 
     def weigh(self, parts: Sequence[Part]) -> None:
         """Count all loads afresh, so that equal placements give equal numbers whatever led to them."""
-        self.total = [0.0] * len(self.hosts)
+        self.total = total = [0.0] * len(self.hosts)
         for part in parts:
             part.load = load = [0.0] * len(self.hosts)
+            units, held = part.units, part.held
             for expert in part.experts:
-                unit = part.units[expert]
-                for host in part.held[expert]:
+                unit = units[expert]
+                for host in held[expert]:
                     load[host] += unit
-            for host in part.hosts:
-                self.total[host] += load[host]
+                    total[host] += unit
 
     def ids(self) -> list[str]:
         return [host.actor_id for host in self.hosts]

@@ -26,7 +26,7 @@ def make_parts(
         held: list[list[int]] = [[] for _ in counts]
         there = [e for e, count in enumerate(counts) if count]
         if routing_groups == 1:
-            shares = [(there, list(range(len(board.hosts))))]
+            shares: list[tuple[Sequence[int], Sequence[int]]] = [(there, range(len(board.hosts)))]
         else:
             shares = _by_node(board, layer, loads[layer], there, routing_groups, base)
         for experts, hosts in shares:
@@ -36,7 +36,7 @@ def make_parts(
 
 def _by_node(
     board: Board, layer: int, rows: Sequence[float], experts: Sequence[int], groups: int, base: Placement | None
-) -> list[tuple[list[int], list[int]]]:
+) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Give whole routing groups to nodes: heaviest first, to the node with the fewest groups and the least load for
     its speed. A group stays on the node of `base` that has most of it."""
     if len(rows) % groups:
@@ -74,14 +74,16 @@ def keep(board: Board, parts: Sequence[Part], base: Placement, *, trust: bool = 
     """Lay the replicas of `base` on the board, as far as their hosts are there and have room (`trust`: room or not).
     Counts all loads."""
     index = {actor: host for host, actor in enumerate(board.ids())}
-    part_of = {(part.layer, e): part for part in parts for e in part.experts} if base.replicas else {}
-    inside = {id(part): set(part.hosts) for part in parts}
-    for expert, actors in base.replicas.items():
-        if (part := part_of.get(expert)) is None:
+    part_of = {part.layer: dict[int, Part]() for part in parts}
+    for part in parts:
+        part_of[part.layer].update(dict.fromkeys(part.experts, part))
+    for (layer, expert), actors in base.replicas.items():
+        if (home := part_of.get(layer, {}).get(expert)) is None:
             continue
-        for host in [index[actor] for actor in actors if actor in index]:
-            if host in inside[id(part)] and (trust or board.room(part, expert.expert, host)):
-                board.put(part, expert.expert, host)
+        for actor in actors:
+            host = index.get(actor)
+            if host is not None and host in home.hosts and (trust or board.room(home, expert, host)):
+                board.put(home, expert, host)
     board.weigh(parts)
 
 

@@ -58,40 +58,35 @@ class Picker:
             heappush(self._heap, (self._key(host), host))
 
     def _within(self, part: Part, expert: int, unit: float) -> bool:
-        """The best host that ends within the limit. Sets aside those that would not."""
+        """The emptiest host that ends within the limit; a spare rather goes to another node, then to the cheap tier.
+        Sets aside the hosts that would end beyond the limit."""
         board, heap, taken = self._board, self._heap, part.held[expert]
-        wanted = CHOICE if taken and not self._by_room else 1
+        nodes = {board.node[host] for host in taken} if self._several_nodes else ()
         skipped: list[tuple[float, int]] = []
-        found: list[tuple[float, int]] = []
-        while heap and len(found) < wanted:
+        best, best_taste = None, 4
+        while heap and best_taste and len(skipped) < CHOICE:
             entry = heappop(heap)
             host = entry[1]
             slack = part.limit * board.speed[host] - part.load[host]
-            if board.free[host] < part.size or not (host in taken or board.room(part, expert, host)):
+            if host in taken:
+                skipped.append(entry)
+            elif not board.room(part, expert, host):
                 self._full.append(host)
             elif unit > slack:
                 heappush(self._aside, (-slack, host))
-            elif host in taken:
-                skipped.append(entry)
             else:
-                found.append(entry)
-        best = min(found, key=lambda entry: self._taste(taken, entry[1]), default=None)
-        for entry in (*skipped, *found):
-            if entry is not best:
+                skipped.append(entry)
+                taste = 2 * (board.node[host] in nodes) + (board.hosts[host].tier != "cpu") if taken else 0
+                if taste < best_taste:  # of equals the emptiest, which comes first
+                    best, best_taste = host, taste
+        for entry in skipped:
+            if entry[1] != best:
                 heappush(heap, entry)
         if best is None:
             return False
-        self._give(part, expert, unit, best[1])
-        heappush(heap, (self._key(best[1]), best[1]))
+        self._give(part, expert, unit, best)
+        heappush(heap, (self._key(best), best))
         return True
-
-    def _taste(self, taken: Sequence[int], host: int) -> tuple[bool, bool]:
-        """A spare rather goes to another node, and to the cheap tier. Ties go to the emptiest (min keeps the first)."""
-        if not taken:
-            return False, False
-        board = self._board
-        same = self._several_nodes and board.node[host] in {board.node[other] for other in taken}
-        return same, board.hosts[host].tier != "cpu"
 
     def _beyond(self, part: Part, expert: int, unit: float) -> bool:
         """No host stays within the limit: the one that ends lowest, of those with the most slack."""
