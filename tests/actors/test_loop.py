@@ -1,0 +1,92 @@
+"""The controller's loop and its audit log."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from moeray.actors.audit import Audit
+from moeray.actors.loop import Loop
+from moeray.errors import MoerayError
+
+
+@pytest.fixture
+def loop():
+    made = Loop("test-loop", lambda: None, 3600.0)
+    made.start()
+    yield made
+    made.stop(5.0)
+    assert "test-loop" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_events_run_in_order_on_one_thread(loop):
+    seen: list[tuple[int, str]] = []
+    for i in range(20):
+        loop.post(lambda i=i: seen.append((i, threading.current_thread().name)))
+    loop.ask(lambda: None)
+    assert seen == [(i, "test-loop") for i in range(20)]
+
+
+def test_a_question_has_its_answer_or_its_error(loop):
+    assert loop.ask(lambda: 6 * 7) == 42
+    with pytest.raises(ZeroDivisionError):
+        loop.ask(lambda: 1 // 0)
+
+
+def test_a_failing_event_does_not_end_the_loop(loop, caplog):
+    loop.post(lambda: [][0])
+    assert loop.ask(lambda: "alive") == "alive"
+
+
+def test_a_question_to_a_busy_loop_has_a_deadline(loop):
+    gate = threading.Event()
+    loop.post(lambda: gate.wait(30))
+    with pytest.raises(MoerayError, match="did not answer"):
+        loop.ask(lambda: None, timeout=0.05)
+    gate.set()
+
+
+def test_the_outcome_of_a_future_is_an_event(loop):
+    good, bad, dropped = Future(), Future(), Future()
+    seen = []
+    for future in (good, bad, dropped):
+        loop.when_done(future, lambda result, error: seen.append((result, error and str(error))))
+    good.set_result(3)
+    bad.set_exception(MoerayError("no"))
+    dropped.cancel()
+    loop.ask(lambda: None)
+    assert seen == [(3, None), (None, "no"), (None, "it was cancelled")]
+
+
+def test_the_tick_comes_again_and_again():
+    ticks = threading.Semaphore(0)
+    loop = Loop("ticking", ticks.release, 0.01)
+    loop.start()
+    assert all(ticks.acquire(timeout=10) for _ in range(3))
+    loop.stop(5.0)
+
+
+def test_the_audit_log_is_appended_to_and_read_back(tmp_path):
+    path = tmp_path / "deep" / "audit.jsonl"
+    first = Audit(path)
+    first.write("pause", by="hand")
+    first.write("decision", actors={"a": 2}, inputs={"at": (1, 2)})
+    again = Audit(path)
+    again.write("resume", by="hand")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["pause", "decision", "resume"]
+    assert lines[1]["actors"] == {"a": 2}
+    assert first.last("pause", "resume") == "resume"
+    assert first.last("absent") is None
+    assert [entry["event"] for entry in again.recent] == ["resume"]
+
+
+def test_an_audit_log_that_cannot_be_written_is_reported(tmp_path, caplog):
+    path = tmp_path / "audit.jsonl"
+    path.mkdir()
+    audit = Audit(path)
+    audit.write("decision")
+    assert audit.recent[0]["event"] == "decision"
