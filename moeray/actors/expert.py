@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import psutil
 import torch
 
-from moeray.actors.orphan import OrphanWatch
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
+from moeray.actors.vigil import Vigil, new_incarnation
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.metrics import Recorder, Snapshot
@@ -49,7 +48,7 @@ class ExpertActor:
         self._spec = spec
         self._node_id = node_id
         self._device = pick_device(spec.device)
-        self._incarnation = secrets.token_hex(8)
+        self._incarnation = new_incarnation()
         self._recorder = Recorder()
         self._rows = RowServer(spec.actor_id, self._device, self._recorder)
         self._loading = threading.Lock()
@@ -60,7 +59,8 @@ class ExpertActor:
         self._revision: str | None = None
         self._loaded = (0, 0)
         self._on_stop = on_stop
-        self._watch = OrphanWatch(spec.actor_id, spec.config.control.orphan_s, self._orphaned, clock)
+        self._clock = clock
+        self._vigil: Vigil | None = None
         wire = spec.config.wire
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
         self._address: Address | None = None
@@ -70,7 +70,7 @@ class ExpertActor:
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is and how many bytes are free for weights."""
         self._address = self._listener.start()
-        self._watch.start()
+        self._vigil = Vigil(self._spec.config.control.orphan_s, self._orphaned, self._clock)
         report = ActorReport(
             self._spec.actor_id, self._node_id, os.getpid(), str(self._device), _free_bytes(self._device)
         )
@@ -81,7 +81,7 @@ class ExpertActor:
 
         `revision` pins the hub's commit, so that all nodes read the same files. Raises CheckpointError.
         """
-        self._watch.heard()
+        self._heard()
         with self._loading:
             self._open(revision)
 
@@ -90,7 +90,7 @@ class ExpertActor:
 
         `revision` as for `prepare`. Raises CheckpointError, and PlacementError from an actor that is on its way out.
         """
-        self._watch.heard()
+        self._heard()
         with self._loading:
             bank = self._open(revision)
             wanted = [ExpertId(*expert) for expert in experts]
@@ -100,7 +100,7 @@ class ExpertActor:
     def unhost(self, experts: Sequence[tuple[int, int]]) -> int:
         """Forget the weights of `experts`; stored bytes of those left. Rows being computed finish, later ones are told
         that the expert is not hosted."""
-        self._watch.heard()
+        self._heard()
         with self._loading:
             if self._bank is None:
                 return 0
@@ -140,7 +140,7 @@ class ExpertActor:
 
     def drain(self, timeout: float) -> bool:
         """Finish what is in flight; the placement has already taken new rows elsewhere. False after `timeout` s."""
-        self._watch.heard()
+        self._heard()
         with self._moving:
             if self._state is Lifecycle.READY:
                 self._state = self._state.advance(Lifecycle.DRAINING)
@@ -152,9 +152,14 @@ class ExpertActor:
             if self._state is Lifecycle.STOPPED:
                 return
             self._state = self._state.advance(Lifecycle.STOPPED)
-        self._watch.stop()
+        if self._vigil:
+            self._vigil.close()
         self._listener.close(timeout=5.0)
         remove_runtime_dir(self._node_id, self._spec.system)
+
+    def _heard(self) -> None:
+        if self._vigil:
+            self._vigil.heard()
 
     def _orphaned(self) -> None:
         try:
@@ -180,7 +185,7 @@ class ExpertActor:
         if frame.op is Op.PING:
             return Frame(Op.PONG, frame.id)
         if frame.op is Op.STATS:
-            self._watch.heard()
+            self._heard()
             return Frame(Op.STATS, frame.id, meta=report_tree(self._report()))
         if frame.op is not Op.FORWARD:
             raise WireError(f"an expert actor takes FORWARD, STATS and PING frames, not {frame.op.name}")
@@ -208,7 +213,7 @@ class ExpertActor:
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which a controller that starts again rebuilds its view of this actor; holds the token."""
-        self._watch.heard()
+        self._heard()
         bank, spec = self._bank, self._spec
         return {
             "actor_id": spec.actor_id,
@@ -230,7 +235,7 @@ class ExpertActor:
 
     def status(self) -> dict[str, Any]:
         """Plain data for `moeray status`."""
-        self._watch.heard()
+        self._heard()
         bank = self._bank
         return {
             "actor": self._spec.actor_id,
@@ -250,11 +255,11 @@ class ExpertActor:
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far) of every expert that had any."""
-        self._watch.heard()
+        self._heard()
         return [(*key, count) for key, count in sorted(self._rows.tally.rows().items())]
 
     def metrics(self) -> Snapshot:
-        self._watch.heard()
+        self._heard()
         return self._recorder.snapshot()
 
 

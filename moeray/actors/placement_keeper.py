@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from moeray.actors.audit import Audit
 from moeray.actors.hosts import hosts_of
-from moeray.actors.roster import Actor, Roster
+from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.config import Config
 from moeray.control import reconcile
 from moeray.control.eplb import place, repair
@@ -100,7 +100,8 @@ class PlacementKeeper:
 
     def propose(self, force: bool = False) -> Proposal | None:
         """What would be changed now, and why; None where all is as it should be. Raises PlacementError."""
-        ids = serving(self._roster.members(self.placement), self._wanted())
+        experts = {group: count for group, count in self._wanted().items() if group != ROUTER}
+        ids = serving(self._roster.members(self.placement), experts)
         if not ids:
             return None
         hosts = self.hosts(ids)

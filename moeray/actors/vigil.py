@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 def new_incarnation() -> str:
@@ -36,6 +39,7 @@ class Vigil:
             if self._closed.wait(left):
                 return
         if not self._closed.is_set():
+            log.error("no controller was heard of for %g s (control.orphan_s); the actor stops", self._orphan_s)
             self._on_orphan()
 
     def close(self) -> None:

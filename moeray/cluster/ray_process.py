@@ -45,7 +45,7 @@ def _make(kind: str, spec: ActorSpec, node_id: str) -> Any:
     from moeray.actors.expert import ExpertActor
     from moeray.actors.router import RouterActor
 
-    kinds = {"expert": ExpertActor, "router": RouterActor}
+    kinds: dict[str, Any] = {"expert": ExpertActor, "router": RouterActor}
     return kinds[kind](spec, node_id, on_stop=_exit)
 
 

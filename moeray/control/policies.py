@@ -106,7 +106,7 @@ def hot_experts(seen: PolicyInput) -> Wish:
         layers.setdefault(expert.layer, {})[expert] = seen.load.get(expert, 0.0)
     wanted: dict[ExpertId, int] = {}
     reasons = []
-    # The skew that matters is that of the base replicas: judged by the present one, a replica that helps would go again.
+    # What matters is the skew of the base replicas: judged by the present one, a replica that helps would go again.
     heaviest = {
         layer: _skew_left(load, dict.fromkeys(load, seen.base_replicas), actors) for layer, load in layers.items()
     }
