@@ -14,7 +14,7 @@ from moeray.actors.router import RouterActor
 from moeray.actors.spec import ActorSpec, model_fingerprint
 from moeray.cluster.local import NODE
 from moeray.config import Config
-from moeray.control.placement import Host, initial_placement
+from moeray.control.placement import Host, Placement, initial_placement
 from moeray.model.loading import eos_token_ids, open_model
 from moeray.serve.errors import ControllerLostError
 from moeray.types import Address
@@ -36,11 +36,9 @@ class Fleet:
         self.addresses: dict[RouterActor, Address] = {}
 
     def __enter__(self) -> Fleet:
-        self.expert = ExpertActor(self.spec("experts-0", "experts"), NODE)
-        _, self.expert_address = self.expert.start()
         hosts = [Host("experts-0", 1 << 40)]
         self.placement = initial_placement(self.files.expert_counts(), hosts, expert_bytes=self.files.expert_bytes())
-        self.expert.host([tuple(expert) for expert in self.placement.replicas])
+        self.start_expert()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -50,6 +48,20 @@ class Fleet:
 
     def spec(self, actor_id: str, group: str) -> ActorSpec:
         return ActorSpec(actor_id, group, "cpu", 0, self.config, self.token, self.system)
+
+    def start_expert(self) -> None:
+        self.expert = ExpertActor(self.spec("experts-0", "experts"), NODE)
+        _, self.expert_address = self.expert.start()
+        self.expert.host([tuple(expert) for expert in self.placement.replicas])
+
+    def renew_expert(self, router: RouterActor) -> None:
+        """Another expert actor takes the place of the first, and the router is told so."""
+        lost, self.expert = self.expert, ExpertActor(self.spec("experts-1", "experts"), NODE)
+        lost.stop()
+        _, address = self.expert.start()
+        self.expert.host([tuple(expert) for expert in self.placement.replicas])
+        placement = Placement(self.placement.epoch + 1, dict.fromkeys(self.placement.replicas, ("experts-1",)))
+        router.publish(placement.to_tree(), {"experts-1": address}, None, ["experts-0"])
 
     def add_router(self, **options: Any) -> RouterActor:
         router = RouterActor(self.spec(f"router-{next(_names)}", "router"), NODE, **options)

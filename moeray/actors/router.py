@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import psutil
@@ -23,7 +23,7 @@ from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
-from moeray.errors import ChannelClosedError, WireError
+from moeray.errors import ChannelClosedError, MoerayError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
@@ -91,21 +91,31 @@ class RouterActor:
     def load_trunk(self, revision: str | None = None) -> dict[str, Any]:
         """Load the trunk, allocate the KV cache, start the step loop.
 
-        `revision` pins the hub's commit. Raises CheckpointError, UnsupportedModelError.
+        `revision` pins the hub's commit. Raises CheckpointError, UnsupportedModelError, and MoerayError in a router
+        that was stopped meanwhile.
         """
         self._heard()
         config = self._spec.config
         files = open_model(config.model, revision or config.revision, node=self._node_id)
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), self._device)
-        self._dispatcher = Dispatcher(self._view, self._connect, self._recorder, deadline_s=config.wire.deadline_s)
+        self._dispatcher = Dispatcher(
+            self._view,
+            self._connect,
+            self._recorder,
+            deadline_s=config.wire.deadline_s,
+            on_loss=self._observers.lose,
+            on_orphans=self._observers.push,
+        )
         runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files))
-        self._revision = revision
+        self._revision = files.checkpoint.source.revision
         self._facts = {
             "max_context": runner.max_context,
             "vocab_size": runner.vocab_size,
             "kv_blocks": runner.num_blocks,
         }
         with self._lifecycle:
+            if self._state is Lifecycle.STOPPED:
+                raise MoerayError(f"router {self._spec.actor_id} was stopped while it loaded; start another")
             self._state = self._state.advance(Lifecycle.READY)
             self._loop.start(Engine(config.engine, runner))
         return self._facts
@@ -113,14 +123,29 @@ class RouterActor:
     def _connect(self, address: Address) -> Channel:
         return connect(address, self._identity, self._spec.config.wire, timeout=5.0)
 
-    def publish(self, placement: Mapping[str, Any], addresses: Mapping[str, Address]) -> int:
-        """Take a placement (plain data) and where its actors listen; the epoch now held is the acknowledgement."""
+    def publish(
+        self,
+        placement: Mapping[str, Any],
+        addresses: Mapping[str, Address],
+        rates: Mapping[str, float] | None = None,
+        lost: Sequence[str] = (),
+    ) -> int:
+        """Take a placement (plain data) and where its actors listen; the epoch now held is the acknowledgement.
+
+        `rates`: rows per second of each actor, where known; `lost`: actors that are dead.
+        """
         self._heard()
-        if self._view.publish(Placement.from_tree(placement), addresses):
+        if self._view.publish(Placement.from_tree(placement), addresses, rates=rates, lost=lost):
             before = self._published[1]
             self._published = placement, dict(addresses)
             self._observers.forget([actor for actor in before if addresses.get(actor) != before[actor]])
         return self._view.epoch
+
+    def restore(self, actor_id: str) -> None:
+        """An expert actor that this router had given up is alive, at the same address: use it again."""
+        self._heard()
+        self._observers.forget([actor_id])
+        self._view.restore(actor_id)
 
     def describe(self) -> dict[str, Any]:
         """All that a restarted controller needs to take this router over, as plain data."""
@@ -205,7 +230,12 @@ class RouterActor:
         return True
 
     def _stop_itself(self) -> None:
-        if self._stop():
+        try:
+            stopped = self._stop()
+        except WireError as error:
+            log.error("%s", error)
+            stopped = True
+        if stopped:
             self._on_stop()
 
     def _orphaned(self) -> None:
@@ -252,19 +282,22 @@ class RouterActor:
 
     def _report(self, lost: Losses) -> dict[str, Any]:
         stats = self._loop.stats()
-        report = RouterReport(self._spec.actor_id, self._incarnation, epoch=self._view.epoch, leaving=self._leaving)
-        tree = report_tree(report) | {"lost": [list(pair) for pair in lost]}
-        if stats:
-            tree |= {
-                "running": stats.running,
-                "waiting": stats.waiting,
-                "kv_usage": stats.kv_cache_usage_ratio,
-                "prompt_tokens": stats.prompt_tokens,
-                "generation_tokens": stats.generation_tokens,
-                "steps": stats.steps,
-                "step_s": stats.step_seconds_total,
-            }
-        return tree
+        report = RouterReport(
+            self._spec.actor_id, self._incarnation, epoch=self._view.epoch, lost=lost, leaving=self._leaving
+        )
+        if stats and self._dispatcher:
+            report = replace(
+                report,
+                running=stats.running,
+                waiting=stats.waiting,
+                kv_usage=stats.kv_cache_usage_ratio,
+                prompt_tokens=stats.prompt_tokens,
+                generation_tokens=stats.generation_tokens,
+                steps=stats.steps,
+                step_s=stats.step_seconds_total,
+                orphans=self._dispatcher.orphans,
+            )
+        return report_tree(report)
 
     def status(self) -> dict[str, Any]:
         """Plain data for `moeray status`."""

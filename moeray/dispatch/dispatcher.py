@@ -80,7 +80,8 @@ class Dispatcher:
     `deadline_s`: how long one actor may take to answer at most, and how long rows wait for a replica when none is left;
     a layer that actors take and never answer fails after twice that.
     `on_loss(actor_id, reason)` is called in the step loop's thread when an actor is given up, before its rows go
-    elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. It must not block.
+    elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. `on_orphans()` is called there when rows
+    begin to wait for a replica. Neither may block.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Dispatcher:
         *,
         deadline_s: float,
         on_loss: OnLoss = lambda actor_id, reason: None,
+        on_orphans: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._view = view
@@ -98,6 +100,7 @@ class Dispatcher:
         self._recorder = recorder
         self._deadline_s = deadline_s
         self._on_loss = on_loss
+        self._on_orphans = on_orphans
         self._clock = clock
         self._balancer = Balancer()
         self._ids = itertools.count(1)
@@ -151,7 +154,9 @@ class Dispatcher:
                 if not self._send(work, share):
                     todo.append(share.rows_R)
         work.sent.sort(key=lambda sent: sent.until)
-        self._orphans = sum(map(len, work.waiting))
+        before, self._orphans = self._orphans, sum(map(len, work.waiting))
+        if self._orphans and not before:
+            self._on_orphans()
 
     def _replicas(self, work: _Work) -> Mapping[int, Sequence[str]]:
         """The layer's usable replicas; an actor that failed at an expert is passed over where there is another."""

@@ -21,9 +21,7 @@ LONG = 150
 SAMPLINGS = {
     "greedy": SamplingParams(max_tokens=LONG, temperature=0.0, ignore_eos=True),
     "seeded": SamplingParams(max_tokens=LONG, temperature=1.0, seed=11, ignore_eos=True),
-    "narrow": SamplingParams(
-        max_tokens=LONG, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, seed=5, ignore_eos=True
-    ),
+    "narrow": SamplingParams(max_tokens=LONG, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, seed=5),
     "penalties": SamplingParams(
         max_tokens=LONG,
         temperature=0.0,
