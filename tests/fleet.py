@@ -14,7 +14,8 @@ from moeray.actors.router import RouterActor
 from moeray.actors.spec import ActorSpec, model_fingerprint
 from moeray.cluster.local import NODE
 from moeray.config import Config
-from moeray.control.placement import Host, Placement, initial_placement
+from moeray.control.eplb import place
+from moeray.control.placement import Host, Placement
 from moeray.model.loading import eos_token_ids, open_model
 from moeray.serve.errors import ControllerLostError
 from moeray.types import Address
@@ -37,7 +38,7 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         hosts = [Host("experts-0", 1 << 40)]
-        self.placement = initial_placement(self.files.expert_counts(), hosts, expert_bytes=self.files.expert_bytes())
+        self.placement = place({}, hosts, experts=self.files.expert_counts(), expert_bytes=self.files.expert_bytes())
         self.start_expert()
         return self
 
