@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moeray.actors.controller import Controller
+from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import model_fingerprint
 from moeray.cluster.local import NODE, LocalCluster
 from moeray.config import Config, load_config
@@ -28,11 +29,15 @@ class LocalSystem:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.controller = Controller(config, LocalCluster())
+        self.cluster = LocalCluster()
+        self.controller = Controller(config, self.cluster)
 
     def __enter__(self) -> LocalSystem:
         self.info = self.controller.start()
         return self
+
+    def handle(self, actor_id: str) -> ActorHandle:
+        return next(handle for handle in self.cluster.find() if handle.actor_id == actor_id)
 
     def __exit__(self, *exc: object) -> None:
         self.controller.stop()

@@ -97,5 +97,5 @@ def _actor(handle: ActorHandle, says: Mapping[str, Any], kinds: Mapping[str, Exp
     return Actor(
         handle.actor_id, kind, number, Phase.READY, handle, Calls(handle, loop),
         ActorReport(handle.actor_id, says["node"], says["pid"], says["device"], says["free_bytes"]),
-        Address(handle.actor_id, says["node"], says["unix"], says["grpc"]), dict(says.get("facts", {})),
+        Address(**says["address"]), dict(says.get("facts", {})),
     )  # fmt: skip

@@ -395,14 +395,18 @@ class Controller:
 
     # -- stop -----------------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """End every actor: routers first, so that no row is sent to an actor that is going. Idempotent."""
-        if self._stopped:
-            return
+    def abandon(self) -> None:
+        """Stop controlling and leave the actors as they are, for another controller to take over."""
         self._stopped = True
         self._loop.stop(STOP_TIMEOUT_S)
         if self._fleet is not None:
             self._fleet.close()
+
+    def stop(self) -> None:
+        """End every actor: routers first, so that no row is sent to an actor that is going. Idempotent."""
+        if self._stopped:
+            return
+        self.abandon()
         _end([actor.handle for actor in self._roster.routers() if actor.handle])
         _end([actor.handle for actor in self._roster.experts() if actor.handle])
         self._cluster.close()

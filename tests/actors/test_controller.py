@@ -1,0 +1,144 @@
+"""The controller over real actors in this process: scaling, draining, the warm pool, and a second controller."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from moeray.actors.controller import Controller
+from moeray.errors import ConfigError, MoerayError
+from tests.checkpoints import make_tiny
+from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
+
+PROMPTS = [[5, 9, 33], list(range(10, 70)), [8] * 7]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny("qwen3_moe", tmp_path_factory.mktemp("controller") / "m")
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with LocalSystem(tiny_config(model)) as system:
+        return [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)]
+
+
+def config_of(model, tmp_path, **overrides):
+    return tiny_config(model, control__audit_log=str(tmp_path / "audit.jsonl"), **overrides)
+
+
+def until(controller, what, timeout=60.0):
+    """The status, as soon as `what` holds of it; each look is a round trip to every actor."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        status = controller.status()
+        if what(status):
+            return status
+    raise AssertionError(f"it did not come to pass: {status}")
+
+
+def settled(status):
+    return (
+        not status["changing"]
+        and all(status["ready"][g] == n + status["reserve"].get(g, 0) for g, n in status["wanted"].items())
+        and status["fewest_replicas"] >= status["replicas_wanted"]
+        and not any(row["state"] in ("starting", "silent", "draining") for row in status["actors"])
+    )
+
+
+def tokens(system):
+    return [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)]
+
+
+def audit(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+
+
+def test_growing_and_shrinking_by_hand(model, expected, tmp_path):
+    config = config_of(model, tmp_path, experts__min_actors=1, experts__max_actors=4)
+    with LocalSystem(config) as system:
+        controller = system.controller
+        for count in (4, 1, 3):
+            assert controller.scale("experts", count)["experts"] == count
+            status = until(controller, settled)
+            hosts = [row for row in status["actors"] if row["kind"] == "expert"]
+            assert len(hosts) == count
+            assert all(row["experts"] > 0 for row in hosts)
+            assert tokens(system) == expected
+    events = [entry["event"] for entry in audit(tmp_path)]
+    assert events.count("scale") == 3
+    assert "lost" not in events
+    assert {"plan", "plan_ended", "leave", "stopped"} <= set(events)
+
+
+def test_a_size_beyond_the_limits_is_refused(model, tmp_path):
+    with LocalSystem(config_of(model, tmp_path, experts__max_actors=3)) as system:
+        with pytest.raises(ConfigError, match="outside 2 to 3"):
+            system.controller.scale("experts", 4)
+        with pytest.raises(ConfigError, match="no group 'other'"):
+            system.controller.scale("other", 1)
+        with pytest.raises(MoerayError, match="experts-0, experts-1, router-0"):
+            system.controller.drain("experts-7")
+
+
+def test_a_warm_actor_takes_over_and_the_pool_is_filled_again(model, expected, tmp_path):
+    with LocalSystem(config_of(model, tmp_path, control__warm_pool=1)) as system:
+        before = until(system.controller, settled)
+        warm = [row["actor"] for row in before["actors"] if row["state"] == "warm"]
+        assert len(warm) == 1
+        system.handle("experts-1").call("stop").result(10)
+        assert tokens(system) == expected
+        after = until(system.controller, lambda s: settled(s) and "experts-1" not in {r["actor"] for r in s["actors"]})
+        serving = {row["actor"] for row in after["actors"] if row["state"] == "ready" and row["kind"] == "expert"}
+        assert warm[0] in serving
+        assert sum(row["state"] == "warm" for row in after["actors"]) == 1
+        assert tokens(system) == expected
+
+
+def test_draining_replaces_without_a_loss(model, expected, tmp_path):
+    with LocalSystem(config_of(model, tmp_path)) as system:
+        for actor in ("experts-0", "router-0"):
+            system.controller.drain(actor)
+            until(system.controller, lambda s, a=actor: settled(s) and a not in {r["actor"] for r in s["actors"]})
+        system.info = system.controller.state()["info"]
+        assert tokens(system) == expected
+    assert "lost" not in [entry["event"] for entry in audit(tmp_path)]
+
+
+def test_a_plan_changes_nothing(model, tmp_path):
+    with LocalSystem(config_of(model, tmp_path, experts__max_actors=4)) as system:
+        before = system.controller.status()["epoch"]
+        plan = system.controller.plan()
+        assert plan["now"] == {"experts": 2, "router": 1}
+        assert plan["placement"] is None
+        assert plan["autoscaling"] is True
+        assert system.controller.status()["epoch"] == before
+        assert json.dumps(plan)
+
+
+def test_pausing_is_kept_by_the_next_controller_which_takes_everything_over(model, expected, tmp_path):
+    config = config_of(model, tmp_path, experts__max_actors=3, experts__replicas=2)
+    with LocalSystem(config) as system:
+        first = system.controller
+        first.scale("experts", 3)
+        before = until(first, settled)
+        first.pause(True)
+        first.abandon()
+        assert tokens(system) == expected  # nobody controls, and all goes on
+        system.controller = Controller(config, system.cluster)
+        info = system.controller.start()
+        assert info.routers == system.info.routers
+        after = until(system.controller, settled)
+        assert after["wanted"] == {"experts": 3, "router": 1}
+        assert not after["autoscaling"]
+        assert {row["actor"] for row in after["actors"]} == {row["actor"] for row in before["actors"]}
+        assert tokens(system) == expected
+        system.handle("experts-2").call("stop").result(10)
+        assert tokens(system) == expected
+        until(system.controller, settled)
+    left = {thread.name for thread in threading.enumerate()}
+    assert not {name for name in left if name.startswith(("controller", "watch-", "vigil", "step-loop"))}
