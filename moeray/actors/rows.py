@@ -63,12 +63,13 @@ class RowServer:
         experts, counts = _checked(frame)
         if self._bank is None:
             raise PlacementError("this actor hosts no experts yet")
+        held = self._bank.hold(frame.layer, experts)
         x_UD, token_of_row_R = frame.tensors
         arrived = time.perf_counter()
         with self._compute:
             began = time.perf_counter()
             x_RD = x_UD.to(self._device)[token_of_row_R.to(self._device)]
-            out_RD = self._bank.forward(frame.layer, x_RD, experts, counts).cpu()
+            out_RD = held(x_RD, counts).cpu()
         took, waited = time.perf_counter() - began, began - arrived
         self.tally.add(frame.layer, experts, counts, waited, took)
         self._recorder.add("moeray_expert_rows_total", sum(counts), actor=self._actor_id)

@@ -58,7 +58,7 @@ class _Expert:
 
 
 class ExpertBank:
-    """Weights of a set of experts, and their forward. Thread-safe; a forward keeps the weights that it began with.
+    """Weights of a set of experts, and their forward. Thread-safe: a forward only reads.
 
     CPU weights are views of the checkpoint's memory map, shared by every process of the node; on another device they
     are copied there.
@@ -118,29 +118,41 @@ class ExpertBank:
         with self._lock:
             return [expert for expert in experts if ExpertId(layer, expert) not in self._experts]
 
-    @torch.inference_mode()
     def forward(self, layer: int, x_RD: Tensor, experts: list[int], counts: list[int]) -> Tensor:
         """Rows sorted by expert -> each expert's output, in the same order [R, D].
 
         `experts`: the distinct experts in order; `counts`: rows of each, summing to R. Raises PlacementError for an
         expert that is not hosted here.
         """
-        moe, held = self._family.layers.get(layer), self._held(layer, experts)
-        if moe is None:
-            return x_RD.new_empty(0, x_RD.shape[-1])
-        pieces = zip(held, torch.split(x_RD, counts), strict=True)
-        outs = [expert.down(moe.activate(expert.up(x_rD))) for expert, x_rD in pieces]
-        return torch.cat(outs) if outs else x_RD.new_empty(0, x_RD.shape[-1])
+        return self.hold(layer, experts)(x_RD, counts)
 
-    def _held(self, layer: int, experts: list[int]) -> list[_Expert]:
+    def hold(self, layer: int, experts: list[int]) -> HeldExperts:
+        """These experts' weights, also where they are forgotten meanwhile. Raises PlacementError as `forward`."""
         with self._lock:
-            held = [self._experts.get(ExpertId(layer, expert)) for expert in experts]
-        for expert, found in zip(experts, held, strict=True):
-            if found is None:
-                raise PlacementError(
-                    f"expert {expert} of layer {layer} is not hosted here; the sender's epoch is stale"
-                )
-        return [expert for expert in held if expert is not None]
+            found = [self._experts.get(ExpertId(layer, expert)) for expert in experts]
+        held = [expert for expert in found if expert is not None]
+        if len(held) < len(experts):
+            raise PlacementError(
+                f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
+            )
+        return HeldExperts(self._family.layers.get(layer), held)
+
+
+@dataclass(frozen=True)
+class HeldExperts:
+    """The weights of one forward."""
+
+    _moe: ExpertsLayer | None
+    _experts: list[_Expert]
+
+    @torch.inference_mode()
+    def __call__(self, x_RD: Tensor, counts: list[int]) -> Tensor:
+        """As `ExpertBank.forward`, for the experts that are held."""
+        if self._moe is None or not self._experts:
+            return x_RD.new_empty(0, x_RD.shape[-1])
+        act = self._moe.activate
+        pieces = zip(self._experts, torch.split(x_RD, counts), strict=True)
+        return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
 
 
 def out_of_memory(error: BaseException) -> bool:

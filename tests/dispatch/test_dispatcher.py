@@ -84,12 +84,12 @@ def test_after_each_timeout_an_actor_has_twice_as_long(stage):
 
 
 def test_a_hung_actor_holds_up_nobody_elses_answer(stage):
-    stage.publish(1, {0: "a", 1: "b"}, known="abc")
-    stage.dispatch([[0, 1]])
+    stage.publish(1, SPLIT, known="abc")
+    stage.dispatch([[0]] * 40 + [[1]])
     stage.actors["a"].script = [hang]
     stage.publish(2, {0: "ac", 1: "b"})
     began = time.monotonic()
-    stage.dispatch([[0, 1]] * 40)  # 0 is split; c is new and would have 5 s
+    stage.dispatch([[0]] * 40 + [[1]])  # 0 is split; c is new and would have 5 s
     assert time.monotonic() - began < 2.0
     assert stage.losses == [("a", "timeout")]
 
