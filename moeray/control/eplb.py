@@ -25,19 +25,33 @@ ROUNDS = 8
 _EMPTY = Placement()
 
 
-def replicate(load: Mapping[ExpertId, float], slots: int, *, base: int = 1, most: int = 1 << 30) -> dict[ExpertId, int]:
+def replicate(
+    load: Mapping[ExpertId, float], slots: int, *, base: int = 1, most: int = 1 << 30, max_skew: float = 0.0
+) -> dict[ExpertId, int]:
     """How many replicas of each expert of `load` (one layer): `base` each, and the rest of `slots` one by one to the
-    expert with the most load per replica. No expert gets more than `most` (the number of actors)."""
+    expert with the most load per replica.
+
+    Stops early where no further replica helps: when the heaviest expert has `most` (the number of actors), or when
+    `skew_left` is down to `max_skew`.
+    """
     heap = [(-rows / base, expert) for expert, rows in load.items()]
     heapify(heap)
-    counts = dict.fromkeys(load, base)
-    for _ in range(slots - base * len(load)):
-        if not heap or counts[heap[0][1]] >= most:
-            break  # the heaviest may not be split further, so that more replicas of others would not help
-        expert = heap[0][1]
+    counts, total = dict.fromkeys(load, base), sum(load.values())
+    for used in range(base * len(load), slots):
+        rows, expert = heap[0]
+        if counts[expert] >= most or -rows * min(most, used) <= max_skew * total:
+            break
         counts[expert] += 1
         heapreplace(heap, (-load[expert] / counts[expert], expert))
     return counts
+
+
+def skew_left(load: Mapping[ExpertId, float], counts: Mapping[ExpertId, int], actors: int) -> float:
+    """The max/mean load per actor that no packing of one layer can go below: its heaviest replica, over the mean of the
+    actors that have any."""
+    total = sum(load.values())
+    used = min(actors, sum(counts.values()))
+    return max(load[expert] / counts[expert] for expert in load) * used / total if total > 0 else 1.0
 
 
 def place(
