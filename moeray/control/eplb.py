@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from heapq import heapify, heapreplace
 
-from moeray.control.balance import improve_part, improve_totals
+from moeray.control.balance import improve_part, improve_totals, welcome
 from moeray.control.board import Board, Part, weights
 from moeray.control.parts import keep, make_parts, placement_of
 from moeray.control.picker import Picker, limit_of, slots_end
@@ -38,6 +38,8 @@ def replicate(
     heapify(heap)
     counts, total = dict.fromkeys(load, base), sum(load.values())
     for used in range(base * len(load), slots):
+        if not heap:
+            break
         rows, expert = heap[0]
         if counts[expert] >= most or -rows * min(most, used) <= max_skew * total:
             break
@@ -73,8 +75,9 @@ def place(
     left out). Replicas of an expert are on different hosts, rather on different nodes, and spares rather on CPUs.
 
     Replicas of `current` stay unless their host is gone or full or moving them pays: a layer whose max/mean is within
-    `max_skew` is left alone, and a move must lower the busier host by more than `migration_cost` times the mean
-    expert's load. `routing_groups` above 1 keeps each routing group's experts (consecutive ones) on one node.
+    `max_skew` is left alone (but hosts without any expert get their part), and a move must lower the busier host by
+    more than `migration_cost` times the mean expert's load. `routing_groups` above 1 keeps each routing group's experts
+    (consecutive ones) on one node.
     Raises PlacementError, with the numbers, when the experts do not fit.
     """
     wanted = _wanted(experts, replicas)
@@ -85,9 +88,13 @@ def place(
         board = Board.of(hosts)
         parts = make_parts(board, loads, wanted, expert_bytes, routing_groups=routing_groups, base=base)
         keep(board, parts, base)
+        held = {host for part in parts for expert in part.experts for host in part.held[expert]}
         if _fill(board, parts, by_room=by_room):
-            kept = bool(base.replicas)
-            _improve(board, parts, cost if kept else 0.0, max_skew if kept else 1.0)
+            if held:
+                welcome(board, parts, [host for host in range(len(hosts)) if host not in held], cost=cost)
+                _improve(board, parts, cost, max_skew)
+            else:
+                _improve(board, parts, 0.0, 1.0)
             return placement_of(board, parts, current)
     raise PlacementError(_no_room(wanted, hosts, expert_bytes))
 
