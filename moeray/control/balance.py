@@ -19,6 +19,8 @@ PARTNERS = 4
 """How many of the least loaded hosts a step considers."""
 LEAST_GAIN = 0.005
 """A step gains at least this part of what the busiest host has; less is noise."""
+STUCK = 32
+"""Give up on the totals after as many busy hosts in a row that could give nothing away."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,13 @@ class _Step:
 
 def improve_part(board: Board, part: Part, *, cost: float, max_skew: float) -> int:
     """Lower the part's busiest hosts, if max/mean is above `max_skew`. `cost`: of one move. Returns the moves."""
-    speeds = [board.speed[host] for host in part.hosts]
-    mean = sum(part.load) / sum(speeds)
-    least = max(mean * max_skew, max((part.units[e] for e in part.experts), default=0.0) / max(speeds)) * (1 + 1e-9)
-    if max(part.load[h] / board.speed[h] for h in part.hosts) <= least:
+    mean = sum(part.load) / part.power
+    least = max(mean * max_skew, max((part.units[e] for e in part.experts), default=0.0) / part.fastest) * (1 + 1e-9)
+    if board.end(part) <= least:
         return 0  # as even as it should or can be
     search = _Search(board, part)
     moves = 0
-    while moves < 4 * len(speeds):
+    while moves < 4 * len(part.hosts):
         busiest = search.last()
         if busiest is None or busiest[1] <= least:
             break
@@ -58,19 +59,22 @@ def welcome(board: Board, parts: Sequence[Part], newcomers: Sequence[int], *, co
     """
     new = set(newcomers)
     for part in parts if new else ():
-        if not (targets := sorted(new.intersection(part.hosts))):
-            continue
-        search = _Search(board, part)
-        mean = sum(part.load) / sum(board.speed[host] for host in part.hosts)
-        stuck: set[int] = set()
-        while (busiest := search.last(stuck)) is not None and busiest[1] > mean:
-            step = search.best_move(busiest[0], max(cost, LEAST_GAIN * busiest[1]), targets)
-            if step is None:
-                stuck.add(busiest[0])
-            else:
-                search.apply(busiest[0], step)
+        # Where a layer has fewer replicas than hosts, some are idle in it anyway: the totals tell.
+        if len(part.hosts) <= sum(part.wanted[e] for e in part.experts):
+            _welcome(_Search(board, part), sum(part.load) / part.power, sorted(new.intersection(part.hosts)), cost)
     if new:
         improve_totals(board, parts, cost=cost, max_skew=1.0, only=newcomers)
+
+
+def _welcome(search: _Search, mean: float, newcomers: Sequence[int], cost: float) -> None:
+    stuck: set[int] = set()
+    while newcomers and (busiest := search.last(stuck)) is not None and busiest[1] > mean:
+        targets = nsmallest(PARTNERS, newcomers, key=search.end)
+        step = search.best_move(busiest[0], max(cost, LEAST_GAIN * busiest[1]), targets)
+        if step is None:
+            stuck.add(busiest[0])
+        else:
+            search.apply(busiest[0], step)
 
 
 class _Search:
@@ -113,7 +117,7 @@ class _Search:
             return best
         others = [h for h in self._first(0.0, 2 * PARTNERS) if h != host and self._on.get(h)]
         if len(others) < PARTNERS:
-            others = [h for h in nsmallest(PARTNERS + 1, self._on, key=self._end) if h != host and self._on[h]]
+            others = [h for h in nsmallest(PARTNERS + 1, self._on, key=self.end) if h != host and self._on[h]]
         theirs = {to: self._mine(to) for to in others[:PARTNERS]}
         best = max(_swaps(self._board, self._part, host, mine, theirs), key=_gain, default=None)
         return best if best is not None and best.gain > 2 * least else None
@@ -127,7 +131,7 @@ class _Search:
         """(load, expert) of a host's replicas, the lightest first."""
         return sorted((self._part.units[e], e) for e in self._on[host])
 
-    def _end(self, host: int) -> float:
+    def end(self, host: int) -> float:
         return self._part.load[host] / self._board.speed[host]
 
     def apply(self, host: int, step: _Step) -> int:
@@ -208,15 +212,15 @@ def improve_totals(
     speed, total = board.speed, board.total
     mean = sum(total) / sum(speed)
     least = max(cost, LEAST_GAIN * mean)
-    ends = [max((part.load[h] / speed[h] for h in part.hosts), default=0.0) for part in parts]
+    ends = [board.end(part) for part in parts]
     on: dict[int, list[tuple[int, int]]] | None = None
     hot = [(-total[h] / speed[h], h) for h in range(len(total))]
     takers = set(only or range(len(total)))
     cool = [(total[h] / speed[h], h) for h in takers]
     heapify(hot)
     heapify(cool)
-    moves = 0
-    while hot and moves < 4 * len(total):
+    moves = stuck = 0
+    while hot and moves < 4 * len(total) and stuck < STUCK:
         key, host = heappop(hot)
         if -key <= mean * max_skew + least:
             break
@@ -232,7 +236,9 @@ def improve_totals(
             on.setdefault(to, []).append((at, expert))
             for changed in (host, to):
                 heappush(hot, (-total[changed] / speed[changed], changed))
-            moves += 1
+            moves, stuck = moves + 1, 0
+        else:
+            stuck += 1
         for target in takers.intersection((*targets, host)):
             heappush(cool, (total[target] / speed[target], target))
     return moves
