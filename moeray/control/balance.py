@@ -19,6 +19,8 @@ PARTNERS = 4
 """How many of the least loaded hosts a step considers."""
 LEAST_GAIN = 0.005
 """A step gains at least this part of what the busiest host has; less is noise."""
+LEAST_TOTAL_GAIN = 0.02
+"""The same for the load over all layers, of the mean host's."""
 STUCK = 32
 """Give up on the totals after as many busy hosts in a row that could give nothing away."""
 
@@ -52,21 +54,23 @@ def improve_part(board: Board, part: Part, *, cost: float, max_skew: float) -> i
     return moves
 
 
-def welcome(board: Board, parts: Sequence[Part], newcomers: Sequence[int], *, cost: float) -> None:
-    """Give hosts that have nothing yet their part, from the busiest of the others; nothing else moves.
+def welcome(board: Board, parts: Sequence[Part], newcomers: Sequence[int], *, cost: float) -> int:
+    """Give hosts that have nothing yet their part, from the busiest of the others. Returns the moves.
 
     Without it, an actor that is added to ten would stay idle: it leaves max/mean within any sensible tolerance.
     """
     new = set(newcomers)
+    moves = 0
     for part in parts if new else ():
         # Where a layer has fewer replicas than hosts, some are idle in it anyway: the totals tell.
         if len(part.hosts) <= sum(part.wanted[e] for e in part.experts):
-            _welcome(_Search(board, part), sum(part.load) / part.power, sorted(new.intersection(part.hosts)), cost)
-    if new:
-        improve_totals(board, parts, cost=cost, max_skew=1.0, only=newcomers)
+            targets = sorted(new.intersection(part.hosts))
+            moves += _welcome(_Search(board, part), sum(part.load) / part.power, targets, cost)
+    return moves + (improve_totals(board, parts, cost=cost, max_skew=1.0, only=newcomers) if new else 0)
 
 
-def _welcome(search: _Search, mean: float, newcomers: Sequence[int], cost: float) -> None:
+def _welcome(search: _Search, mean: float, newcomers: Sequence[int], cost: float) -> int:
+    moves = 0
     stuck: set[int] = set()
     while newcomers and (busiest := search.last(stuck)) is not None and busiest[1] > mean:
         targets = nsmallest(PARTNERS, newcomers, key=search.end)
@@ -74,7 +78,8 @@ def _welcome(search: _Search, mean: float, newcomers: Sequence[int], cost: float
         if step is None:
             stuck.add(busiest[0])
         else:
-            search.apply(busiest[0], step)
+            moves += search.apply(busiest[0], step)
+    return moves
 
 
 class _Search:
@@ -211,7 +216,7 @@ def improve_totals(
     """
     speed, total = board.speed, board.total
     mean = sum(total) / sum(speed)
-    least = max(cost, LEAST_GAIN * mean)
+    least = max(cost, LEAST_TOTAL_GAIN * mean)
     ends = [board.end(part) for part in parts]
     on: dict[int, list[tuple[int, int]]] | None = None
     hot = [(-total[h] / speed[h], h) for h in range(len(total))]
@@ -269,14 +274,15 @@ def _total_step(
 ) -> tuple[float, int, int, int] | None:  # fmt: skip
     """(gain, part, expert, target) of the best move off the host, or None."""
     speed, total = board.speed, board.total
-    best = None
-    for at, expert in mine:
-        part = parts[at]
-        unit = part.units[expert]
-        for to in targets:
-            gain = total[host] / speed[host] - max((total[host] - unit) / speed[host], (total[to] + unit) / speed[to])
-            if gain <= (best[0] if best else 0.0) or (part.load[to] + unit) / speed[to] > ends[at] * (1 + 1e-9):
+    best, gained = None, 0.0
+    for to in targets:
+        slack = total[host] / speed[host] * speed[to] - total[to]  # with as much more, it would be as busy as the host
+        for at, expert in mine:
+            part = parts[at]
+            unit = part.units[expert]
+            gain = min(unit / speed[host], (slack - unit) / speed[to])
+            if gain <= gained or (part.load[to] + unit) / speed[to] > ends[at] * (1 + 1e-9):
                 continue
             if to in part.hosts and to not in part.held[expert] and board.room(part, expert, to):
-                best = (gain, at, expert, to)
+                best, gained = (gain, at, expert, to), gain
     return best

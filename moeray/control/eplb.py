@@ -88,13 +88,9 @@ def place(
         board = Board.of(hosts)
         parts = make_parts(board, loads, wanted, expert_bytes, routing_groups=routing_groups, base=base)
         keep(board, parts, base)
-        held = {host for part in parts for expert in part.experts for host in part.held[expert]}
+        kept = any(board.total)
         if _fill(board, parts, by_room=by_room):
-            if held:
-                welcome(board, parts, [host for host in range(len(hosts)) if host not in held], cost=cost)
-                _improve(board, parts, cost, max_skew)
-            else:
-                _improve(board, parts, 0.0, 1.0)
+            _improve(board, parts, cost if kept else 0.0, max_skew if kept else 1.0)
             return placement_of(board, parts, current)
     raise PlacementError(_no_room(wanted, hosts, expert_bytes))
 
@@ -189,7 +185,8 @@ _slots_end = lru_cache(maxsize=256)(slots_end)
 def _improve(board: Board, parts: Sequence[Part], cost: float, max_skew: float) -> None:
     for _ in range(ROUNDS):
         board.weigh(parts)
-        moves = sum(improve_part(board, part, cost=cost, max_skew=max_skew) for part in parts)
+        moves = welcome(board, parts, [host for host, load in enumerate(board.total) if load == 0], cost=cost)
+        moves += sum(improve_part(board, part, cost=cost, max_skew=max_skew) for part in parts)
         moves += improve_totals(board, parts, cost=cost, max_skew=max_skew)
         if not moves:
             return
