@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moeray.dispatch.deadline import FRESH_S
-from moeray.errors import MoerayError, PlacementError
-from tests.dispatch.actors import Background, Stage, garbage, hang, hold, misfit, refuse, vanish
+from moeray.errors import MoerayError, PlacementError, WireError
+from tests.dispatch.actors import WIRE, Background, Stage, garbage, hang, hold, misfit, refuse, vanish
 
 BOTH = {0: "ab", 1: "ab", 2: "ab"}
 SPLIT = {0: "a", 1: "b"}
@@ -150,6 +150,15 @@ def test_a_poison_frame_fails_the_step_and_takes_down_nobody(stage):
     for name in "ab":
         stage.actors[name].script.clear()
     stage.dispatch([[0, 1, 2]] * 3)
+    assert stage.losses == []
+
+
+def test_a_frame_that_no_channel_carries_fails_the_step_and_takes_down_nobody(stage):
+    stage.publish(1, BOTH)
+    too_wide = torch.zeros(1, WIRE.max_payload_bytes // 4 + 64)
+    with pytest.raises(WireError, match="payload"):
+        stage.dispatcher(0, too_wide, torch.tensor([[0]]))
+    stage.dispatch([[0, 1, 2]])
     assert stage.losses == []
 
 
