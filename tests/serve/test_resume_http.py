@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -17,9 +19,11 @@ from fastapi import FastAPI
 from moeray.cluster.local import NODE
 from moeray.serve.openai import create_app
 from moeray.serve.system import SystemBackend
+from moeray.types import GenerationRequest, TokenOutput
 from tests.checkpoints import make_tiny
 from tests.fleet import Fleet, FleetPort, generated
-from tests.serve.support import _Server, client
+from tests.serve.support import EchoBackend, _Server, client, model_info
+from tests.serve.support import serving as serving_backend
 
 TOKENS = 250
 CHAT = {
@@ -143,3 +147,44 @@ def test_no_client_sees_that_a_router_died(model):
     assert len(completion.tokens) == TOKENS
     assert [c.text for c in plain.choices] == [c.text for c in expected[2].choices]
     assert plain.usage == expected[2].usage
+
+
+class EndsAfterwards(EchoBackend):
+    """As a resumed attempt does whose earlier one had come to its end: the end comes by itself, without a token."""
+
+    async def _outputs(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        async for output in super()._outputs(request):
+            yield replace(output, finish_reason=None)
+        yield TokenOutput(request.request_id, 1, (), finish_reason=output.finish_reason)
+
+
+@pytest.mark.parametrize("max_tokens", [4, 100])
+def test_an_end_that_comes_without_a_token(metadata_dir, max_tokens):
+    answers = []
+    for backend in (EchoBackend(model_info(metadata_dir)), EndsAfterwards(model_info(metadata_dir))):
+        with serving_backend(backend) as url, client(url) as ai:
+            options = {"model": "org/echo", "prompt": "the quick fox", "max_tokens": max_tokens, "logprobs": 1}
+            plain = ai.completions.create(**options)
+            streamed = Answer(ai.completions.create(**options, **STREAM))
+            logprobs = plain.choices[0].logprobs
+            assert (streamed.text, streamed.tokens) == (plain.choices[0].text, logprobs.tokens)
+            answers.append((streamed.text, streamed.finish, streamed.usage, plain.usage, logprobs))
+    assert answers[0] == answers[1]
+
+
+def test_health_says_when_no_router_can_be_reached_and_requests_wait_for_one(model):
+    with Fleet(model) as fleet:
+        fleet.add_router()
+        with serving(fleet) as ai, ThreadPoolExecutor(1) as pool:
+            base = str(ai.base_url).removesuffix("/v1/")
+            assert httpx.get(f"{base}/health").status_code == 200
+            ai.completions.create(model="m", prompt="a", max_tokens=1)  # connects
+            fleet.kill(fleet.routers[0])
+            while (health := httpx.get(f"{base}/health")).status_code == 200:
+                pass
+            assert health.json()["status"] == "waiting"
+            assert "no router" in health.json()["detail"]
+            waiting = pool.submit(ai.completions.create, model="m", prompt="a", max_tokens=3)
+            fleet.add_router()
+            assert waiting.result(60).usage.completion_tokens == 3
+            assert httpx.get(f"{base}/health").status_code == 200
