@@ -39,9 +39,9 @@ class Costs:
     """
 
     trunk_tokens: tuple[int, ...] = (1, 32, 256, 2048)
-    trunk_s: tuple[float, ...] = (0.030, 0.038, 0.090, 0.540)
+    trunk_s: tuple[float, ...] = (0.010, 0.011, 0.020, 0.100)
     trunk_layers: int = 24
-    decode_s: float = 0.0010
+    decode_s: float = 0.0001
     forward_s: float = 0.00015
     row_s: float = 0.0000107
     expert_s: float = 0.00030

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,7 +60,7 @@ class Latencies:
 
 
 class Engine:
-    """All routers, driven by `run`. `table` may be exchanged at any moment with `publish`."""
+    """All routers, driven by `advance`. `table` may be exchanged at any moment with `publish`."""
 
     def __init__(self, trace: Trace, settings: EngineConfig, costs: StepCosts, table: StepTable, routers: int) -> None:
         self._settings, self._costs = settings, costs
@@ -94,6 +94,13 @@ class Engine:
         arrival = np.array(self._arrival)
         return Latencies(np.array(self._first) - arrival, np.array(self._last) - arrival)
 
+    def late(self, ttft_s: float, since: int = 0) -> tuple[int, int]:
+        """Of the requests from number `since` on that came at least `ttft_s` ago: how many had no first token within
+        that time, and the number of the first request that came later."""
+        due = bisect_right(self._arrival, self.now - ttft_s, since)
+        late = sum(not self._first[i] - self._arrival[i] <= ttft_s for i in range(since, due))
+        return late, due
+
     def add_router(self) -> SimRouter:
         router = SimRouter(f"router-{self._named}")
         self._named += 1
@@ -104,6 +111,22 @@ class Engine:
         """It takes no new requests, and is gone when it has finished those it has."""
         router.closing = True
         self._leave_if_empty(router)
+
+    def resize_routers(self, count: int) -> None:
+        """So many routers take requests from now on; those with least to do are closed, closing ones come back first."""
+        closing = [router for router in self.routers if router.closing]
+        for router in sorted(closing, key=lambda r: -r.outstanding)[: max(count - self.open_routers, 0)]:
+            router.closing = False
+        for _ in range(count - self.open_routers):
+            self.add_router()
+        taking = sorted((r for r in self.routers if not r.closing), key=lambda r: r.outstanding)
+        for router in taking[: max(len(taking) - count, 0)]:
+            self.close_router(router)
+
+    @property
+    def open_routers(self) -> int:
+        """How many routers take requests."""
+        return sum(not router.closing for router in self.routers)
 
     def publish(self, table: StepTable) -> None:
         """Another placement: in force at each router from its next step on."""
@@ -243,15 +266,3 @@ class Engine:
         self._last[request] = self.now
         self._unfinished -= 1
 
-
-Tick = Callable[[Engine], None]
-
-
-def run(engine: Engine, interval_s: float, tick: Tick, report: Callable[[float], None] = lambda now: None) -> None:
-    """Simulate until every request has finished, calling `tick` at second 0 and each `interval_s` thereafter."""
-    moment = 0
-    while not engine.done:
-        tick(engine)
-        report(engine.now)
-        moment += 1
-        engine.advance(moment * interval_s)
