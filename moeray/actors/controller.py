@@ -16,7 +16,8 @@ from typing import Any
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.spec import ActorReport, ActorSpec
 from moeray.config import Config, ExpertGroupConfig
-from moeray.control.placement import Host, Placement, initial_placement
+from moeray.control.eplb import place
+from moeray.control.placement import Host, Placement
 from moeray.errors import MoerayError
 from moeray.metrics import Recorder, Snapshot, exposition, merge
 from moeray.model.loading import ModelFiles, eos_token_ids, open_model
@@ -137,8 +138,12 @@ class Controller:
     def _place(self, files: ModelFiles) -> Placement:
         trunks = {member.report.node_id: files.weights.trunk_bytes() for member in self._routers.values()}
         hosts = hosts_of([(m.report, m.group) for m in self._experts.values() if m.group], trunks)
-        return initial_placement(
-            files.expert_counts(), hosts, expert_bytes=files.expert_bytes(), replicas=self._config.experts.replicas
+        return place(
+            {},
+            hosts,
+            experts=files.expert_counts(),
+            expert_bytes=files.expert_bytes(),
+            replicas=self._config.experts.replicas,
         )
 
     def _load(self, placement: Placement, revision: str | None) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from moeray.actors.expert import ExpertActor
 from moeray.actors.spec import ActorSpec
 from moeray.bench.environment import environment
 from moeray.config import Config, load_config
-from moeray.control.placement import Host, initial_placement
+from moeray.control.eplb import place
+from moeray.control.placement import Host
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.errors import MoerayError
@@ -74,7 +75,7 @@ def _actors(config: Config, shape: Shape) -> Iterator[list[Address]]:
     files = open_model(config.model, None, node=NEAR)
     counts = files.expert_counts()
     hosts = [Host(f"experts-{i}", 1 << 60) for i in range(shape.actors)]
-    placement = initial_placement(counts, hosts, expert_bytes=files.expert_bytes())
+    placement = place({}, hosts, experts=counts, expert_bytes=files.expert_bytes())
     context, system, token = multiprocessing.get_context("spawn"), secrets.token_hex(4), secrets.token_bytes(32)
     started = []
     for host in hosts:
@@ -149,7 +150,7 @@ def _over(
     identity = replace(spec.identity(node), actor_id=f"bench-{hop}")
     files = open_model(config.model, None, node=node)
     hosts = [Host(actor, 1 << 60) for actor in sorted(addresses)]
-    placement = initial_placement(files.expert_counts(), hosts, expert_bytes=files.expert_bytes())
+    placement = place({}, hosts, experts=files.expert_counts(), expert_bytes=files.expert_bytes())
     view, recorder = PlacementView(), Recorder()
     view.publish(placement, addresses)
     dispatcher = Dispatcher(

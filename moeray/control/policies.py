@@ -1,0 +1,198 @@
+"""The policies that are shipped. Each looks at a PolicyInput and says what it wants, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from cronsim import CronSim
+
+from moeray.config import ScheduleConfig
+from moeray.control.eplb import replicate
+from moeray.control.policy import ExpertActorView, GroupLimits, Policy, PolicyInput, Wish
+from moeray.types import ExpertId
+
+KV_TARGET = 0.8
+"""The part of a router's KV cache that is aimed at: above it, sequences are soon preempted."""
+
+
+# -- target_utilisation -----------------------------------------------------------------------------------------------
+
+
+def target_utilisation(seen: PolicyInput) -> Wish:
+    """As many actors as would each be busy for `target_utilisation` of the time, and as many routers as would each
+    have `target_running` requests and not more than `KV_TARGET` of the KV cache in use."""
+    actors: dict[str, int] = {}
+    for device in dict.fromkeys(limits.device for limits in seen.groups.values()):
+        actors |= _tier(seen, {name: limits for name, limits in seen.groups.items() if limits.device == device})
+    reasons = [
+        f"group {group}: {_busy(seen, group):.2f} actors busy, {count} wanted at {seen.settings.target_utilisation:.0%}"
+        for group, count in actors.items()
+        if count != seen.groups[group].actors
+    ]
+    routers = _routers(seen)
+    if routers is not None and routers != seen.router_limits.actors:
+        reasons.append(f"routers: {routers} wanted at {seen.settings.target_running} requests each")
+    return Wish(actors, routers, reasons=tuple(reasons))
+
+
+def _routers(seen: PolicyInput) -> int | None:
+    if not seen.routers:
+        return None
+    requests = sum(router.running + router.waiting for router in seen.routers) / seen.settings.target_running
+    cache = sum(router.kv_usage for router in seen.routers) / KV_TARGET
+    return max(seen.router_limits.min_actors, _ceil(max(requests, cache)))
+
+
+def _tier(seen: PolicyInput, groups: Mapping[str, GroupLimits]) -> dict[str, int]:
+    """The actors of the groups of one tier (cuda or cpu). Load moves between them, so their need is counted together:
+    growth goes to the cheapest group, and what is too much goes from the dearest (per row, where rates are known).
+
+    With one group this is ceil(busy actors / target).
+    """
+    views = _by_group(seen)
+    if not any(group in views for group in groups):
+        return {}  # nobody reports, so nothing is known
+    rates = {group: _mean([view.rate for view in views.get(group, []) if view.rate > 0]) for group in groups}
+    power = {group: rate if all(rates.values()) else 1.0 for group, rate in rates.items()}
+    need = sum(_busy(seen, group) * power[group] for group in groups) / seen.settings.target_utilisation
+    short = need - sum(limits.actors * power[group] for group, limits in groups.items())
+    wanted = {group: limits.actors for group, limits in groups.items()}
+    cheapest = sorted(groups, key=lambda group: groups[group].price_per_hour / power[group])
+    for group in cheapest if short > 0 else reversed(cheapest):
+        limits = groups[group]
+        steps = _ceil(short / power[group])
+        most = max(limits.actors, min(limits.max_actors, math.ceil(limits.actors * seen.settings.max_growth)))
+        wanted[group] = max(limits.min_actors, min(most, limits.actors + steps))
+        short -= (wanted[group] - limits.actors) * power[group]
+    return wanted
+
+
+def _by_group(seen: PolicyInput) -> dict[str, list[ExpertActorView]]:
+    views: dict[str, list[ExpertActorView]] = {}
+    for view in seen.experts:
+        views.setdefault(view.group, []).append(view)
+    return views
+
+
+def _busy(seen: PolicyInput, group: str) -> float:
+    return sum(view.busy for view in seen.experts if view.group == group)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _ceil(value: float) -> int:
+    return math.ceil(value - 1e-9)  # 0.6 + 0.6 over 0.6 is 2, whatever floats say
+
+
+# -- hot_experts ------------------------------------------------------------------------------------------------------
+
+
+def hot_experts(seen: PolicyInput) -> Wish:
+    """More replicas for the experts with most load per replica, in layers whose max/mean per actor is above `max_skew`.
+
+    Moving experts evens a layer out only down to its heaviest replica, so that is what is split: the fewest replicas
+    with which no replica has more than `max_skew` times the mean actor's load. A layer is helped only if that can be
+    reached, with the actors that there are and within `replica_budget` (a part of all experts, the most skewed layers
+    first); else replicas would cost memory and change little.
+    """
+    budget = int(seen.settings.replica_budget * len(seen.placement.replicas))
+    actors = len(seen.experts)
+    layers: dict[int, dict[ExpertId, float]] = {}
+    for expert in seen.placement.replicas:
+        layers.setdefault(expert.layer, {})[expert] = seen.load.get(expert, 0.0)
+    wanted: dict[ExpertId, int] = {}
+    reasons = []
+    # The skew that matters is that of the base replicas: judged by the present one, a replica that helps would go again.
+    heaviest = {
+        layer: _skew_left(load, dict.fromkeys(load, seen.base_replicas), actors) for layer, load in layers.items()
+    }
+    for layer in sorted(layers, key=lambda layer: (-heaviest[layer], layer)):
+        if heaviest[layer] <= seen.settings.max_skew:
+            break
+        counts = _split(layers[layer], seen, actors, budget)
+        if counts is None:
+            continue
+        budget -= sum(counts.values()) - seen.base_replicas * len(counts)
+        more = {expert: count for expert, count in counts.items() if count > seen.base_replicas}
+        wanted |= more
+        reasons.append(f"layer {layer}: {len(more)} hot experts get replicas, heaviest/mean {heaviest[layer]:.2f}")
+    return Wish(replicas=wanted, reasons=tuple(reasons))
+
+
+def _split(load: Mapping[ExpertId, float], seen: PolicyInput, actors: int, budget: int) -> dict[ExpertId, int] | None:
+    """The fewest replicas that bring the layer below `max_skew`, by bisection; None where the budget does not do."""
+    base = seen.base_replicas * len(load)
+    low, high = 0, budget + 1
+    while high - low > 1:
+        extra = (low + high) // 2
+        counts = replicate(load, base + extra, base=seen.base_replicas, most=actors)
+        low, high = (low, extra) if _skew_left(load, counts, actors) <= seen.settings.max_skew else (extra, high)
+    if high > budget:
+        return None
+    return replicate(load, base + high, base=seen.base_replicas, most=actors)
+
+
+def _skew_left(load: Mapping[ExpertId, float], counts: Mapping[ExpertId, int], actors: int) -> float:
+    """max/mean that no packing can go below: the heaviest replica over the mean load of the actors that have any."""
+    total = sum(load.values())
+    if total <= 0:
+        return 1.0
+    used = min(actors, sum(counts.values()))
+    return max(load[expert] / counts[expert] for expert in load) * used / total
+
+
+# -- idle, schedule, queue_wait ---------------------------------------------------------------------------------------
+
+
+def idle(seen: PolicyInput) -> Wish:
+    """The minimum of everything once no row was served for `idle_s`. Before that, no opinion."""
+    if seen.idle_s < seen.settings.idle_s:
+        return Wish()
+    least = {group: limits.min_actors for group, limits in seen.groups.items()}
+    return Wish(least, seen.router_limits.min_actors, reasons=(f"idle for {seen.idle_s:.0f} s",))
+
+
+def schedule(seen: PolicyInput) -> Wish:
+    """A floor for each group (or `router`) of `control.schedule` while one of its time spans lasts."""
+    actors: dict[str, int] = {}
+    reasons = []
+    for entry in seen.settings.schedule:
+        if lasts(entry, seen.now):
+            actors[entry.group] = max(actors.get(entry.group, 0), entry.actors)
+            reasons.append(f"schedule {entry.cron!r}: {entry.group} at least {entry.actors}")
+    routers = actors.pop("router", None)
+    return Wish(actors, routers, reasons=tuple(reasons))
+
+
+def lasts(entry: ScheduleConfig, now: float) -> bool:
+    """Whether `now` (unix seconds) lies within `duration_s` of the last moment that `cron` names (UTC)."""
+    second = math.floor(now) + 1  # the walk back starts before the given moment, and now itself counts
+    fired = next(CronSim(entry.cron, datetime.fromtimestamp(second, UTC), reverse=True), None)
+    return fired is not None and now - fired.timestamp() < entry.duration_s
+
+
+def queue_wait(seen: PolicyInput) -> Wish:
+    """More actors for a group whose worst p99 queue wait is above `slo_queue_wait_s`: in proportion, at least one more.
+
+    Only while all actors that the group is to have take rows: those that are still starting may be the cure. Below the
+    objective the policy has no opinion, since a short queue does not say how many actors would do.
+    """
+    actors: dict[str, int] = {}
+    reasons = []
+    slo = seen.settings.slo_queue_wait_s
+    for group, views in _by_group(seen).items():
+        worst = max(view.queue_wait_p99_s for view in views)
+        if group not in seen.groups or worst <= slo or len(views) < seen.groups[group].actors:
+            continue
+        actors[group] = max(len(views) + 1, math.ceil(len(views) * min(worst / slo, seen.settings.max_growth)))
+        reasons.append(f"group {group}: p99 queue wait {worst:.3f} s is above {slo:g} s")
+    return Wish(actors, reasons=tuple(reasons))
+
+
+SHIPPED: dict[str, Policy] = {
+    policy.__name__: policy for policy in (target_utilisation, hot_experts, idle, schedule, queue_wait)
+}

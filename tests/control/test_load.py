@@ -1,0 +1,132 @@
+import pytest
+
+from moeray.control.load import LoadBook, skew
+from moeray.control.placement import Placement
+from moeray.control.reports import ExpertReport, RouterReport
+from moeray.types import ExpertId
+
+A, B = ExpertId(0, 0), ExpertId(0, 1)
+
+
+def steady(book, seconds, *, rate=100, busy=0.5, actor="a", expert=A, start=0.0, every=1.0):
+    """Reports of an actor that serves `rate` rows/s."""
+    for i in range(int(seconds / every) + 1):
+        t = i * every
+        book.fold(ExpertReport(actor, "1", {expert: round(rate * t)}, busy_s=busy * t), start + t)
+    return start + seconds
+
+
+@pytest.mark.parametrize("every", [0.5, 1.0, 0.98])
+def test_a_steady_load_reads_as_its_rate(every):
+    book = LoadBook(10.0)
+    now = steady(book, 49, every=every)
+    assert book.expert_rates(now)[A] == pytest.approx(100, rel=0.1)
+    assert book.peak(now)[A] == pytest.approx(100, rel=0.02)
+    assert book.busy(now)["a"] == pytest.approx(0.5, rel=0.02)
+    assert book.service_rates()["a"] == pytest.approx(200, rel=0.01)
+
+
+def test_a_rate_is_right_from_the_second_report_on():
+    book = LoadBook(10.0)
+    assert book.expert_rates(steady(book, 1))[A] == pytest.approx(100, rel=0.1)
+
+
+def test_windows_fade_and_the_service_rate_stays():
+    book = LoadBook(10.0)
+    now = steady(book, 30)
+    assert book.expert_rates(now + 20)[A] == pytest.approx(100 * 0.135, rel=0.2)
+    assert book.busy(now + 20)["a"] < 0.1
+    assert book.peak(now + 20)[A] == pytest.approx(100)
+    assert book.peak(now + 61)[A] == 0
+    assert book.service_rates()["a"] == pytest.approx(200)
+
+
+def test_the_peak_is_the_busiest_second():
+    book = LoadBook(10.0)
+    for t, count in [(0, 0), (1, 10), (2, 510), (3, 520)]:
+        book.fold(ExpertReport("a", "1", {A: count}), float(t))
+    assert book.peak(3.0)[A] == 500
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "delta"),
+    [
+        (("1", {A: 50}, 5.0), ("1", {A: 80}, 6.0), 30),
+        (("1", {A: 50}, 5.0), ("2", {A: 80}, 0.5), 80),  # a new incarnation that outran the old count
+        (("1", {A: 50}, 5.0), ("1", {A: 20}, 5.5), 20),  # the expert was dropped and hosted again
+    ],
+)
+def test_a_restart_counts_from_nothing(first, second, delta):
+    book = LoadBook(10.0)
+    for t, (incarnation, rows, busy_s) in enumerate([first, second]):
+        book.fold(ExpertReport("a", incarnation, rows, busy_s=busy_s), float(t))
+    assert book.peak(1.0)[A] == delta
+    assert 0 < book.busy(1.0)["a"] <= 1
+
+
+def test_an_expert_that_leaves_a_report_and_comes_back_is_not_counted_twice():
+    book = LoadBook(10.0)
+    for t, rows in enumerate([{A: 1000, B: 0}, {B: 5}, {A: 1001, B: 5}]):
+        book.fold(ExpertReport("a", "1", rows), float(t))
+    assert book.peak(2.0) == {A: 1, B: 5}
+
+
+def test_one_expert_falling_does_not_restart_the_others():
+    book = LoadBook(10.0)
+    for t, rows in enumerate([{A: 1000, B: 1000}, {A: 3, B: 1004}]):
+        book.fold(ExpertReport("a", "1", rows), float(t))
+    assert book.peak(1.0) == {A: 3, B: 4}
+
+
+def test_replicas_add_up_and_what_a_lost_actor_served_fades():
+    book = LoadBook(10.0)
+    for t in range(41):
+        for actor in ("a", "b"):
+            book.fold(ExpertReport(actor, "1", {A: 100 * t}), float(t))
+    assert book.expert_rates(40.0)[A] == pytest.approx(200, rel=0.1)
+    book.forget("a")
+    assert set(book.busy(40.0)) == {"b"}
+    assert book.expert_rates(40.0)[A] == pytest.approx(200, rel=0.1)
+
+
+def test_the_queue_wait_is_the_windows_worst():
+    book = LoadBook(10.0)
+    for t, wait in [(0, 0.1), (1, 0.9), (2, 0.2), (3, 0.3)]:
+        book.fold(ExpertReport("a", "1", queue_wait_p99_s=wait), float(t))
+    assert book.queue_waits(3.0) == {"a": 0.9}
+    assert book.queue_waits(11.5) == {"a": 0.3}
+    assert book.queue_waits(20.0) == {"a": 0.0}
+
+
+def test_router_means_weigh_the_time_a_state_lasted():
+    book = LoadBook(10.0)
+    for t in range(5):
+        book.fold(RouterReport("r", "1", running=8, waiting=2, kv_usage=0.5), float(t))
+    assert book.routers(4.0)["r"] == pytest.approx((8, 2, 0.5))
+    book.fold(RouterReport("r", "1"), 5.0)
+    assert 0 < book.routers(10.0)["r"][0] < book.routers(6.0)["r"][0] < 8
+
+
+def test_idle_counts_from_the_last_row():
+    book = LoadBook(10.0)
+    assert book.idle_s(5.0) == 0
+    book.fold(ExpertReport("a", "1", {A: 0}), 10.0)
+    assert book.idle_s(15.0) == 5
+    book.fold(ExpertReport("a", "1", {A: 1}), 16.0)
+    book.fold(ExpertReport("a", "1", {A: 1}), 20.0)
+    assert book.idle_s(21.0) == 5
+
+
+def test_skew_divides_an_expert_over_its_replicas():
+    load = {A: 30.0, B: 10.0}
+    alone = Placement(1, {A: ("a",), B: ("b",)})
+    assert skew(load, alone) == {0: 1.5}
+    assert skew(load, Placement(1, {A: ("a", "b"), B: ("b",)})) == {0: 25 / 20}
+    assert skew({}, alone) == {0: 1.0}
+
+
+def test_the_observed_skew_is_what_actors_served():
+    book = LoadBook(10.0)
+    steady(book, 20, rate=30, actor="a", expert=A)
+    now = steady(book, 20, rate=10, actor="b", expert=B)
+    assert book.skew_observed(now)[0] == pytest.approx(1.5, rel=0.01)
