@@ -15,8 +15,8 @@ class _Commands(click.Group):
     """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
 
     _modules: ClassVar[dict[str, str]] = {
-        "bench": "bench", "demo": "demo", "generate": "generate", "serve": "serve", "status": "status",
-        "upcycle": "upcycle",
+        "bench": "bench", "demo": "demo", "generate": "generate", "serve": "serve", "simulate": "simulate",
+        "status": "status", "upcycle": "upcycle",
     }  # fmt: skip
 
     def list_commands(self, ctx: click.Context) -> list[str]:

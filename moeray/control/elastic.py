@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,8 +29,9 @@ from moeray.control.policy import (
     decide,
     load_policies,
 )
-from moeray.control.reports import ExpertReport, RouterReport
+from moeray.control.reports import RouterReport
 from moeray.control.simulate import Engine
+from moeray.control.tally import Tally, share
 from moeray.control.votes import settle
 from moeray.control.world import World, group_of
 from moeray.errors import PlacementError
@@ -50,15 +51,6 @@ class _Next:
     leaving: tuple[Member, ...]
 
 
-@dataclass
-class _Served:
-    """What an actor has counted since it began."""
-
-    rows: dict[ExpertId, int] = field(default_factory=dict)
-    busy_s: float = 0.0
-    forwards: float = 0.0
-
-
 class ElasticRun:
     """One simulation. `start`: the actors of each group at second 0."""
 
@@ -75,7 +67,8 @@ class ElasticRun:
         self._replicas: Mapping[ExpertId, int] = {}
         self._routers = world.config.router.actors
         self._router_starts: list[float] = []
-        self._served: dict[str, _Served] = {}
+        self._kept: dict[str, Tally] = {}
+        self._tallies: list[Tally] = []
         self._next: _Next | None = None
         hosts = self._hosts(self._members.serving(0.0))
         self._placement = Placement()
@@ -83,6 +76,7 @@ class ElasticRun:
         self._epoch = 0
         self._table = self._table_of(hosts)
         self._engine = Engine(world.trace, world.config.engine, world.step_costs, self._table, self._routers)
+        self._publish(self._table)
 
     def run(self, slo: Slo, report: Callable[[float], None]) -> Outcome:
         """Simulate until every request has finished. `report` hears of the second that was reached."""
@@ -115,34 +109,15 @@ class ElasticRun:
         weights_G = np.array(engine.steps_by_tokens) @ self.world.step_costs.weights_TG
         tokens = float(np.dot(engine.steps_by_tokens, np.arange(len(engine.steps_by_tokens))))
         engine.steps_by_tokens = [0] * len(engine.steps_by_tokens)
-        self._count_rows(tokens, now)
-        busy_A, forwards_A = weights_G @ self._table.busy_GA, weights_G @ self._table.forwards_GA
+        rows_LE = self._rng.poisson(tokens * self.world.popularity.of_epoch(self._epoch).chosen_LE)
+        busy_A = np.minimum(weights_G @ self._table.busy_GA, interval).tolist()
+        forwards_A = (weights_G @ self._table.forwards_GA).tolist()
         others = 1 - 1 / max(1, len(engine.routers))
-        for actor, busy, forwards in zip(self._table.actors, busy_A.tolist(), forwards_A.tolist(), strict=True):
-            counts = self._served[actor]
-            counts.busy_s += min(busy, interval)
-            counts.forwards += forwards
-            service = busy / forwards if forwards else 0.0
-            waits = [queue_wait(service, others * min(busy / interval, 0.99), q) for q in (0.5, 0.99)]
-            self._book.fold(
-                ExpertReport(
-                    actor, "1", dict(counts.rows), int(counts.forwards), counts.busy_s, *waits, service, service
-                ),
-                now,
-            )
+        for tally, busy, forwards in zip(self._tallies, busy_A, forwards_A, strict=True):
+            self._book.fold(tally.report(rows_LE, busy, forwards, others * busy / interval), now)
         for router in engine.routers:
             running = len(router.prefills) + len(router.decodes)
             self._book.fold(RouterReport(router.name, "1", running, len(router.waiting)), now)
-
-    def _count_rows(self, tokens: float, now: float) -> None:
-        """Draw the rows of each expert; replicas share them."""
-        popularity = self.world.popularity.of_epoch(self._epoch)
-        rows_LE = self._rng.poisson(tokens * popularity.chosen_LE).tolist()
-        for expert, actors in self._placement.replicas.items():
-            each, rest = divmod(rows_LE[expert.layer][expert.expert], len(actors))
-            for i, actor in enumerate(actors):
-                rows = self._served.setdefault(actor, _Served()).rows
-                rows[expert] = rows.get(expert, 0) + each + (i < rest)
 
     def _advance_routers(self, now: float) -> None:
         ready = sum(at <= now for at in self._router_starts)
@@ -229,7 +204,7 @@ class ElasticRun:
         self._members.leave(coming.leaving, now + self.settings.interval_s)
         for member in coming.leaving:
             self._book.forget(member.actor_id)
-            self._served.pop(member.actor_id, None)
+            self._kept.pop(member.actor_id, None)
 
     def _refresh(self, now: float) -> None:
         """The same placement costs something else when the popularity has changed."""
@@ -241,8 +216,9 @@ class ElasticRun:
 
     def _publish(self, table: StepTable) -> None:
         self._table = table
-        for actor in table.actors:
-            self._served.setdefault(actor, _Served())
+        self._kept |= {actor: Tally(actor) for actor in table.actors if actor not in self._kept}
+        self._tallies = [self._kept[actor] for actor in table.actors]
+        share(self._tallies, self._placement)
         self._engine.publish(table)
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -250,9 +226,7 @@ class ElasticRun:
     def _hosts(self, members: list[Member]) -> list[Host]:
         return [self.world.host(m.actor_id, m.group, str(m.node)) for m in members]
 
-    def _place(
-        self, load: Mapping[ExpertId, float], hosts: list[Host], replicas: Mapping[ExpertId, int]
-    ) -> Placement:
+    def _place(self, load: Mapping[ExpertId, float], hosts: list[Host], replicas: Mapping[ExpertId, int]) -> Placement:
         world, base = self.world, self.world.config.experts.replicas
         every = {ExpertId(layer, e): base for layer, count in world.experts.items() for e in range(count)}
         return place(
@@ -276,13 +250,6 @@ class ElasticRun:
         replicas = sum(map(len, self._placement.replicas.values()))
         serving = len(self._members.serving(now))
         return Sample(now, len(members), serving, self._members.nodes(), routers, replicas, cost)
-
-
-def queue_wait(service_s: float, busy: float, quantile: float) -> float:
-    """The wait in an M/M/1 queue that is busy for that part of the time."""
-    if busy <= 1 - quantile:
-        return 0.0
-    return service_s / (1 - busy) * math.log(busy / (1 - quantile))
 
 
 def _tier(device: str) -> str:

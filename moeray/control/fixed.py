@@ -1,15 +1,12 @@
-"""Runs whose number of actors is laid down in advance: the best static placement and the oracle.
+"""Runs whose number of actors is laid down in advance, and the best static placement among them.
 
-Both know the whole trace. The static one is the smallest system that meets the SLO, with its experts placed by the load
-of the whole trace. The oracle has, in each interval, actors in proportion to the tokens that a system without limits
-would serve in it (never fewer than a floor), placed for the popularity of that moment, without delay and at no cost;
-the proportion and the floor are the cheapest found that meet the same SLO.
+The static one is the smallest system that meets the SLO, with its experts placed by the load of the whole trace.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +17,8 @@ from moeray.control.simulate import Engine
 from moeray.control.world import World
 from moeray.errors import PlacementError, SimulationError
 
-ORACLE_S = 60.0
-"""The oracle's interval."""
-
-_CLOSE = 0.02  # how near the oracle's best proportion is searched for
-
-Report = Callable[[str], None]
+_LOOK_S = 60.0
+"""How often a run is looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +42,7 @@ class FixedRuns:
 
     def constant(self, actors: int) -> Schedule:
         """A static system, with all its routers."""
-        return Schedule([actors], [self.routers], ORACLE_S, False)
+        return Schedule([actors], [self.routers], _LOOK_S, False)
 
     def run(self, name: str, schedule: Schedule, slo: Slo, *, patient: bool = True) -> Outcome | None:
         """Simulate. None when not `patient` and the SLO is out of reach before the end.
@@ -57,7 +50,7 @@ class FixedRuns:
         Raises PlacementError where the experts do not fit.
         """
         world, trace = self.world, self.world.trace
-        period = min(schedule.interval_s, world.popularity.period_s, ORACLE_S)
+        period = min(schedule.interval_s, world.popularity.period_s, _LOOK_S)
         engine = Engine(trace, world.config.engine, world.step_costs, self._at(schedule, 0.0)[0], 1)
         curve, served, late, checked = [], [], 0, 0
         while not engine.done:
@@ -110,7 +103,7 @@ def default_slo(runs: FixedRuns, factor: float) -> Slo:
     return Slo(factor * best.p99.ttft_s, factor * best.p99.tpot_s)
 
 
-def best_static(runs: FixedRuns, slo: Slo, report: Report) -> Outcome:
+def best_static(runs: FixedRuns, slo: Slo) -> Outcome:
     """The smallest constant number of actors that meets the SLO. Raises SimulationError where none does."""
     world = runs.world
     low, high = world.fewest_actors, world.most_actors
@@ -119,7 +112,6 @@ def best_static(runs: FixedRuns, slo: Slo, report: Report) -> Outcome:
     # A system that is far too small takes longest to simulate, so come from above.
     while low < high:
         middle = max(low, int(math.sqrt(low * high)) if high > 4 * low else (low + high) // 2)
-        report(f"best static placement: {low} to {high} actors")
         if runs.meets(runs.constant(middle), slo):
             high = middle
         else:
@@ -127,64 +119,6 @@ def best_static(runs: FixedRuns, slo: Slo, report: Report) -> Outcome:
     result = runs.run("static", runs.constant(high), slo)
     assert result is not None
     return result
-
-
-def best_oracle(runs: FixedRuns, slo: Slo, static_actors: int, interval_s: float, report: Report) -> Outcome:
-    """The cheapest schedule found; never worse than the static system, whose schedule is one of those tried."""
-    demand = _demand(runs, interval_s)
-    best = Schedule([static_actors], [runs.routers], math.inf, True)
-    for floor in _floors(runs.world.fewest_actors, static_actors):
-        report(f"oracle: at least {floor} actors")
-        best = _cheapest_proportion(runs, slo, demand, floor, interval_s, best)
-    result = runs.run("oracle", best, slo)
-    assert result is not None
-    return result
-
-
-def _cheapest_proportion(
-    runs: FixedRuns, slo: Slo, demand: list[float], floor: int, interval_s: float, best: Schedule
-) -> Schedule:
-    """Bisect the actors per (token per second), between none and what is no cheaper than `best`."""
-    most, fewest = runs.world.most_actors, runs.world.config.router.actors_span[0]
-    routers = [max(fewest, math.ceil(runs.routers * d / max(demand))) for d in demand]
-    budget = _mean(best, len(demand))
-
-    def schedule(rate: float) -> Schedule:
-        actors = [min(max(math.ceil(rate * d), floor), most) for d in demand]
-        return Schedule(actors, routers, interval_s, True)
-
-    low, high = 0.0, most / max(max(demand), 1e-9)
-    while high - low > _CLOSE * high:
-        middle = (low + high) / 2
-        tried = schedule(middle)
-        if _mean(tried, len(demand)) >= budget or runs.meets(tried, slo):
-            high = middle
-            if _mean(tried, len(demand)) < budget:
-                best, budget = tried, _mean(tried, len(demand))
-        else:
-            low = middle
-    return best
-
-
-def _mean(schedule: Schedule, intervals: int) -> float:
-    actors = list(schedule.actors)
-    return sum(actors + actors[-1:] * (intervals - len(actors))) / intervals
-
-
-def _demand(runs: FixedRuns, interval_s: float) -> list[float]:
-    """Tokens per second that a system with all its actors serves in each interval of the trace."""
-    unlimited = runs.run("", runs.constant(runs.world.most_actors), Slo(math.inf, math.inf))
-    assert unlimited is not None
-    count = max(1, math.ceil(runs.world.trace.duration_s / interval_s))
-    totals = [0.0] * count
-    ends = [sample.at_s for sample in unlimited.curve[1:]] + [unlimited.end_s]
-    for sample, end in zip(unlimited.curve, ends, strict=True):
-        totals[min(int(sample.at_s / interval_s + 1e-9), count - 1)] += sample.served * (end - sample.at_s)
-    return [total / interval_s for total in totals]
-
-
-def _floors(fewest: int, static_actors: int) -> list[int]:
-    return sorted({max(fewest, static_actors * eighth // 8) for eighth in (0, 1, 2, 3, 4, 6)})
 
 
 def _at(counts: Sequence[int], interval_s: float, now: float) -> int:

@@ -115,6 +115,7 @@ def outcome(
     came = np.histogram(trace.arrival_s, edges, weights=(trace.prompt + trace.output).astype(np.float64))[0] / lengths
     done = np.diff([0, *served]) / lengths
     full = tuple(
-        Sample(**asdict(s) | {"demand": float(c), "served": float(d)}) for s, c, d in zip(curve, came, done, strict=True)
+        Sample(**asdict(s) | {"demand": float(c), "served": float(d)})
+        for s, c, d in zip(curve, came, done, strict=True)
     )
     return Outcome(name, latencies, full, end_s, slo.attainment(latencies, trace), quantile[1], quantile[0])

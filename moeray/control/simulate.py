@@ -265,4 +265,3 @@ class Engine:
     def _end(self, request: int) -> None:
         self._last[request] = self.now
         self._unfinished -= 1
-
