@@ -67,7 +67,7 @@ def load_costs(path: str | Path) -> Costs:
 
 def _costs_from(tree: Mapping[str, Any], path: str | Path) -> Costs:
     known = {f.name: f.default for f in fields(Costs)}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in known:
             raise SimulationError(f"cost file {path}: unknown key costs.{key}; known are {', '.join(known)}")

@@ -1,12 +1,12 @@
 """A discrete-event simulation of routers that share expert actors.
 
-Each router does continuous batching as `engine.scheduler` does (without KV limits, preemption and prefix reuse). Between
-two events of a router, its steps are alike and are taken together. A step lasts
+Each router does continuous batching as `engine.scheduler` does (without KV limits, preemption and prefix reuse).
+Between two events of a router, its steps are alike and are taken together. A step lasts
 
     trunk(tokens) + hops + slowest expert actor(tokens) / (1 - U)
 
-where U is how busy the other routers keep the busiest actor: the arrival theorem of closed queueing networks (Reiser and
-Lavenberg 1980) with Schweitzer's approximation, so that R routers slow each other down at most R times.
+where U is how busy the other routers keep the busiest actor: the arrival theorem of closed queueing networks (Reiser
+and Lavenberg 1980) with Schweitzer's approximation, so that R routers slow each other down at most R times.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Engine:
         self._leave_if_empty(router)
 
     def resize_routers(self, count: int) -> None:
-        """So many routers take requests from now on; those with least to do are closed, closing ones come back first."""
+        """So many routers take requests from now on; those with least to do close, closing ones come back first."""
         closing = [router for router in self.routers if router.closing]
         for router in sorted(closing, key=lambda r: -r.outstanding)[: max(count - self.open_routers, 0)]:
             router.closing = False

@@ -1,11 +1,11 @@
-"""Request traces: when requests came and how many tokens went in and out. Azure's 2023 CSV and Mooncake's JSON lines."""
+"""Request traces: when requests came and how many tokens went in and out. Azure's CSV and Mooncake's JSON lines."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,8 +35,8 @@ class _Row(NamedTuple):
 class Trace:
     """Requests in order of arrival.
 
-    `arrival_s`: seconds since the trace began; `prompt` and `output`: tokens, at least 1 each (an engine always computes
-    one and answers with one, so a 0 in a file counts as 1). `duration_s`: how long the trace observed.
+    `arrival_s`: seconds since the trace began; `prompt` and `output`: tokens, at least 1 each (an engine computes and
+    answers with no less, so a 0 in a file counts as 1). `duration_s`: how long the trace observed.
     """
 
     name: str
@@ -105,10 +105,10 @@ def read_trace(path: str | Path) -> Trace:
         )
     if not rows:
         raise TraceError(f"trace {path}: has no request")
-    return trace_of(path.name, [tuple(row) for row in rows])
+    return trace_of(path.name, rows)
 
 
-def trace_of(name: str, rows: list[tuple[float, int, int]]) -> Trace:
+def trace_of(name: str, rows: Sequence[tuple[float, int, int]]) -> Trace:
     """A trace from (seconds, prompt tokens, output tokens), in any order; the first request is at second 0."""
     table = np.array(rows, dtype=np.float64)
     table = table[np.argsort(table[:, 0], kind="stable")]
