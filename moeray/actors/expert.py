@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import psutil
 import torch
 
+from moeray.actors.orphan import OrphanWatch
+from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
-from moeray.errors import ChannelClosedError, MoerayError, PlacementError, WireError
+from moeray.control.reports import ExpertReport, report_tree
+from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_model, pick_device
@@ -25,58 +30,142 @@ log = logging.getLogger(__name__)
 
 
 class ExpertActor:
-    """Lifecycle: start (listening, empty) → host (weights mapped) → drain → stop. Control methods are thread-safe.
+    """Lifecycle: start (listening, empty) → prepare or host (model open, weights mapped) → drain → stop.
 
-    Each router's channel has a thread of its own; forwards run one at a time, on the actor's compute threads.
+    Control methods are thread-safe. Each peer's channel has a thread of its own, so that the controller is answered
+    while a forward computes.
+
+    An actor that hears of no controller for `control.orphan_s` stops itself and then calls `on_stop`.
     """
 
-    def __init__(self, spec: ActorSpec, node_id: str) -> None:
+    def __init__(
+        self,
+        spec: ActorSpec,
+        node_id: str,
+        *,
+        on_stop: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._spec = spec
         self._node_id = node_id
         self._device = pick_device(spec.device)
-        self._state = Lifecycle.STARTING
+        self._incarnation = secrets.token_hex(8)
         self._recorder = Recorder()
-        self._compute = threading.Lock()
-        self._idle = threading.Condition()
-        self._in_flight = 0
+        self._rows = RowServer(spec.actor_id, self._device, self._recorder)
         self._loading = threading.Lock()
+        self._moving = threading.Lock()
+        self._state = Lifecycle.STARTING
+        self._leaving = False
         self._bank: ExpertBank | None = None
+        self._revision: str | None = None
         self._loaded = (0, 0)
-        self._rows: dict[ExpertId, int] = {}
+        self._on_stop = on_stop
+        self._watch = OrphanWatch(spec.actor_id, spec.config.control.orphan_s, self._orphaned, clock)
         wire = spec.config.wire
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
         self._address: Address | None = None
 
+    # -- control --------------------------------------------------------------------------------------------------
+
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is and how many bytes are free for weights."""
         self._address = self._listener.start()
-        if self._device.type == "cuda":
-            free = int(torch.cuda.mem_get_info(self._device)[0])
-        else:
-            free = int(psutil.virtual_memory().available)
-        report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free)
+        self._watch.start()
+        report = ActorReport(
+            self._spec.actor_id, self._node_id, os.getpid(), str(self._device), _free_bytes(self._device)
+        )
         return report, self._address
+
+    def prepare(self, revision: str | None = None) -> None:
+        """Open the model, so that hosting later only maps weights. Ready from then on, also without an expert.
+
+        `revision` pins the hub's commit, so that all nodes read the same files. Raises CheckpointError.
+        """
+        self._watch.heard()
+        with self._loading:
+            self._open(revision)
 
     def host(self, experts: Sequence[tuple[int, int]], revision: str | None = None) -> int:
         """Map the weights of `experts` beside those already hosted; stored bytes in all.
 
-        `revision` pins the hub's commit, so that all nodes read the same files. Raises CheckpointError.
+        `revision` as for `prepare`. Raises CheckpointError, and PlacementError from an actor that is on its way out.
         """
+        self._watch.heard()
+        with self._loading:
+            bank = self._open(revision)
+            wanted = [ExpertId(*expert) for expert in experts]
+            bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
+            return self._weigh(bank)
+
+    def unhost(self, experts: Sequence[tuple[int, int]]) -> int:
+        """Forget the weights of `experts`; stored bytes of those left. Rows being computed finish, later ones are told
+        that the expert is not hosted."""
+        self._watch.heard()
         with self._loading:
             if self._bank is None:
-                config = self._spec.config
-                files = open_model(config.model, revision or config.revision, node=self._node_id)
-                dtype = files.dtype(config.dtype)
-                self._bank = ExpertBank(files.family, files.weights, dtype, self._device)
-            wanted = [ExpertId(*expert) for expert in experts]
-            self._bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
+                return 0
+            self._bank.forget(ExpertId(*expert) for expert in experts)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # the GPU's other actors can have it
+            return self._weigh(self._bank)
+
+    def _open(self, revision: str | None) -> ExpertBank:
+        with self._moving:
+            if self._state not in (Lifecycle.STARTING, Lifecycle.READY):
+                raise PlacementError(f"expert actor {self._spec.actor_id} is {self._state.value}; host elsewhere")
+        if self._bank is None:
+            config = self._spec.config
+            files = open_model(config.model, revision or config.revision, node=self._node_id)
+            self._bank = ExpertBank(files.family, files.weights, files.dtype(config.dtype), self._device)
+            self._rows.serve(self._bank)
+            self._revision = files.checkpoint.source.revision
+        elif revision not in (None, self._revision):
+            raise PlacementError(
+                f"expert actor {self._spec.actor_id} holds revision {self._revision} of the model, not {revision}; "
+                "start another actor for it"
+            )
+        with self._moving:
             if self._state is Lifecycle.STARTING:
                 self._state = self._state.advance(Lifecycle.READY)
-            self._recorder.set("moeray_expert_weight_bytes", self._bank.nbytes, actor=self._spec.actor_id)
-            return self._bank.nbytes
+        return self._bank
+
+    def _weigh(self, bank: ExpertBank) -> int:
+        self._recorder.set("moeray_expert_weight_bytes", bank.nbytes, actor=self._spec.actor_id)
+        return bank.nbytes
+
+    def leave(self) -> None:
+        """This process was told to end soon (SIGTERM, a spot notice): say so in every report, and serve on until the
+        controller has moved the experts away."""
+        self._leaving = True
+
+    def drain(self, timeout: float) -> bool:
+        """Finish what is in flight; the placement has already taken new rows elsewhere. False after `timeout` s."""
+        self._watch.heard()
+        with self._moving:
+            if self._state is Lifecycle.READY:
+                self._state = self._state.advance(Lifecycle.DRAINING)
+        return self._rows.wait_idle(timeout)
+
+    def stop(self) -> None:
+        """Close every channel, stop listening, end all threads. Idempotent."""
+        with self._moving:
+            if self._state is Lifecycle.STOPPED:
+                return
+            self._state = self._state.advance(Lifecycle.STOPPED)
+        self._watch.stop()
+        self._listener.close(timeout=5.0)
+        remove_runtime_dir(self._node_id, self._spec.system)
+
+    def _orphaned(self) -> None:
+        try:
+            self.stop()
+        finally:
+            self._on_stop()
+
+    # -- channels -------------------------------------------------------------------------------------------------
 
     def _serve(self, channel: Channel) -> None:
-        """One router's channel, until it closes."""
+        """One peer's channel, until it closes."""
         while True:
             try:
                 frame = channel.recv()
@@ -90,51 +179,59 @@ class ExpertActor:
     def _answer(self, frame: Frame) -> Frame:
         if frame.op is Op.PING:
             return Frame(Op.PONG, frame.id)
+        if frame.op is Op.STATS:
+            self._watch.heard()
+            return Frame(Op.STATS, frame.id, meta=report_tree(self._report()))
         if frame.op is not Op.FORWARD:
-            raise WireError(f"an expert actor takes FORWARD and PING frames, not {frame.op.name}")
-        with self._idle:
-            self._in_flight += 1
-        try:
-            return self._forward(frame)
-        except PlacementError as error:
-            return Frame(Op.ERROR, frame.id, frame.layer, meta={"kind": "not_hosted", "message": str(error)})
-        except (MoerayError, RuntimeError, ValueError) as error:
-            log.exception("forward of layer %d failed", frame.layer)
-            return Frame(Op.ERROR, frame.id, frame.layer, meta={"kind": "failed", "message": str(error)[:500]})
-        finally:
-            with self._idle:
-                self._in_flight -= 1
-                self._idle.notify_all()
+            raise WireError(f"an expert actor takes FORWARD, STATS and PING frames, not {frame.op.name}")
+        return self._rows.answer(frame)
 
-    def _forward(self, frame: Frame) -> Frame:
-        experts, counts = _checked(frame)
-        if self._bank is None:
-            raise PlacementError("this actor hosts no experts yet")
-        x_UD, token_of_row_R = frame.tensors
-        arrived = time.perf_counter()
-        with self._compute:
-            began = time.perf_counter()
-            x_RD = x_UD.to(self._device)[token_of_row_R.to(self._device)]
-            out_RD = self._bank.forward(frame.layer, x_RD, experts, counts).cpu()
-        took = time.perf_counter() - began
-        self._note(frame.layer, experts, counts, took)
-        meta = {"compute_s": took, "queue_s": began - arrived}
-        return Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (out_RD,))
+    # -- what it says of itself -----------------------------------------------------------------------------------
 
-    def _note(self, layer: int, experts: Iterable[int], counts: Sequence[int], took: float) -> None:
-        actor = self._spec.actor_id
-        self._recorder.add("moeray_expert_rows_total", sum(counts), actor=actor)
-        self._recorder.add("moeray_expert_busy_seconds_total", took, actor=actor)
-        self._recorder.observe("moeray_expert_service_seconds", took)
-        with self._idle:
-            for expert, count in zip(experts, counts, strict=True):
-                key = ExpertId(layer, expert)
-                self._rows[key] = self._rows.get(key, 0) + count
+    def _report(self) -> ExpertReport:
+        served = self._rows.tally.report()
+        (wait_p50_s, wait_p99_s), (service_p50_s, service_p99_s) = served.waits_s, served.services_s
+        return ExpertReport(
+            self._spec.actor_id,
+            self._incarnation,
+            served.rows,
+            served.forwards,
+            served.busy_s,
+            wait_p50_s,
+            wait_p99_s,
+            service_p50_s,
+            service_p99_s,
+            self._bank.nbytes if self._bank else 0,
+            self._rows.in_flight,
+            self._leaving,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which a controller that starts again rebuilds its view of this actor; holds the token."""
+        self._watch.heard()
+        bank, spec = self._bank, self._spec
+        return {
+            "actor_id": spec.actor_id,
+            "kind": "expert",
+            "group": spec.group,
+            "system": spec.system,
+            "token": spec.token,
+            "node": self._node_id,
+            "pid": os.getpid(),
+            "device": str(self._device),
+            "free_bytes": _free_bytes(self._device),
+            "address": asdict(self._address) if self._address else None,
+            "experts": [list(expert) for expert in sorted(bank.hosted)] if bank else [],
+            "revision": self._revision,
+            "state": self._state.value,
+            "leaving": self._leaving,
+            "incarnation": self._incarnation,
+        }
 
     def status(self) -> dict[str, Any]:
         """Plain data for `moeray status`."""
-        with self._idle:
-            rows, in_flight = sum(self._rows.values()), self._in_flight
+        self._watch.heard()
+        bank = self._bank
         return {
             "actor": self._spec.actor_id,
             "kind": "expert",
@@ -143,43 +240,25 @@ class ExpertActor:
             "pid": os.getpid(),
             "device": str(self._device),
             "state": self._state.value,
-            "experts": len(self._bank.hosted) if self._bank else 0,
+            "leaving": self._leaving,
+            "experts": len(bank.hosted) if bank else 0,
             "loading": self._loaded,
-            "weight_bytes": self._bank.nbytes if self._bank else 0,
-            "rows_total": rows,
-            "queue": in_flight,
+            "weight_bytes": bank.nbytes if bank else 0,
+            "rows_total": sum(self._rows.tally.rows().values()),
+            "queue": self._rows.in_flight,
         }
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far) of every expert that had any."""
-        with self._idle:
-            return [(*key, count) for key, count in sorted(self._rows.items())]
+        self._watch.heard()
+        return [(*key, count) for key, count in sorted(self._rows.tally.rows().items())]
 
     def metrics(self) -> Snapshot:
+        self._watch.heard()
         return self._recorder.snapshot()
 
-    def drain(self, timeout: float) -> bool:
-        """Finish what is in flight; the placement has already taken new rows elsewhere. False after `timeout` s."""
-        if self._state is Lifecycle.READY:
-            self._state = self._state.advance(Lifecycle.DRAINING)
-        with self._idle:
-            return self._idle.wait_for(lambda: self._in_flight == 0, timeout)
 
-    def stop(self) -> None:
-        """Close every channel and stop listening. Idempotent."""
-        if self._state is not Lifecycle.STOPPED:
-            self._state = self._state.advance(Lifecycle.STOPPED)
-            self._listener.close(timeout=5.0)
-            remove_runtime_dir(self._node_id, self._spec.system)
-
-
-def _checked(frame: Frame) -> tuple[list[int], list[int]]:
-    experts, counts = list(frame.meta.get("experts", ())), list(frame.meta.get("counts", ()))
-    ok = len(frame.tensors) == 2 and len(experts) == len(counts) and all(isinstance(c, int) and c > 0 for c in counts)
-    if ok:
-        x_UD, index = frame.tensors
-        ok = x_UD.dim() == 2 and index.dtype == torch.int64 and index.shape == (sum(counts),)
-        ok = ok and (len(index) == 0 or bool(index.min() >= 0 and index.max() < len(x_UD)))
-    if not ok:
-        raise WireError("a FORWARD frame's experts, counts and row index do not fit its tensors")
-    return experts, counts
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

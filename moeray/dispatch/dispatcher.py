@@ -23,7 +23,6 @@ from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Share, plan_rows
 from moeray.dispatch.view import PlacementView
 from moeray.errors import (
-    AuthenticationError,
     ChannelClosedError,
     ChannelTimeoutError,
     MoerayError,
@@ -59,24 +58,26 @@ class _Sent:
 @dataclass
 class _Work:
     """One layer's rows: `sent` are in flight; `waiting` are those of `orphans`, experts that had no replica when the
-    view was at `version`. `failed`: who failed at an expert."""
+    view was at `version`, the first of them at `waited_from`. `failed`: who failed at an expert."""
 
     layer: int
     x_TD: Tensor
     ids_TK: Tensor
     out_RD: Tensor
-    give_up: float
+    began: float
     sent: list[_Sent] = field(default_factory=list)
     waiting: list[Tensor] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
     version: int = -1
+    waited_from: float = 0.0
     failed: dict[int, str] = field(default_factory=dict)
 
 
 class Dispatcher:
     """Owned by one step loop: not thread-safe. Everything with a wait has a deadline.
 
-    `deadline_s`: how long one actor may take to answer at most, and how long rows wait for a replica when none is left.
+    `deadline_s`: how long one actor may take to answer at most, and how long rows wait for a replica when none is left;
+    a layer that actors take and never answer fails after twice that.
     `on_loss(actor_id, reason)` is called in the step loop's thread when an actor is given up, before its rows go
     elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. `on_orphans()` is called there when rows
     begin to wait for a replica. Neither may block.
@@ -114,12 +115,12 @@ class Dispatcher:
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype.
 
-        Raises PlacementError when an expert had no replica for `deadline_s` seconds, MoerayError when two attempts at
-        an expert's rows failed.
+        Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
+        failed.
         """
         home_TD, home_ids_TK = x_TD.cpu(), ids_TK.cpu()
         out_RD = home_TD.new_empty(home_ids_TK.numel(), x_TD.shape[1])
-        work = _Work(layer, home_TD, home_ids_TK, out_RD, self._clock() + self._deadline_s)
+        work = _Work(layer, home_TD, home_ids_TK, out_RD, self._clock())
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
@@ -131,7 +132,7 @@ class Dispatcher:
                     self._await_replicas(work)
         finally:
             self._orphans = 0
-        return out_RD.view(*home_ids_TK.shape, -1).to(x_TD.device)
+        return out_RD.view(*home_ids_TK.shape, x_TD.shape[1]).to(x_TD.device)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -144,6 +145,7 @@ class Dispatcher:
             plan = plan_rows(work.ids_TK, self._replicas(work), choose, todo.pop())
             if plan.orphans:
                 work.version = min(work.version, version) if work.waiting else version
+                work.waited_from = work.waited_from or self._clock()
                 work.orphans |= set(plan.orphans)
                 work.waiting.append(plan.orphan_rows_R)
             # Who must be dialled first would keep the others waiting for their rows.
@@ -164,14 +166,19 @@ class Dispatcher:
         return {**replicas, **{expert: actors for expert, actors in others.items() if actors}}
 
     def _send(self, work: _Work, share: Share) -> bool:
-        """False where the actor is gone; its rows are to be planned anew."""
+        """False where the actor is gone; its rows are to be planned anew. Raises WireError for a frame that no channel
+        would carry."""
+        channel = None
         try:
             channel = self._links.channel(share.actor_id)
             work.sent.append(self._forward(work, share, channel))
         except UnknownActorError:
             return False
-        except (ChannelClosedError, ChannelTimeoutError, AuthenticationError) as error:
-            self._lose(share.actor_id, _reason(error), str(error), len(share.rows_R))
+        except WireError as error:
+            if channel is not None and not channel.closed and not isinstance(error, ChannelTimeoutError):
+                raise
+            self._lose(share.actor_id, _reason(error), str(error))
+            self._recorder.add("moeray_dispatch_retries_total", len(share.rows_R), reason=_reason(error))
             return False
         return True
 
@@ -180,7 +187,7 @@ class Dispatcher:
         x_UD = work.x_TD if len(share.tokens_U) == len(work.x_TD) else work.x_TD[share.tokens_U]
         meta = {"experts": share.experts, "counts": share.counts}
         allowed = self._links.deadline_s(actor, work.layer, share.experts, len(share.rows_R), self._deadline_s)
-        at = self._clock()
+        at, channel.send_timeout_s = self._clock(), allowed
         channel.send(Frame(Op.FORWARD, frame_id, work.layer, self._view.epoch, meta, (x_UD, share.token_of_row_R)))
         before = max((sent.until for sent in work.sent if sent.channel is channel), default=at)
         return _Sent(frame_id, share, channel, at, max(at, before) + allowed)
@@ -192,7 +199,7 @@ class Dispatcher:
         sent = work.sent.pop(0)
         share = sent.share
         try:
-            self._links.awaiting(share.actor_id)
+            self._links.check(share.actor_id)
             frame = self._answer(sent)
             if frame.op is not Op.ERROR:
                 self._take(work, sent, frame)
@@ -239,21 +246,22 @@ class Dispatcher:
     # -- what went wrong ------------------------------------------------------------------------------------------
 
     def _give_up(self, work: _Work, sent: _Sent, reason: str, message: str) -> None:
-        """Lose the actor, and send all rows that were under way to it on this channel elsewhere."""
+        """Lose the actor (unless it was, or has moved, since), and send all rows of this channel elsewhere."""
         lost = [sent, *(other for other in work.sent if other.channel is sent.channel)]
         work.sent = [other for other in work.sent if other.channel is not sent.channel]
         rows_R = torch.cat([item.share.rows_R for item in lost])
-        self._lose(sent.share.actor_id, reason, message, len(rows_R))
-        if self._clock() >= work.give_up:
+        if self._links.holds(sent.share.actor_id, sent.channel):
+            self._lose(sent.share.actor_id, reason, message)
+        self._recorder.add("moeray_dispatch_retries_total", len(rows_R), reason=reason)
+        if self._clock() >= work.began + 2 * self._deadline_s:
             raise PlacementError(
                 f"no actor answered for expert {sent.share.experts[0]} of layer {work.layer} within "
-                f"{self._deadline_s:g} s, {sent.share.actor_id} last ({message}); add replicas or raise wire.deadline_s"
+                f"{2 * self._deadline_s:g} s (last {sent.share.actor_id}: {message}); raise wire.deadline_s"
             )
         self._send_rows(work, rows_R)
 
-    def _lose(self, actor_id: str, reason: str, message: str, rows: int) -> None:
+    def _lose(self, actor_id: str, reason: str, message: str) -> None:
         log.warning("expert actor %s is lost (%s): %s", actor_id, reason, message)
-        self._recorder.add("moeray_dispatch_retries_total", rows, reason=reason)
         if reason == "timeout":
             self._links.late(actor_id)
         self._links.drop(actor_id)
@@ -274,7 +282,7 @@ class Dispatcher:
 
     def _await_replicas(self, work: _Work) -> None:
         """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""
-        left = work.give_up - self._clock()
+        left = work.waited_from + self._deadline_s - self._clock()
         if left <= 0:
             raise PlacementError(
                 f"expert {min(work.orphans)} of layer {work.layer} has had no replica for {self._deadline_s:g} s; "

@@ -37,10 +37,15 @@ class Links:
         self._view = view
         self._connect = connect
         self._links: dict[str, _Link] = {}
-        self._lock = threading.Lock()
-        self._awaited = ""
+        self._lock = threading.Lock()  # guards every link's channel, and the list of threads
+        self._hanging_up: list[threading.Thread] = []
         self._version = -1
         view.subscribe(self.cut)
+
+    def holds(self, actor_id: str, channel: Channel) -> bool:
+        """Whether the actor is still spoken to on this channel."""
+        link = self._links.get(actor_id)
+        return link is not None and link.channel is channel
 
     def connected(self, actor_id: str) -> bool:
         """Whether a frame can go out without dialling first."""
@@ -55,40 +60,39 @@ class Links:
         link = self._links.get(actor_id)
         if link is None or link.address != address:
             self.drop(actor_id)
-            link = self._links[actor_id] = _Link(address)
-        channel = link.channel
+            with self._lock:
+                link = self._links[actor_id] = _Link(address)
+        with self._lock:
+            channel = link.channel
         if channel is None or channel.closed:
             self.drop(actor_id)
             channel = self._connect(address)
             with self._lock:
                 link.channel = channel
-        if self._view.is_dead(actor_id):  # named dead while it was dialled, when there was nothing to cut
-            self.drop(actor_id)
-            raise ChannelClosedError(f"{actor_id} is dead, says the controller")
+        self.check(actor_id)  # it may have been named dead while it was dialled, when there was nothing to cut
         return channel
 
-    def awaiting(self, actor_id: str) -> None:
-        """The owner is about to wait for this actor. Raises ChannelClosedError where that is in vain."""
-        self._awaited = actor_id
+    def check(self, actor_id: str) -> None:
+        """Raise ChannelClosedError where it would be in vain to wait for the actor."""
         if self._view.is_dead(actor_id):
             raise ChannelClosedError(f"{actor_id} is dead, says the controller")
 
     def cut(self, actors: Sequence[str]) -> None:
-        """Close the channels to dead actors from any thread, first the one that the owner waits for."""
-        for actor_id in sorted(actors, key=lambda actor: actor != self._awaited):
-            with self._lock:
-                link = self._links.get(actor_id)
-                channel = link.channel if link else None
-            if channel is not None:
-                channel.close()
+        """Close the channels to dead actors, from any thread."""
+        for actor_id in actors:
+            self.drop(actor_id)
 
     def drop(self, actor_id: str) -> None:
-        """Close the actor's channel, if there is one."""
-        link = self._links.get(actor_id)
-        if link is not None and link.channel is not None:
-            link.channel.close()
-            with self._lock:
-                link.channel = None
+        """Close the actor's channel, if there is one, in a thread of its own: across nodes, a peer that does not
+        answer makes that take a second."""
+        with self._lock:
+            link = self._links.get(actor_id)
+            if link is None or link.channel is None:
+                return
+            channel, link.channel = link.channel, None
+            thread = threading.Thread(target=channel.close, name=f"hang-up-{actor_id}", daemon=True)
+            self._hanging_up = [*(t for t in self._hanging_up if t.is_alive()), thread]
+            thread.start()
 
     def sweep(self) -> None:
         """Forget actors that the placement no longer knows. Called while nothing is in flight."""
@@ -123,4 +127,6 @@ class Links:
         self._view.unsubscribe(self.cut)
         for actor_id in self._links:
             self.drop(actor_id)
+        for thread in self._hanging_up:
+            thread.join(timeout=5.0)
         self._links.clear()

@@ -5,6 +5,7 @@ Shapes: R rows sorted by expert, D hidden size, I intermediate size, E distinct 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from moeray.model.slices import ExpertTensor, WeightMap
 from moeray.types import ExpertId
 
 FP32_FROM_ROWS = 6
+_ALLOCATION_FAILED = ("DefaultCPUAllocator", "CUDA error: out of memory")
 _SLOW_BF16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
@@ -56,7 +58,7 @@ class _Expert:
 
 
 class ExpertBank:
-    """Weights of a set of experts, and their forward. Thread-safe: forward only reads.
+    """Weights of a set of experts, and their forward. Thread-safe: a forward only reads.
 
     CPU weights are views of the checkpoint's memory map, shared by every process of the node; on another device they
     are copied there.
@@ -67,14 +69,23 @@ class ExpertBank:
         self._weights = weights
         self._dtype = dtype
         self._device = device
+        self._lock = threading.Lock()  # guards the table, never held while weights are read
         self._experts: dict[ExpertId, _Expert] = {}
 
     def load(self, experts: Iterable[ExpertId], progress: Callable[[int], None] = lambda done: None) -> None:
         """Map the experts' slices. `progress` gets the number loaded so far. Raises CheckpointError."""
         for done, expert in enumerate(sorted(experts), start=1):
             if expert not in self._experts:
-                self._experts[expert] = self._load(expert)
+                loaded = self._load(expert)
+                with self._lock:
+                    self._experts[expert] = loaded
             progress(done)
+
+    def forget(self, experts: Iterable[ExpertId]) -> None:
+        """Host these no more; those that are not hosted are passed over."""
+        with self._lock:
+            for expert in experts:
+                self._experts.pop(expert, None)
 
     def _load(self, expert: ExpertId) -> _Expert:
         moe = self._family.layers[expert.layer]
@@ -93,27 +104,59 @@ class ExpertBank:
 
     @property
     def hosted(self) -> frozenset[ExpertId]:
-        return frozenset(self._experts)
+        with self._lock:
+            return frozenset(self._experts)
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of the hosted experts."""
-        return sum(expert.nbytes for expert in self._experts.values())
+        with self._lock:
+            return sum(expert.nbytes for expert in self._experts.values())
 
-    @torch.inference_mode()
+    def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of a layer's experts that are not hosted."""
+        with self._lock:
+            return [expert for expert in experts if ExpertId(layer, expert) not in self._experts]
+
     def forward(self, layer: int, x_RD: Tensor, experts: list[int], counts: list[int]) -> Tensor:
         """Rows sorted by expert -> each expert's output, in the same order [R, D].
 
         `experts`: the distinct experts in order; `counts`: rows of each, summing to R. Raises PlacementError for an
         expert that is not hosted here.
         """
-        moe = self._family.layers.get(layer)
-        outs = []
-        for expert, x_rD in zip(experts, torch.split(x_RD, counts), strict=True):
-            held = self._experts.get(ExpertId(layer, expert))
-            if held is None or moe is None:
-                raise PlacementError(
-                    f"expert {expert} of layer {layer} is not hosted here; the sender's epoch is stale"
-                )
-            outs.append(held.down(moe.activate(held.up(x_rD))))
-        return torch.cat(outs) if outs else x_RD.new_empty(0, x_RD.shape[-1])
+        return self.hold(layer, experts)(x_RD, counts)
+
+    def hold(self, layer: int, experts: list[int]) -> HeldExperts:
+        """These experts' weights, also where they are forgotten meanwhile. Raises PlacementError as `forward`."""
+        with self._lock:
+            found = [self._experts.get(ExpertId(layer, expert)) for expert in experts]
+        held = [expert for expert in found if expert is not None]
+        if len(held) < len(experts):
+            raise PlacementError(
+                f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
+            )
+        return HeldExperts(self._family.layers.get(layer), held)
+
+
+@dataclass(frozen=True)
+class HeldExperts:
+    """The weights of one forward."""
+
+    _moe: ExpertsLayer | None
+    _experts: list[_Expert]
+
+    @torch.inference_mode()
+    def __call__(self, x_RD: Tensor, counts: list[int]) -> Tensor:
+        """As `ExpertBank.forward`, for the experts that are held."""
+        if self._moe is None or not self._experts:
+            return x_RD.new_empty(0, x_RD.shape[-1])
+        act = self._moe.activate
+        pieces = zip(self._experts, torch.split(x_RD, counts), strict=True)
+        return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. torch raises a plain RuntimeError where that was on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)

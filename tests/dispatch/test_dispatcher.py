@@ -1,0 +1,275 @@
+"""Losses of every kind, over real channels."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeray.dispatch.deadline import FRESH_S
+from moeray.errors import MoerayError, PlacementError, WireError
+from tests.dispatch.actors import WIRE, Background, Stage, garbage, hang, hold, misfit, refuse, vanish
+
+BOTH = {0: "ab", 1: "ab", 2: "ab"}
+SPLIT = {0: "a", 1: "b"}
+
+
+@pytest.fixture
+def folder():
+    path = Path(tempfile.mkdtemp(prefix="moeray-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def stage(folder):
+    stage = Stage(folder, "abc")
+    yield stage
+    stage.close()
+
+
+def retries(stage, reason):
+    return stage.recorder.snapshot().get("moeray_dispatch_retries_total", {}).get((reason,), 0)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [(vanish, "closed"), (misfit, "error"), (garbage, "error"), (refuse("out_of_memory"), "out_of_memory")],
+)
+def test_rows_of_a_lost_actor_go_to_another(stage, behaviour, reason):
+    stage.publish(1, BOTH)
+    stage.actors["a"].script = [behaviour]
+    stage.dispatch([[0, 1], [1, 2], [2, 0]])
+    assert stage.losses == [("a", reason)]
+    assert retries(stage, reason) > 0
+    stage.dispatch([[0, 1]])
+    assert stage.actors["a"].forwards == 1
+    assert stage.dispatcher.orphans == 0
+
+
+def test_a_hung_actor_is_given_up_soon_and_used_again_once_it_is_restored(stage):
+    stage.publish(1, {0: "ab"})
+    stage.dispatch([[0]] * 40)  # its pages are in memory on both, and times are known
+    a = stage.actors["a"]
+    a.script = [hang]
+    began = time.monotonic()
+    stage.dispatch([[0]] * 40)
+    assert 0.5 <= time.monotonic() - began < FRESH_S
+    assert stage.losses == [("a", "timeout")]
+    stage.dispatch([[0]] * 40)
+    assert a.forwards == 2
+    stage.view.restore("a")
+    stage.dispatch([[0]] * 40)
+    assert a.forwards == 3
+    assert len(stage.losses) == 1
+
+
+def test_after_each_timeout_an_actor_has_twice_as_long(stage):
+    stage.publish(1, {0: "ab"})
+    stage.dispatch([[0]] * 40)  # split, as one is not enough
+    stage.actors["a"].script = [hang, hang]
+    for least in (0.5, 1.0):
+        began = time.monotonic()
+        stage.dispatch([[0]] * 40)
+        assert time.monotonic() - began >= least
+        stage.view.restore("a")
+    stage.dispatch([[0]] * 40)
+    assert stage.losses == [("a", "timeout")] * 2
+
+
+def test_a_hung_actor_holds_up_nobody_elses_answer(stage):
+    stage.publish(1, SPLIT, known="abc")
+    stage.dispatch([[0]] * 40 + [[1]])
+    stage.actors["a"].script = [hang]
+    stage.publish(2, {0: "ac", 1: "b"})
+    began = time.monotonic()
+    stage.dispatch([[0]] * 40 + [[1]])  # 0 is split; c is new and would have longer
+    assert time.monotonic() - began < FRESH_S
+    assert stage.losses == [("a", "timeout")]
+
+
+def test_rows_are_sent_again_while_others_compute(stage):
+    """b answers only after c was sent what a lost."""
+    stage.publish(1, {0: "ac", 1: "b", 2: "c"})
+    a, b, c = (stage.actors[name] for name in "abc")
+    a.script, b.script = [vanish], [hold]
+    dispatch = Background(lambda: stage.dispatch([[0, 1, 2]]))
+    assert c.received.get(timeout=10) == {2: 1}
+    assert c.received.get(timeout=10) == {0: 1}
+    b.release.set()
+    dispatch.join()
+    assert stage.losses == [("a", "closed")]
+
+
+@pytest.mark.parametrize("nodes", ["here", "there"])
+def test_a_placement_that_names_the_actor_lost_wakes_the_wait_at_once(folder, nodes):
+    stage = Stage(folder, nodes=nodes)
+    try:
+        stage.publish(1, {0: "a"})
+        stage.actors["a"].script = [hang]
+        dispatch = Background(lambda: stage.dispatch([[0]]))
+        stage.actors["a"].received.get(timeout=10)
+        began = time.monotonic()
+        stage.publish(2, {0: "b"}, lost=["a"])
+        dispatch.join()
+        assert time.monotonic() - began < FRESH_S
+        assert stage.losses == []
+    finally:
+        stage.close()
+
+
+def test_a_drained_actor_may_finish(stage):
+    stage.publish(1, SPLIT)
+    a, b = stage.actors["a"], stage.actors["b"]
+    a.script = [hold]
+    dispatch = Background(lambda: stage.dispatch([[0, 1]]))
+    a.received.get(timeout=10)
+    stage.publish(2, {0: "b", 1: "b"})
+    a.release.set()
+    dispatch.join()
+    assert (a.forwards, b.forwards) == (1, 1)
+    assert not a.hung_up.is_set()
+    stage.dispatch([[0, 1]])
+    assert a.hung_up.wait(10)
+    assert a.forwards == 1
+    assert stage.losses == []
+
+
+def test_a_poison_frame_fails_the_step_and_takes_down_nobody(stage):
+    stage.publish(1, BOTH)
+    for name in "ab":
+        stage.actors[name].script = [refuse("failed")] * 5
+    with pytest.raises(MoerayError, match=r"expert 2 of layer 0 failed twice, on . and then on .: a poem of woe"):
+        stage.dispatch([[2]])
+    assert [stage.actors[name].forwards for name in "ab"] == [1, 1]
+    for name in "ab":
+        stage.actors[name].script.clear()
+    stage.dispatch([[0, 1, 2]] * 3)
+    assert stage.losses == []
+
+
+def test_a_frame_that_no_channel_carries_fails_the_step_and_takes_down_nobody(stage):
+    stage.publish(1, BOTH)
+    too_wide = torch.zeros(1, WIRE.max_payload_bytes // 4 + 64)
+    with pytest.raises(WireError, match="payload"):
+        stage.dispatcher(0, too_wide, torch.tensor([[0]]))
+    stage.dispatch([[0, 1, 2]])
+    assert stage.losses == []
+
+
+@pytest.mark.parametrize("replicas", [{0: "a"}, {0: "ab"}])
+def test_a_forward_that_failed_is_tried_once_more(stage, replicas):
+    stage.publish(1, replicas)
+    stage.actors["a"].script = [refuse("failed")]
+    stage.dispatch([[0]])
+    assert stage.actors[replicas[0][-1]].forwards == len(replicas[0]) % 2 + 1
+    assert stage.losses == []
+    assert retries(stage, "failed") == 1
+
+
+def test_an_actor_that_does_not_host_one_expert_keeps_the_others(stage):
+    stage.publish(1, {0: "ab", 1: "a", 2: "b"})
+    stage.actors["a"].script = [refuse("not_hosted", experts=[0])]
+    stage.dispatch([[0, 2], [1, 2]])
+    stage.dispatch([[0, 2], [1, 2]])
+    assert stage.view.replicas(0) == {0: ("b",), 1: ("a",), 2: ("b",)}
+    assert stage.losses == []
+
+
+def test_rows_without_a_replica_wait_for_one(stage):
+    stage.publish(1, {0: "a"})
+    stage.actors["a"].script = [vanish] * 50
+    waiting = threading.Event()
+    seen = []
+
+    def orphaned(actor_id, reason):
+        stage.losses.append((actor_id, reason))
+        waiting.set()
+
+    stage.dispatcher._on_loss = orphaned
+    dispatch = Background(lambda: stage.dispatch([[0], [0], [0]]))
+    assert waiting.wait(10)
+    while not seen:
+        seen = [count for count in (stage.dispatcher.orphans,) if count]
+    stage.publish(2, {0: "b"}, lost=["a"])
+    dispatch.join()
+    assert seen == [3]
+    assert stage.dispatcher.orphans == 0
+
+
+def test_without_a_controller_the_last_replica_is_tried_again(stage):
+    stage.publish(1, {0: "a"})
+    stage.actors["a"].script = [vanish]
+    stage.dispatch([[0]])
+    assert stage.losses == [("a", "closed")]
+    assert stage.actors["a"].forwards == 2
+
+
+def test_rows_wait_no_longer_than_the_deadline(folder):
+    stage = Stage(folder, deadline_s=0.3)
+    try:
+        stage.publish(1, {0: "a", 1: "b"})
+        stage.actors["a"].script = [vanish]
+        began = time.monotonic()
+        with pytest.raises(PlacementError, match="expert 0 of layer 0 has had no replica"):
+            stage.dispatch([[0, 1]])
+        assert 0.3 <= time.monotonic() - began < FRESH_S
+        stage.dispatch([[1]])  # what others answered meanwhile is passed over
+    finally:
+        stage.close()
+
+
+def test_an_actor_that_takes_rows_and_never_answers_is_no_endless_loop(folder):
+    stage = Stage(folder, deadline_s=0.3)
+    try:
+        stage.publish(1, {0: "ab"})
+        stage.dispatcher._on_loss = lambda actor_id, reason: stage.view.restore(actor_id)
+        for actor in stage.actors.values():
+            actor.script = [hang] * 50
+        with pytest.raises(PlacementError, match=r"no actor answered for expert 0 of layer 0 within 0\.6 s"):
+            stage.dispatch([[0]])
+    finally:
+        stage.close()
+
+
+def test_an_actor_under_a_new_address_is_believed_alive(folder):
+    stage = Stage(folder, "a")
+    try:
+        stage.publish(1, {0: "a"})
+        stage.actors["a"].script = [hang]
+        dispatch = Background(lambda: stage.dispatch([[0]]))
+        stage.actors["a"].received.get(timeout=10)
+        other = folder / "2"
+        other.mkdir(mode=0o700)
+        first, stage.actors = stage.actors["a"], Stage(other, "a").actors
+        stage.publish(2, {0: "a"}, lost=["a"])
+        dispatch.join()
+        assert stage.actors["a"].forwards == 1
+        first.close()
+    finally:
+        stage.close()
+
+
+def test_no_rows(stage):
+    assert stage.dispatcher(0, torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 8)
+
+
+def test_hot_rows_are_split_between_replicas(stage):
+    stage.publish(1, {0: "abc", 1: "a", 2: "b", 3: "c"})
+    stage.dispatch([[0, 1 + token % 3] for token in range(120)])
+    assert max(actor.rows for actor in stage.actors.values()) < 1.1 * 80
+
+
+def test_nothing_is_left_behind(folder):
+    before = set(threading.enumerate())
+    stage = Stage(folder)
+    stage.publish(1, BOTH)
+    stage.actors["a"].script = [vanish]
+    stage.dispatch([[0, 1]])
+    stage.close()
+    assert set(threading.enumerate()) <= before
