@@ -51,6 +51,7 @@ class RouterActor:
         self,
         spec: ActorSpec,
         node_id: str,
+        *,
         on_stop: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
