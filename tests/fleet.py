@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from moeray.actors.controller import SystemInfo
 from moeray.actors.expert import ExpertActor
 from moeray.actors.router import RouterActor
-from moeray.actors.spec import ActorSpec, model_fingerprint
+from moeray.actors.spec import ActorSpec, SystemInfo, model_fingerprint
 from moeray.cluster.local import NODE
 from moeray.config import Config
 from moeray.control.eplb import place

@@ -9,6 +9,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from moeray.config import Config, default_cache_dir
+
 log = logging.getLogger(__name__)
 
 KEPT = 100
@@ -45,3 +47,11 @@ class Audit:
                 file.write(json.dumps(entry, default=str) + "\n")
         except OSError as error:
             log.error("audit log %s cannot be written: %s; set control.audit_log", self.path, error.strerror)
+
+
+def audit_path(config: Config) -> Path:
+    """Where the audit log goes: `control.audit_log`, else a file named after the system in the cache folder."""
+    if config.control.audit_log:
+        return Path(config.control.audit_log)
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    return cache / "audit" / f"{config.serve.name}.jsonl"

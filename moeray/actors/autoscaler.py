@@ -165,3 +165,13 @@ def summary(seen: PolicyInput) -> dict[str, object]:
         "groups": {name: asdict(limits) for name, limits in seen.groups.items()},
         "epoch": seen.placement.epoch,
     }
+
+
+def wish_tree(wish: Wish) -> dict[str, object]:
+    """A wish as plain data."""
+    return {
+        "actors": dict(wish.actors),
+        "routers": wish.routers,
+        "replicas": [[*expert, count] for expert, count in sorted(wish.replicas.items())],
+        "reasons": list(wish.reasons),
+    }

@@ -6,32 +6,30 @@ One thread, the loop, owns all that changes; every call from outside is an event
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from moeray.actors.adoption import Found, adopt
-from moeray.actors.audit import Audit
-from moeray.actors.autoscaler import Autoscaler, summary
+from moeray.actors.audit import Audit, audit_path
+from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.overview import Overview
 from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
 from moeray.actors.roster import Actor, Roster
-from moeray.config import Config, default_cache_dir
+from moeray.actors.spec import SystemInfo
+from moeray.actors.standing import dry_run, standing
+from moeray.config import Config
 from moeray.control.fleet import Phase
-from moeray.control.plan import plan_diff
 from moeray.control.reports import Report, RouterReport
 from moeray.errors import MoerayError
 from moeray.model.loading import eos_token_ids, open_model
-from moeray.types import Address
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +41,6 @@ EARLY_LOSSES = 3
 """So many actors may die before the system is up; one more, and the start is given up."""
 HEAL_REPORTS = 3
 """A router that reports rows without a taker so often in a row, while nothing is being changed, is helped."""
-
-
-@dataclass(frozen=True)
-class SystemInfo:
-    """What an ingress needs to serve: where the routers listen that take requests, and the model's own facts."""
-
-    model: str
-    revision: str | None
-    token: bytes = field(repr=False)
-    system: str
-    routers: tuple[Address, ...]
-    max_context: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
 
 
 class Controller:
@@ -283,28 +267,8 @@ class Controller:
 
     def _standing(self) -> dict[str, Any]:
         assert self._places is not None
-        assert self._fleet is not None
-        placement = self._places.placement
-        counts = dict.fromkeys(self._fleet.wanted, 0)
-        for actor in self._roster:
-            counts[actor.group] += actor.phase is Phase.READY
-        return {
-            "epoch": placement.epoch,
-            "controller": {"node": self._cluster.node_id, "pid": os.getpid()},
-            "wanted": dict(self._fleet.wanted),
-            "reserve": dict(self._fleet.reserve),
-            "ready": counts,
-            "hot_experts": [[*e, n] for e, n in sorted(self._places.replicas.items())],
-            "replicas": sum(len(held) for held in placement.replicas.values()),
-            "without_replica": sum(not held for held in placement.replicas.values()),
-            "fewest_replicas": min((len(held) for held in placement.replicas.values()), default=0),
-            "replicas_wanted": min(self._config.experts.replicas, sum(self._autoscaler.wish.actors.values())),
-            "changing": self._places.change is not None,
-            "autoscaling": not self._autoscaler.paused,
-            "skew": {str(layer): round(value, 3) for layer, value in self._autoscaler.skews().items()},
-            "decisions": list(self._audit.recent)[-10:],
-            "audit_log": str(self._audit.path) if self._audit.path else None,
-        }
+        node = self._cluster.node_id
+        return standing(self._config, node, self._roster, self._autoscaler, self._places, self._audit)
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""
@@ -324,25 +288,12 @@ class Controller:
 
     def plan(self) -> dict[str, Any]:
         """What would be done now and why; nothing is changed."""
-        return self._ask(self._plan)
 
-    def _plan(self) -> dict[str, Any]:
-        assert self._places is not None
-        wish, seen = self._autoscaler.preview(self._places.placement)
-        proposal = None if self._places.change is not None else self._places.propose(force=True)
-        diff = plan_diff(self._places.placement, proposal.target) if proposal else None
-        return {
-            "now": self._autoscaler.wanted(),
-            "wish": wish_tree(wish),
-            "shrink_votes": self._config.control.shrink_votes,
-            "autoscaling": not self._autoscaler.paused,
-            "placement": None if proposal is None or diff is None else {
-                "kind": proposal.kind, "why": proposal.why, "moves": diff.moves,
-                "host": {actor: [list(e) for e in held] for actor, held in diff.host.items()},
-                "drop": {actor: [list(e) for e in held] for actor, held in diff.drop.items()},
-            },
-            "inputs": summary(seen),
-        }  # fmt: skip
+        def run() -> dict[str, Any]:
+            assert self._places is not None
+            return dry_run(self._autoscaler, self._places)
+
+        return self._ask(run)
 
     def scale(self, group: str, count: int) -> dict[str, int]:
         """Set the number of a group's actors (`router` for the routers). Raises ConfigError beyond its limits."""
@@ -424,21 +375,3 @@ def _end(handles: Sequence[ActorHandle]) -> None:
         except (MoerayError, FutureTimeoutError) as error:
             log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
         handle.kill()
-
-
-def wish_tree(wish: Any) -> dict[str, Any]:
-    """A wish as plain data."""
-    return {
-        "actors": dict(wish.actors),
-        "routers": wish.routers,
-        "replicas": [[*expert, count] for expert, count in sorted(wish.replicas.items())],
-        "reasons": list(wish.reasons),
-    }
-
-
-def audit_path(config: Config) -> Path:
-    """Where the audit log goes: `control.audit_log`, else a file named after the system in the cache folder."""
-    if config.control.audit_log:
-        return Path(config.control.audit_log)
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    return cache / "audit" / f"{config.serve.name}.jsonl"

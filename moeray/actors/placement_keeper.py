@@ -82,26 +82,46 @@ class PlacementKeeper:
     # -- planning -------------------------------------------------------------------------------------------------
 
     def replan(self, force: bool = False) -> None:
-        """Begin a change, if one is needed and none is under way."""
+        """Begin a change, if one is needed and none is under way. `force`: balance, whatever the skew is."""
         if self.change is not None:
             return
+        now = self._clock()
+        look = force or now - self._looked_at_skew >= self._config.control.window_s
         try:
-            proposal = self.propose(force)
+            proposal = self.propose(look, force)
         except PlacementError as error:
-            if str(error) != self._no_room:
-                self._no_room = str(error)
-                log.error("%s", error)
-                self._audit.write("no_room", error=str(error))
-                self._on_failure(error)
+            self._complain(error)
             return
         self._no_room = ""
+        if look:
+            self._looked_at_skew = now
+        if proposal is None or proposal.kind != "repair":
+            self._planned = self._signature()
         if proposal is not None:
             self._begin(proposal)
 
-    def propose(self, force: bool = False) -> Proposal | None:
-        """What would be changed now, and why; None where all is as it should be. Raises PlacementError."""
+    def _complain(self, error: PlacementError) -> None:
+        """Once for each new reason: it is tried again at every tick."""
+        if str(error) != self._no_room:
+            self._no_room = str(error)
+            log.error("%s", error)
+            self._audit.write("no_room", error=str(error))
+            self._on_failure(error)
+
+    def _serving(self) -> tuple[str, ...]:
         experts = {group: count for group, count in self._wanted().items() if group != ROUTER}
-        ids = serving(self._roster.members(self.placement), experts)
+        return serving(self._roster.members(self.placement), experts)
+
+    def _signature(self) -> object:
+        """What a placement is made for; the load, which always changes, is looked at by its skew."""
+        return frozenset(self._serving()), tuple(sorted(self.replicas.items()))
+
+    def propose(self, look: bool = True, force: bool = False) -> Proposal | None:
+        """What would be changed now, and why; None where all is as it should be. Changes nothing itself.
+
+        `look`: also at the skew; `force`: balance whatever the skew is. Raises PlacementError.
+        """
+        ids, settings = self._serving(), self._config.control
         if not ids:
             return None
         hosts = self.hosts(ids)
@@ -114,26 +134,14 @@ class PlacementKeeper:
                 self.placement, hosts, self._source.load(), expert_bytes=self._model.expert_bytes, replicas=base
             )
             return Proposal(target, "repair", f"{short} experts have fewer than {base} replicas")
-        signature = (frozenset(ids), tuple(sorted(self.replicas.items())))
-        if signature != self._planned:
-            target = self._place(hosts, self._config.control.max_skew)
-            self._planned = signature
-            return self._if_moved(target, "scale", f"{len(ids)} actors serve, {len(self.replicas)} experts are hot")
-        return self._rebalance(hosts, force)
-
-    def _rebalance(self, hosts: Sequence[Host], force: bool) -> Proposal | None:
-        now, settings = self._clock(), self._config.control
-        if not force and now - self._looked_at_skew < settings.window_s:
-            return None
-        self._looked_at_skew = now
-        skew = self._source.worst_skew(self.placement)
+        if self._planned != self._signature():
+            why = f"{len(ids)} actors serve, {len(self.replicas)} experts are hot"
+            return self._if_moved(self._place(hosts, settings.max_skew), "scale", why)
+        skew = self._source.worst_skew(self.placement) if look else 1.0
         if not force and skew <= settings.max_skew:
             return None
-        return self._if_moved(
-            self._place(hosts, 1.0 if force else settings.max_skew),
-            "rebalance",
-            f"the worst layer's max/mean load is {skew:.2f}",
-        )
+        why = f"the worst layer's max/mean load is {skew:.2f}"
+        return self._if_moved(self._place(hosts, 1.0 if force else settings.max_skew), "rebalance", why)
 
     def _if_moved(self, target: Placement, kind: str, why: str) -> Proposal | None:
         diff = plan_diff(self.placement, target)
@@ -202,6 +210,8 @@ class PlacementKeeper:
             log.warning("the %s was rolled back: %s", kind, change.error)
             self._planned = None
             self._on_failure(MoerayError(change.error or "the placement was rolled back"))
+        else:
+            self.replan()  # more may have come to pass meanwhile; after a roll-back the next tick is soon enough
 
     def _host(self, actor_id: str, experts: Sequence[ExpertId]) -> None:
         actor = self._roster.get(actor_id)

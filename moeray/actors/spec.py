@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeray.config import Config
 from moeray.errors import ConfigError
+from moeray.types import Address
 from moeray.wire.channel import Identity
 
 
@@ -40,6 +41,20 @@ class ActorReport:
     pid: int
     device: str
     free_bytes: int
+
+
+@dataclass(frozen=True)
+class SystemInfo:
+    """What an ingress needs to serve: where the routers listen that take requests, and the model's own facts."""
+
+    model: str
+    revision: str | None
+    token: bytes = field(repr=False)
+    system: str
+    routers: tuple[Address, ...]
+    max_context: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
 
 
 def model_fingerprint(config: Config) -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moeray.actors.client import RouterClient
-from moeray.actors.controller import SystemInfo
-from moeray.actors.spec import model_fingerprint
+from moeray.actors.spec import SystemInfo, model_fingerprint
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.model.loading import generation_defaults

@@ -16,7 +16,7 @@ MOONCAKE = (
     '{"timestamp": 500, "input_length": 10, "output_length": 3, "hash_ids": [0]}\n'
     '{"timestamp": 0, "input_length": 7, "output_length": 1, "hash_ids": []}\n'
 )
-SHARED = Path(os.environ.get("MOERAY_TRACES", "/work/shared/traces"))
+SHARED = Path(os.environ.get("MOERAY_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
 
 
 @pytest.mark.parametrize(
