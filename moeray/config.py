@@ -9,10 +9,12 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from cronsim import CronSim, CronSimError
 
 from moeray.errors import ConfigError
 
@@ -40,6 +42,17 @@ def _check_span(group: ExpertGroupConfig | RouterConfig, key: str) -> None:
         f"{key}.actors",
         f"must lie between min_actors ({low}) and max_actors ({high}), got {group.actors}",
     )
+
+
+def _check_cron(expression: str) -> None:
+    _require(len(expression.split()) == 5, "control.schedule.cron", f"must have 5 fields, got {expression!r}")
+    try:
+        CronSim(expression, datetime(2000, 1, 1, tzinfo=UTC))
+    except CronSimError as error:
+        raise ConfigError(
+            f"config key control.schedule.cron: {expression!r} is no cron expression ({error}); "
+            "its fields are minute, hour, day of month, month, day of week"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ class ScheduleConfig:
     duration_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        _require(len(self.cron.split()) == 5, "control.schedule.cron", f"must have 5 fields, got {self.cron!r}")
+        _check_cron(self.cron)
         _require(self.actors >= 1, "control.schedule.actors", f"must be at least 1, got {self.actors}")
         _require(self.duration_s > 0, "control.schedule.duration_s", "must be above 0 seconds")
 
@@ -328,6 +341,15 @@ class Config:
     wire: WireConfig = field(default_factory=WireConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def __post_init__(self) -> None:
+        known = [group.name for group in self.experts.resolved()] + ["router"]
+        for entry in self.control.schedule:
+            _require(
+                entry.group in known,
+                "control.schedule.group",
+                f"no group is named {entry.group!r}; there are {', '.join(known)}",
+            )
 
 
 def default_cache_dir() -> Path:

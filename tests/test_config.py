@@ -23,6 +23,9 @@ def test_defaults_survive_a_round_trip():
         ({"experts": {"groups": [{"name": "a"}, {"name": "a"}]}}, ["differ"]),
         ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
         ({"serve": {"port": 70000}}, ["serve.port"]),
+        ({"control": {"schedule": [{"cron": "0 8 * *"}]}}, ["control.schedule.cron", "5 fields"]),
+        ({"control": {"schedule": [{"cron": "0 25 * * *"}]}}, ["control.schedule.cron", "hour"]),
+        ({"control": {"schedule": [{"cron": "0 8 * * *", "group": "gpus"}]}}, ["gpus", "experts, router"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tree, words):

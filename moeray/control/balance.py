@@ -7,7 +7,7 @@ are in units of load; a step has to gain more than what it moves costs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, nsmallest
 
@@ -19,6 +19,10 @@ PARTNERS = 4
 """How many of the least loaded hosts a step considers."""
 LEAST_GAIN = 0.005
 """A step gains at least this part of what the busiest host has; less is noise."""
+LEAST_TOTAL_GAIN = 0.02
+"""The same for the load over all layers, of the mean host's."""
+STUCK = 32
+"""Give up on the totals after as many busy hosts in a row that could give nothing away."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,48 @@ class _Step:
 
 def improve_part(board: Board, part: Part, *, cost: float, max_skew: float) -> int:
     """Lower the part's busiest hosts, if max/mean is above `max_skew`. `cost`: of one move. Returns the moves."""
-    speeds = [board.speed[host] for host in part.hosts]
-    mean = sum(part.load) / sum(speeds)
-    least = max(mean * max_skew, max((part.units[e] for e in part.experts), default=0.0) / max(speeds)) * (1 + 1e-9)
-    if max(part.load[h] / board.speed[h] for h in part.hosts) <= least:
+    mean = sum(part.load) / part.power
+    least = max(mean * max_skew, max((part.units[e] for e in part.experts), default=0.0) / part.fastest) * (1 + 1e-9)
+    if board.end(part) <= least:
         return 0  # as even as it should or can be
     search = _Search(board, part)
     moves = 0
-    while moves < 4 * len(speeds):
-        host, end = search.last()
-        step = search.best_step(host, max(cost, LEAST_GAIN * end)) if end > least else None
+    while moves < 4 * len(part.hosts):
+        busiest = search.last()
+        if busiest is None or busiest[1] <= least:
+            break
+        step = search.best_step(busiest[0], max(cost, LEAST_GAIN * busiest[1]))
         if step is None:
             break
-        moves += search.apply(host, step)
+        moves += search.apply(busiest[0], step)
+    return moves
+
+
+def welcome(board: Board, parts: Sequence[Part], newcomers: Sequence[int], *, cost: float) -> int:
+    """Give hosts that have nothing yet their part, from the busiest of the others. Returns the moves.
+
+    Without it, an actor that is added to ten would stay idle: it leaves max/mean within any sensible tolerance.
+    """
+    new = set(newcomers)
+    moves = 0
+    for part in parts if new else ():
+        # Where a layer has fewer replicas than hosts, some are idle in it anyway: the totals tell.
+        if len(part.hosts) <= sum(part.wanted[e] for e in part.experts):
+            targets = sorted(new.intersection(part.hosts))
+            moves += _welcome(_Search(board, part), sum(part.load) / part.power, targets, cost)
+    return moves + (improve_totals(board, parts, cost=cost, max_skew=1.0, only=newcomers) if new else 0)
+
+
+def _welcome(search: _Search, mean: float, newcomers: Sequence[int], cost: float) -> int:
+    moves = 0
+    stuck: set[int] = set()
+    while newcomers and (busiest := search.last(stuck)) is not None and busiest[1] > mean:
+        targets = nsmallest(PARTNERS, newcomers, key=search.end)
+        step = search.best_move(busiest[0], max(cost, LEAST_GAIN * busiest[1]), targets)
+        if step is None:
+            stuck.add(busiest[0])
+        else:
+            moves += search.apply(busiest[0], step)
     return moves
 
 
@@ -65,11 +98,15 @@ class _Search:
             for host in part.held[expert]:
                 self._on.setdefault(host, []).append(expert)
 
-    def last(self) -> tuple[int, float]:
-        """The host that ends last, and its end."""
+    def last(self, but: Container[int] = ()) -> tuple[int, float] | None:
+        """The host that ends last, and its end, of those that have experts."""
         ends = self._load / self._speed
-        at = int(ends.argmax())
-        return int(self._hosts[at]), float(ends[at])
+        if not but:
+            at = int(ends.argmax())
+            return int(self._hosts[at]), float(ends[at])
+        left = [(ends[self._at[host]], host) for host, mine in self._on.items() if mine and host not in but]
+        end, host = max(left, default=(0.0, -1))
+        return (host, float(end)) if host >= 0 else None
 
     def _first(self, unit: float, count: int) -> list[int]:
         """The hosts that end first with `unit` more."""
@@ -79,19 +116,27 @@ class _Search:
 
     def best_step(self, host: int, least: float) -> _Step | None:
         """The step off `host` that gains most, if more than `least` (a swap, which moves two: twice that)."""
-        mine = sorted((self._part.units[e], e) for e in self._on[host])
+        mine = self._mine(host)
         targets = {to for unit in {mine[0][0], mine[-1][0]} for to in self._first(unit, PARTNERS)}
-        best = max(_moves(self._board, self._part, host, mine, sorted(targets)), key=_gain, default=None)
-        if best is not None and best.gain > least:
+        if (best := self.best_move(host, least, sorted(targets))) is not None:
             return best
         others = [h for h in self._first(0.0, 2 * PARTNERS) if h != host and self._on.get(h)]
         if len(others) < PARTNERS:
-            others = [h for h in nsmallest(PARTNERS + 1, self._on, key=self._end) if h != host and self._on[h]]
-        theirs = {to: sorted((self._part.units[e], e) for e in self._on[to]) for to in others[:PARTNERS]}
+            others = [h for h in nsmallest(PARTNERS + 1, self._on, key=self.end) if h != host and self._on[h]]
+        theirs = {to: self._mine(to) for to in others[:PARTNERS]}
         best = max(_swaps(self._board, self._part, host, mine, theirs), key=_gain, default=None)
         return best if best is not None and best.gain > 2 * least else None
 
-    def _end(self, host: int) -> float:
+    def best_move(self, host: int, least: float, targets: Sequence[int]) -> _Step | None:
+        """The plain move off `host` to one of `targets` that gains most, if more than `least`."""
+        best = max(_moves(self._board, self._part, host, self._mine(host), targets), key=_gain, default=None)
+        return best if best is not None and best.gain > least else None
+
+    def _mine(self, host: int) -> list[tuple[float, int]]:
+        """(load, expert) of a host's replicas, the lightest first."""
+        return sorted((self._part.units[e], e) for e in self._on[host])
+
+    def end(self, host: int) -> float:
         return self._part.load[host] / self._board.speed[host]
 
     def apply(self, host: int, step: _Step) -> int:
@@ -162,19 +207,25 @@ def _can_swap(board: Board, part: Part, expert: int, host: int, back: int, to: i
     return board.room(part, expert, to) and board.room(part, back, host)
 
 
-def improve_totals(board: Board, parts: Sequence[Part], *, cost: float, max_skew: float) -> int:
-    """Lower the hosts with most load over all layers, without raising any layer's end. Returns the moves."""
+def improve_totals(
+    board: Board, parts: Sequence[Part], *, cost: float, max_skew: float, only: Sequence[int] = ()
+) -> int:
+    """Lower the hosts with most load over all layers, without raising any layer's end. Returns the moves.
+
+    `only`: the hosts that may take some (none: all).
+    """
     speed, total = board.speed, board.total
     mean = sum(total) / sum(speed)
-    least = max(cost, LEAST_GAIN * mean)
-    ends = [max((part.load[h] / speed[h] for h in part.hosts), default=0.0) for part in parts]
+    least = max(cost, LEAST_TOTAL_GAIN * mean)
+    ends = [board.end(part) for part in parts]
     on: dict[int, list[tuple[int, int]]] | None = None
     hot = [(-total[h] / speed[h], h) for h in range(len(total))]
-    cool = [(total[h] / speed[h], h) for h in range(len(total))]
+    takers = set(only or range(len(total)))
+    cool = [(total[h] / speed[h], h) for h in takers]
     heapify(hot)
     heapify(cool)
-    moves = 0
-    while hot and moves < 4 * len(total):
+    moves = stuck = 0
+    while hot and moves < 4 * len(total) and stuck < STUCK:
         key, host = heappop(hot)
         if -key <= mean * max_skew + least:
             break
@@ -190,8 +241,10 @@ def improve_totals(board: Board, parts: Sequence[Part], *, cost: float, max_skew
             on.setdefault(to, []).append((at, expert))
             for changed in (host, to):
                 heappush(hot, (-total[changed] / speed[changed], changed))
-            moves += 1
-        for target in {*targets, host}:
+            moves, stuck = moves + 1, 0
+        else:
+            stuck += 1
+        for target in takers.intersection((*targets, host)):
             heappush(cool, (total[target] / speed[target], target))
     return moves
 
@@ -221,14 +274,15 @@ def _total_step(
 ) -> tuple[float, int, int, int] | None:  # fmt: skip
     """(gain, part, expert, target) of the best move off the host, or None."""
     speed, total = board.speed, board.total
-    best = None
-    for at, expert in mine:
-        part = parts[at]
-        unit = part.units[expert]
-        for to in targets:
-            gain = total[host] / speed[host] - max((total[host] - unit) / speed[host], (total[to] + unit) / speed[to])
-            if gain <= (best[0] if best else 0.0) or (part.load[to] + unit) / speed[to] > ends[at] * (1 + 1e-9):
+    best, gained = None, 0.0
+    for to in targets:
+        slack = total[host] / speed[host] * speed[to] - total[to]  # with as much more, it would be as busy as the host
+        for at, expert in mine:
+            part = parts[at]
+            unit = part.units[expert]
+            gain = min(unit / speed[host], (slack - unit) / speed[to])
+            if gain <= gained or (part.load[to] + unit) / speed[to] > ends[at] * (1 + 1e-9):
                 continue
             if to in part.hosts and to not in part.held[expert] and board.room(part, expert, to):
-                best = (gain, at, expert, to)
+                best, gained = (gain, at, expert, to), gain
     return best

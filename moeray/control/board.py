@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from moeray.control.placement import Host
 from moeray.types import ExpertId
 
@@ -23,7 +25,7 @@ class Part:
 
     `units[e]`: the load of one replica, `wanted[e]`: how many there are to be, `held[e]`: the hosts that have one (all
     indexed by the layer's expert number and shared by the parts of a layer); `load[h]`: what this part puts on a host;
-    `limit`: what no host need exceed, for its speed.
+    `limit`: what no host need exceed, for its speed. `power`, `fastest`: sum and largest of the speeds of `hosts`.
     """
 
     layer: int
@@ -33,6 +35,8 @@ class Part:
     units: list[float]
     wanted: list[int]
     held: list[list[int]]
+    power: float
+    fastest: float
     load: list[float] = field(default_factory=list)
     limit: float = math.inf
 
@@ -126,6 +130,10 @@ class Board:
                 for host in held[expert]:
                     load[host] += unit
                     total[host] += unit
+
+    def end(self, part: Part) -> float:
+        """The latest end (load for its speed) of the part's hosts."""
+        return float((np.array(part.load) / self.speed).max())
 
     def ids(self) -> list[str]:
         return [host.actor_id for host in self.hosts]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from heapq import heapify, heapreplace
 
-from moeray.control.balance import improve_part, improve_totals
+from moeray.control.balance import improve_part, improve_totals, welcome
 from moeray.control.board import Board, Part, weights
 from moeray.control.parts import keep, make_parts, placement_of
 from moeray.control.picker import Picker, limit_of, slots_end
@@ -25,19 +25,35 @@ ROUNDS = 8
 _EMPTY = Placement()
 
 
-def replicate(load: Mapping[ExpertId, float], slots: int, *, base: int = 1, most: int = 1 << 30) -> dict[ExpertId, int]:
+def replicate(
+    load: Mapping[ExpertId, float], slots: int, *, base: int = 1, most: int = 1 << 30, max_skew: float = 0.0
+) -> dict[ExpertId, int]:
     """How many replicas of each expert of `load` (one layer): `base` each, and the rest of `slots` one by one to the
-    expert with the most load per replica. No expert gets more than `most` (the number of actors)."""
+    expert with the most load per replica.
+
+    Stops early where no further replica helps: when the heaviest expert has `most` (the number of actors), or when
+    `skew_left` is down to `max_skew`.
+    """
     heap = [(-rows / base, expert) for expert, rows in load.items()]
     heapify(heap)
-    counts = dict.fromkeys(load, base)
-    for _ in range(slots - base * len(load)):
-        if not heap or counts[heap[0][1]] >= most:
-            break  # the heaviest may not be split further, so that more replicas of others would not help
-        expert = heap[0][1]
+    counts, total = dict.fromkeys(load, base), sum(load.values())
+    for used in range(base * len(load), slots):
+        if not heap:
+            break
+        rows, expert = heap[0]
+        if counts[expert] >= most or -rows * min(most, used) <= max_skew * total:
+            break
         counts[expert] += 1
         heapreplace(heap, (-load[expert] / counts[expert], expert))
     return counts
+
+
+def skew_left(load: Mapping[ExpertId, float], counts: Mapping[ExpertId, int], actors: int) -> float:
+    """The max/mean load per actor that no packing of one layer can go below: its heaviest replica, over the mean of the
+    actors that have any."""
+    total = sum(load.values())
+    used = min(actors, sum(counts.values()))
+    return max(load[expert] / counts[expert] for expert in load) * used / total if total > 0 else 1.0
 
 
 def place(
@@ -59,8 +75,9 @@ def place(
     left out). Replicas of an expert are on different hosts, rather on different nodes, and spares rather on CPUs.
 
     Replicas of `current` stay unless their host is gone or full or moving them pays: a layer whose max/mean is within
-    `max_skew` is left alone, and a move must lower the busier host by more than `migration_cost` times the mean
-    expert's load. `routing_groups` above 1 keeps each routing group's experts (consecutive ones) on one node.
+    `max_skew` is left alone (but hosts without any expert get their part), and a move must lower the busier host by
+    more than `migration_cost` times the mean expert's load. `routing_groups` above 1 keeps each routing group's experts
+    (consecutive ones) on one node.
     Raises PlacementError, with the numbers, when the experts do not fit.
     """
     wanted = _wanted(experts, replicas)
@@ -71,8 +88,8 @@ def place(
         board = Board.of(hosts)
         parts = make_parts(board, loads, wanted, expert_bytes, routing_groups=routing_groups, base=base)
         keep(board, parts, base)
+        kept = any(board.total)
         if _fill(board, parts, by_room=by_room):
-            kept = bool(base.replicas)
             _improve(board, parts, cost if kept else 0.0, max_skew if kept else 1.0)
             return placement_of(board, parts, current)
     raise PlacementError(_no_room(wanted, hosts, expert_bytes))
@@ -168,7 +185,8 @@ _slots_end = lru_cache(maxsize=256)(slots_end)
 def _improve(board: Board, parts: Sequence[Part], cost: float, max_skew: float) -> None:
     for _ in range(ROUNDS):
         board.weigh(parts)
-        moves = sum(improve_part(board, part, cost=cost, max_skew=max_skew) for part in parts)
+        moves = welcome(board, parts, [host for host, load in enumerate(board.total) if load == 0], cost=cost)
+        moves += sum(improve_part(board, part, cost=cost, max_skew=max_skew) for part in parts)
         moves += improve_totals(board, parts, cost=cost, max_skew=max_skew)
         if not moves:
             return

@@ -30,7 +30,9 @@ def make_parts(
         else:
             shares = _by_node(board, layer, loads[layer], there, routing_groups, base)
         for experts, hosts in shares:
-            parts.append(Part(layer, expert_bytes[layer], experts, hosts, units, counts, held))
+            speeds = board.speed if len(hosts) == len(board.speed) else [board.speed[host] for host in hosts]
+            part = Part(layer, expert_bytes[layer], experts, hosts, units, counts, held, sum(speeds), max(speeds))
+            parts.append(part)
     return parts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from moeray.control.board import Board, Part
 
@@ -58,28 +58,46 @@ class Picker:
             heappush(self._heap, (self._key(host), host))
 
     def _within(self, part: Part, expert: int, unit: float) -> bool:
-        """The emptiest host that ends within the limit; a spare rather goes to another node, then to the cheap tier.
-        Sets aside the hosts that would end beyond the limit."""
+        """The emptiest host that ends within the limit. Sets aside the hosts that would end beyond it."""
+        if part.held[expert]:
+            return self._spare(part, expert, unit)
+        board, heap, limit, load = self._board, self._heap, part.limit, part.load
+        while heap:
+            host = heap[0][1]
+            slack = limit * board.speed[host] - load[host]
+            if unit > slack:
+                heappop(heap)
+                heappush(self._aside, (-slack, host))
+            elif not board.room(part, expert, host):
+                self._full.append(heappop(heap)[1])
+            else:
+                self._give(part, expert, unit, host)
+                heapreplace(heap, (self._key(host), host))
+                return True
+        return False
+
+    def _spare(self, part: Part, expert: int, unit: float) -> bool:
+        """The same for a second replica or a later one, which rather goes to another node, and to the cheap tier."""
         board, heap, taken = self._board, self._heap, part.held[expert]
         nodes = {board.node[host] for host in taken} if self._several_nodes else ()
-        skipped: list[tuple[float, int]] = []
+        seen: list[tuple[float, int]] = []
         best, best_taste = None, 4
-        while heap and best_taste and len(skipped) < CHOICE:
+        while heap and best_taste and len(seen) < CHOICE:
             entry = heappop(heap)
             host = entry[1]
             slack = part.limit * board.speed[host] - part.load[host]
             if host in taken:
-                skipped.append(entry)
-            elif not board.room(part, expert, host):
-                self._full.append(host)
+                seen.append(entry)
             elif unit > slack:
                 heappush(self._aside, (-slack, host))
+            elif not board.room(part, expert, host):
+                self._full.append(host)
             else:
-                skipped.append(entry)
-                taste = 2 * (board.node[host] in nodes) + (board.hosts[host].tier != "cpu") if taken else 0
+                seen.append(entry)
+                taste = 2 * (board.node[host] in nodes) + (board.hosts[host].tier != "cpu")
                 if taste < best_taste:  # of equals the emptiest, which comes first
                     best, best_taste = host, taste
-        for entry in skipped:
+        for entry in seen:
             if entry[1] != best:
                 heappush(heap, entry)
         if best is None:

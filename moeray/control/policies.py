@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from cronsim import CronSim
 
 from moeray.config import ScheduleConfig
-from moeray.control.eplb import replicate
+from moeray.control.eplb import replicate, skew_left
 from moeray.control.policy import ExpertActorView, GroupLimits, Policy, PolicyInput, Wish
 from moeray.types import ExpertId
 
@@ -60,9 +60,10 @@ def _tier(seen: PolicyInput, groups: Mapping[str, GroupLimits]) -> dict[str, int
     short = need - sum(limits.actors * power[group] for group, limits in groups.items())
     wanted = {group: limits.actors for group, limits in groups.items()}
     cheapest = sorted(groups, key=lambda group: groups[group].price_per_hour / power[group])
-    for group in cheapest if short > 0 else reversed(cheapest):
+    grow = short > 0
+    for group in cheapest if grow else reversed(cheapest):
         limits = groups[group]
-        steps = _ceil(short / power[group])
+        steps = max(0, _ceil(short / power[group])) if grow else min(0, _ceil(short / power[group]))
         most = max(limits.actors, min(limits.max_actors, math.ceil(limits.actors * seen.settings.max_growth)))
         wanted[group] = max(limits.min_actors, min(most, limits.actors + steps))
         short -= (wanted[group] - limits.actors) * power[group]
@@ -106,43 +107,26 @@ def hot_experts(seen: PolicyInput) -> Wish:
         layers.setdefault(expert.layer, {})[expert] = seen.load.get(expert, 0.0)
     wanted: dict[ExpertId, int] = {}
     reasons = []
-    # What matters is the skew of the base replicas: judged by the present one, a replica that helps would go again.
-    heaviest = {
-        layer: _skew_left(load, dict.fromkeys(load, seen.base_replicas), actors) for layer, load in layers.items()
-    }
-    for layer in sorted(layers, key=lambda layer: (-heaviest[layer], layer)):
-        if heaviest[layer] <= seen.settings.max_skew:
+    # Judged with the base replicas: were it the present ones, a replica that helps would be given up for helping.
+    skews = {layer: skew_left(load, dict.fromkeys(load, seen.base_replicas), actors) for layer, load in layers.items()}
+    for layer in sorted(layers, key=lambda layer: (-skews[layer], layer)):
+        if skews[layer] <= seen.settings.max_skew:
             break
-        counts = _split(layers[layer], seen, actors, budget)
+        counts = _split(layers[layer], seen, budget)
         if counts is None:
             continue
-        budget -= sum(counts.values()) - seen.base_replicas * len(counts)
         more = {expert: count for expert, count in counts.items() if count > seen.base_replicas}
+        budget -= sum(more.values()) - seen.base_replicas * len(more)
         wanted |= more
-        reasons.append(f"layer {layer}: {len(more)} hot experts get replicas, heaviest/mean {heaviest[layer]:.2f}")
+        reasons.append(f"layer {layer}: replicas for {len(more)} hot experts, heaviest/mean is {skews[layer]:.2f}")
     return Wish(replicas=wanted, reasons=tuple(reasons))
 
 
-def _split(load: Mapping[ExpertId, float], seen: PolicyInput, actors: int, budget: int) -> dict[ExpertId, int] | None:
-    """The fewest replicas that bring the layer below `max_skew`, by bisection; None where the budget does not do."""
-    base = seen.base_replicas * len(load)
-    low, high = 0, budget + 1
-    while high - low > 1:
-        extra = (low + high) // 2
-        counts = replicate(load, base + extra, base=seen.base_replicas, most=actors)
-        low, high = (low, extra) if _skew_left(load, counts, actors) <= seen.settings.max_skew else (extra, high)
-    if high > budget:
-        return None
-    return replicate(load, base + high, base=seen.base_replicas, most=actors)
-
-
-def _skew_left(load: Mapping[ExpertId, float], counts: Mapping[ExpertId, int], actors: int) -> float:
-    """max/mean that no packing can go below: the heaviest replica over the mean load of the actors that have any."""
-    total = sum(load.values())
-    if total <= 0:
-        return 1.0
-    used = min(actors, sum(counts.values()))
-    return max(load[expert] / counts[expert] for expert in load) * used / total
+def _split(load: Mapping[ExpertId, float], seen: PolicyInput, budget: int) -> dict[ExpertId, int] | None:
+    """The fewest replicas that bring the layer down to `max_skew`; None where the budget or the actors do not do."""
+    base, actors, aim = seen.base_replicas, len(seen.experts), seen.settings.max_skew
+    counts = replicate(load, base * len(load) + budget, base=base, most=actors, max_skew=aim)
+    return counts if skew_left(load, counts, actors) <= aim * (1 + 1e-9) else None
 
 
 # -- idle, schedule, queue_wait ---------------------------------------------------------------------------------------

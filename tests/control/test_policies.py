@@ -1,0 +1,257 @@
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from moeray.config import ControlConfig, ScheduleConfig
+from moeray.control.placement import Placement
+from moeray.control.policies import SHIPPED, hot_experts, idle, queue_wait, schedule, target_utilisation
+from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish, decide, load_policies
+from moeray.errors import ConfigError
+from moeray.types import ExpertId
+
+NOON = datetime(2026, 3, 4, 12, 0, tzinfo=UTC).timestamp()
+
+
+def view(i, busy=0.0, group="experts", rate=0.0, wait=0.0):
+    return ExpertActorView(f"{group}-{i}", group, "n0", busy, rate, wait)
+
+
+def seen(busy=(0.6, 0.6), limits=None, routers=(), settings=None, **changes):
+    """Two actors of one group at the target, unless told otherwise."""
+    return replace(
+        PolicyInput(
+            now=NOON,
+            idle_s=0.0,
+            load={},
+            peak={},
+            experts=tuple(view(i, part) for i, part in enumerate(busy)),
+            routers=tuple(RouterView(f"r{i}", "n0", *state) for i, state in enumerate(routers)),
+            placement=Placement(),
+            groups=limits or {"experts": GroupLimits(len(busy), 1, 10)},
+            router_limits=GroupLimits(max(1, len(routers)), 1, 4),
+            base_replicas=1,
+            settings=settings or ControlConfig(),
+        ),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("busy", "wanted"),
+    [
+        ((0.6, 0.6), 2),  # at the target
+        ((0.9, 0.9), 3),
+        ((1.0, 1.0, 1.0), 5),
+        ((0.3, 0.3), 1),
+        ((0.3, 0.31), 2),
+        ((0.0, 0.0), 1),  # the minimum
+        ((1.0,) * 9, 10),  # the maximum
+    ],
+)
+def test_target_utilisation(busy, wanted):
+    assert target_utilisation(seen(busy)).actors == {"experts": wanted}
+
+
+def test_actors_that_are_starting_count_as_growth_already_asked_for():
+    wish = target_utilisation(seen((0.9, 0.9), limits={"experts": GroupLimits(3, 1, 10)}))
+    assert wish.actors == {"experts": 3}
+
+
+def test_a_group_of_which_nothing_is_known_is_left_alone():
+    assert target_utilisation(seen((), limits={"experts": GroupLimits(2, 1, 10)})).actors == {}
+
+
+TWO = {"cheap": GroupLimits(2, 1, 3, price_per_hour=1.0), "dear": GroupLimits(2, 1, 9, price_per_hour=3.0)}
+
+
+@pytest.mark.parametrize(
+    ("busy", "limits", "rates", "wanted"),
+    [
+        ((0.9, 0.9), TWO, (0, 0), {"cheap": 3, "dear": 3}),  # 6 actors in all; the cheap group is then full
+        ((0.6, 0.8), TWO, (0, 0), {"cheap": 3, "dear": 2}),  # the dear group's load brings a cheap actor
+        ((0.3, 0.3), TWO, (0, 0), {"cheap": 1, "dear": 1}),
+        ((0.5, 0.4), TWO, (0, 0), {"cheap": 2, "dear": 1}),  # the dear one goes first
+        ((0.6, 0.7), TWO, (100, 1000), {"cheap": 2, "dear": 3}),  # per row the fast group is the cheap one
+        (
+            (0.6, 0.9),
+            {"cheap": GroupLimits(2, 1, 9), "dear": GroupLimits(2, 1, 9, 3.0, "cuda")},
+            (0, 0),
+            {"cheap": 2, "dear": 3},  # another tier is no substitute
+        ),
+    ],
+)
+def test_the_cheaper_group_of_a_tier_grows_first(busy, limits, rates, wanted):
+    views = [
+        view(i, part, group, rate) for group, part, rate in zip(limits, busy, rates, strict=True) for i in range(2)
+    ]
+    assert target_utilisation(seen(limits=limits, experts=tuple(views))).actors == wanted
+
+
+@pytest.mark.parametrize(
+    ("routers", "wanted"),
+    [
+        ([(32, 0, 0.1)], 1),
+        ([(32, 1, 0.1)], 2),
+        ([(10, 0, 0.9), (10, 0, 0.9)], 3),  # the caches are nearly full
+        ([(1, 0, 0.0), (1, 0, 0.0)], 1),
+        ([], None),
+    ],
+)
+def test_routers_by_requests_and_cache(routers, wanted):
+    assert target_utilisation(seen(routers=routers)).routers == wanted
+
+
+def layer_of(*loads, layer=0):
+    return {ExpertId(layer, i): float(load) for i, load in enumerate(loads)}
+
+
+def hot(load, actors=4, **changes):
+    placement = Placement(1, dict.fromkeys(load, ("experts-0",)))
+    return hot_experts(seen((0.5,) * actors, load=load, placement=placement, **changes)).replicas
+
+
+@pytest.mark.parametrize(
+    ("loads", "budget", "wanted"),
+    [
+        ((10, 10, 10, 10), 1.0, {}),
+        ((30, 10, 10, 10), 0.25, {0: 2}),  # a mean actor has 15, so 30 is one too many
+        ((70, 10, 10, 10, 10, 10), 1.0, {0: 2}),  # mean 30: 35 is within 1.25 of it
+        ((100, 1, 1, 1), 0.25, {}),  # would take 4 replicas, and the budget is one: it would not help
+        ((100, 1, 1, 1), 1.0, {0: 4}),
+        ((0, 0, 0, 0), 1.0, {}),
+    ],
+)
+def test_hot_experts(loads, budget, wanted):
+    replicas = hot(layer_of(*loads), settings=ControlConfig(replica_budget=budget))
+    assert replicas == {ExpertId(0, expert): count for expert, count in wanted.items()}
+
+
+def test_the_budget_goes_to_the_most_skewed_layer_first():
+    load = layer_of(30, 10, 10, 10) | layer_of(40, 10, 10, 10, layer=1)
+    one = ControlConfig(replica_budget=1 / 8)
+    assert hot(load, settings=one) == {ExpertId(1, 0): 2}
+    two = ControlConfig(replica_budget=2 / 8)
+    assert hot(load, settings=two) == {ExpertId(1, 0): 2, ExpertId(0, 0): 2}
+
+
+def test_an_expert_is_split_over_no_more_than_the_actors():
+    assert hot(layer_of(1000, 1), actors=2, settings=ControlConfig(replica_budget=9.0)) == {ExpertId(0, 0): 2}
+
+
+def test_base_replicas_count():
+    assert hot(layer_of(30, 10, 10, 10), base_replicas=2) == {}
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "wish"), [(299.0, Wish()), (300.0, Wish({"experts": 1}, 1, reasons=("idle for 300 s",)))]
+)
+def test_idle(idle_s, wish):
+    assert idle(seen(idle_s=idle_s)) == wish
+
+
+@pytest.mark.parametrize(
+    ("cron", "duration_s", "active"),
+    [
+        ("0 12 * * *", 60, True),  # this very second
+        ("0 11 * * *", 3600, False),  # just over
+        ("0 11 * * *", 3601, True),
+        ("1 12 * * *", 3600, False),  # to come
+        ("0 8 * * WED", 86400, True),  # it is a Wednesday
+        ("0 8 * * 4", 3600, False),
+        ("0 0 1 3 *", 4 * 86400, True),
+    ],
+)
+def test_schedule(cron, duration_s, active):
+    settings = ControlConfig(schedule=(ScheduleConfig(cron, "experts", 5, duration_s),))
+    assert schedule(seen(settings=settings)).actors == ({"experts": 5} if active else {})
+
+
+def test_overlapping_floors_and_the_routers():
+    entries = tuple(
+        ScheduleConfig("0 * * * *", group, n) for group, n in [("experts", 3), ("experts", 6), ("router", 2)]
+    )
+    wish = schedule(seen(settings=ControlConfig(schedule=entries)))
+    assert (wish.actors, wish.routers) == ({"experts": 6}, 2)
+
+
+@pytest.mark.parametrize(
+    ("waits", "actors", "wanted"),
+    [
+        ((0.1, 0.25), 2, {}),
+        ((0.1, 0.26), 2, {"experts": 3}),
+        ((0.1, 0.1, 0.1, 0.4), 4, {"experts": 7}),
+        ((9.0, 9.0), 2, {"experts": 4}),  # at most max_growth
+        ((9.0, 9.0), 3, {}),  # one is starting
+    ],
+)
+def test_queue_wait(waits, actors, wanted):
+    views = tuple(view(i, wait=wait) for i, wait in enumerate(waits))
+    assert queue_wait(seen(experts=views, limits={"experts": GroupLimits(actors, 1, 10)})).actors == wanted
+
+
+# -- decide -----------------------------------------------------------------------------------------------------------
+
+ALL = load_policies(ControlConfig().policies)
+
+
+def test_the_shipped_policies_are_those_of_the_config():
+    assert tuple(SHIPPED) == ControlConfig().policies
+
+
+def test_idle_means_the_minimum_unless_a_schedule_holds_a_floor():
+    calm = seen((0.0,) * 6, idle_s=1000.0, routers=[(0, 0, 0.0)] * 3)
+    assert (decide(ALL, calm).actors, decide(ALL, calm).routers) == ({"experts": 1}, 1)
+    floor = ControlConfig(schedule=(ScheduleConfig("0 12 * * *", "experts", 4),))
+    assert decide(ALL, replace(calm, settings=floor)).actors == {"experts": 4}
+
+
+def test_the_largest_wish_wins_and_reasons_add_up():
+    slow = seen(experts=(view(0, 0.1, wait=0.3), view(1, 0.1)))
+    wish = decide(ALL, slow)
+    assert wish.actors == {"experts": 3}
+    assert len(wish.reasons) == 2
+
+
+@pytest.mark.parametrize(("wanted", "got"), [(0, 2), (5, 5), (7, 6), (100, 6)])
+def test_limits_and_growth_bound_a_wish(wanted, got):
+    greedy = lambda _: Wish({"experts": wanted, "unknown": 3}, wanted)  # noqa: E731
+    limits = {"experts": GroupLimits(3, 2, 8)}
+    wish = decide([greedy], seen(limits=limits, router_limits=GroupLimits(3, 2, 6)))
+    assert (wish.actors, wish.routers) == ({"experts": got}, got)
+
+
+def test_without_an_opinion_nothing_is_said():
+    assert decide([lambda _: Wish()], seen()) == Wish()
+
+
+def test_replicas_are_bounded_by_the_actors_wanted():
+    wish = decide([lambda _: Wish(replicas={ExpertId(0, 0): 9, ExpertId(0, 1): 1})], seen())
+    assert wish.replicas == {ExpertId(0, 0): 2}
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [f"{__name__}:mine", f"{__name__}.mine"])
+def test_a_policy_of_ones_own(name):
+    assert decide(load_policies([name]), seen()).actors == {"experts": 4}  # bounded by max_growth
+
+
+def mine(_):
+    return Wish({"experts": 7})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("target_utilization", ["target_utilization", "target_utilisation"]),
+        ("nowhere.to.be:found", ["nowhere", "installed"]),
+        ("moeray.control.policies:hot_expert", ["hot_expert", "hot_experts"]),
+        ("moeray.control.policies:KV_TARGET", ["KV_TARGET"]),
+    ],
+)
+def test_a_policy_that_is_not_there_is_named_with_the_nearest(name, words):
+    with pytest.raises(ConfigError) as error:
+        load_policies([name])
+    assert all(word in str(error.value) for word in words)
