@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import multiprocessing
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 from moeray.actors.controller import SystemInfo
@@ -35,6 +39,7 @@ class Fleet:
         self.files = open_model(self.config.model, None, node=NODE)
         self.routers: list[RouterActor] = []
         self.addresses: dict[RouterActor, Address] = {}
+        self.processes: list[Address] = []
 
     def __enter__(self) -> Fleet:
         hosts = [Host("experts-0", 1 << 40)]
@@ -72,6 +77,18 @@ class Fleet:
         self.routers.append(router)
         return router
 
+    @contextmanager
+    def router_process(self) -> Iterator[RouterProcess]:
+        """A router in a process of its own, for signals."""
+        spec = self.spec(f"router-{next(_names)}", "router")
+        process = RouterProcess(spec, self.placement.to_tree(), {"experts-0": self.expert_address})
+        try:
+            self.facts, process.address = process.pipe.recv()
+            self.processes.append(process.address)
+            yield process
+        finally:
+            process.kill()
+
     def kill(self, router: RouterActor) -> None:
         """Its sockets close in the middle of whatever they carry."""
         self.routers.remove(router)
@@ -89,11 +106,46 @@ class Fleet:
             None,
             self.token,
             self.system,
-            tuple(self.addresses[router] for router in self.routers),
+            (*(self.addresses[router] for router in self.routers), *self.processes),
             self.facts["max_context"],
             self.facts["vocab_size"],
             eos_token_ids(self.files),
         )
+
+
+class RouterProcess:
+    """A spawned process with one router; `kill` is SIGKILL."""
+
+    address: Address
+
+    def __init__(self, spec: ActorSpec, placement: dict[str, Any], addresses: dict[str, Address]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run_router, args=(spec, placement, addresses, theirs))
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(30)
+        self.pipe.close()
+
+
+def _run_router(spec: ActorSpec, placement: dict[str, Any], addresses: dict[str, Address], pipe: Connection) -> None:
+    router = RouterActor(spec, NODE)
+    _, address = router.start()
+    facts = router.load_trunk()
+    router.publish(placement, addresses)
+    pipe.send((facts, address))
+    try:
+        pipe.recv()
+    except EOFError:
+        router.stop()
 
 
 class FleetPort:

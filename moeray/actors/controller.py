@@ -6,6 +6,7 @@ One thread, the loop, owns all that changes; every call from outside is an event
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -289,6 +290,7 @@ class Controller:
             counts[actor.group] += actor.phase is Phase.READY
         return {
             "epoch": placement.epoch,
+            "controller": {"node": self._cluster.node_id, "pid": os.getpid()},
             "wanted": dict(self._fleet.wanted),
             "reserve": dict(self._fleet.reserve),
             "ready": counts,

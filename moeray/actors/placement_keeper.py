@@ -106,7 +106,7 @@ class PlacementKeeper:
             return None
         hosts = self.hosts(ids)
         if not self.placement.replicas:
-            return Proposal(self._place(hosts), "first", f"{len(ids)} actors are ready")
+            return Proposal(self._place(hosts, 1.0), "first", f"{len(ids)} actors are ready")
         base = min(self._config.experts.replicas, len(hosts))
         short = sum(len(held) < base for held in self.placement.replicas.values())
         if short:
@@ -116,7 +116,7 @@ class PlacementKeeper:
             return Proposal(target, "repair", f"{short} experts have fewer than {base} replicas")
         signature = (frozenset(ids), tuple(sorted(self.replicas.items())))
         if signature != self._planned:
-            target = self._place(hosts)
+            target = self._place(hosts, self._config.control.max_skew)
             self._planned = signature
             return self._if_moved(target, "scale", f"{len(ids)} actors serve, {len(self.replicas)} experts are hot")
         return self._rebalance(hosts, force)
@@ -129,19 +129,24 @@ class PlacementKeeper:
         skew = self._source.worst_skew(self.placement)
         if not force and skew <= settings.max_skew:
             return None
-        return self._if_moved(self._place(hosts), "rebalance", f"the worst layer's max/mean load is {skew:.2f}")
+        return self._if_moved(
+            self._place(hosts, 1.0 if force else settings.max_skew),
+            "rebalance",
+            f"the worst layer's max/mean load is {skew:.2f}",
+        )
 
     def _if_moved(self, target: Placement, kind: str, why: str) -> Proposal | None:
         diff = plan_diff(self.placement, target)
         return Proposal(target, kind, why) if diff.host or diff.drop else None
 
-    def _place(self, hosts: Sequence[Host]) -> Placement:
+    def _place(self, hosts: Sequence[Host], max_skew: float) -> Placement:
         base = min(self._config.experts.replicas, len(hosts))
         wish = {e: min(max(count, base), len(hosts)) for e, count in self.replicas.items()}
         counts = {ExpertId(la, e): base for la, n in self._model.experts.items() for e in range(n)} | wish
         return place(
             self._source.load(), hosts, experts=self._model.experts, expert_bytes=self._model.expert_bytes,
             replicas=counts, current=self.placement, migration_cost=self._config.control.migration_cost,
+            max_skew=max_skew,
         )  # fmt: skip
 
     def hosts(self, ids: Iterable[str]) -> list[Host]:

@@ -7,13 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import psutil
 
+from moeray.actors.callers import Callers
+from moeray.actors.engine_figures import metrics_of, status_of, with_stats
 from moeray.actors.observers import Losses, Observers
-from moeray.actors.outbox import Outbox
 from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
 from moeray.actors.step_loop import StepLoop
 from moeray.actors.vigil import Vigil, new_incarnation
@@ -23,13 +24,12 @@ from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
-from moeray.errors import ChannelClosedError, MoerayError, WireError
+from moeray.errors import MoerayError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
-from moeray.wire.frame import Frame, Op
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ class RouterActor:
         self._leaving = False
         self._recorder = Recorder()
         self._identity = spec.identity(node_id)
-        self._listener = Listener(self._identity, spec.config.wire, self._serve, runtime_dir(node_id, spec.system))
-        self._outboxes: set[Outbox] = set()
-        self._observers = Observers(self._report)
         self._loop = StepLoop(spec.actor_id, self._recorder, self._stop_itself)
+        self._observers = Observers(self._report)
+        self._callers = Callers(self._loop, self._observers, self._heard)
+        folder = runtime_dir(node_id, spec.system)
+        self._listener = Listener(self._identity, spec.config.wire, self._callers.serve, folder)
         self._vigil: Vigil | None = None
         self._started: tuple[ActorReport, Address] | None = None
         self._view = PlacementView()
@@ -186,21 +187,10 @@ class RouterActor:
         self._loop.refuse()
         idle = not migrate and self._loop.wait_idle(timeout)
         if not idle:
-            for outbox in self._outboxes.copy():
-                outbox.put(Frame(Op.GOODBYE))
+            self._callers.goodbye()
             self._loop.abort_all()
-        self._flush()
+        self._callers.flush(FLUSH_S)
         return idle
-
-    def _flush(self) -> None:
-        """Wait until what is in the outboxes has left."""
-        until = time.monotonic() + FLUSH_S
-        marks = []
-        for outbox in self._outboxes.copy():
-            marks.append(threading.Event())
-            outbox.put(marks[-1])
-        for mark in marks:
-            mark.wait(max(0.0, until - time.monotonic()))
 
     def leave(self) -> None:
         """This actor was told to go (SIGTERM, a spot notice): say so to the controller, who sees to it."""
@@ -246,64 +236,23 @@ class RouterActor:
         if self._vigil:
             self._vigil.heard()
 
-    # -- channels from ingresses and controllers ------------------------------------------------------------------
-
-    def _serve(self, channel: Channel) -> None:
-        outbox = Outbox(channel)
-        self._outboxes.add(outbox)
-        try:
-            while True:
-                self._take(channel.recv(), outbox)
-        except ChannelClosedError:
-            log.debug("channel from %s closed", channel.peer)
-        except WireError as error:
-            log.warning("channel from %s closed: %s", channel.peer, error)
-        finally:
-            self._outboxes.discard(outbox)
-            self._observers.leave(outbox)
-            self._loop.abandon(outbox)
-            outbox.close()
-
-    def _take(self, frame: Frame, outbox: Outbox) -> None:
-        match frame.op:
-            case Op.PING:
-                outbox.put(Frame(Op.PONG, frame.id))
-            case Op.SUBMIT:
-                self._loop.submit(frame, outbox)
-            case Op.ABORT:
-                self._loop.abort(frame, outbox)
-            case Op.STATS:
-                self._heard()
-                self._observers.answer(frame, outbox)
-            case _:
-                raise WireError(f"a router takes SUBMIT, ABORT, PING and STATS frames, not {frame.op.name}")
-
     # -- what it is doing -----------------------------------------------------------------------------------------
 
     def _report(self, lost: Losses) -> dict[str, Any]:
-        stats = self._loop.stats()
         report = RouterReport(
-            self._spec.actor_id, self._incarnation, epoch=self._view.epoch, lost=lost, leaving=self._leaving
+            self._spec.actor_id,
+            self._incarnation,
+            epoch=self._view.epoch,
+            orphans=self._dispatcher.orphans if self._dispatcher else 0,
+            lost=lost,
+            leaving=self._leaving,
         )
-        if stats and self._dispatcher:
-            report = replace(
-                report,
-                running=stats.running,
-                waiting=stats.waiting,
-                kv_usage=stats.kv_cache_usage_ratio,
-                prompt_tokens=stats.prompt_tokens,
-                generation_tokens=stats.generation_tokens,
-                steps=stats.steps,
-                step_s=stats.step_seconds_total,
-                orphans=self._dispatcher.orphans,
-            )
-        return report_tree(report)
+        return report_tree(with_stats(report, self._loop.stats()))
 
     def status(self) -> dict[str, Any]:
         """Plain data for `moeray status`."""
         self._heard()
-        stats = self._loop.stats()
-        return {
+        own = {
             "actor": self._spec.actor_id,
             "kind": "router",
             "group": self._spec.group,
@@ -312,24 +261,9 @@ class RouterActor:
             "device": str(self._device),
             "state": self._state.value,
             "epoch": self._view.epoch,
-            "running": stats.running if stats else 0,
-            "queue": stats.waiting if stats else 0,
-            "kv_cache_usage_ratio": stats.kv_cache_usage_ratio if stats else 0.0,
-            "kv_blocks_used": stats.kv_blocks_used if stats else 0,
         }
+        return own | status_of(self._loop.stats())
 
     def metrics(self) -> Snapshot:
         self._heard()
-        stats = self._loop.stats()
-        if stats is None:
-            return self._recorder.snapshot()
-        actor = self._spec.actor_id
-        self._recorder.set("moeray_num_requests_running", stats.running, actor=actor)
-        self._recorder.set("moeray_num_requests_waiting", stats.waiting, actor=actor)
-        self._recorder.set("moeray_kv_cache_usage_ratio", stats.kv_cache_usage_ratio, actor=actor)
-        counters = {
-            "moeray_prompt_tokens_total": stats.prompt_tokens,
-            "moeray_prefix_cache_hit_tokens_total": stats.prefix_hit_tokens,
-            "moeray_preemptions_total": stats.preemptions,
-        }
-        return self._recorder.snapshot() | {name: {(): float(value)} for name, value in counters.items()}
+        return metrics_of(self._spec.actor_id, self._recorder, self._loop.stats())

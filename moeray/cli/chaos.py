@@ -86,14 +86,11 @@ async def _run(config: Config, plan: ChaosPlan, number: int, report: Callable[[s
     async with ray_system(config) as backend:
         assert backend.model is not None
         fitting = replace(plan, vocab=min(backend.model.vocab_size, 32000))
-        return await run_chaos(
-            backend, _killer(backend, config, number, plan.seed), lambda: _whole(backend), fitting, report
-        )
+        return await run_chaos(backend, _killer(backend, number, plan.seed), lambda: _whole(backend), fitting, report)
 
 
-def _killer(backend: SystemBackend, config: Config, number: int, seed: int) -> Callable[[str], Awaitable[str | None]]:
+def _killer(backend: SystemBackend, number: int, seed: int) -> Callable[[str], Awaitable[str | None]]:
     """Ends one random actor of a kind. An expert actor that hosts nothing (warm, or still starting) is not a victim."""
-    from moeray.cluster.ray import find_controller, process_of
     from moeray.cluster.ray_kill import kill_process
     from moeray.errors import MoerayError
 
@@ -101,13 +98,13 @@ def _killer(backend: SystemBackend, config: Config, number: int, seed: int) -> C
 
     async def kill(kind: str) -> str | None:
         try:
+            status = await backend.status()
             if kind == "controller":
-                node, pid = await asyncio.to_thread(process_of, find_controller(config.serve.name))
-                await asyncio.to_thread(kill_process, node, pid, number)
+                row = status["controller"]
+                await asyncio.to_thread(kill_process, row["node"], row["pid"], number)
                 return "controller"
-            rows = (await backend.status())["actors"]
             wanted = "expert" if kind == "experts" else "router"
-            alive = [row for row in rows if row["kind"] == wanted and row["state"] == "ready"]
+            alive = [row for row in status["actors"] if row["kind"] == wanted and row["state"] == "ready"]
             if not alive:
                 return None
             victim = rng.choice(alive)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -193,10 +192,6 @@ class ControllerProcess:
         self._renewed = time.monotonic()
         return state
 
-    def process(self) -> tuple[str, int]:
-        """Where this controller runs: node id and process id."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._controller, method)(*args)
 
@@ -234,12 +229,6 @@ def find_controller(system: str) -> Any:
         raise MoerayError(
             f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
         ) from None
-
-
-def process_of(controller: Any) -> tuple[str, int]:
-    """The node and the process id of a controller. Raises MoerayError."""
-    node, pid = unwrapped(controller.process.remote().future(), "the controller").result(30.0)
-    return str(node), int(pid)
 
 
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:

@@ -1,10 +1,11 @@
 """Which replica serves an expert's rows. Pure but for `Balancer`, which remembers the recent load.
 
-Cost is time: an actor's rows divided by its rate.
+Cost is time: an actor's rows divided by its rate (`slow` is one over the rate).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 MIN_PIECE = 16
@@ -37,51 +38,58 @@ def balance_rows(
     equal costs. Deterministic: at last the first replica in order wins.
     """
     rates, carry = rates or {}, carry or {}
-    cost: dict[str, float] = {}
     pieces: dict[int, list[tuple[str, int]]] = {}
     free = []
+    cost: dict[str, float] = {}
     for expert, count in rows.items():
         actors = replicas[expert]
         if len(actors) > 1:
             free.append(expert)
-            continue
-        pieces[expert] = [(actors[0], count)]
-        cost[actors[0]] = cost.get(actors[0], 0.0) + count / rates.get(actors[0], 1.0)
+        else:
+            actor = actors[0]
+            pieces[expert] = [(actor, count)]
+            cost[actor] = cost.get(actor, 0.0) + count / rates.get(actor, 1.0)
+    if not free:
+        return pieces
     free.sort(key=lambda e: (-rows[e], e))
+    for actor in {actor for expert in free for actor in replicas[expert]}:
+        cost.setdefault(actor, 0.0)
+    slow = {actor: 1.0 / rates.get(actor, 1.0) for actor in cost}
+    rest = {actor: carry.get(actor, 0.0) for actor in cost}
     for expert in free:
-        actor, done = _cheapest(replicas[expert], rows[expert], cost, rates, carry)
-        pieces[expert] = [(actor, rows[expert])]
-        cost[actor] = done
-    if hot := [expert for expert in free if rows[expert] >= 2 * MIN_PIECE]:
-        _split(hot, replicas, rates, cost, pieces)
+        count = rows[expert]
+        actor = _cheapest(replicas[expert], count, cost, slow, rest)
+        pieces[expert] = [(actor, count)]
+        cost[actor] += count * slow[actor]
+    if rows[free[0]] >= 2 * MIN_PIECE:
+        _split([expert for expert in free if rows[expert] >= 2 * MIN_PIECE], replicas, slow, cost, pieces)
     return pieces
 
 
 def _cheapest(
-    actors: Sequence[str], count: int, cost: Mapping[str, float], rates: Mapping[str, float], carry: Mapping[str, float]
-) -> tuple[str, float]:
-    """The actor that is done first with `count` more rows, and when; among nearly equal ones the one rested longest."""
-    done = [cost.get(actor, 0.0) + count / rates.get(actor, 1.0) for actor in actors]
-    near = _NEAR * min(done)
-    _, cost_s, i = min(
-        (carry.get(a, 0.0), d, i) for i, (a, d) in enumerate(zip(actors, done, strict=True)) if d <= near
-    )
-    return actors[i], cost_s
+    actors: Sequence[str], count: int, cost: Mapping[str, float], slow: Mapping[str, float], carry: Mapping[str, float]
+) -> str:
+    """The actor that is done first with `count` more rows; among nearly equal ones the one rested longest."""
+    best, best_done, least = "", math.inf, math.inf
+    for actor in actors:
+        done = cost[actor] + count * slow[actor]
+        least = min(least, done)
+        if best_done > _NEAR * least or (done <= _NEAR * least and (carry[actor], done) < (carry[best], best_done)):
+            best, best_done = actor, done
+    return best
 
 
 def _split(
     hot: Sequence[int],
     replicas: Mapping[int, Sequence[str]],
-    rates: Mapping[str, float],
+    slow: Mapping[str, float],
     cost: dict[str, float],
     pieces: dict[int, list[tuple[str, int]]],
 ) -> None:
     """Move parts of hot experts from the costliest actor to their other replicas while that helps enough."""
-    for actor in {actor for expert in hot for actor in replicas[expert]}:
-        cost.setdefault(actor, 0.0)
     for _ in range(_MOVES_PER_ACTOR * len(cost)):
         source = max(sorted(cost), key=cost.__getitem__)
-        moves = (_move(expert, source, to, rates, cost, pieces) for expert in hot for to in replicas[expert])
+        moves = (_move(expert, source, to, slow, cost, pieces) for expert in hot for to in replicas[expert])
         best = min((move for move in moves if move), default=None)
         if best is None or best[0] > _GAIN * cost[source]:
             return
@@ -90,15 +98,15 @@ def _split(
         held[source] -= count
         held[to] = held.get(to, 0) + count
         pieces[expert] = [(actor, n) for actor, n in held.items() if n]
-        cost[source] -= count / rates.get(source, 1.0)
-        cost[to] += count / rates.get(to, 1.0)
+        cost[source] -= count * slow[source]
+        cost[to] += count * slow[to]
 
 
 def _move(
     expert: int,
     source: str,
     to: str,
-    rates: Mapping[str, float],
+    slow: Mapping[str, float],
     cost: Mapping[str, float],
     pieces: Mapping[int, Pieces],
 ) -> tuple[float, int, str, int] | None:
@@ -107,13 +115,12 @@ def _move(
     here = held.get(source, 0)
     if to == source or not here:
         return None
-    slow, slow_to = 1.0 / rates.get(source, 1.0), 1.0 / rates.get(to, 1.0)
-    count = min(here, int((cost[source] - cost[to]) / (slow + slow_to)))
+    count = min(here, int((cost[source] - cost[to]) / (slow[source] + slow[to])))
     if 0 < here - count < MIN_PIECE:
         count = here - MIN_PIECE
     if count <= 0 or held.get(to, 0) + count < MIN_PIECE:
         return None
-    return max(cost[source] - count * slow, cost[to] + count * slow_to), expert, to, count
+    return max(cost[source] - count * slow[source], cost[to] + count * slow[to]), expert, to, count
 
 
 class Balancer:

@@ -23,7 +23,6 @@ from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Share, plan_rows
 from moeray.dispatch.view import PlacementView
 from moeray.errors import (
-    AuthenticationError,
     ChannelClosedError,
     ChannelTimeoutError,
     MoerayError,
@@ -167,13 +166,17 @@ class Dispatcher:
         return {**replicas, **{expert: actors for expert, actors in others.items() if actors}}
 
     def _send(self, work: _Work, share: Share) -> bool:
-        """False where the actor is gone; its rows are to be planned anew."""
+        """False where the actor is gone; its rows are to be planned anew. Raises WireError for a frame that no channel
+        would carry."""
+        channel = None
         try:
             channel = self._links.channel(share.actor_id)
             work.sent.append(self._forward(work, share, channel))
         except UnknownActorError:
             return False
-        except (ChannelClosedError, ChannelTimeoutError, AuthenticationError) as error:
+        except WireError as error:
+            if channel is not None and not channel.closed and not isinstance(error, ChannelTimeoutError):
+                raise
             self._lose(share.actor_id, _reason(error), str(error))
             self._recorder.add("moeray_dispatch_retries_total", len(share.rows_R), reason=_reason(error))
             return False

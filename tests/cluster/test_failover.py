@@ -1,4 +1,8 @@
-"""Deaths of real Ray actors in mid-stream: every request finishes, with the tokens of an undisturbed run."""
+"""Deaths of real Ray actors in mid-stream: every request finishes, with the tokens of an undisturbed run.
+
+Two systems live through all of it, one after the other: the poorest (one replica, one router, a warm pool of one) and
+one with a spare of everything.
+"""
 
 from __future__ import annotations
 
@@ -8,139 +12,110 @@ import signal
 
 import pytest
 import ray
+import torch
 
 from moeray.bench.checkpoint import Shape, write_random_moe
 from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.systems import tiny_config
 
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
+POOR = {"control__warm_pool": 1, "experts__min_actors": 1, "experts__max_actors": 4, "router__max_actors": 2}
+RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    import torch
-
-    return write_random_moe(SHAPE, tmp_path_factory.mktemp("failover") / "moe", torch.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
+def ray_here():
     ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
 
-def system(model, tmp_path, **overrides):
-    small = {
-        "experts__num_cpus": 0.1, "router__num_cpus": 0.1, "wire__grpc": True,
-        "control__audit_log": str(tmp_path / "audit.jsonl"),
-    }  # fmt: skip
-    return live_system(tiny_config(model, **small | overrides))
+@pytest.fixture(scope="module", params=[POOR, RICH], ids=["poor", "rich"])
+def running(request, ray_here, tmp_path_factory):
+    """(a way to run a coroutine on the system's event loop, the system, its undisturbed tokens)"""
+    folder = tmp_path_factory.mktemp("failover")
+    model = write_random_moe(SHAPE, folder / "moe", torch.float32)
+    config = tiny_config(
+        model, experts__num_cpus=0.1, router__num_cpus=0.1, control__audit_log=str(folder / "audit.jsonl"),
+        **request.param,
+    )  # fmt: skip
+    with asyncio.Runner() as runner:
+        context = live_system(config)
+        live = runner.run(context.__aenter__())
+        calm = runner.run(live.all_tokens())
+        assert len({tuple(tokens) for tokens in calm}) == len(calm)
+        yield runner.run, live, calm
+        runner.run(context.__aexit__(None, None, None))
 
 
-async def survives(live: Live, disturb) -> None:
-    """The same tokens before, during and after the disturbance."""
-    calm = await live.all_tokens()
-    assert len({tuple(tokens) for tokens in calm}) == len(calm)
+async def survives(live: Live, calm: list[list[int]], disturb) -> None:
+    """The same tokens during and after the disturbance, and everything is there again in the end."""
     assert await live.all_tokens(disturb) == calm
     await live.whole()
     assert await live.all_tokens() == calm
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_the_death_of_an_expert_actor(model, tmp_path, replicas, number):
-    async def run():
-        async with system(model, tmp_path, experts__replicas=replicas, control__warm_pool=1) as live:
-            victim = (await live.rows("expert"))[0]
-            await survives(live, lambda: kill(victim, number))
-            assert victim["actor"] not in {row["actor"] for row in (await live.whole())["actors"]}
-
-    asyncio.run(run())
+def test_the_death_of_an_expert_actor(running, number):
+    run, live, calm = running
+    victim = run(live.rows("expert"))[0]
+    run(survives(live, calm, lambda: kill(victim, number)))
+    assert victim["actor"] not in {row["actor"] for row in run(live.whole())["actors"]}
 
 
-def test_the_death_of_the_only_expert_actor(model, tmp_path):
-    async def run():
-        async with system(model, tmp_path, experts__actors=1) as live:
-            victim = (await live.rows("expert"))[0]
-            await survives(live, lambda: kill(victim))
-
-    asyncio.run(run())
+def test_the_death_of_every_expert_actor(running):
+    run, live, calm = running
+    victims = run(live.rows("expert")) + run(live.rows("expert", "warm"))
+    run(survives(live, calm, lambda: [kill(row) for row in victims]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("routers", [1, 2])
-def test_the_death_of_a_router(model, tmp_path, routers, number):
-    async def run():
-        async with system(model, tmp_path, router__actors=routers) as live:
-            victims = await live.rows("router")
-            await survives(live, lambda: [kill(row, number) for row in victims])
-
-    asyncio.run(run())
+def test_the_death_of_every_router(running, number):
+    run, live, calm = running
+    victims = run(live.rows("router"))
+    run(survives(live, calm, lambda: [kill(row, number) for row in victims]))
 
 
-def test_the_death_of_the_controller(model, tmp_path):
-    async def run():
-        async with system(model, tmp_path, experts__max_actors=3, experts__replicas=2) as live:
-            await live.ask("scale", "experts", 3)
-            before = await live.whole()
-            pid = (await asyncio.wrap_future(live.controller.process.remote().future()))[1]
-            await survives(live, lambda: os.kill(pid, signal.SIGKILL))
-            after = await live.whole()
-            assert {r["actor"]: r["pid"] for r in after["actors"]} == {r["actor"]: r["pid"] for r in before["actors"]}
-            assert after["wanted"] == {"experts": 3, "router": 1}
-            assert after["epoch"] >= before["epoch"]
-            victim = (await live.rows("expert"))[0]
-            await survives(live, lambda: kill(victim))  # and it mends as the first one did
-
-    asyncio.run(run())
+def test_the_death_of_the_controller(running):
+    run, live, calm = running
+    run(live.ask("scale", "experts", 3))
+    before = run(live.whole())
+    run(survives(live, calm, lambda: os.kill(before["controller"]["pid"], signal.SIGKILL)))
+    after = run(live.whole())
+    assert after["controller"]["pid"] != before["controller"]["pid"]
+    assert {r["actor"]: r["pid"] for r in after["actors"]} == {r["actor"]: r["pid"] for r in before["actors"]}
+    assert after["wanted"] == before["wanted"]
+    assert after["epoch"] >= before["epoch"]
+    victim = run(live.rows("expert"))[0]
+    run(survives(live, calm, lambda: kill(victim)))  # and it mends as the first one did
 
 
-def test_everything_at_once(model, tmp_path):
-    async def run():
-        async with system(model, tmp_path, experts__replicas=2, experts__actors=3) as live:
-            pid = (await asyncio.wrap_future(live.controller.process.remote().future()))[1]
-            experts, routers = await live.rows("expert"), await live.rows("router")
-
-            def disturb():
-                os.kill(pid, signal.SIGKILL)
-                kill(experts[0])
-                kill(routers[0])
-
-            await survives(live, disturb)
-
-    asyncio.run(run())
+def test_deaths_of_every_kind_at_once(running):
+    run, live, calm = running
+    controller = run(live.whole())["controller"]["pid"]
+    victims = [run(live.rows("expert"))[0], run(live.rows("router"))[0]]
+    run(survives(live, calm, lambda: [os.kill(controller, signal.SIGKILL), *map(kill, victims)]))
 
 
-def test_scaling_by_hand_while_requests_run(model, tmp_path):
-    async def run():
-        async with system(model, tmp_path, experts__max_actors=4, experts__min_actors=1, router__max_actors=2) as live:
-            calm = await live.all_tokens()
-            for group, count in (("experts", 4), ("router", 2), ("experts", 1), ("router", 1), ("experts", 2)):
+def test_scaling_by_hand_while_requests_run(running):
+    run, live, calm = running
+    before = run(live.whole())["wanted"]
+    for group, count in (("experts", 3), ("experts", 2), ("router", 2)):
 
-                async def scale(group=group, count=count):
-                    await live.ask("scale", group, count)
+        async def scale(group=group, count=count):
+            await live.ask("scale", group, count)
 
-                assert await live.all_tokens(scale) == calm
-                status = await live.until(lambda s, g=group, n=count: is_whole(s) and s["ready"][g] == n)
-                assert await live.all_tokens() == calm
-            assert status["fewest_replicas"] == 1
-
-    asyncio.run(run())
+        assert run(live.all_tokens(scale)) == calm
+        run(live.until(lambda s, g=group, n=count: is_whole(s) and s["wanted"][g] == n))
+        assert run(live.all_tokens()) == calm
+    run(live.ask("scale", "router", before["router"]))
+    run(live.whole())
 
 
-def test_draining_an_actor_moves_its_experts_first(model, tmp_path):
-    async def run():
-        async with system(model, tmp_path) as live:
-            for kind in ("expert", "router"):
-                victim = (await live.rows(kind))[0]["actor"]
-
-                async def drain(victim=victim):
-                    await live.ask("drain", victim, 60.0)
-
-                await survives(live, drain)
-                status = await live.until(lambda s, v=victim: v not in {r["actor"] for r in s["actors"]})
-                lost = [d for d in status["decisions"] if d["event"] == "lost"]
-                assert not lost
-
-    asyncio.run(run())
+@pytest.mark.parametrize("kind", ["expert", "router"])
+def test_draining_an_actor_moves_its_work_first(running, kind):
+    run, live, calm = running
+    victim = run(live.rows(kind))[0]["actor"]
+    run(survives(live, calm, lambda: live.ask("drain", victim, 120.0)))
+    status = run(live.until(lambda s: victim not in {row["actor"] for row in s["actors"]}))
+    assert ("lost", victim) not in {(d["event"], d.get("actor")) for d in status["decisions"]}

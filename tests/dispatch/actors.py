@@ -24,7 +24,7 @@ from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel, Identity, Listener, connect
 from moeray.wire.frame import Frame, Op
 
-WIRE = WireConfig(shared_memory_bytes=1 << 20)
+WIRE = WireConfig(shared_memory_bytes=1 << 20, max_payload_bytes=8 << 20)
 
 Behaviour = Callable[["FakeActor", Channel, Frame], Frame | None]
 """What an actor does with a forward; None: it does not answer."""

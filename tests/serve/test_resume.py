@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from moeray.cluster.local import NODE
+from moeray.errors import QueueFullError, RouterLostError
 from moeray.serve.system import SystemBackend
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
 from tests.checkpoints import make_tiny
@@ -32,7 +35,7 @@ SAMPLINGS = {
         ignore_eos=True,
     ),
     "logprobs": SamplingParams(max_tokens=LONG, temperature=0.9, seed=3, logprobs=3, ignore_eos=True),
-    "ends by itself": SamplingParams(max_tokens=LONG, temperature=1.3, seed=8, stop_token_ids=(60, 61, 62, 63)),
+    "ends by itself": SamplingParams(max_tokens=LONG, temperature=1.3, seed=8, stop_token_ids=(76,)),
 }
 
 
@@ -67,6 +70,7 @@ class Streams:
     backend: SystemBackend
     after: int
     disturb: Callable[[], object]
+    on_output: Callable[[TokenOutput], object] = lambda output: None
 
     async def run(self, asked: Sequence[GenerationRequest]) -> list[list[TokenOutput]]:
         left = {request.request_id for request in asked}
@@ -76,6 +80,7 @@ class Streams:
             outputs = []
             async for output in self.backend.generate(request):
                 outputs.append(output)
+                self.on_output(output)
                 if len(outputs) >= self.after or output.finish_reason:
                     left.discard(request.request_id)
                 if not left:
@@ -165,3 +170,188 @@ def test_again_and_again(model, undisturbed):
         outputs = asyncio.run(run())
     assert_same(outputs, undisturbed["logprobs"])
     assert outputs[-1].attempt == 3
+
+
+def test_the_survivor_takes_over(model, undisturbed):
+    async def run():
+        async with backend_over(fleet) as backend:
+            return await Streams(backend, 8, lambda: fleet.kill(fleet.routers[0])).run(requests())
+
+    with Fleet(model) as fleet:
+        first, second = fleet.add_router(), fleet.add_router()
+        outputs = asyncio.run(run())
+        assert fleet.routers == [second]
+        # Half of the requests each at first, then all of them.
+        assert generated(first) >= 3 * 8
+        assert generated(second) > generated(first)
+    check_all(outputs, undisturbed)
+    assert sorted(each[-1].attempt for each in outputs) == [0, 0, 0, 1, 1, 1]
+
+
+def test_two_routers_share_the_requests(model):
+    async def run():
+        async with backend_over(fleet) as backend:
+            asked = [GenerationRequest(f"r{i}", (5 + i, 9), SAMPLINGS["greedy"]) for i in range(8)]
+            await Streams(backend, 1, nothing).run(asked)
+
+    with Fleet(model) as fleet:
+        routers = [fleet.add_router(), fleet.add_router()]
+        asyncio.run(run())
+        assert [generated(router) for router in routers] == [4 * LONG, 4 * LONG]
+
+
+@pytest.mark.parametrize("migrate", [False, True])
+def test_a_draining_router_is_left_without_an_error(model, undisturbed, migrate):
+    """What it has begun it finishes, or hands over; new requests go to the other one."""
+
+    async def run():
+        async with backend_over(fleet) as backend:
+            outputs = await Streams(backend, 8, drain).run(requests())
+            again = [replace(request, request_id=request.request_id + " again") for request in requests()]
+            return outputs, await Streams(backend, 1, nothing).run(again)
+
+    def drain():
+        drained.append(fleet.routers[0].drain(60.0, migrate))
+
+    drained = []
+    with Fleet(model) as fleet:
+        first = fleet.add_router()
+        fleet.add_router()
+        outputs, later = asyncio.run(run())
+        at_the_end = generated(first)
+        assert at_the_end < 4 * LONG
+    assert drained == [not migrate]
+    check_all(outputs, undisturbed)
+    assert max(each[-1].attempt for each in outputs) == int(migrate)
+    assert [tokens_of(each) for each in later] == [tokens_of(each) for each in outputs]
+
+
+def test_a_controller_that_does_not_answer_disturbs_nobody(model, undisturbed):
+    """It is silent while a router dies; the other one takes over, and a router that comes later is found."""
+
+    async def run():
+        port = FleetPort(fleet)
+        async with backend_over(fleet, port) as backend:
+
+            def disturb():
+                port.silent.set()
+                fleet.kill(fleet.routers[0])
+
+            outputs = await Streams(backend, 8, disturb).run(requests())
+            await asyncio.wait_for(port.asked_in_vain.wait(), 20)
+            assert backend.state.status == "ready"
+            await asyncio.to_thread(fleet.kill, fleet.routers[0])
+            late = asyncio.create_task(Streams(backend, 1, nothing).run(requests(["greedy"])))
+            await asyncio.to_thread(fleet.add_router)
+            port.silent.clear()
+            return outputs + await late
+
+    with Fleet(model) as fleet:
+        fleet.add_router()
+        fleet.add_router()
+        outputs = asyncio.run(run())
+    assert len(outputs) == len(SAMPLINGS) + 1
+    check_all(outputs, undisturbed)
+
+
+def test_without_a_router_a_request_waits_until_its_own_deadline(model):
+    async def run():
+        async with backend_over(fleet) as backend:
+            stream = backend.generate(requests(["greedy"])[0])
+            await anext(stream)
+            await asyncio.to_thread(fleet.kill, fleet.routers[0])
+            with pytest.raises(RouterLostError, match="request_timeout_s"):
+                async for _ in stream:
+                    pass
+            assert backend.state.status == "waiting"
+            assert "no router" in backend.state.detail
+            assert backend.model is not None
+
+    with Fleet(model, serve__request_timeout_s=1.0) as fleet:
+        fleet.add_router()
+        asyncio.run(run())
+
+
+def test_the_figure_of_the_prefix_cache_is_the_first_attempt_s(model, undisturbed):
+    async def run():
+        async with backend_over(fleet) as backend:
+            asked = requests(["ends by itself"])
+            await Streams(backend, 1, nothing).run(asked)
+            again = [replace(asked[0], request_id="again")]
+            outputs = await Streams(backend, 8, replace_router).run(again)
+            return outputs[0]
+
+    def replace_router():
+        fleet.kill(fleet.routers[0])
+        fleet.add_router()
+
+    with Fleet(model) as fleet:
+        fleet.add_router()
+        outputs = asyncio.run(run())
+    assert outputs[-1].attempt == 1
+    assert {output.cached_tokens for output in outputs} == {32}
+    assert tokens_of(outputs) == tokens_of(undisturbed["ends by itself"])
+
+
+def test_a_full_router_is_passed_over_and_full_ones_refuse_only_what_is_new(model):
+    """One runs and one waits in each router: the fifth request is refused, but one that had begun is not."""
+
+    async def run():
+        async with backend_over(fleet) as backend:
+            asked = [GenerationRequest(f"r{i}", (5 + i, 9), SAMPLINGS["greedy"]) for i in range(4)]
+            streams = [backend.generate(request) for request in asked]
+            running = [await anext(streams[0]), await anext(streams[1])]
+            waiting = [asyncio.create_task(anext(stream)) for stream in streams[2:]]
+            while sum(router.status()["queue"] for router in fleet.routers) < 2:
+                await asyncio.sleep(0)
+            with pytest.raises(QueueFullError):
+                await anext(backend.generate(replace(asked[0], request_id="one too many")))
+            await asyncio.to_thread(fleet.kill, fleet.routers[0])
+            parts = [[part] for part in running + list(await asyncio.gather(*waiting))]
+
+            async def rest(stream, part):
+                return part + [output async for output in stream]
+
+            return await asyncio.gather(*map(rest, streams, parts))
+
+    with Fleet(model, engine__max_running=1, engine__max_waiting=1) as fleet:
+        fleet.add_router()
+        fleet.add_router()
+        outputs = asyncio.run(run())
+    assert [len(tokens_of(each)) for each in outputs] == [LONG] * 4
+    assert sorted({output.attempt for each in outputs for output in each}) == [0, 1]
+
+
+def test_a_stopped_process_that_wakes_is_fenced_and_a_killed_one_is_survived(model, undisturbed):
+    """SIGSTOP, SIGCONT while its requests go on elsewhere, then SIGKILL in the middle of others."""
+
+    async def run():
+        async with backend_over(fleet) as backend:
+            return await stopped_and_woken(backend), await killed(backend)
+
+    async def stopped_and_woken(backend):
+        moved = asyncio.Event()
+        waking = asyncio.create_task(wake(moved))
+        outputs = await Streams(backend, 8, stop, on_output=lambda o: o.attempt and moved.set()).run(requests())
+        await waking
+        return outputs
+
+    async def wake(moved):
+        await moved.wait()
+        os.kill(process.pid, signal.SIGCONT)
+
+    async def killed(backend):
+        while backend._pool._routers[process.address].mending is not None:
+            await backend._pool._changed.wait()
+        return await Streams(backend, 8, process.kill).run(requests())
+
+    def stop():
+        os.kill(process.pid, signal.SIGSTOP)
+        fleet.add_router()
+
+    with Fleet(model) as fleet, fleet.router_process() as process:
+        first, second = asyncio.run(run())
+    check_all(first, undisturbed)
+    assert {each[-1].attempt for each in first} == {1}
+    assert [tokens_of(each) for each in second] == [tokens_of(each) for each in first]
+    assert sorted(each[-1].attempt for each in second) == [0, 0, 0, 1, 1, 1]
