@@ -59,3 +59,11 @@ class QueueFullError(MoerayError):
 
 class RouterLostError(MoerayError):
     """The router that held the request is gone and no other took it over."""
+
+
+class TraceError(MoerayError, ValueError):
+    """A request trace cannot be read, or has nothing in it; the message names the file and line."""
+
+
+class SimulationError(MoerayError):
+    """A simulation cannot answer as asked: its cost file is wrong, or no number of actors meets the SLO."""

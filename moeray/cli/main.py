@@ -27,6 +27,7 @@ class _Commands(click.Group):
         "resume-autoscaling": "pause:resume",
         "scale": "scale",
         "serve": "serve",
+        "simulate": "simulate",
         "status": "status",
         "upcycle": "upcycle",
     }

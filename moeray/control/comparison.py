@@ -1,0 +1,102 @@
+"""The elastic system beside the best static one and the oracle, at one SLO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moeray.config import Config
+from moeray.control.cost import Costs
+from moeray.control.elastic import ElasticRun
+from moeray.control.fixed import FixedRuns, best_static, default_slo
+from moeray.control.oracle import best_oracle
+from moeray.control.outcome import Outcome, Slo
+from moeray.control.popularity import MoeShape
+from moeray.control.trace import Trace
+from moeray.control.world import World
+
+Report = Callable[[str, int, int], None]
+"""(what is done, units done, units in all)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    slo: Slo
+    elastic: Outcome
+    static: Outcome
+    oracle: Outcome
+    token_bound: float
+
+    @property
+    def outcomes(self) -> tuple[Outcome, Outcome, Outcome]:
+        return self.elastic, self.static, self.oracle
+
+    def saved(self, outcome: Outcome) -> float:
+        """The part of the static system's actor-hours that it does without."""
+        return 1 - outcome.actor_hours / self.static.actor_hours
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain data. `oracle_token_bound_ratio`: what would be saved if actors were needed in proportion to tokens in
+        and out and nothing else mattered."""
+        elastic, static, oracle = (outcome.summary() for outcome in self.outcomes)
+        keys = ("actor_hours", "node_hours", "router_hours", "cost", "slo_attainment")
+        return (
+            elastic
+            | {f"static_{key}": static[key] for key in keys}
+            | {f"oracle_{key}": oracle[key] for key in keys}
+            | {
+                "static_actors": static["actors_max"],
+                "actor_hours_saved_ratio": self.saved(self.elastic),
+                "oracle_saved_ratio": self.saved(self.oracle),
+                "oracle_token_bound_ratio": self.token_bound,
+                "node_hours_saved_ratio": 1 - elastic["node_hours"] / static["node_hours"],
+                "slo": asdict(self.slo),
+                "static": static,
+                "oracle": oracle,
+            }
+        )
+
+
+def compare(
+    world: World, slo: Slo | None, *, slo_factor: float, warm_start: bool, interval_s: float, seed: int, report: Report
+) -> Comparison:
+    """Search the static system and the oracle, and run the elastic one.
+
+    `slo` None: `slo_factor` times the p99 of a system with all the actors that may be. `warm_start`: the elastic system
+    begins with the actors of the static one, else with those of the config. Raises SimulationError where the SLO is out
+    of reach.
+    """
+    runs = FixedRuns(world)
+    report("best static placement", 0, 1)
+    slo = slo or default_slo(runs, slo_factor)
+    static = best_static(runs, slo)
+    report("best static placement", 1, 1)
+    oracle = best_oracle(runs, slo, static, interval_s, report)
+    actors = max(sample.actors for sample in static.curve)
+    start = world.mix(actors) if warm_start else {name: group.actors for name, group in world.groups.items()}
+    duration = math.ceil(static.end_s)
+    elastic = ElasticRun(world, start, seed).run(slo, lambda now: report("elastic", min(int(now), duration), duration))
+    return Comparison(slo, elastic, static, oracle, token_bound(world.trace, interval_s))
+
+
+def token_bound(trace: Trace, interval_s: float) -> float:
+    """1 - mean/peak of the tokens that come in an interval."""
+    edges = np.arange(math.floor(trace.duration_s / interval_s) + 2) * interval_s
+    tokens = np.histogram(trace.arrival_s, edges, weights=(trace.prompt + trace.output).astype(np.float64))[0]
+    return float(1 - tokens.mean() / tokens.max())
+
+
+def routers_for(trace: Trace, config: Config, costs: Costs, shape: MoeShape) -> int:
+    """How many routers a trace needs so that trunks and hops are busy for half of the time in its busiest minute."""
+    edges = np.arange(math.floor(trace.duration_s / 60) + 2) * 60.0
+    tokens = np.histogram(trace.arrival_s, edges, weights=(trace.prompt + trace.output).astype(np.float64))[0]
+    chunk = min(config.engine.prefill_chunk, config.engine.max_batch_tokens)
+    trunk = float(np.interp(chunk, costs.trunk_tokens, costs.trunk_s)) * shape.layers / costs.trunk_layers
+    forward = costs.forward_s + costs.expert_s + costs.row_s * chunk * shape.top_k / shape.experts
+    step = trunk + shape.layers * (costs.hop_s + costs.hop_row_s * chunk * shape.top_k + forward)
+    seconds = min(60.0, max(trace.duration_s, 1.0))
+    return max(1, math.ceil(2 * float(tokens.max()) / seconds * step / chunk))

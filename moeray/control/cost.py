@@ -1,0 +1,196 @@
+"""What a step costs: seconds of trunk, hops and experts, for any batch and any placement.
+
+A = actors, G = entries of a grid of token counts; the others as in `popularity`. The figures come from
+`moeray bench calibrate`; the defaults are those of a 24-layer, 32-expert, 1024x512 model in bf16 whose expert actors
+have one core of a 2-core virtual machine each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeray.control.placement import Placement
+from moeray.control.popularity import MoeShape, Popularity
+from moeray.errors import SimulationError
+from moeray.types import ExpertId
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds.
+
+    `trunk_tokens`, `trunk_s`: a step of the trunk of `trunk_layers` layers by its tokens, between them a straight line;
+    `decode_s`: what a decoding sequence adds to that (it reads its own KV cache). `forward_s` + `row_s` x rows +
+    `expert_s` x distinct experts: one layer's forward at one actor of speed 1. `hop_s` + `hop_row_s` x rows: the way
+    there and back of a layer's rows, planning and combining included.
+    `start_s`: from asking for an actor to its being ready, `map_s`: until an actor that is ready hosts further experts.
+    `cores`: how many actors can compute at once, on all nodes together (0: all).
+    """
+
+    trunk_tokens: tuple[int, ...] = (1, 32, 256, 2048)
+    trunk_s: tuple[float, ...] = (0.010, 0.011, 0.020, 0.100)
+    trunk_layers: int = 24
+    decode_s: float = 0.0001
+    forward_s: float = 0.00015
+    row_s: float = 0.0000107
+    expert_s: float = 0.00030
+    hop_s: float = 0.00040
+    hop_row_s: float = 0.0000010
+    start_s: float = 10.0
+    map_s: float = 0.5
+    cores: int = 0
+
+
+def load_costs(path: str | Path) -> Costs:
+    """Read the file that `moeray bench calibrate` wrote. Raises SimulationError, naming the key at fault."""
+    try:
+        tree = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise SimulationError(f"cost file {path}: {error.strerror}; write one with `moeray bench calibrate`") from error
+    except ValueError as error:
+        raise SimulationError(f"cost file {path}: is not JSON ({error}); see `moeray bench calibrate`") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("costs"), dict):
+        raise SimulationError(f"cost file {path}: has no `costs`; write one with `moeray bench calibrate`")
+    return _costs_from(tree["costs"], path)
+
+
+def _costs_from(tree: Mapping[str, Any], path: str | Path) -> Costs:
+    known = {f.name: f.default for f in fields(Costs)}
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise SimulationError(f"cost file {path}: unknown key costs.{key}; known are {', '.join(known)}")
+        many = isinstance(known[key], tuple)
+        numbers = value if many and isinstance(value, list) else [value]
+        if not numbers or not all(isinstance(n, int | float) and n >= 0 for n in numbers):
+            raise SimulationError(f"cost file {path}: costs.{key} must be 0 or more, got {value!r}")
+        values[key] = tuple(numbers) if many else value
+    costs = Costs(**values)
+    if len(costs.trunk_tokens) != len(costs.trunk_s) or sorted(set(costs.trunk_tokens)) != list(costs.trunk_tokens):
+        raise SimulationError(f"cost file {path}: costs.trunk_tokens must rise and be as many as costs.trunk_s")
+    return costs
+
+
+def token_grid(largest: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to `largest`: the batches whose cost is computed; others lie between."""
+    return (*(1 << i for i in range(largest.bit_length()) if 1 << i < largest), largest)
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """A placement's cost by tokens of the step.
+
+    `slowest_s[T]`: sum over the layers of the slowest actor's forward; `bottleneck_s[T]`: how long a step keeps the
+    busiest actor (or all cores) busy, which bounds the steps per second of all routers together; both are lists for
+    T = 0 to the largest. `busy_GA`: seconds that a step keeps each actor busy; `forwards_GA`: how many it asks of it.
+    """
+
+    actors: tuple[str, ...]
+    slowest_s: list[float]
+    bottleneck_s: list[float]
+    busy_GA: Floats
+    forwards_GA: Floats
+
+
+class StepCosts:
+    """Makes the tables, for one shape, one set of costs and steps of at most `largest` tokens."""
+
+    def __init__(self, costs: Costs, shape: MoeShape, largest: int) -> None:
+        self.costs, self.shape = costs, shape
+        self.grid = token_grid(largest)
+        self._tokens = np.arange(largest + 1)
+        self._batches: dict[int, tuple[Popularity, Ints]] = {}
+
+    @cached_property
+    def trunk_s(self) -> list[float]:
+        """Trunk and hops of a step by its tokens, without what decoding adds."""
+        costs, layers = self.costs, self.shape.layers
+        trunk = np.interp(self._tokens, costs.trunk_tokens, costs.trunk_s) * layers / costs.trunk_layers
+        hops = layers * (costs.hop_s + costs.hop_row_s * self.shape.top_k * self._tokens)
+        return [float(s) for s in trunk + hops]
+
+    @cached_property
+    def decode_s(self) -> float:
+        return self.costs.decode_s * self.shape.layers / self.costs.trunk_layers
+
+    @cached_property
+    def weights_TG(self) -> Floats:
+        """How much of each grid entry a step of T tokens is, so that sums over steps become sums over the grid."""
+        return np.stack([np.interp(self._tokens, self.grid, unit) for unit in np.eye(len(self.grid))], axis=1)
+
+    def table(self, placement: Placement, popularity: Popularity, speeds: Mapping[str, float]) -> StepTable:
+        """The table of a placement whose actors (the keys of `speeds`) compute that many times as fast as measured."""
+        actors = tuple(speeds)
+        rows_GLA, distinct_GLA = self._spread(placement, popularity, {actor: i for i, actor in enumerate(actors)})
+        costs = self.costs
+        asked_GLA = distinct_GLA > 0
+        seconds_GLA = costs.forward_s * asked_GLA + costs.row_s * rows_GLA + costs.expert_s * distinct_GLA
+        seconds_GLA /= np.array([speeds[actor] for actor in actors])
+        slowest_GL, busy_GA = seconds_GLA.max(axis=2), seconds_GLA.sum(axis=1)
+        bottleneck_G = busy_GA.max(axis=1)
+        if costs.cores:
+            slowest_GL = np.maximum(slowest_GL, seconds_GLA.sum(axis=2) / costs.cores)
+            bottleneck_G = np.maximum(bottleneck_G, busy_GA.sum(axis=1) / costs.cores)
+        return StepTable(
+            actors, self._by_tokens(slowest_GL.sum(axis=1)), self._by_tokens(bottleneck_G), busy_GA,
+            asked_GLA.sum(axis=1).astype(np.float64),
+        )  # fmt: skip
+
+    def _by_tokens(self, values_G: Floats) -> list[float]:
+        return [float(v) for v in np.interp(self._tokens, (0, *self.grid), (0.0, *values_G))]
+
+    def _spread(self, placement: Placement, popularity: Popularity, index: Mapping[str, int]) -> tuple[Floats, Floats]:
+        """Rows and distinct experts of each actor, [G, L, A], as the dispatcher chooses replicas.
+
+        An expert's rows of a step go to one replica: experts with one replica first, the others by falling rows, each
+        to its replica with the fewest rows so far (`dispatch.plan.balance_rows`).
+        """
+        batches_GLE = self._drawn(popularity)
+        shape, grid, count = self.shape, len(self.grid), len(index)
+        rows_GLA = np.zeros((grid, shape.layers, count))
+        distinct_GLA = np.zeros((grid, shape.layers, count))
+        for layer in range(shape.layers):
+            held = [[index[a] for a in placement.replicas[ExpertId(layer, e)]] for e in range(shape.experts)]
+            single = [e for e, actors in enumerate(held) if len(actors) == 1]
+            several = [e for e, actors in enumerate(held) if len(actors) > 1]
+            onto_EA = np.zeros((len(single), count))
+            onto_EA[np.arange(len(single)), [held[e][0] for e in single]] = 1.0
+            rows_GLA[:, layer] = batches_GLE[:, layer, single] @ onto_EA
+            distinct_GLA[:, layer] = (batches_GLE[:, layer, single] > 0) @ onto_EA
+            _balance(batches_GLE[:, layer], several, held, rows_GLA[:, layer], distinct_GLA[:, layer])
+        return rows_GLA, distinct_GLA
+
+    def _drawn(self, popularity: Popularity) -> Ints:
+        key = id(popularity)
+        if key not in self._batches:  # the popularity is kept with them, so that its id stays its own
+            self._batches[key] = (popularity, popularity.batches(self.grid))
+        return self._batches[key][1]
+
+
+def _balance(batches_GE: Ints, several: list[int], held: list[list[int]], rows_GA: Floats, distinct_GA: Floats) -> None:
+    """Add the rows of the experts with several replicas, in place."""
+    if not several:
+        return
+    widest = max(len(held[e]) for e in several)
+    actors_MR = np.array([held[e] + [-1] * (widest - len(held[e])) for e in several])
+    entries_G = np.arange(len(batches_GE))
+    counts_GM = batches_GE[:, several]
+    order_GM = np.argsort(-counts_GM, axis=1, kind="stable")
+    for nth in range(len(several)):
+        m_G = order_GM[:, nth]
+        n_G, actors_GR = counts_GM[entries_G, m_G], actors_MR[m_G]
+        loads_GR = np.where(actors_GR < 0, np.inf, rows_GA[entries_G[:, None], actors_GR])
+        chosen_G = actors_GR[entries_G, loads_GR.argmin(axis=1)]
+        rows_GA[entries_G, chosen_G] += n_G
+        distinct_GA[entries_G, chosen_G] += n_G > 0

@@ -1,0 +1,256 @@
+"""A run whose actors follow the load: the live controller's load windows, policies, votes and placement, simulated.
+
+An actor costs money from the moment it is asked for until it is gone. A placement is in force `map_s` after it was
+decided on; those who leave do so one interval later, when every router has passed to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeray.control.cost import StepTable
+from moeray.control.eplb import place
+from moeray.control.load import LoadBook, skew
+from moeray.control.members import Member, Members
+from moeray.control.outcome import Outcome, Sample, Slo, outcome
+from moeray.control.placement import Host, Placement
+from moeray.control.plan import plan_diff
+from moeray.control.policy import (
+    ExpertActorView,
+    GroupLimits,
+    PolicyInput,
+    RouterView,
+    Wish,
+    decide,
+    load_policies,
+)
+from moeray.control.reports import RouterReport
+from moeray.control.simulate import Engine
+from moeray.control.tally import Tally, share
+from moeray.control.votes import settle
+from moeray.control.world import World, group_of
+from moeray.errors import PlacementError
+from moeray.types import ExpertId
+
+EPOCH_S = 1_700_000_000.0
+"""The unix time at which a simulated trace begins, for schedules (2023-11-14 22:13:20 UTC)."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Next:
+    """A placement that is on its way: in force from `at_s` on; `leaving` are then free to go."""
+
+    at_s: float
+    placement: Placement
+    hosts: tuple[Host, ...]
+    leaving: tuple[Member, ...]
+
+
+class ElasticRun:
+    """One simulation. `start`: the actors of each group at second 0."""
+
+    def __init__(self, world: World, start: Mapping[str, int], seed: int = 0) -> None:
+        self.world, self.settings = world, world.config.control
+        self._policies = load_policies(self.settings.policies)
+        self._book = LoadBook(self.settings.window_s)
+        self._wishes: deque[Wish] = deque(maxlen=self.settings.shrink_votes)
+        self._rng = np.random.default_rng(seed)
+        self._members = Members(world.actors_per_node, world.costs.start_s, self.settings.warm_pool)
+        for group, count in start.items():
+            self._members.start_ready(group, count)
+        self._members.step(0.0)
+        self._replicas: Mapping[ExpertId, int] = {}
+        self._routers = world.config.router.actors
+        self._router_starts: list[float] = []
+        self._kept: dict[str, Tally] = {}
+        self._tallies: list[Tally] = []
+        self._next: _Next | None = None
+        hosts = self._hosts(self._members.serving(0.0))
+        self._placement = Placement()
+        self._placement = self._place({}, hosts, {})
+        self._epoch = 0
+        self._table = self._table_of(hosts)
+        self._engine = Engine(world.trace, world.config.engine, world.step_costs, self._table, self._routers)
+        self._publish(self._table)
+
+    def run(self, slo: Slo, report: Callable[[float], None]) -> Outcome:
+        """Simulate until every request has finished. `report` hears of the second that was reached."""
+        engine, trace = self._engine, self.world.trace
+        curve, served = [], []
+        while not engine.done:
+            curve.append(self._sample(engine.now))
+            report(engine.now)
+            engine.advance((len(curve)) * self.settings.interval_s)
+            served.append(engine.prompt_tokens + engine.generation_tokens)
+            self._tick(engine.now)
+        end = max(float(np.max(engine.latencies().last_s + trace.arrival_s)), trace.duration_s)
+        return outcome("elastic", trace, engine.latencies(), curve, served, end, slo)
+
+    # -- an interval --------------------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        self._report(now)
+        self._members.step(now)
+        self._advance_routers(now)
+        if self._next is not None and self._next.at_s <= now:
+            self._commit(self._next, now)
+        if self.settings.autoscale:
+            self._decide(now)
+        self._refresh(now)
+
+    def _report(self, now: float) -> None:
+        """Tell the load book what the actors and routers would."""
+        engine, interval = self._engine, self.settings.interval_s
+        weights_G = np.array(engine.steps_by_tokens) @ self.world.step_costs.weights_TG
+        tokens = float(np.dot(engine.steps_by_tokens, np.arange(len(engine.steps_by_tokens))))
+        engine.steps_by_tokens = [0] * len(engine.steps_by_tokens)
+        rows_LE = self._rng.poisson(tokens * self.world.popularity.of_epoch(self._epoch).chosen_LE)
+        busy_A = np.minimum(weights_G @ self._table.busy_GA, interval).tolist()
+        forwards_A = (weights_G @ self._table.forwards_GA).tolist()
+        others = 1 - 1 / max(1, len(engine.routers))
+        for tally, busy, forwards in zip(self._tallies, busy_A, forwards_A, strict=True):
+            self._book.fold(tally.report(rows_LE, busy, forwards, others * busy / interval), now)
+        for router in engine.routers:
+            running = len(router.prefills) + len(router.decodes)
+            self._book.fold(RouterReport(router.name, "1", running, len(router.waiting)), now)
+
+    def _advance_routers(self, now: float) -> None:
+        ready = sum(at <= now for at in self._router_starts)
+        self._router_starts = [at for at in self._router_starts if at > now]
+        if ready:
+            self._engine.resize_routers(self._engine.open_routers + ready)
+
+    # -- decisions ----------------------------------------------------------------------------------------------------
+
+    def _decide(self, now: float) -> None:
+        counts = {group: self._members.count(group) for group in self.world.groups}
+        seen = self._seen(now, counts)
+        self._wishes.append(decide(self._policies, seen))
+        current = Wish(counts, self._routers, self._replicas)
+        settled = settle(current, list(self._wishes), self.settings.shrink_votes)
+        self._scale_routers(settled.routers, now)
+        for group, count in settled.actors.items():
+            self._members.grow(group, max(0, count - counts[group]), now)
+        if self._next is None:
+            surplus = {group: max(0, counts[group] - count) for group, count in settled.actors.items()}
+            self._move(seen.load, settled.replicas, surplus, now)
+
+    def _seen(self, now: float, counts: Mapping[str, int]) -> PolicyInput:
+        book, world = self._book, self.world
+        busy, rates, waits = book.busy(now), book.service_rates(), book.queue_waits(now)
+        experts = tuple(
+            ExpertActorView(
+                m.actor_id, m.group, str(m.node), busy.get(m.actor_id, 0.0), rates.get(m.actor_id, 0.0),
+                waits.get(m.actor_id, 0.0),
+            )
+            for m in self._members.serving(now)
+        )  # fmt: skip
+        known = book.routers(now)
+        routers = tuple(RouterView(r.name, "", *known.get(r.name, ())) for r in self._engine.routers)
+        limits = {
+            name: GroupLimits(counts[name], *group.actors_span, group.price_per_hour, _tier(group.device))
+            for name, group in world.groups.items()
+        }
+        router = world.config.router
+        return PolicyInput(
+            EPOCH_S + now, book.idle_s(now), book.expert_rates(now), book.peak(now), experts, routers,
+            self._placement, limits, GroupLimits(self._routers, *router.actors_span, router.price_per_hour),
+            world.config.experts.replicas, self.settings,
+        )  # fmt: skip
+
+    def _scale_routers(self, wanted: int | None, now: float) -> None:
+        if wanted is None or wanted == self._routers:
+            return
+        if wanted > self._routers:
+            self._router_starts += [now + self.world.costs.start_s] * (wanted - self._routers)
+        else:
+            not_started = min(len(self._router_starts), self._routers - wanted)
+            del self._router_starts[len(self._router_starts) - not_started :]
+            self._engine.resize_routers(wanted - len(self._router_starts))
+        self._routers = wanted
+
+    def _move(
+        self, load: Mapping[ExpertId, float], replicas: Mapping[ExpertId, int], surplus: Mapping[str, int], now: float
+    ) -> None:
+        """Begin another placement, where actors came or are to go, replicas are wanted or the load is uneven."""
+        leaving = [m for group, count in surplus.items() for m in self._members.victims(group, count, now)]
+        starting = [m for m in leaving if m.ready_at > now]
+        self._members.leave(starting, now)
+        leaving = [m for m in leaving if m.ready_at <= now]
+        staying = [m for m in self._members.serving(now) if m not in leaving]
+        hosting = set(self._table.actors)
+        changed = {m.actor_id for m in staying} != hosting or dict(replicas) != dict(self._replicas)
+        if not changed and max(skew(load, self._placement).values()) <= self.settings.max_skew:
+            return
+        try:
+            hosts = self._hosts(staying)
+            placement = self._place(load, hosts, replicas)
+        except PlacementError:
+            return  # too little memory without those who were to leave: they stay, as the live plan would roll back
+        self._replicas = dict(replicas)
+        moves = plan_diff(self._placement, placement).moves
+        self._members.leave(leaving, math.inf)
+        map_s = self.world.costs.map_s if moves else 0.0
+        self._next = _Next(now + map_s, placement, tuple(hosts), tuple(leaving))
+
+    def _commit(self, coming: _Next, now: float) -> None:
+        self._placement, self._next = coming.placement, None
+        self._publish(self._table_of(coming.hosts))
+        self._members.leave(coming.leaving, now + self.settings.interval_s)
+        for member in coming.leaving:
+            self._book.forget(member.actor_id)
+            self._kept.pop(member.actor_id, None)
+
+    def _refresh(self, now: float) -> None:
+        """The same placement costs something else when the popularity has changed."""
+        epoch = self.world.popularity.epoch_at(now + 1e-9)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            hosts = [self.world.host(actor, group_of(actor)) for actor in self._table.actors]
+            self._publish(self._table_of(hosts))
+
+    def _publish(self, table: StepTable) -> None:
+        self._table = table
+        self._kept |= {actor: Tally(actor) for actor in table.actors if actor not in self._kept}
+        self._tallies = [self._kept[actor] for actor in table.actors]
+        share(self._tallies, self._placement)
+        self._engine.publish(table)
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _hosts(self, members: list[Member]) -> list[Host]:
+        return [self.world.host(m.actor_id, m.group, str(m.node)) for m in members]
+
+    def _place(self, load: Mapping[ExpertId, float], hosts: list[Host], replicas: Mapping[ExpertId, int]) -> Placement:
+        world, base = self.world, self.world.config.experts.replicas
+        every = {ExpertId(layer, e): base for layer, count in world.experts.items() for e in range(count)}
+        return place(
+            load, hosts, experts=world.experts, expert_bytes=world.expert_sizes,
+            replicas={expert: min(count, len(hosts)) for expert, count in (every | dict(replicas)).items()},
+            current=self._placement,
+            migration_cost=self.settings.migration_cost, max_skew=self.settings.max_skew,
+        )  # fmt: skip
+
+    def _table_of(self, hosts: Sequence[Host]) -> StepTable:
+        return self.world.table_of(self._placement, hosts, self._epoch)
+
+    def _sample(self, now: float) -> Sample:
+        members = self._members.members
+        price = Counter(m.group for m in members)
+        by_value = self.world.by_value[0]
+        groups = {name: group.price_per_hour for name, group in self.world.groups.items()}
+        routers = len(self._engine.routers) + len(self._router_starts)
+        cost = sum(count * groups.get(group, by_value.price_per_hour) for group, count in price.items())
+        cost += routers * self.world.config.router.price_per_hour
+        replicas = sum(map(len, self._placement.replicas.values()))
+        serving = len(self._members.serving(now))
+        return Sample(now, len(members), serving, self._members.nodes(), routers, replicas, cost)
+
+
+def _tier(device: str) -> str:
+    return "cuda" if device == "cuda" else "cpu"

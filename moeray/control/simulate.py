@@ -1,0 +1,267 @@
+"""A discrete-event simulation of routers that share expert actors.
+
+Each router does continuous batching as `engine.scheduler` does (without KV limits, preemption and prefix reuse).
+Between two events of a router, its steps are alike and are taken together. A step lasts
+
+    trunk(tokens) + hops + slowest expert actor(tokens) / (1 - U)
+
+where U is how busy the other routers keep the busiest actor: the arrival theorem of closed queueing networks (Reiser
+and Lavenberg 1980) with Schweitzer's approximation, so that R routers slow each other down at most R times.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeray.config import EngineConfig
+from moeray.control.cost import StepCosts, StepTable
+from moeray.control.trace import Trace
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(eq=False)
+class SimRouter:
+    """A router's sequences and the run of equal steps that it is in: `steps` of `step_s` each since `began`."""
+
+    name: str
+    closing: bool = False
+    waiting: deque[int] = field(default_factory=deque)
+    prefills: list[list[int]] = field(default_factory=list)  # [request, tokens left], oldest first
+    decodes: list[tuple[int, int]] = field(default_factory=list)  # heap of (last step, request)
+    step: int = 0
+    takes: list[int] = field(default_factory=list)
+    began: float = 0.0
+    step_s: float = 0.0
+    steps: int = 0
+    credited: int = 0
+    tokens: int = 0
+    busy: float = 0.0  # how busy it keeps the busiest actor
+    plan: int = 0  # counts the plans, so that an outdated event is known
+
+    @property
+    def outstanding(self) -> int:
+        return len(self.waiting) + len(self.prefills) + len(self.decodes)
+
+
+@dataclass(frozen=True, eq=False)
+class Latencies:
+    """Of each request, seconds since its arrival: `first_s` to the first token, `last_s` to the last."""
+
+    first_s: Floats
+    last_s: Floats
+
+
+class Engine:
+    """All routers, driven by `advance`. `table` may be exchanged at any moment with `publish`."""
+
+    def __init__(self, trace: Trace, settings: EngineConfig, costs: StepCosts, table: StepTable, routers: int) -> None:
+        self._settings, self._costs = settings, costs
+        self._arrival: list[float] = trace.arrival_s.tolist()
+        self._prompt: list[int] = trace.prompt.tolist()
+        self._output: list[int] = trace.output.tolist()
+        self._first = [math.nan] * len(trace)
+        self._last = [math.nan] * len(trace)
+        self._next = 0
+        self._unfinished = len(trace)
+        self._events: list[tuple[float, int, int, SimRouter]] = []
+        self._pushed = 0
+        self._named = 0
+        self._busy = 0.0
+        self.table = table
+        self.now = 0.0
+        self.routers: list[SimRouter] = []
+        self.prompt_tokens = self.generation_tokens = 0
+        self.steps_by_tokens = [0] * len(costs.trunk_s)  # since the caller last cleared it
+        for _ in range(routers):
+            self.add_router()
+
+    # -- what a driver may do ---------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return self._unfinished == 0
+
+    def latencies(self) -> Latencies:
+        """Of all requests; NaN for what has not come yet."""
+        arrival = np.array(self._arrival)
+        return Latencies(np.array(self._first) - arrival, np.array(self._last) - arrival)
+
+    def late(self, ttft_s: float, since: int = 0) -> tuple[int, int]:
+        """Of the requests from number `since` on that came at least `ttft_s` ago: how many had no first token within
+        that time, and the number of the first request that came later."""
+        due = bisect_right(self._arrival, self.now - ttft_s, since)
+        late = sum(not self._first[i] - self._arrival[i] <= ttft_s for i in range(since, due))
+        return late, due
+
+    def add_router(self) -> SimRouter:
+        router = SimRouter(f"router-{self._named}")
+        self._named += 1
+        self.routers.append(router)
+        return router
+
+    def close_router(self, router: SimRouter) -> None:
+        """It takes no new requests, and is gone when it has finished those it has."""
+        router.closing = True
+        self._leave_if_empty(router)
+
+    def resize_routers(self, count: int) -> None:
+        """So many routers take requests from now on; those with least to do close, closing ones come back first."""
+        closing = [router for router in self.routers if router.closing]
+        for router in sorted(closing, key=lambda r: -r.outstanding)[: max(count - self.open_routers, 0)]:
+            router.closing = False
+        for _ in range(count - self.open_routers):
+            self.add_router()
+        taking = sorted((r for r in self.routers if not r.closing), key=lambda r: r.outstanding)
+        for router in taking[: max(len(taking) - count, 0)]:
+            self.close_router(router)
+
+    @property
+    def open_routers(self) -> int:
+        """How many routers take requests."""
+        return sum(not router.closing for router in self.routers)
+
+    def publish(self, table: StepTable) -> None:
+        """Another placement: in force at each router from its next step on."""
+        self.table = table
+        for router in self.routers:
+            self._cut(router, self.now)
+
+    def advance(self, until: float) -> None:
+        """Simulate to the moment `until`; steps that end by then are counted in `steps_by_tokens`."""
+        events, arrival, count = self._events, self._arrival, len(self._arrival)
+        while True:
+            event_at = events[0][0] if events else math.inf
+            arrival_at = arrival[self._next] if self._next < count else math.inf
+            at = event_at if event_at <= arrival_at else arrival_at
+            if at > until or at == math.inf:
+                break
+            self.now = at
+            if event_at <= arrival_at:
+                _, _, plan, router = heapq.heappop(events)
+                if plan == router.plan:
+                    self._finish_steps(router)
+            else:
+                self._arrive(self._next)
+                self._next += 1
+        if until != math.inf:
+            self.now = until
+        for router in self.routers:
+            if router.steps:
+                self._credit(router, min(int((self.now - router.began) / router.step_s), router.steps))
+
+    # -- requests and steps -----------------------------------------------------------------------------------------
+
+    def _arrive(self, request: int) -> None:
+        router = min((r for r in self.routers if not r.closing), key=lambda r: r.outstanding)
+        router.waiting.append(request)
+        if not router.steps:
+            self._plan(router)
+        elif len(router.prefills) + len(router.decodes) < self._settings.max_running:
+            self._cut(router, self.now)
+
+    def _cut(self, router: SimRouter, now: float) -> None:
+        """End the run of equal steps with the step that the router is in."""
+        current = int((now - router.began) / router.step_s) + 1 if router.steps else 0
+        if current < router.steps:
+            router.steps = current
+            self._push(router)
+
+    def _push(self, router: SimRouter) -> None:
+        router.plan += 1
+        self._pushed += 1
+        end = router.began + router.steps * router.step_s
+        heapq.heappush(self._events, (end, self._pushed, router.plan, router))
+
+    def _plan(self, router: SimRouter) -> None:
+        """Choose the next batch and how many steps it stays the same."""
+        decodes = len(router.decodes)
+        takes = self._prefill_takes(router, decodes)
+        steps = router.decodes[0][0] - router.step if decodes else 1 << 60
+        for (_, left), take in zip(router.prefills, takes, strict=False):
+            steps = min(steps, left // take)
+        tokens = decodes + sum(takes)
+        if not tokens:
+            self._rest(router)
+            return
+        table, others = self.table, self._busy - router.busy
+        others = min(max(others, 0.0), 1 - 1 / len(self.routers))
+        step_s = self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + table.slowest_s[tokens] / (1 - others)
+        self._set_busy(router, table.bottleneck_s[tokens] / step_s)
+        router.takes, router.tokens = takes, tokens
+        router.began, router.step_s, router.steps, router.credited = self.now, step_s, steps, 0
+        self._push(router)
+
+    def _rest(self, router: SimRouter) -> None:
+        router.takes, router.tokens, router.steps, router.credited = [], 0, 0, 0
+        router.plan += 1
+        self._set_busy(router, 0.0)
+        self._leave_if_empty(router)
+
+    def _set_busy(self, router: SimRouter, busy: float) -> None:
+        self._busy += busy - router.busy
+        router.busy = busy
+
+    def _leave_if_empty(self, router: SimRouter) -> None:
+        if router.closing and not router.outstanding:
+            self.routers.remove(router)
+
+    def _prefill_takes(self, router: SimRouter, decodes: int) -> list[int]:
+        """Tokens of the step for each of the first prefills, as `Scheduler._prefills` shares them out."""
+        settings, prefills = self._settings, router.prefills
+        budget = settings.max_batch_tokens - decodes
+        if decodes:
+            budget = min(budget, settings.prefill_chunk)
+        takes: list[int] = []
+        while budget:
+            if len(takes) == len(prefills):
+                if not router.waiting or len(prefills) + decodes >= settings.max_running:
+                    break
+                request = router.waiting.popleft()
+                prefills.append([request, self._prompt[request]])
+            take = min(prefills[len(takes)][1], -(-budget // 2))
+            takes.append(take)
+            budget -= take
+        for i, take in enumerate(takes):
+            more = min(prefills[i][1] - take, budget)
+            takes[i] += more
+            budget -= more
+        return takes
+
+    def _credit(self, router: SimRouter, steps: int) -> None:
+        self.steps_by_tokens[router.tokens] += steps - router.credited
+        self.generation_tokens += (steps - router.credited) * len(router.decodes)
+        self.prompt_tokens += (steps - router.credited) * (router.tokens - len(router.decodes))
+        router.credited = steps
+
+    def _finish_steps(self, router: SimRouter) -> None:
+        steps, now = router.steps, self.now
+        self._credit(router, steps)
+        router.step += steps
+        while router.decodes and router.decodes[0][0] == router.step:
+            self._end(heapq.heappop(router.decodes)[1])
+        for prefill, take in zip(router.prefills, router.takes, strict=False):
+            prefill[1] -= take * steps
+            if not prefill[1]:
+                self._first_token(router, prefill[0], now)
+        router.prefills = [prefill for prefill in router.prefills if prefill[1]]
+        self._plan(router)
+
+    def _first_token(self, router: SimRouter, request: int, now: float) -> None:
+        self._first[request] = now
+        self.generation_tokens += 1
+        if self._output[request] == 1:
+            self._end(request)
+        else:
+            heapq.heappush(router.decodes, (router.step + self._output[request] - 1, request))
+
+    def _end(self, request: int) -> None:
+        self._last[request] = self.now
+        self._unfinished -= 1

@@ -1,0 +1,170 @@
+"""Request traces: when requests came and how many tokens went in and out. Azure's CSV and Mooncake's JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeray.errors import TraceError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_T = TypeVar("_T")
+
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_MOONCAKE = ("timestamp", "input_length", "output_length")
+
+
+class _Row(NamedTuple):
+    at_s: float
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in order of arrival.
+
+    `arrival_s`: seconds since the trace began; `prompt` and `output`: tokens, at least 1 each (an engine computes and
+    answers with no less, so a 0 in a file counts as 1). `duration_s`: how long the trace observed.
+    """
+
+    name: str
+    arrival_s: Floats
+    prompt: Ints
+    output: Ints
+    duration_s: float
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def window(self, start_s: float, length_s: float | None) -> Trace:
+        """The requests of [start_s, start_s + length_s), counted from its start. Raises TraceError for none."""
+        end = self.duration_s if length_s is None else min(start_s + length_s, self.duration_s)
+        keep = (self.arrival_s >= start_s) & ((self.arrival_s < end) | (length_s is None))
+        if not keep.any():
+            raise TraceError(
+                f"{self.name}: no request between second {start_s:g} and {end:g}; the trace lasts {self.duration_s:g} s"
+            )
+        return replace(
+            self,
+            arrival_s=self.arrival_s[keep] - start_s,
+            prompt=self.prompt[keep],
+            output=self.output[keep],
+            duration_s=end - start_s,
+        )
+
+    def faster(self, speed: float) -> Trace:
+        """The same requests in 1/speed of the time."""
+        return replace(self, arrival_s=self.arrival_s / speed, duration_s=self.duration_s / speed)
+
+    def scaled(self, factor: float) -> Trace:
+        """`factor` times as many requests in the same time, evenly thinned or repeated.
+
+        Copies of a request spread over the gap to the next one. Raises TraceError where none is left.
+        """
+        edges = np.floor(np.arange(len(self) + 1) * factor)
+        copies = np.diff(edges).astype(np.int64)
+        if not copies.sum():
+            raise TraceError(f"{self.name}: scaled by {factor:g} no request is left; raise the factor")
+        index = np.repeat(np.arange(len(self)), copies)
+        nth = np.arange(len(index)) - np.repeat(np.cumsum(copies) - copies, copies)
+        gap = np.diff(self.arrival_s, append=self.duration_s)
+        arrival = self.arrival_s[index] + gap[index] * nth / copies[index]
+        return replace(self, arrival_s=arrival, prompt=self.prompt[index], output=self.output[index])
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read a trace; which format it has is seen from its first line. Raises TraceError with file and line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TraceError(f"trace {path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise TraceError(f"trace {path}: is not UTF-8 text; give an Azure CSV or a Mooncake JSONL file") from error
+    first = text.lstrip().partition("\n")[0]
+    if first.startswith("{"):
+        rows = _read_mooncake(text, path)
+    elif set(_AZURE) <= {name.strip() for name in first.split(",")}:
+        rows = _read_azure(text, path)
+    else:
+        raise TraceError(
+            f"trace {path}, line 1: neither an Azure CSV (header {','.join(_AZURE)}) nor Mooncake JSON lines "
+            f"(keys {', '.join(_MOONCAKE)})"
+        )
+    if not rows:
+        raise TraceError(f"trace {path}: has no request")
+    return trace_of(path.name, rows)
+
+
+def trace_of(name: str, rows: Sequence[tuple[float, int, int]]) -> Trace:
+    """A trace from (seconds, prompt tokens, output tokens), in any order; the first request is at second 0."""
+    table = np.array(rows, dtype=np.float64)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    arrival = table[:, 0] - table[0, 0]
+    tokens = np.maximum(table[:, 1:], 1).astype(np.int64)
+    return Trace(name, arrival, tokens[:, 0], tokens[:, 1], float(arrival[-1]))
+
+
+def _read_azure(text: str, path: Path) -> list[_Row]:
+    reader = csv.reader(io.StringIO(text))
+    header = [name.strip() for name in next(reader)]
+    columns = [header.index(name) for name in _AZURE]
+
+    def row(cells: list[str]) -> _Row:
+        if len(cells) != len(header):
+            raise ValueError(f"has {len(cells)} columns, the header has {len(header)}")
+        at, prompt, output = (cells[column].strip() for column in columns)
+        when = datetime.fromisoformat(at)
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=UTC)
+        return _Row(when.timestamp(), _count(prompt), _count(output))
+
+    return [_parsed(row, cells, path, reader.line_num) for cells in reader if cells]
+
+
+def _read_mooncake(text: str, path: Path) -> list[_Row]:
+    def row(line: str) -> _Row:
+        tree = json.loads(line)
+        if not isinstance(tree, dict):
+            raise ValueError("is not a JSON object")
+        missing = [key for key in _MOONCAKE if key not in tree]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        at = tree["timestamp"]
+        if isinstance(at, bool) or not isinstance(at, int | float):
+            raise ValueError(f"timestamp must be a number of milliseconds, got {at!r}")
+        return _Row(at / 1000, _count(tree["input_length"]), _count(tree["output_length"]))
+
+    lines = enumerate(text.splitlines(), 1)
+    return [_parsed(row, line, path, number) for number, line in lines if line.strip()]
+
+
+def _parsed(parse: Callable[[_T], _Row], raw: _T, path: Path, line: int) -> _Row:
+    try:
+        return parse(raw)
+    except ValueError as error:
+        raise TraceError(f"trace {path}, line {line}: {' '.join(str(error).split())}") from error
+
+
+def _count(value: object) -> int:
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError
+        count = int(value)
+    except ValueError:
+        raise ValueError(f"token counts must be whole numbers, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"token counts must be 0 or more, got {count}")
+    return count

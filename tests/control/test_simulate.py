@@ -1,0 +1,230 @@
+"""What must hold of any simulated run, whatever the figures."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from moeray.config import EngineConfig, config_from
+from moeray.control.comparison import compare
+from moeray.control.cost import Costs, StepCosts, load_costs
+from moeray.control.elastic import ElasticRun
+from moeray.control.fixed import FixedRuns, best_static
+from moeray.control.members import Members
+from moeray.control.outcome import Slo
+from moeray.control.popularity import MoeShape, PopularityModel, inclusion
+from moeray.control.simulate import Engine
+from moeray.control.tally import queue_wait
+from moeray.control.trace import trace_of
+from moeray.control.world import World
+from moeray.errors import SimulationError
+
+SHAPE = MoeShape(4, 16, 4)
+COSTS = Costs(trunk_tokens=(1, 2048), trunk_s=(0.002, 0.02), trunk_layers=4, row_s=5e-5, start_s=4, map_s=0.5)
+ANY = Slo(math.inf, math.inf)
+
+
+def waves(seconds=240, rate=8.0, depth=0.9, seed=0):
+    """Poisson arrivals whose rate is a sine."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for second in range(seconds):
+        now = rate * (1 + depth * math.sin(2 * math.pi * second / 120))
+        rows += [
+            (second + x, int(rng.integers(20, 600)), int(rng.integers(1, 60))) for x in rng.random(rng.poisson(now))
+        ]
+    return trace_of("waves", rows)
+
+
+def world(trace=None, *, most=24, routers=3, skew="uniform", **control):
+    config = config_from(
+        {
+            "experts": {"actors": 2, "min_actors": 1, "max_actors": most},
+            "router": {"actors": routers},
+            "control": control,
+        }
+    )
+    return World(waves() if trace is None else trace, config, COSTS, SHAPE, PopularityModel(skew, SHAPE, 0))
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return compare(world(), None, slo_factor=2, warm_start=True, interval_s=30, seed=0, report=lambda *progress: None)
+
+
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "shifting"])
+def test_every_request_finishes_and_no_token_is_lost(skew):
+    it = world(skew=skew)
+    for outcome in (
+        FixedRuns(it).run("static", FixedRuns(it).constant(4), ANY),
+        ElasticRun(it, {"experts": 2}).run(ANY, lambda now: None),
+    ):
+        assert not np.isnan(outcome.latencies.last_s).any()
+        assert (outcome.latencies.first_s > 0).all()
+        assert (outcome.latencies.last_s >= outcome.latencies.first_s).all()
+        ends = [s.at_s for s in outcome.curve[1:]] + [outcome.end_s]
+        served = sum(s.served * (end - s.at_s) for s, end in zip(outcome.curve, ends, strict=True))
+        assert served == pytest.approx(it.trace.prompt.sum() + it.trace.output.sum())
+
+
+def test_actor_hours_are_the_integral_of_the_curve(compared):
+    for outcome in compared.outcomes:
+        curve, total = outcome.curve, 0.0
+        for here, there in zip(curve, [*curve[1:], None], strict=True):
+            total += here.actors * ((outcome.end_s if there is None else there.at_s) - here.at_s) / 3600
+        assert outcome.actor_hours == pytest.approx(total)
+
+
+def test_more_actors_never_raise_the_p99():
+    runs = FixedRuns(world())
+    p99s = [runs.run("", runs.constant(count), ANY).p99 for count in (1, 2, 4, 8, 16)]
+    assert all(b.ttft_s <= a.ttft_s * 1.001 for a, b in itertools.pairwise(p99s))
+    assert all(b.tpot_s <= a.tpot_s * 1.001 for a, b in itertools.pairwise(p99s))
+
+
+def test_the_best_static_is_the_smallest_that_meets_the_slo():
+    runs = FixedRuns(world())
+    slo = Slo(1.0, 0.1)
+    best = best_static(runs, slo).curve[0].actors
+    assert 1 < best < 24
+    assert runs.meets(runs.constant(best), slo)
+    assert not runs.meets(runs.constant(best - 1), slo)
+
+
+def test_the_oracle_costs_least_and_static_and_oracle_meet_the_slo(compared):
+    assert compared.static.attainment >= 0.99
+    assert compared.oracle.attainment >= 0.99
+    assert compared.oracle.actor_hours < compared.static.actor_hours
+
+
+def test_an_slo_out_of_reach_says_so():
+    with pytest.raises(SimulationError, match=r"24 actors.*raise --slo"):
+        best_static(FixedRuns(world()), Slo(1e-4, 1e-4))
+
+
+def test_a_seed_gives_the_same_run():
+    runs = [ElasticRun(world(skew="zipf"), {"experts": 4}, seed=3).run(ANY, lambda now: None) for _ in range(2)]
+    assert runs[0].curve == runs[1].curve
+    assert (runs[0].latencies.last_s == runs[1].latencies.last_s).all()
+
+
+def test_the_actors_grow_with_a_step_and_shrink_after_it():
+    """Little, then much, then little load; growth is counted from the moment it is asked for."""
+    rows = [(t, 300, 10) for t in np.arange(0, 100, 2.0)]
+    rows += [(t, 300, 10) for t in np.arange(100, 200, 0.05)]
+    rows += [(t, 300, 10) for t in np.arange(200, 500, 2.0)]
+    outcome = ElasticRun(world(trace_of("step", rows)), {"experts": 2}).run(ANY, lambda now: None)
+    at = {sample.at_s: sample for sample in outcome.curve}
+    assert at[190].actors > 2 * at[98].actors
+    assert at[490].actors < at[190].actors / 2
+    growing = next(s for s in outcome.curve if s.at_s > 100 and s.actors > at[98].actors)
+    assert growing.serving <= at[98].serving
+
+
+def test_warm_actors_cost_from_the_start():
+    cold = ElasticRun(world(), {"experts": 4}).run(ANY, lambda now: None)
+    warm = ElasticRun(world(warm_pool=3), {"experts": 4}).run(ANY, lambda now: None)
+    assert warm.curve[0].actors == cold.curve[0].actors + 3
+
+
+def test_memory_bounds_the_smallest_system():
+    config = config_from({"experts": {"actors": 1, "max_actors": 8, "memory_gib": 1}, "router": {"actors": 3}})
+    size = 2**30 // 16  # 64 experts of this size need 4 actors
+    it = World(waves(), config, COSTS, SHAPE, PopularityModel("uniform", SHAPE, 0), expert_bytes=size)
+    assert best_static(FixedRuns(it), Slo(1e6, 1e6)).curve[0].actors == 4
+
+
+def test_no_router_takes_more_than_max_running_and_steps_keep_the_token_budget():
+    trace = trace_of("burst", [(0.0, 100, 50)] * 40)
+    engine_config = EngineConfig(max_running=8, max_batch_tokens=64, prefill_chunk=32)
+    costs = StepCosts(COSTS, SHAPE, 64)
+    it = world(trace)
+    placement = it.settled_placement(it.hosts(2), it.hindsight.load)
+    engine = Engine(trace, engine_config, costs, it_table(costs, it, placement), 1)
+    most = 0
+    while not engine.done:
+        engine.advance(engine.now + 0.01)
+        (router,) = engine.routers
+        most = max(most, len(router.prefills) + len(router.decodes))
+        assert router.tokens <= 64
+    assert most == 8
+    assert engine.prompt_tokens == 40 * 100
+    assert engine.generation_tokens == 40 * 50
+
+
+def it_table(costs, it, placement):
+    return costs.table(placement, it.popularity.of_epoch(0), {host.actor_id: 1.0 for host in it.hosts(2)})
+
+
+def test_a_lone_request_takes_what_its_steps_take():
+    """One prompt of 100 tokens and 3 answers, on an idle system: a prefill step and two decode steps."""
+    it = world(trace_of("one", [(0.0, 100, 3)]))
+    outcome = FixedRuns(it).run("", FixedRuns(it).constant(4), ANY)
+    costs, hosts = it.step_costs, it.hosts(4)
+    table = it.table_of(it.settled_placement(hosts, it.hindsight.load), hosts, 0)
+    prefill = costs.trunk_s[100] + table.slowest_s[100]
+    decode = costs.trunk_s[1] + costs.decode_s + table.slowest_s[1]
+    assert outcome.latencies.first_s[0] == pytest.approx(prefill)
+    assert outcome.latencies.last_s[0] == pytest.approx(prefill + 2 * decode)
+
+
+def test_a_large_system_is_simulated():
+    """61 layers of 256 experts on 1,000 actors."""
+    shape = MoeShape(61, 256, 8)
+    config = config_from({"experts": {"actors": 1000, "min_actors": 1, "max_actors": 1000}, "router": {"actors": 4}})
+    it = World(waves(20, 2), config, Costs(), shape, PopularityModel("zipf", shape, 0))
+    outcome = ElasticRun(it, {"experts": 1000}).run(ANY, lambda now: None)
+    assert outcome.curve[0].actors == 1000
+    assert not np.isnan(outcome.latencies.last_s).any()
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 16])
+def test_a_token_chooses_an_expert_once(top_k):
+    chosen = inclusion(1 / np.arange(1, 17), top_k)
+    assert chosen.sum() == pytest.approx(top_k)
+    assert chosen.max() <= 1
+    assert (np.diff(chosen) <= 1e-12).all()
+
+
+def test_shifting_popularity_shifts_and_the_others_do_not():
+    for skew, same in (("uniform", True), ("zipf", True), ("shifting", False)):
+        model = PopularityModel(skew, SHAPE, 0)
+        late = model.of_epoch(model.epoch_at(600))
+        assert np.allclose(model.of_epoch(0).chosen_LE, late.chosen_LE) is same
+
+
+def test_leavers_empty_whole_nodes():
+    members = Members(actors_per_node=4, start_s=1)
+    members.start_ready("g", 10)
+    assert members.nodes() == 3
+    leaving = members.victims("g", 2, 5.0)
+    assert {m.node for m in leaving} == {2}
+    members.leave(leaving, 6.0)
+    members.step(6.0)
+    assert members.nodes() == 2
+
+
+@pytest.mark.parametrize(
+    ("busy", "expected"), [(0.0, 0.0), (0.01, 0.0), (0.5, 2 * math.log(50)), (0.9, 10 * math.log(90))]
+)
+def test_queue_wait_is_that_of_an_mm1_queue(busy, expected):
+    assert queue_wait(1.0, busy, 0.99) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no", "is not JSON"),
+        ("{}", "has no `costs`"),
+        ('{"costs": {"row": 1}}', "unknown key costs.row"),
+        ('{"costs": {"row_s": -1}}', "costs.row_s must be 0 or more"),
+        ('{"costs": {"trunk_tokens": [1, 2], "trunk_s": [1]}}', "as many as"),
+    ],
+)
+def test_a_wrong_cost_file_is_named(tmp_path, text, message):
+    path = tmp_path / "costs.json"
+    path.write_text(text)
+    with pytest.raises(SimulationError, match=r"costs.json") as raised:
+        load_costs(path)
+    assert message in str(raised.value)

@@ -1,0 +1,106 @@
+"""Trace readers: both formats by content, and one line with file and line number for what is wrong."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moeray.control.trace import read_trace, trace_of
+from moeray.errors import TraceError
+
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,0\n"
+)
+MOONCAKE = (
+    '{"timestamp": 500, "input_length": 10, "output_length": 3, "hash_ids": [0]}\n'
+    '{"timestamp": 0, "input_length": 7, "output_length": 1, "hash_ids": []}\n'
+)
+SHARED = Path(os.environ.get("MOERAY_TRACES", "/work/shared/traces"))
+
+
+@pytest.mark.parametrize(
+    ("text", "arrival", "prompt", "output"),
+    [
+        (AZURE, [0, 4.314579], [374, 396], [44, 1]),
+        (AZURE.replace("\n", "\r\n"), [0, 4.314579], [374, 396], [44, 1]),
+        ("\ufeff" + AZURE, [0, 4.314579], [374, 396], [44, 1]),
+        (
+            "GeneratedTokens,model,TIMESTAMP,ContextTokens\n5,m,2024-05-10 00:00:01+00:00,6\n"
+            "7,m,2024-05-10 00:00:00+00:00,8\n",
+            [0, 1], [8, 6], [7, 5],
+        ),
+        (MOONCAKE, [0, 0.5], [7, 10], [1, 3]),
+    ],
+)  # fmt: skip
+def test_both_formats_are_read_and_sorted(tmp_path, text, arrival, prompt, output):
+    path = tmp_path / "any-name"
+    path.write_text(text)
+    trace = read_trace(path)
+    assert trace.arrival_s == pytest.approx(arrival)
+    assert (trace.prompt.tolist(), trace.output.tolist()) == (prompt, output)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: neither"),
+        ("a,b,c\n1,2,3\n", "line 1: neither"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no request"),
+        (AZURE + "2023-11-16 18:15:51,12\n", "line 4: has 2 columns"),
+        (AZURE + "yesterday,1,2\n", "line 4: Invalid isoformat"),
+        (AZURE + "2023-11-16 18:15:51,1,-2\n", "line 4: token counts must be 0 or more"),
+        (AZURE + "2023-11-16 18:15:51,1.5,2\n", "line 4: token counts must be whole numbers, got '1.5'"),
+        (MOONCAKE + '{"timestamp": 1}\n', "line 3: lacks input_length, output_length"),
+        (MOONCAKE + "\n{\n", "line 4: Expecting"),
+        (MOONCAKE + "[1]\n", "line 3: is not a JSON object"),
+        (MOONCAKE.replace("500", '"soon"'), "line 1: timestamp must be a number"),
+        (MOONCAKE.replace("10", "true"), "line 1: token counts must be whole numbers"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, text, message):
+    path = tmp_path / "trace.txt"
+    path.write_text(text)
+    with pytest.raises(TraceError, match=r"trace\.txt") as raised:
+        read_trace(path)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_or_binary_file_is_one_line(tmp_path):
+    with pytest.raises(TraceError, match="No such file"):
+        read_trace(tmp_path / "none.csv")
+    (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TraceError, match="not UTF-8"):
+        read_trace(tmp_path / "x")
+
+
+def test_windows_speed_and_scale():
+    trace = trace_of("t", [(i, i + 1, 1) for i in range(100)])
+    part = trace.window(10, 20)
+    assert (part.arrival_s[0], len(part), part.prompt[0], part.duration_s) == (0, 20, 11, 20)
+    assert len(trace.window(90, None)) == 10
+    with pytest.raises(TraceError, match="no request between"):
+        trace.window(200, 10)
+    assert trace.faster(4).arrival_s[-1] == pytest.approx(99 / 4)
+    assert len(trace.scaled(0.25)) == 25
+    double = trace.scaled(2)
+    assert len(double) == 200
+    assert (np.diff(double.arrival_s) >= 0).all()
+    assert double.arrival_s[1] == pytest.approx(0.5)
+    with pytest.raises(TraceError, match="no request is left"):
+        trace.scaled(0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "requests"),
+    [
+        ("AzureLLMInferenceTrace_conv.csv", 19366),
+        ("AzureLLMInferenceTrace_code.csv", 8819),
+        ("mooncake_conversation_trace.jsonl", 12031),
+    ],
+)
+def test_public_traces(name, requests):
+    if not (SHARED / name).exists():
+        pytest.skip(f"the public trace {name} is not on this machine")
+    assert len(read_trace(SHARED / name)) == requests
