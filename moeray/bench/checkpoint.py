@@ -22,7 +22,21 @@ class Shape:
     heads: int = 8
 
 
-def write_random_moe(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+@dataclass(frozen=True)
+class Steering:
+    """Prompts of the tokens below `tokens` go to one expert: those tokens' embeddings have a direction in common, with
+    which that expert's row of the gate is aligned. Other tokens have as much of it as of any other direction."""
+
+    layer: int = 0
+    expert: int = 0
+    tokens: int = 64
+    strength: float = 3.0
+    """How long the common part is, to a random embedding's length of 1."""
+
+
+def write_random_moe(
+    shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, steering: Steering | None = None
+) -> Path:
     """Write it with `save_pretrained`. Weights are scaled so that experts differ and tokens vary."""
     torch.manual_seed(seed)
     config = MixtralConfig(
@@ -37,5 +51,16 @@ def write_random_moe(shape: Shape, folder: Path, dtype: torch.dtype = torch.bflo
             if weight.dim() >= 2:
                 scale = 1.0 if "embed_tokens" in name else weight.shape[-1] ** -0.5
                 weight.normal_(0.0, scale)
+    if steering is not None:
+        _steer(model, steering)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def _steer(model: MixtralForCausalLM, steering: Steering) -> None:
+    embedding_VD = model.get_input_embeddings().weight
+    gate_ED = model.get_parameter(f"model.layers.{steering.layer}.mlp.gate.weight")
+    row_D = gate_ED[steering.expert]
+    direction_D = row_D / row_D.norm()
+    embedding_VD[: steering.tokens] += steering.strength * embedding_VD.shape[1] ** 0.5 * direction_D

@@ -30,6 +30,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def surroundings() -> dict[str, Any]:
+    """The environment, and how busy the machine is besides (its load average of the last minute)."""
+    return {"environment": environment(), "load_average": os.getloadavg()[0]}
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -89,7 +89,7 @@ class _Search:
         self._board, self._part = board, part
         self._hosts = np.array(part.hosts)
         self._at = {host: at for at, host in enumerate(part.hosts)}
-        self._speed = np.array(board.speed)[self._hosts]
+        self._speed = board.speeds[self._hosts]
         self._load = np.array(part.load)[self._hosts]
         # Of hosts that end equally early the one with the least total load is to come first.
         self._tie = 1e-9 * np.array(board.total)[self._hosts] / self._speed
@@ -217,8 +217,8 @@ def improve_totals(
     speed, total = board.speed, board.total
     mean = sum(total) / sum(speed)
     least = max(cost, LEAST_TOTAL_GAIN * mean)
-    ends = [board.end(part) for part in parts]
-    on: dict[int, list[tuple[int, int]]] | None = None
+    ends: list[float] = []
+    on: list[list[tuple[int, int]]] = []
     hot = [(-total[h] / speed[h], h) for h in range(len(total))]
     takers = set(only or range(len(total)))
     cool = [(total[h] / speed[h], h) for h in takers]
@@ -231,14 +231,15 @@ def improve_totals(
             break
         if -key != total[host] / speed[host]:
             continue  # its load has changed since; a newer entry follows
-        on = on if on is not None else _on_all(parts)
+        if not on:
+            on, ends = _on_all(board, parts), [board.end(part) for part in parts]
         targets = _coolest(board, cool, host)
         step = _total_step(board, parts, ends, on[host], host, targets)
         if step is not None and step[0] > least:
             _, at, expert, to = step
             board.move(parts[at], expert, host, to)
             on[host].remove((at, expert))
-            on.setdefault(to, []).append((at, expert))
+            on[to].append((at, expert))
             for changed in (host, to):
                 heappush(hot, (-total[changed] / speed[changed], changed))
             moves, stuck = moves + 1, 0
@@ -249,12 +250,13 @@ def improve_totals(
     return moves
 
 
-def _on_all(parts: Sequence[Part]) -> dict[int, list[tuple[int, int]]]:
-    on: dict[int, list[tuple[int, int]]] = {}
+def _on_all(board: Board, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
+    """The (part, expert) of each host's replicas."""
+    on: list[list[tuple[int, int]]] = [[] for _ in board.hosts]
     for at, part in enumerate(parts):
         for expert in part.experts:
             for host in part.held[expert]:
-                on.setdefault(host, []).append((at, expert))
+                on[host].append((at, expert))
     return on
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeray.control.placement import Host
 from moeray.types import ExpertId
@@ -34,7 +36,7 @@ class Part:
     hosts: Sequence[int]
     units: list[float]
     wanted: list[int]
-    held: list[list[int]]
+    held: list[tuple[int, ...]]
     power: float
     fastest: float
     load: list[float] = field(default_factory=list)
@@ -58,6 +60,9 @@ class Board:
     pool: list[int]
     pool_free: list[int]
     pooled: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.speeds: NDArray[np.float64] = np.array(self.speed)
 
     @classmethod
     def of(cls, hosts: Sequence[Host]) -> Board:
@@ -85,18 +90,17 @@ class Board:
 
     def put(self, part: Part, expert: int, host: int) -> None:
         """Count the bytes of one more replica; loads are recounted by `weigh` or kept by the caller."""
-        part.held[expert].append(host)
+        part.held[expert] += (host,)
         self._bytes(part, expert, host, 1)
 
     def take(self, part: Part, expert: int, host: int) -> None:
-        part.held[expert].remove(host)
+        part.held[expert] = tuple(other for other in part.held[expert] if other != host)
         self._bytes(part, expert, host, -1)
 
     def move(self, part: Part, expert: int, host: int, to: int) -> None:
         """Give the replica of `host` to `to`, loads included."""
         unit = part.units[expert]
-        held = part.held[expert]
-        held[held.index(host)] = to
+        part.held[expert] = tuple(to if other == host else other for other in part.held[expert])
         self._bytes(part, expert, host, -1)
         self._bytes(part, expert, to, 1)
         self.shift(part, host, -unit)
@@ -121,19 +125,20 @@ class Board:
 
     def weigh(self, parts: Sequence[Part]) -> None:
         """Count all loads afresh, so that equal placements give equal numbers whatever led to them."""
-        self.total = total = [0.0] * len(self.hosts)
+        count = len(self.hosts)
+        total = np.zeros(count)
         for part in parts:
-            part.load = load = [0.0] * len(self.hosts)
-            units, held = part.units, part.held
-            for expert in part.experts:
-                unit = units[expert]
-                for host in held[expert]:
-                    load[host] += unit
-                    total[host] += unit
+            held, units = part.held, part.units
+            hosts = list(chain.from_iterable([held[e] for e in part.experts]))
+            loads = [units[e] for e in part.experts for _ in held[e]]
+            load = np.bincount(hosts, loads, count) if hosts else np.zeros(count)
+            total += load
+            part.load = load.tolist()
+        self.total = total.tolist()
 
     def end(self, part: Part) -> float:
         """The latest end (load for its speed) of the part's hosts."""
-        return float((np.array(part.load) / self.speed).max())
+        return float((np.array(part.load) / self.speeds).max())
 
     def ids(self) -> list[str]:
         return [host.actor_id for host in self.hosts]
@@ -151,5 +156,5 @@ def weights(load: Mapping[ExpertId, float], experts: Mapping[int, int]) -> dict[
 
 
 def _floored(rows: list[float]) -> list[float]:
-    least = UNKNOWN * sum(rows) / len(rows)
-    return [max(row, least) for row in rows]
+    floored: list[float] = np.maximum(rows, UNKNOWN * sum(rows) / len(rows)).tolist()
+    return floored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from moeray.control.board import Board, Part
 from moeray.control.placement import Placement
@@ -23,7 +24,7 @@ def make_parts(
     parts = []
     for layer, counts in wanted.items():
         units = [rows / max(1, count) for rows, count in zip(loads[layer], counts, strict=True)]
-        held: list[list[int]] = [[] for _ in counts]
+        held: list[tuple[int, ...]] = [()] * len(counts)
         there = [e for e, count in enumerate(counts) if count]
         if routing_groups == 1:
             shares: list[tuple[Sequence[int], Sequence[int]]] = [(there, range(len(board.hosts)))]
@@ -79,8 +80,9 @@ def keep(board: Board, parts: Sequence[Part], base: Placement, *, trust: bool = 
     part_of = {part.layer: dict[int, Part]() for part in parts}
     for part in parts:
         part_of[part.layer].update(dict.fromkeys(part.experts, part))
+    nothing: dict[int, Part] = {}
     for (layer, expert), actors in base.replicas.items():
-        if (home := part_of.get(layer, {}).get(expert)) is None:
+        if (home := part_of.get(layer, nothing).get(expert)) is None:
             continue
         for actor in actors:
             host = index.get(actor)
@@ -95,7 +97,14 @@ def placement_of(board: Board, parts: Sequence[Part], current: Placement) -> Pla
     single = [(actor,) for actor in ids]
     table: dict[ExpertId, tuple[str, ...]] = {}
     for part in sorted(parts, key=lambda part: part.layer):
+        names, held = _names(part.layer, len(part.held)), part.held
         for e in part.experts:
-            held = part.held[e]
-            table[ExpertId(part.layer, e)] = single[held[0]] if len(held) == 1 else tuple([ids[h] for h in held])
+            hosts = held[e]
+            table[names[e]] = single[hosts[0]] if len(hosts) == 1 else tuple([ids[h] for h in hosts])
     return Placement(current.epoch + 1, table)
+
+
+@lru_cache(maxsize=1024)
+def _names(layer: int, count: int) -> tuple[ExpertId, ...]:
+    """The experts of a layer: made once, since tens of thousands of new objects a plan keep the collector busy."""
+    return tuple(ExpertId(layer, expert) for expert in range(count))

@@ -30,10 +30,12 @@ def plan_diff(current: Placement, target: Placement) -> Diff:
         had = current.replicas.get(expert, ())
         if had == wanted:
             continue
-        for actor in set(wanted).difference(had):
-            host.setdefault(actor, []).append(expert)
-        for actor in set(had).difference(wanted):
-            drop.setdefault(actor, []).append(expert)
+        for actor in wanted:
+            if actor not in had:
+                host.setdefault(actor, []).append(expert)
+        for actor in had:
+            if actor not in wanted:
+                drop.setdefault(actor, []).append(expert)
     for expert in current.replicas.keys() - target.replicas.keys():
         for actor in current.replicas[expert]:
             drop.setdefault(actor, []).append(expert)

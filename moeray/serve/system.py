@@ -164,6 +164,10 @@ class SystemBackend:
     async def status(self) -> dict[str, Any]:
         return dict(await self._controller.call("status"))
 
+    async def call(self, method: str, *args: Any) -> Any:
+        """Ask the controller anything that it answers."""
+        return await self._controller.call(method, *args)
+
     async def metrics(self) -> bytes:
         return bytes(await self._controller.call("metrics"))
 
