@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,18 @@ import psutil
 import pytest
 import ray
 import torch
-from ray._private.state import state as global_state
+from ray import serve
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.config import Config
+from moeray.serve.app import application
 from tests.checkpoints import save_tokenizer
 from tests.cli.test_serve import free_port
 from tests.cluster.live import Live, is_whole, kill, live_system
+from tests.cluster.test_serve_tools import wait_until_ready
 from tests.systems import tiny_config
 
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
@@ -75,7 +76,8 @@ def redis():
         yield None
         return
     port = free_port()
-    server = subprocess.Popen([REDIS, "--port", str(port), "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL)
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    server = subprocess.Popen([REDIS, *options], stdout=subprocess.DEVNULL)
     yield f"127.0.0.1:{port}"
     server.terminate()
     server.wait(20)
@@ -160,43 +162,42 @@ def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
 
 
 def test_the_death_of_the_ingress_leaves_the_system_as_it_is(world):
-    from ray import serve
-
-    from moeray.serve.app import application
-
     before = {row["actor"]: row["pid"] for row in world.run(world.live.whole())["actors"]}
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
     try:
         serve.run(application(world.config), name="moeray")
         url = f"http://127.0.0.1:{port}"
-        wait_for_health(url)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-
-        def complete() -> str:
-            stream = client.completions.create(
-                model="moe", prompt="hello", max_tokens=40, temperature=0, stream=True, extra_body={"ignore_eos": True}
-            )
-            return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
-
-        whole = complete()
-        print("WHOLE", repr(whole), [ (r["Name"], r.get("Pid"), r.get("ActorClassName")) for r in map(dict, global_state.actor_table(None).values())][:30])
+        wait_until_ready(url)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
+        whole = "".join(stream(client, 24))
+        replica = replica_of(world.cluster)
+        cut_off = stream(client, 2000)
+        next(cut_off)
+        replica.kill()
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            list(cut_off)
+        wait_until_ready(url)
+        assert "".join(stream(client, 24)) == whole
+        assert replica_of(world.cluster).pid != replica.pid
     finally:
         serve.shutdown()
-    after = {row["actor"]: row["pid"] for row in world.run(world.live.whole())["actors"]}
-    assert after == before
+    assert {row["actor"]: row["pid"] for row in world.run(world.live.whole())["actors"]} == before
 
 
-def wait_for_health(url: str, give_up: float = 90.0) -> None:
-    until = time.monotonic() + give_up
-    with httpx.Client(timeout=10.0) as client:
-        while time.monotonic() < until:
-            try:
-                if client.get(f"{url}/health").status_code == 200:
-                    return
-            except httpx.HTTPError:
-                continue
-    raise AssertionError(f"{url} is not healthy after {give_up:g} s")
+def stream(client: openai.OpenAI, tokens: int) -> Iterator[str]:
+    chunks = client.completions.create(
+        model="moe", prompt="hello", max_tokens=tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    return (chunk.choices[0].text for chunk in chunks)
+
+
+def replica_of(cluster: Cluster) -> psutil.Process:
+    """The process of the one ingress replica, on whichever node."""
+    raylets = [raylet for node in cluster.list_all_nodes() for raylet in node.all_processes["raylet"]]
+    workers = [worker for raylet in raylets for worker in psutil.Process(raylet.process.pid).children()]
+    (replica,) = [worker for worker in workers if "ServeReplica:moeray:ingress" in " ".join(worker.cmdline())]
+    return replica
 
 
 @pytest.fixture(scope="module")
