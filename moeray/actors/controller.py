@@ -154,11 +154,20 @@ class Controller:
                 self._ready.set_exception(MoerayError(f"{actor.actor_id} died while the system started: {reason}"))
         if self._places is None:
             return
-        self._autoscaler.forget(actor.actor_id)
-        self._orphaned.pop(actor.actor_id, None)
+        self._forget(actor)
         self._places.on_lost(actor)
         self._reconcile()
         self._look_ready()
+
+    def on_left(self, actor: Actor) -> None:
+        assert self._places is not None
+        self._forget(actor)
+        self._places.on_left(actor)
+        self._look_ready()
+
+    def _forget(self, actor: Actor) -> None:
+        self._autoscaler.forget(actor.actor_id)
+        self._orphaned.pop(actor.actor_id, None)
 
     def on_start_failed(self, actor: Actor, error: Exception) -> None:
         if not self._ready.done():

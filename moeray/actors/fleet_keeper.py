@@ -38,6 +38,8 @@ class FleetEvents(Protocol):
 
     def on_lost(self, actor: Actor, reason: str) -> None: ...
 
+    def on_left(self, actor: Actor) -> None: ...
+
     def on_report(self, actor: Actor, report: Report) -> None: ...
 
     def on_start_failed(self, actor: Actor, error: Exception) -> None: ...
@@ -267,24 +269,26 @@ class FleetKeeper:
         return min(self._config.control.drain_s, left)
 
     def _finish(self, actor: Actor, method: str, *args: Any) -> None:
-        if actor.draining or actor.calls is None:
+        if actor.draining or actor.calls is None or actor.handle is None:
             return
         actor.draining = True
+        # A router that drains computes on, and hears of placements meanwhile: they do not wait behind its drain.
+        calls = Calls(actor.handle, self._loop) if actor.is_router else actor.calls
 
         def stopped(_: Any, error: Exception | None) -> None:
             if self._roster.get(actor.actor_id) is actor:
                 self._audit.write("stopped", actor=actor.actor_id)
                 self._discard(actor.actor_id, "it has left")
+                self._events.on_left(actor)
 
         def drained(done: Any, error: Exception | None) -> None:
             if error is not None or not done:
                 log.warning("actor %s leaves with work in flight: %s", actor.actor_id, error or "it took too long")
             if actor.watcher:
                 actor.watcher.close()
-            if actor.calls:
-                actor.calls.put("stop", then=stopped)
+            calls.put("stop", then=stopped)
 
-        actor.calls.put(method, *args, then=drained)
+        calls.put(method, *args, then=drained)
 
     def _discard(self, actor_id: str, why: str) -> None:
         actor = self._roster.remove(actor_id)

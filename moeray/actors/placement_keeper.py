@@ -262,7 +262,7 @@ class PlacementKeeper:
     def on_lost(self, actor: Actor) -> None:
         """Routers hear of it at once; what has no replica any more is hosted elsewhere before anything else."""
         if actor.is_router:
-            self.tell(reconcile.Acked(actor.actor_id, 1 << 62))
+            self.on_left(actor)
             return
         self.tell(reconcile.ActorLost(actor.actor_id))
         if actor.actor_id in self.placement.actors():
@@ -270,6 +270,11 @@ class PlacementKeeper:
             self.publish(self.placement.without(actor.actor_id), [actor.actor_id])
             self._planned = None
         self.replan()
+
+    def on_left(self, actor: Actor) -> None:
+        """It was stopped in good order, which for a router may be before it could acknowledge what is published."""
+        if actor.is_router:
+            self.tell(reconcile.Acked(actor.actor_id, 1 << 62))
 
     def heal(self) -> None:
         """Map again what the placement names and publish it again, for rows that nobody takes though all seems well."""

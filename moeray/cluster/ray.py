@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray._private.state import state as global_state
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from moeray.actors.controller import Controller
 from moeray.actors.hosting import ActorHandle
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "moeray"
 LEASE_S = 60.0
+LOOKUP_S = 30.0
 # Threads that wait must not spin on a core that another actor needs.
 _ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -221,16 +223,37 @@ def start_controller(config: Config) -> Any:
     )
 
 
-def find_controller(system: str) -> Any:
-    """The handle of a running controller. Raises MoerayError when there is none."""
+def find_controller(system: str, timeout: float = LOOKUP_S) -> Any:
+    """The handle of a running controller. Raises MoerayError when there is none, or Ray does not answer in time."""
     try:
-        return ray.get_actor(controller_name(system), namespace=NAMESPACE)
+        return _look_up(controller_name(system)).result(timeout)
     except ValueError:
         raise MoerayError(
             f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
         ) from None
+    except (FutureTimeoutError, RayError) as error:
+        raise MoerayError(
+            f"Ray has not said within {timeout:g} s where the system {system!r} is; see whether Ray's head (GCS) runs"
+        ) from error
+
+
+def _look_up(name: str) -> Future[Any]:
+    """In a thread of its own: without a GCS it hangs for as long as Ray tries again, which Ray bounds itself."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ray.get_actor(name, namespace=NAMESPACE))
+        except (ValueError, RayError) as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="look-up-controller", daemon=True).start()
+    return answer
 
 
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:
     """One call to a controller, with its own error. Raises MoerayError."""
-    return unwrapped(controller.call.remote(method, *args).future(), "the controller").result(timeout)
+    try:
+        return unwrapped(controller.call.remote(method, *args).future(), "the controller").result(timeout)
+    except FutureTimeoutError:
+        raise MoerayError(f"the controller has not answered for {timeout:g} s; ask again") from None

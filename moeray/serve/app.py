@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from moeray.cluster.ray import start_controller
 from moeray.config import Config, load_config
@@ -29,15 +29,20 @@ CALL_TIMEOUT_S = 60.0
 
 
 class RayPort:
-    """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run."""
+    """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run.
+
+    The handle is kept for as long as the actor lives (restarts included): a call over it goes from process to process,
+    while a lookup asks Ray's GCS, which may be away.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._lookup: asyncio.Future[Any] | None = None
 
     async def renew(self) -> dict[str, Any]:
         state = dict(await self._ask("renew", self._config, timeout=RENEW_TIMEOUT_S))
         if state["status"] == "gone":
-            actor = await asyncio.to_thread(start_controller, self._config)
+            actor, self._lookup = await self._actor(), None
             await asyncio.to_thread(ray.kill, actor)
             return {"status": "loading", "detail": "starting again with a new config", "info": None}
         return state
@@ -49,16 +54,25 @@ class RayPort:
         """Raises the controller's own MoerayError, or ControllerLostError where it gave no answer."""
         try:
             async with asyncio.timeout(timeout):
-                actor = await asyncio.to_thread(start_controller, self._config)
+                actor = await self._actor()
                 return await asyncio.wrap_future(getattr(actor, method).remote(*args).future())
         except RayTaskError as error:
             if isinstance(error.cause, MoerayError):
                 raise error.cause from error
             raise MoerayError(f"the controller failed: {_line(error)[-300:]}") from error
+        except ActorDiedError as error:
+            self._lookup = None
+            raise ControllerLostError(f"the controller is gone: {_line(error)[:300]}") from error
         except TimeoutError as error:
             raise ControllerLostError(f"the controller has not answered for {timeout:g} s") from error
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise ControllerLostError(f"the controller does not answer: {_line(error)[:300]}") from error
+
+    async def _actor(self) -> Any:
+        """One lookup at a time, whoever waits for it: without a GCS it holds its thread for as long as Ray retries."""
+        if self._lookup is None or (self._lookup.done() and (self._lookup.cancelled() or self._lookup.exception())):
+            self._lookup = asyncio.ensure_future(asyncio.to_thread(start_controller, self._config))
+        return await asyncio.shield(self._lookup)
 
 
 def _line(error: Exception) -> str:

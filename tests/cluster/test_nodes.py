@@ -1,0 +1,230 @@
+"""Losses larger than a process, on a real Ray cluster that lives through all of them, one after the other: a node that
+is drained, one that is lost, the ingress, and in the end the GCS. Tokens stay those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import ray
+import torch
+from ray import serve
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from moeray.bench.checkpoint import Shape, write_random_moe
+from moeray.config import Config
+from moeray.serve.app import application
+from tests.checkpoints import save_tokenizer
+from tests.cli.test_serve import free_port
+from tests.cluster.live import Live, is_whole, kill, live_system
+from tests.cluster.test_serve_tools import wait_until_ready
+from tests.systems import tiny_config
+
+SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
+REDIS = shutil.which("redis-server")
+PLACES = 3
+"""Actors of ours that fit on a node, so that the next one goes to the next node."""
+DEADLINE_S = 120.0
+
+
+@dataclass
+class World:
+    cluster: Cluster
+    config: Config
+    runner: asyncio.Runner
+    live: Live
+    calm: list[list[int]]
+
+    def run(self, coroutine: Any) -> Any:
+        return self.runner.run(coroutine)
+
+    def add_node(self) -> Any:
+        node = self.cluster.add_node(num_cpus=1, resources={"place": PLACES})
+        self.cluster.wait_for_nodes()
+        return node
+
+    def events(self, since: float = 0.0) -> list[dict[str, Any]]:
+        lines = Path(self.config.control.audit_log or "").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["at"] >= since]
+
+    async def stream_until(self, what: Any) -> dict[str, Any]:
+        """Requests run one set after the other, each with the calm run's tokens, until `what` holds of the status."""
+        waiting = asyncio.create_task(self.live.until(what, DEADLINE_S))
+        while not waiting.done():
+            assert await self.live.all_tokens() == self.calm
+        return await waiting
+
+
+@pytest.fixture(scope="module")
+def redis():
+    """The address of a Redis server of our own; None where there is none to start."""
+    if REDIS is None:
+        yield None
+        return
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    server = subprocess.Popen([REDIS, *options], stdout=subprocess.DEVNULL)
+    yield f"127.0.0.1:{port}"
+    server.terminate()
+    server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def world(redis, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nodes")
+    model = write_random_moe(SHAPE, folder / "moe", torch.float32)
+    save_tokenizer(model)
+    place = {"place": 1}
+    experts = {"name": "experts", "actors": 2, "min_actors": 1, "max_actors": 4, "num_cpus": 0.1, "resources": place}
+    config = tiny_config(
+        model, wire__grpc=True, experts__groups=[experts], router__num_cpus=0.1, router__resources=place,
+        router__max_actors=2, control__autoscale=False, control__audit_log=str(folder / "audit.jsonl"),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        if redis:
+            patch.setenv("RAY_REDIS_ADDRESS", redis)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        patch.delenv("RAY_REDIS_ADDRESS", raising=False)
+    cluster.add_node(num_cpus=1, resources={"place": PLACES})
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    with asyncio.Runner() as runner:
+        context = live_system(config)
+        live = runner.run(context.__aenter__())
+        yield World(cluster, config, runner, live, runner.run(live.all_tokens()))
+        if gcs_lives(cluster):
+            runner.run(context.__aexit__(None, None, None))
+        else:
+            runner.run(live.backend.close())
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def gcs_lives(cluster: Cluster) -> bool:
+    return "gcs_server" in cluster.head_node.all_processes
+
+
+def test_a_node_that_drains_is_left_before_its_deadline(world):
+    old, began = world.cluster.worker_nodes.copy().pop(), time.time()
+    new = world.add_node()
+    before = world.run(world.live.whole())["actors"]
+    assert {row["node"] for row in before} == {old.node_id}
+    processes = [psutil.Process(row["pid"]) for row in before]
+
+    def drain() -> None:
+        by = int((began + DEADLINE_S) * 1000)
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        assert GcsClient(address=world.cluster.address).drain_node(old.node_id, reason, "a spot notice", by)[0]
+
+    assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(drain))) == world.calm
+    moved = lambda s: is_whole(s) and {row["node"] for row in s["actors"]} == {new.node_id}  # noqa: E731
+    world.run(world.stream_until(moved))
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
+    assert time.time() < began + DEADLINE_S
+    happened = {entry["event"] for entry in world.events(began)}
+    assert "node_draining" in happened
+    assert "lost" not in happened
+    world.cluster.remove_node(old)
+
+
+def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
+    node = world.add_node()
+    world.run(world.live.ask("scale", "experts", 4))
+    status = world.run(world.live.until(lambda s: is_whole(s) and s["wanted"]["experts"] == 4))
+    victims = {row["actor"] for row in status["actors"] if row["node"] == node.node_id}
+    assert len(victims) == 2
+    began = time.time()
+
+    async def lose() -> None:
+        await asyncio.to_thread(world.cluster.remove_node, node, allow_graceful=False)
+        await world.live.ask("scale", "experts", 2)
+
+    assert world.run(world.live.all_tokens(lose)) == world.calm
+    world.run(world.live.until(lambda s: is_whole(s) and not victims & {row["actor"] for row in s["actors"]}))
+    assert any(row["NodeID"] == node.node_id and row["Alive"] for row in ray.nodes())
+    lost = {entry["actor"] for entry in world.events(began) if entry["event"] == "lost"}
+    assert lost == victims
+    assert world.run(world.live.all_tokens()) == world.calm
+
+
+def test_the_death_of_the_ingress_leaves_the_system_as_it_is(world):
+    before = {row["actor"]: row["pid"] for row in world.run(world.live.whole())["actors"]}
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
+    try:
+        serve.run(application(world.config), name="moeray")
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
+        whole = "".join(stream(client, 24))
+        replica = replica_of(world.cluster)
+        cut_off = stream(client, 2000)
+        next(cut_off)
+        replica.kill()
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            list(cut_off)
+        wait_until_ready(url)
+        assert "".join(stream(client, 24)) == whole
+        assert replica_of(world.cluster).pid != replica.pid
+    finally:
+        serve.shutdown()
+    assert {row["actor"]: row["pid"] for row in world.run(world.live.whole())["actors"]} == before
+
+
+def stream(client: openai.OpenAI, tokens: int) -> Iterator[str]:
+    chunks = client.completions.create(
+        model="moe", prompt="hello", max_tokens=tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    return (chunk.choices[0].text for chunk in chunks)
+
+
+def replica_of(cluster: Cluster) -> psutil.Process:
+    """The process of the one ingress replica, on whichever node."""
+    raylets = [raylet for node in cluster.list_all_nodes() for raylet in node.all_processes["raylet"]]
+    workers = [worker for raylet in raylets for worker in psutil.Process(raylet.process.pid).children()]
+    (replica,) = [worker for worker in workers if "ServeReplica:moeray:ingress" in " ".join(worker.cmdline())]
+    return replica
+
+
+@pytest.fixture(scope="module")
+def without_gcs(world):
+    """The GCS is killed while requests run."""
+    world.run(world.live.whole())
+    kill_gcs = world.cluster.head_node.kill_gcs_server
+    assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(kill_gcs))) == world.calm
+    return world
+
+
+def test_requests_and_repairs_go_on_without_the_gcs(without_gcs):
+    world = without_gcs
+    assert world.run(world.live.all_tokens()) == world.calm
+    victim = world.run(world.live.rows("expert"))[0]
+    assert world.run(world.live.all_tokens(lambda: kill(victim))) == world.calm
+    mended = lambda s: s["fewest_replicas"] and victim["actor"] not in {row["actor"] for row in s["actors"]}  # noqa: E731
+    world.run(world.live.until(mended, 15.0))
+    assert world.run(world.live.all_tokens()) == world.calm
+
+
+@pytest.mark.skipif(REDIS is None, reason="redis-server is not installed; Ray's GCS keeps its state in it")
+def test_a_gcs_that_comes_back_lets_the_system_grow_again(without_gcs):
+    world = without_gcs
+    start_gcs = world.cluster.head_node.start_gcs_server
+    assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(start_gcs))) == world.calm
+    world.run(world.live.whole())
+    world.add_node()
+    world.run(world.live.ask("scale", "experts", 3))
+    world.run(world.stream_until(lambda s: is_whole(s) and s["ready"]["experts"] == 3))
