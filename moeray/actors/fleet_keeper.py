@@ -141,7 +141,9 @@ class FleetKeeper:
         device, threads = (
             (kind.device, kind.threads) if kind else (self._config.router.device, self._config.router.threads)
         )
-        spec = ActorSpec(actor.actor_id, group, device, threads, self._config, self._token, self._system)
+        spec = ActorSpec(
+            actor.actor_id, group, device, threads, self._config, self._token, self._system, not self._short(group)
+        )  # fmt: skip
         self._audit.write("start", actor=actor.actor_id, wanted=self.wanted[group], reserve=self.reserve.get(group, 0))
         future: Future[ActorHandle]
         if kind:
@@ -150,6 +152,10 @@ class FleetKeeper:
             future = self._pool.submit(self._cluster.start_router, spec, self._config.router)
         self._launching[actor.actor_id] = future
         self._loop.when_done(future, lambda handle, error: self._on_handle(actor, handle, error))
+
+    def _short(self, group: str) -> bool:
+        """Fewer actors of the group can work than are wanted: the one that starts is waited for."""
+        return sum(a.group == group and a.phase is Phase.READY for a in self._roster) < self.wanted[group]
 
     def _on_handle(self, actor: Actor, handle: ActorHandle | None, error: Exception | None) -> None:
         self._launching.pop(actor.actor_id, None)

@@ -18,7 +18,10 @@ from moeray.wire.channel import Identity
 
 @dataclass(frozen=True)
 class ActorSpec:
-    """Common to expert actors and routers. `token` is the cluster's; `system` names this start of moeray."""
+    """Common to expert actors and routers. `token` is the cluster's; `system` names this start of moeray.
+
+    `background`: nobody waits for this actor, so its start is to leave the processor to those that serve.
+    """
 
     actor_id: str
     group: str
@@ -27,6 +30,7 @@ class ActorSpec:
     config: Config
     token: bytes = field(repr=False)
     system: str
+    background: bool = False
 
     def identity(self, node_id: str) -> Identity:
         return Identity(self.actor_id, node_id, model_fingerprint(self.config), self.token)

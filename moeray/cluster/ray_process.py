@@ -1,7 +1,7 @@
 """The Ray actor around an expert or a router. It owns the process: its threads, its signals and its end.
 
-This module imports nothing heavy: what an actor needs is imported by a thread of low priority, so that an actor which
-starts beside others (a replacement, the warm pool) does not slow down those that serve.
+This module imports nothing heavy: where nobody waits for an actor (the warm pool), what it needs is imported by a thread
+of low priority, so that its start does not slow down those that serve.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import ray
 if TYPE_CHECKING:
     from moeray.actors.spec import ActorSpec
 
-_NICE = 10
+_NICE = 5
 
 
 class Process:
     """`kind` is `expert` or `router`. SIGTERM makes the actor say that it is leaving: the controller moves its work."""
 
     def __init__(self, kind: str, spec: ActorSpec) -> None:
-        _import_gently("torch", "transformers", f"moeray.actors.{kind}")
+        if spec.background:
+            _import_gently("torch", "transformers", f"moeray.actors.{kind}")
         import torch
 
         from moeray.logs import setup_logging
