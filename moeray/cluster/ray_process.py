@@ -1,7 +1,7 @@
 """The Ray actor around an expert or a router. It owns the process: its threads, its signals and its end.
 
-This module imports nothing heavy: where nobody waits for an actor (the warm pool), what it needs is imported by a thread
-of low priority, so that its start does not slow down those that serve.
+This module imports nothing heavy: where nobody waits for an actor (the warm pool), what it needs is imported by a
+thread of low priority, so that its start does not slow down those that serve.
 """
 
 from __future__ import annotations

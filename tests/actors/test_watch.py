@@ -1,0 +1,128 @@
+"""One actor under watch, over real channels: reports, silence, a broken channel."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+
+from moeray.actors.watch import Watcher
+from moeray.config import WireConfig, load_config
+from moeray.control.reports import ExpertReport, report_tree
+from moeray.wire.channel import Identity, Listener, connect
+from moeray.wire.frame import Frame, Op
+
+TOKEN = b"t" * 32
+WIRE = WireConfig(grpc=False)
+
+
+def identity(name):
+    return Identity(name, "n", "model", TOKEN)
+
+
+class Watched:
+    """An actor that answers as `answer` says; `frames` counts what it was asked."""
+
+    def __init__(self, folder, answer, **settings):
+        self.asked = threading.Semaphore(0)
+        self.reports: queue.Queue = queue.Queue()
+        self.lost: queue.Queue = queue.Queue()
+        self._answer = answer
+        self.listener = Listener(identity("experts-0"), WIRE, self._serve, folder)
+        control = {"control.report_s": 0.05, "control.silence_s": 0.5}
+        self._config = load_config(None, control | settings).control
+        address = self.listener.start()
+        self.watcher = Watcher(
+            address, lambda to: connect(to, identity("controller"), WIRE, timeout=5.0), self._config,
+            lambda name, report: self.reports.put((name, report)), lambda name, why: self.lost.put((name, why)),
+        )  # fmt: skip
+
+    def _serve(self, channel):
+        while True:
+            frame = channel.recv()
+            self.asked.release()
+            reply = self._answer(frame)
+            if reply is not None:
+                channel.send(reply)
+
+    def close(self):
+        self.watcher.close()
+        self.watcher.join(5.0)
+        self.listener.close(5.0)
+        assert "watch-experts-0" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def watched(tmp_path):
+    made = []
+
+    def make(answer, **settings):
+        folder = tmp_path / "s"
+        folder.mkdir(mode=0o700)
+        made.append(Watched(folder, answer, **settings))
+        return made[0]
+
+    yield make
+    made[0].close()
+
+
+def report(frame, number=None):
+    tree = report_tree(ExpertReport("experts-0", "i", forwards=7))
+    return Frame(Op.STATS, frame.id if number is None else number, meta=tree)
+
+
+def test_reports_come_again_and_again(watched):
+    actor = watched(report)
+    for _ in range(3):
+        name, said = actor.reports.get(timeout=10)
+        assert (name, said.forwards) == ("experts-0", 7)
+    assert actor.lost.empty()
+
+
+def test_a_broken_channel_is_a_loss_at_once(watched):
+    actor = watched(report, **{"control.silence_s": 60.0})
+    actor.reports.get(timeout=10)
+    actor.listener.close(5.0)
+    assert actor.lost.get(timeout=10)[0] == "experts-0"
+
+
+def test_silence_is_a_loss(watched):
+    actor = watched(lambda frame: None)
+    name, why = actor.lost.get(timeout=10)
+    assert (name, why) == ("experts-0", "silent for 0.5 s")
+    assert actor.reports.empty()
+
+
+def test_a_suspect_that_does_not_answer_is_lost_before_its_silence_is_up(watched):
+    actor = watched(lambda frame: None, **{"control.silence_s": 60.0})
+    assert actor.asked.acquire(timeout=10)
+    actor.watcher.probe()
+    assert actor.lost.get(timeout=20)[1] == "silent for 1 s"
+
+
+def test_a_suspect_that_answers_is_asked_at_once_and_stays(watched):
+    actor = watched(report, **{"control.report_s": 3600.0})
+    actor.reports.get(timeout=10)
+    actor.watcher.probe()
+    actor.reports.get(timeout=10)
+    assert actor.lost.empty()
+
+
+def test_what_is_no_report_is_a_loss(watched):
+    actor = watched(lambda frame: Frame(Op.STATS, frame.id, meta={"kind": "expert", "nonsense": 1}))
+    assert "cannot be read" in actor.lost.get(timeout=10)[1]
+
+
+def test_nobody_there_is_a_loss(tmp_path):
+    lost: queue.Queue = queue.Queue()
+    (tmp_path / "s").mkdir(mode=0o700)
+    listener = Listener(identity("experts-9"), WIRE, lambda channel: None, tmp_path / "s")
+    address = listener.start()
+    listener.close(5.0)
+    watcher = Watcher(
+        address, lambda to: connect(to, identity("controller"), WIRE, timeout=5.0), load_config(None, {}).control,
+        lambda *_: None, lambda name, why: lost.put(name),
+    )  # fmt: skip
+    assert lost.get(timeout=10) == "experts-9"
+    watcher.join(5.0)
