@@ -8,8 +8,11 @@ from moeray.actors.roster import BASE_BYTES, Actor
 from moeray.control.placement import Host
 
 _MEMORY_PART = 0.9
+_ALIKE = 1.5
+"""Actors of a group whose rates are within this factor of their mean count as equally fast: who has larger batches or
+fewer neighbours on its cores is quicker per row, and to give it more rows for it would feed on itself."""
 _RATE_STEP = 0.25
-"""Measured rates are rounded to this part of their mean, so that noise moves no expert."""
+"""Other rates are rounded to this part of the mean, so that noise moves no expert."""
 
 
 def hosts_of(actors: Sequence[Actor], trunk_bytes: Mapping[str, int], rates: Mapping[str, float]) -> list[Host]:
@@ -18,7 +21,7 @@ def hosts_of(actors: Sequence[Actor], trunk_bytes: Mapping[str, int], rates: Map
     CPU actors of one node map the same file: an expert that several of them host is in memory once, and together they
     are bounded by the node. A GPU's free bytes were read by each of its actors, which share them evenly.
     """
-    shares = _shares(actors, rates)
+    shares = shares_of(actors, rates)
     hosts = []
     for actor in actors:
         assert actor.report is not None
@@ -39,8 +42,8 @@ def hosts_of(actors: Sequence[Actor], trunk_bytes: Mapping[str, int], rates: Map
     return hosts
 
 
-def _shares(actors: Sequence[Actor], rates: Mapping[str, float]) -> dict[str, float]:
-    """The measured rate where every group has one, else the config's wish."""
+def shares_of(actors: Sequence[Actor], rates: Mapping[str, float]) -> dict[str, float]:
+    """How fast each actor is to the others: as measured where every group has rates, else the config's wish."""
     groups = {actor.group for actor in actors}
     known = {
         group: [rates[a.actor_id] for a in actors if a.group == group and rates.get(a.actor_id)] for group in groups
@@ -52,6 +55,11 @@ def _shares(actors: Sequence[Actor], rates: Mapping[str, float]) -> dict[str, fl
     shares = {}
     for actor in actors:
         mean = means[actor.group]
-        ratio = rates.get(actor.actor_id, mean) / mean
-        shares[actor.actor_id] = mean * max(_RATE_STEP, round(ratio / _RATE_STEP) * _RATE_STEP)
+        shares[actor.actor_id] = mean * _step(rates.get(actor.actor_id, mean) / mean)
     return shares
+
+
+def _step(ratio: float) -> float:
+    if 1 / _ALIKE <= ratio <= _ALIKE:
+        return 1.0
+    return max(_RATE_STEP, round(ratio / _RATE_STEP) * _RATE_STEP)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moeray.actors.audit import Audit
-from moeray.actors.hosts import hosts_of
+from moeray.actors.hosts import hosts_of, shares_of
 from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.config import Config
 from moeray.control import reconcile
@@ -241,10 +241,11 @@ class PlacementKeeper:
             return
         actors = {actor_id: self._roster.get(actor_id) for actor_id in self.placement.actors()}
         addresses = {actor_id: actor.address for actor_id, actor in actors.items() if actor and actor.address}
+        shares = shares_of([actor for actor in actors.values() if actor], self._source.rates())
         if router.epoch_since == 0.0:
             router.epoch_since = self._clock()
         router.calls.put(
-            "publish", self.placement.to_tree(), addresses, dict(self._source.rates()), list(lost),
+            "publish", self.placement.to_tree(), addresses, shares, list(lost),
             then=lambda epoch, error: self._acked(router, epoch, error),
         )  # fmt: skip
 
