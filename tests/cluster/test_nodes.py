@@ -97,7 +97,7 @@ def world(redis, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if redis:
             patch.setenv("RAY_REDIS_ADDRESS", redis)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         patch.delenv("RAY_REDIS_ADDRESS", raising=False)
     cluster.add_node(num_cpus=1, resources={"place": PLACES})
     cluster.wait_for_nodes()
