@@ -59,6 +59,9 @@ METRICS: dict[str, MetricSpec] = {
         "counter", "Rows by expert; from the controller alone.", ("layer", "expert")
     ),
     "moeray_actors": MetricSpec("gauge", "Actors by kind and state.", ("kind", "state")),
+    "moeray_actors_desired": MetricSpec("gauge", "Actors that are wanted, by group.", ("group",)),
+    "moeray_plans_total": MetricSpec("counter", "Changes of the placement, by kind and result.", ("kind", "result")),
+    "moeray_layer_skew_ratio": MetricSpec("gauge", "Max/mean rows of the actors of a layer, of late.", ("layer",)),
     "moeray_placement_epoch": MetricSpec("gauge", "The newest placement epoch."),
 }
 

@@ -47,4 +47,27 @@ def print_status(status: dict[str, Any]) -> None:
             row["actor"], row["device"], row["node"][:8], str(row["pid"]), row["state"], experts, rate,
             str(row["queue"]), str(row.get("epoch", status["epoch"])),
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in _standing(status):
+        console.print(line, highlight=False)
+
+
+def _standing(status: dict[str, Any]) -> list[str]:
+    """What is wanted beside what is there, and the newest decisions."""
+    if "wanted" not in status:
+        return []
+    reserve = status["reserve"]
+    sizes = [
+        f"{group} {status['ready'][group]}/{count + reserve.get(group, 0)}" for group, count in status["wanted"].items()
+    ]
+    skew = max(status["skew"].values(), default=1.0)
+    lines = [
+        f"ready/wanted: {', '.join(sizes)}; {status['replicas']} replicas, {status['without_replica']} experts without "
+        f"one; worst layer's max/mean {skew:.2f}; autoscaling {'on' if status['autoscaling'] else 'paused'}"
+    ]
+    for entry in status["decisions"][-5:]:
+        what = {key: value for key, value in entry.items() if key not in ("at", "event", "inputs")}
+        when = time.strftime("%H:%M:%S", time.localtime(entry["at"]))
+        lines.append(f"{when} {entry['event']}: " + ", ".join(f"{key}={value}" for key, value in what.items()))
+    return lines

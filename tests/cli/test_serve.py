@@ -41,6 +41,7 @@ def endpoint(tmp_path_factory):
     log = (folder / "log").open("w+")
     process = moeray(
         "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512", "--api-key", "k3y",
+        "--experts-max-actors", "3", "--experts-num-cpus", "0.1", "--router-num-cpus", "0.1",
         stdout=subprocess.PIPE, stderr=log, env={**os.environ, "MOERAY_CACHE_DIR": str(folder)},
     )  # fmt: skip
     line = process.stdout.readline()
@@ -140,3 +141,28 @@ def test_status_shows_the_actors(endpoint):
     assert sum(row["experts"] for row in experts) == 3 * 8 or sum(row["experts"] for row in experts) > 0
     assert all(row["rows_total"] > 0 for row in experts)
     assert status["epoch"] == 1
+
+
+def steer(*args: str, code: int = 0) -> dict:
+    """One command that talks to the running system; its JSON."""
+    process = moeray(*args, "--output", "json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err[-2000:]
+    return json.loads(out) if code == 0 else {"error": err.strip()}
+
+
+def test_steering_by_hand(endpoint, client):
+    plan = steer("plan")
+    assert plan["now"] == {"experts": 2, "router": 1}
+    assert plan["autoscaling"] is True
+    assert steer("pause-autoscaling") == {"autoscaling": False}
+    assert steer("plan")["autoscaling"] is False
+    before = stream_text(client, PROMPTS[3])
+    assert steer("scale", "experts=3") == {"wanted": {"experts": 3, "router": 1}}
+    assert steer("drain", "experts-0", "--within", "60") == {"draining": ["experts-0"]}
+    assert steer("rebalance").keys() == {"begun"}
+    assert stream_text(client, PROMPTS[3]) == before
+    assert steer("resume-autoscaling") == {"autoscaling": True}
+    assert "outside 2 to 3" in steer("scale", "experts=9", code=1)["error"]
+    assert "GROUP=N" in steer("scale", "experts", code=1)["error"]
+    assert "experts-77" in steer("drain", "experts-77", code=1)["error"]
