@@ -38,7 +38,7 @@ SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=32
 REDIS = shutil.which("redis-server")
 PLACES = 3
 """Actors of ours that fit on a node, so that the next one goes to the next node."""
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 
 
 @dataclass
@@ -97,7 +97,9 @@ def world(redis, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if redis:
             patch.setenv("RAY_REDIS_ADDRESS", redis)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        patient = {"health_check_failure_threshold": 8}  # so that a busy machine does not let Ray notice first
+        head = {"num_cpus": 2, "include_dashboard": False, "_system_config": patient}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         patch.delenv("RAY_REDIS_ADDRESS", raising=False)
     cluster.add_node(num_cpus=1, resources={"place": PLACES})
     cluster.wait_for_nodes()
@@ -144,7 +146,7 @@ def test_a_node_that_drains_is_left_before_its_deadline(world):
 def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
     node = world.add_node()
     world.run(world.live.ask("scale", "experts", 4))
-    status = world.run(world.live.until(lambda s: is_whole(s) and s["wanted"]["experts"] == 4))
+    status = world.run(world.live.until(lambda s: is_whole(s) and s["wanted"]["experts"] == 4, DEADLINE_S))
     victims = {row["actor"] for row in status["actors"] if row["node"] == node.node_id}
     assert len(victims) == 2
     began = time.time()
