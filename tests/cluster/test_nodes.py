@@ -151,16 +151,21 @@ def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
     assert len(victims) == 2
     began = time.time()
 
-    async def lose() -> None:
-        await asyncio.to_thread(world.cluster.remove_node, node, allow_graceful=False)
-        await world.live.ask("scale", "experts", 2)
+    def lose() -> Any:
+        return asyncio.to_thread(world.cluster.remove_node, node, allow_graceful=False)
+
+    def mended(status: dict[str, Any]) -> bool:
+        there = {row["actor"] for row in status["actors"]}
+        return status["fewest_replicas"] > 0 and not status["changing"] and not victims & there
 
     assert world.run(world.live.all_tokens(lose)) == world.calm
-    world.run(world.live.until(lambda s: is_whole(s) and not victims & {row["actor"] for row in s["actors"]}))
+    world.run(world.live.until(mended))
     assert any(row["NodeID"] == node.node_id and row["Alive"] for row in ray.nodes())
     lost = {entry["actor"] for entry in world.events(began) if entry["event"] == "lost"}
     assert lost == victims
     assert world.run(world.live.all_tokens()) == world.calm
+    world.run(world.live.ask("scale", "experts", 2))
+    world.run(world.live.whole())
 
 
 def test_the_death_of_the_ingress_leaves_the_system_as_it_is(world):
