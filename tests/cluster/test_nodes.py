@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray._private.utils import reset_ray_address
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -39,6 +40,7 @@ REDIS = shutil.which("redis-server")
 PLACES = 3
 """Actors of ours that fit on a node, so that the next one goes to the next node."""
 DEADLINE_S = 240.0
+NAME = "nodes"
 
 
 @dataclass
@@ -92,7 +94,7 @@ def world(redis, tmp_path_factory):
     experts = {"name": "experts", "actors": 2, "min_actors": 1, "max_actors": 4, "num_cpus": 0.1, "resources": place}
     config = tiny_config(
         model, wire__grpc=True, experts__groups=[experts], router__num_cpus=0.1, router__resources=place,
-        router__max_actors=2, control__autoscale=False, control__audit_log=str(folder / "audit.jsonl"),
+        serve__name=NAME, router__max_actors=2, control__autoscale=False, control__audit_log=str(folder / "audit.jsonl"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         if redis:
@@ -103,6 +105,7 @@ def world(redis, tmp_path_factory):
         patch.delenv("RAY_REDIS_ADDRESS", raising=False)
     cluster.add_node(num_cpus=1, resources={"place": PLACES})
     cluster.wait_for_nodes()
+    reset_ray_address()  # no command that looks for "the" cluster of this machine is to find this one
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     with asyncio.Runner() as runner:
         context = live_system(config)
@@ -173,7 +176,7 @@ def test_the_death_of_the_ingress_leaves_the_system_as_it_is(world):
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
     try:
-        serve.run(application(world.config), name="moeray")
+        serve.run(application(world.config), name=NAME)
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
@@ -203,7 +206,7 @@ def replica_of(cluster: Cluster) -> psutil.Process:
     """The process of the one ingress replica, on whichever node."""
     raylets = [raylet for node in cluster.list_all_nodes() for raylet in node.all_processes["raylet"]]
     workers = [worker for raylet in raylets for worker in psutil.Process(raylet.process.pid).children()]
-    (replica,) = [worker for worker in workers if "ServeReplica:moeray:ingress" in " ".join(worker.cmdline())]
+    (replica,) = [worker for worker in workers if f"ServeReplica:{NAME}:ingress" in " ".join(worker.cmdline())]
     return replica
 
 
