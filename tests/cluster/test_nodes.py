@@ -21,7 +21,7 @@ import pytest
 import ray
 import torch
 from ray import serve
-from ray._private.utils import reset_ray_address
+from ray._common.utils import reset_ray_address
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -94,7 +94,8 @@ def world(redis, tmp_path_factory):
     experts = {"name": "experts", "actors": 2, "min_actors": 1, "max_actors": 4, "num_cpus": 0.1, "resources": place}
     config = tiny_config(
         model, wire__grpc=True, experts__groups=[experts], router__num_cpus=0.1, router__resources=place,
-        serve__name=NAME, router__max_actors=2, control__autoscale=False, control__audit_log=str(folder / "audit.jsonl"),
+        serve__name=NAME, router__max_actors=2, control__autoscale=False,
+        control__audit_log=str(folder / "audit.jsonl"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         if redis:
