@@ -1,4 +1,4 @@
-"""Growth under load: how soon a new replica serves, what decoding loses meanwhile, and whether a shrink loses anything."""
+"""Growth under load: how soon a new replica serves, what decoding loses meanwhile, what requests a shrink loses."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import click
 @click.option("--experts", type=int, default=256, show_default=True, help="Experts of a layer.")
 @click.option("--actors", type=int, default=1000, show_default=True)
 @click.option("--spares", type=float, default=0.05, show_default=True, help="Replicas of hot experts, a part of all.")
-@click.option("--fast", type=float, default=1.0, show_default=True, help="How fast every second actor is to the others.")
+@click.option("--fast", type=float, default=1.0, show_default=True, help="How fast every second actor is.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--repeat", type=int, default=5, show_default=True, help="Runs per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
@@ -41,9 +41,7 @@ def _print(result: dict[str, Any]) -> None:
     for column in ("change", "ms", "of it CPU", "replicas moved"):
         table.add_column(column, justify="left" if column == "change" else "right")
     for row in result["rows"]:
-        table.add_row(
-            row["change"], f"{row['milliseconds']:.0f}", f"{row['cpu_milliseconds']:.0f}", str(row["moves"])
-        )
+        table.add_row(row["change"], f"{row['milliseconds']:.0f}", f"{row['cpu_milliseconds']:.0f}", str(row["moves"]))
     console = Console()
     console.print(table)
     console.print(f"on {result['environment']['cpu']}, load average {result['load_average']:.1f}")
