@@ -1,4 +1,4 @@
-"""Growth under load: how soon a new replica serves, what decoding loses meanwhile, and whether a shrink loses anything."""
+"""Growth under load: how soon a new replica serves, what decoding loses meanwhile, what requests a shrink loses."""
 
 from __future__ import annotations
 
@@ -105,4 +105,5 @@ async def _until(system: System, plan: GrowPlan, holds: Callable[[Mapping[str, A
 def _is_whole(status: Mapping[str, Any]) -> bool:
     """As many actors as are wanted, the warm pool filled, nothing under way."""
     wanted = {group: count + status["reserve"].get(group, 0) for group, count in status["wanted"].items()}
-    return not status["changing"] and dict(status["ready"]) == wanted
+    passing = any(row["state"] in ("starting", "silent", "draining") for row in status["actors"])
+    return not status["changing"] and not passing and dict(status["ready"]) == wanted

@@ -21,8 +21,9 @@ STEERING = Steering()
 
 @dataclass(frozen=True)
 class SkewPlan:
-    """`hot`: the part of a skewed prompt's tokens that are steered to the hot expert; `aim`: the max/mean load per actor
-    that counts as even; `quiet_s`: how long the skewed load is held; `shrink_s`: the longest wait for replicas to go."""
+    """`hot`: the part of a skewed prompt's tokens that are steered to the hot expert; `aim`: the max/mean load of an
+    actor that counts as even; `quiet_s`: how long the skewed load is held; `shrink_s`: the longest wait for replicas
+    to go."""
 
     hot: float = 0.4
     streams: int = 8
@@ -49,7 +50,7 @@ class Sample:
 
 
 def settled_s(samples: Sequence[Sample], aim: float) -> float | None:
-    """When the skew fell below `aim` for good: the first sample after the last one that is not. None where it did not."""
+    """When the skew fell below `aim` for good: the first sample after the last that is not. None if it did not."""
     high = [i for i, sample in enumerate(samples) if sample.skew >= aim]
     if not samples or (high and high[-1] == len(samples) - 1):
         return None

@@ -13,9 +13,7 @@ import click
 @click.option("--experts", type=int, default=256, show_default=True, help="Experts of a layer.")
 @click.option("--actors", type=int, default=1000, show_default=True)
 @click.option("--spares", type=float, default=0.05, show_default=True, help="Replicas of hot experts, a part of all.")
-@click.option(
-    "--fast", type=float, default=1.0, show_default=True, help="How fast every second actor is to the others."
-)
+@click.option("--fast", type=float, default=1.0, show_default=True, help="How fast every second actor is.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--repeat", type=int, default=5, show_default=True, help="Runs per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)

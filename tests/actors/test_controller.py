@@ -92,9 +92,10 @@ def test_a_warm_actor_takes_over_and_the_pool_is_filled_again(model, expected, t
         before = until(system.controller, settled)
         warm = [row["actor"] for row in before["actors"] if row["state"] == "warm"]
         assert len(warm) == 1
-        system.handle("experts-1").call("stop").result(10)
+        victim = next(r["actor"] for r in before["actors"] if r["kind"] == "expert" and r["state"] == "ready")
+        system.handle(victim).call("stop").result(10)
         assert tokens(system) == expected
-        after = until(system.controller, lambda s: settled(s) and "experts-1" not in {r["actor"] for r in s["actors"]})
+        after = until(system.controller, lambda s: settled(s) and victim not in {r["actor"] for r in s["actors"]})
         serving = {row["actor"] for row in after["actors"] if row["state"] == "ready" and row["kind"] == "expert"}
         assert warm[0] in serving
         assert sum(row["state"] == "warm" for row in after["actors"]) == 1
