@@ -13,7 +13,7 @@ from moeray.config import Config, config_from, load_config
 from moeray.control.comparison import Comparison, compare, routers_for
 from moeray.control.cost import Costs, load_costs
 from moeray.control.oracle import INTERVAL_S
-from moeray.control.outcome import Slo
+from moeray.control.outcome import ATTAINED, Slo
 from moeray.control.popularity import SKEWS, MoeShape, PopularityModel, Skew
 from moeray.control.trace import Trace, read_trace
 from moeray.control.world import World
@@ -163,4 +163,9 @@ def _print(result: Comparison, world: World) -> None:
     table.add_row("actor-hours saved", f"{saved:.1%}", "", f"{oracle:.1%}")
     console = Console()
     console.print(table)
+    if result.elastic.attainment < ATTAINED:
+        console.print(
+            f"the elastic system misses the SLO ({result.elastic.attainment:.1%} of the requests meet it, "
+            f"{ATTAINED:.0%} should), so its savings are not at equal latency"
+        )
     console.print(f"in proportion to tokens in and out, an oracle would save {result.token_bound:.1%}")
