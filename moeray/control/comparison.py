@@ -40,9 +40,12 @@ class Comparison:
         return 1 - outcome.actor_hours / self.static.actor_hours
 
     def to_tree(self) -> dict[str, Any]:
-        """Plain data. Savings compare like with like only where `slo_met`: the static system and the oracle always
-        meet the SLO, the elastic one may not. `oracle_token_bound_ratio`: what would be saved if actors were needed in proportion to tokens in
-        and out and nothing else mattered."""
+        """Plain data.
+
+        Savings compare like with like only where `slo_met`: the static system and the oracle always meet the SLO, the
+        elastic one may not. `oracle_token_bound_ratio`: what would be saved if actors were needed in proportion to
+        tokens in and out and nothing else mattered.
+        """
         elastic, static, oracle = (outcome.summary() for outcome in self.outcomes)
         keys = ("actor_hours", "node_hours", "router_hours", "cost", "slo_attainment")
         return (
