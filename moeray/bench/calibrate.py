@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import os
 import secrets
 import statistics
 import tempfile
@@ -45,7 +44,7 @@ from moeray.types import Address, ExpertId, GenerationRequest
 from moeray.wire.channel import connect
 
 NODE = "calibrate"
-SHAPE = Shape(layers=4, vocab=1024)
+SHAPE = Shape(vocab=1024)
 STEP_TOKENS = (1, 8, 64, 256, 1024)
 HOP_TOKENS = (1, 16, 128)
 EXPERT_GRID = tuple((distinct, rows) for distinct in (1, 2, 4, 8) for rows in (1, 4, 16, 64))
@@ -83,7 +82,7 @@ def calibrate(
         report("starting expert actors, and hops")
         hop_points, hop_costs = _hops(files, config, actors, repeat)
     return {
-        "costs": trunk_costs | expert_costs | hop_costs | {"cores": len(os.sched_getaffinity(0))},
+        "costs": trunk_costs | expert_costs | hop_costs,
         "points": {"experts": expert_points, "hops": hop_points},
         "model": {
             "name": None if config.model.startswith(folder) else config.model,

@@ -36,7 +36,7 @@ def test_a_model_is_measured_and_the_simulator_reads_it(tmp_path):
     (tmp_path / "costs.json").write_text(json.dumps(result))
     costs = load_costs(tmp_path / "costs.json")
     assert costs.trunk_layers == 2
-    assert costs.cores >= 1
+    assert costs.cores == 0  # an actor's figures hold for any number of machines
     assert costs.start_s > costs.map_s > 0
     assert min(costs.trunk_s) > 0
     assert max(costs.forward_s, costs.row_s, costs.expert_s) > 0
