@@ -29,8 +29,7 @@ COUNT = click.IntRange(1)
 @click.option("--trace", "trace_file", required=True, type=click.Path(), help="Azure 2023 CSV or Mooncake JSONL.")
 @click.option("--config", "config_file", type=click.Path(), help="YAML as for `moeray serve`; the model is not read.")
 @click.option("--costs", "costs_file", type=click.Path(), help="JSON of `moeray bench calibrate`.")
-@click.option("--cores", type=click.IntRange(0), default=0, show_default=True,
-              help="How many expert actors can compute at once (0: all), as on a machine with fewer cores than actors.")  # fmt: skip
+@click.option("--cores", type=COUNT, help="How many expert actors can compute at once [default: the costs', else all].")
 @click.option("--layers", type=COUNT, default=24, show_default=True, help="MoE layers.")
 @click.option("--experts", type=COUNT, default=32, show_default=True, help="Experts of a layer.")
 @click.option("--top-k", type=COUNT, default=8, show_default=True, help="Experts of a token.")
@@ -89,7 +88,8 @@ def _trace(path: str, flags: dict[str, Any]) -> Trace:
 
 def _world(trace: Trace, flags: dict[str, Any]) -> World:
     costs = load_costs(flags["costs_file"]) if flags["costs_file"] else Costs()
-    costs = replace(costs, cores=flags["cores"] or costs.cores)
+    if flags["cores"]:
+        costs = replace(costs, cores=flags["cores"])
     if flags["top_k"] > flags["experts"]:
         raise click.BadParameter(f"a layer has only {flags['experts']} experts", param_hint="--top-k")
     shape = MoeShape(flags["layers"], flags["experts"], flags["top_k"])

@@ -68,7 +68,8 @@ class _Search:
         over = late > self.allowed
         if not over.any():
             over = late > self._late(self.best)
-        return over | np.append(over[1:], False)
+        before = np.append(over[1:], False)
+        return np.asarray(over | before, np.bool_)
 
     def _run(self, actors: Ints) -> Outcome:
         schedule = Schedule(actors.tolist(), [self.runs.routers], self.interval_s, True)
