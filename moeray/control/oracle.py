@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,7 @@ def best_oracle(runs: FixedRuns, slo: Slo, static: Outcome, interval_s: float, r
         while search.round(part):
             pass
     report("oracle", len(_STEPS), len(_STEPS))
-    return search.best
+    return replace(search.best, name="oracle")  # it may still be the static one
 
 
 def _quiet(static: Outcome, interval_s: float, count: int) -> NDArray[np.bool_]:
