@@ -13,7 +13,7 @@ from moeray.config import Config, config_from, load_config
 from moeray.control.comparison import Comparison, compare, routers_for
 from moeray.control.cost import Costs, load_costs
 from moeray.control.oracle import INTERVAL_S
-from moeray.control.outcome import Slo
+from moeray.control.outcome import ATTAINED, Slo
 from moeray.control.popularity import SKEWS, MoeShape, PopularityModel, Skew
 from moeray.control.trace import Trace, read_trace
 from moeray.control.world import World
@@ -29,6 +29,7 @@ COUNT = click.IntRange(1)
 @click.option("--trace", "trace_file", required=True, type=click.Path(), help="Azure 2023 CSV or Mooncake JSONL.")
 @click.option("--config", "config_file", type=click.Path(), help="YAML as for `moeray serve`; the model is not read.")
 @click.option("--costs", "costs_file", type=click.Path(), help="JSON of `moeray bench calibrate`.")
+@click.option("--cores", type=COUNT, help="How many expert actors can compute at once [default: the costs', else all].")
 @click.option("--layers", type=COUNT, default=24, show_default=True, help="MoE layers.")
 @click.option("--experts", type=COUNT, default=32, show_default=True, help="Experts of a layer.")
 @click.option("--top-k", type=COUNT, default=8, show_default=True, help="Experts of a token.")
@@ -87,6 +88,8 @@ def _trace(path: str, flags: dict[str, Any]) -> Trace:
 
 def _world(trace: Trace, flags: dict[str, Any]) -> World:
     costs = load_costs(flags["costs_file"]) if flags["costs_file"] else Costs()
+    if flags["cores"]:
+        costs = replace(costs, cores=flags["cores"])
     if flags["top_k"] > flags["experts"]:
         raise click.BadParameter(f"a layer has only {flags['experts']} experts", param_hint="--top-k")
     shape = MoeShape(flags["layers"], flags["experts"], flags["top_k"])
@@ -163,4 +166,9 @@ def _print(result: Comparison, world: World) -> None:
     table.add_row("actor-hours saved", f"{saved:.1%}", "", f"{oracle:.1%}")
     console = Console()
     console.print(table)
+    if result.elastic.attainment < ATTAINED:
+        console.print(
+            f"the elastic system misses the SLO ({result.elastic.attainment:.1%} of the requests meet it, "
+            f"{ATTAINED:.0%} should), so its savings are not at equal latency"
+        )
     console.print(f"in proportion to tokens in and out, an oracle would save {result.token_bound:.1%}")

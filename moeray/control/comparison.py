@@ -14,7 +14,7 @@ from moeray.control.cost import Costs
 from moeray.control.elastic import ElasticRun
 from moeray.control.fixed import FixedRuns, best_static, default_slo
 from moeray.control.oracle import best_oracle
-from moeray.control.outcome import Outcome, Slo
+from moeray.control.outcome import ATTAINED, Outcome, Slo
 from moeray.control.popularity import MoeShape
 from moeray.control.trace import Trace
 from moeray.control.world import World
@@ -40,8 +40,12 @@ class Comparison:
         return 1 - outcome.actor_hours / self.static.actor_hours
 
     def to_tree(self) -> dict[str, Any]:
-        """Plain data. `oracle_token_bound_ratio`: what would be saved if actors were needed in proportion to tokens in
-        and out and nothing else mattered."""
+        """Plain data.
+
+        Savings compare like with like only where `slo_met`: the static system and the oracle always meet the SLO, the
+        elastic one may not. `oracle_token_bound_ratio`: what would be saved if actors were needed in proportion to
+        tokens in and out and nothing else mattered.
+        """
         elastic, static, oracle = (outcome.summary() for outcome in self.outcomes)
         keys = ("actor_hours", "node_hours", "router_hours", "cost", "slo_attainment")
         return (
@@ -55,6 +59,7 @@ class Comparison:
                 "oracle_token_bound_ratio": self.token_bound,
                 "node_hours_saved_ratio": 1 - elastic["node_hours"] / static["node_hours"],
                 "slo": asdict(self.slo),
+                "slo_met": self.elastic.attainment >= ATTAINED,
                 "static": static,
                 "oracle": oracle,
             }

@@ -1,8 +1,9 @@
 """What a step costs: seconds of trunk, hops and experts, for any batch and any placement.
 
-A = actors, G = entries of a grid of token counts; the others as in `popularity`. The figures come from
-`moeray bench calibrate`; the defaults are those of a 24-layer, 32-expert, 1024x512 model in bf16 whose expert actors
-have one core of a 2-core virtual machine each.
+A = actors, G = entries of a grid of token counts; the others as in `popularity`. Measure your own figures with
+`moeray bench calibrate`. The defaults stand for a 24-layer model of 32 experts of 1024x512 in bf16. Those of experts
+and hops are estimates from measurements of such experts on single cores of a virtual machine; those of the trunk and of
+starting are assumptions (a router whose node is several times as fast as a 2-core one), measured nowhere.
 """
 
 from __future__ import annotations

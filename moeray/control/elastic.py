@@ -108,13 +108,13 @@ class ElasticRun:
         engine, interval = self._engine, self.settings.interval_s
         weights_G = np.array(engine.steps_by_tokens) @ self.world.step_costs.weights_TG
         tokens = float(np.dot(engine.steps_by_tokens, np.arange(len(engine.steps_by_tokens))))
-        engine.steps_by_tokens = [0] * len(engine.steps_by_tokens)
+        engine.steps_by_tokens = [0.0] * len(engine.steps_by_tokens)
         rows_LE = self._rng.poisson(tokens * self.world.popularity.of_epoch(self._epoch).chosen_LE)
         busy_A = np.minimum(weights_G @ self._table.busy_GA, interval).tolist()
         forwards_A = (weights_G @ self._table.forwards_GA).tolist()
-        others = 1 - 1 / max(1, len(engine.routers))
+        others = len(engine.routers) - 1
         for tally, busy, forwards in zip(self._tallies, busy_A, forwards_A, strict=True):
-            self._book.fold(tally.report(rows_LE, busy, forwards, others * busy / interval), now)
+            self._book.fold(tally.report(rows_LE, busy, forwards, busy / interval, others), now)
         for router in engine.routers:
             running = len(router.prefills) + len(router.decodes)
             self._book.fold(RouterReport(router.name, "1", running, len(router.waiting)), now)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from moeray.control.outcome import ATTAINED, Outcome, Slo
 INTERVAL_S = 60.0
 _STEPS = (0.6, 0.75, 0.88, 0.95)
 """What is left of an interval's actors in a round, coarse to fine."""
+_REPAIRS = 5
+"""How often a round gives actors back."""
 
 Report = Callable[[str, int, int], None]
 Ints = NDArray[np.int64]
@@ -41,9 +43,11 @@ class _Search:
     def round(self, part: float) -> bool:
         """Try to do with `part` of the actors everywhere, then only where it went well. False: nothing was gained."""
         lower = np.maximum(np.floor(part * self.actors).astype(np.int64), self.runs.world.fewest_actors)
-        lower = np.minimum(lower, self.actors)
-        trial = lower
-        for _ in range(4):
+        return self.attempt(np.minimum(lower, self.actors))
+
+    def attempt(self, trial: Ints) -> bool:
+        """Try these numbers, giving those back that were missed. False: nothing was gained."""
+        for _ in range(_REPAIRS):
             if (trial == self.actors).all() or tuple(trial) in self.tried:
                 return False
             self.tried.add(tuple(trial))
@@ -51,13 +55,21 @@ class _Search:
             if result.attainment >= ATTAINED:
                 self.actors, self.best = trial, result
                 return True
-            bad = self._late(result) > self.allowed
-            # A backlog comes from the interval before as well.
-            bad |= np.append(bad[1:], False)
-            if not (bad & (trial < self.actors)).any():
+            missed = self._missed(result) & (trial < self.actors)
+            if not missed.any():
                 return False
-            trial = np.where(bad, self.actors, trial)
+            trial = np.where(missed, self.actors, trial)
         return False
+
+    def _missed(self, result: Outcome) -> NDArray[np.bool_]:
+        """The intervals with more late requests than are allowed (with any more than the best has, where the sum of
+        what is allowed is too much), and the one before each run of them, as a backlog comes from before."""
+        late = self._late(result)
+        over = late > self.allowed
+        if not over.any():
+            over = late > self._late(self.best)
+        before = np.append(over[1:], False)
+        return np.asarray(over | before, np.bool_)
 
     def _run(self, actors: Ints) -> Outcome:
         schedule = Schedule(actors.tolist(), [self.runs.routers], self.interval_s, True)
@@ -79,9 +91,19 @@ def best_oracle(runs: FixedRuns, slo: Slo, static: Outcome, interval_s: float, r
     came = np.bincount(interval_of, minlength=count)
     search = _Search(runs, slo, interval_s, actors, interval_of, np.zeros(count, np.int64), static)
     search.allowed = np.maximum((came * (1 - ATTAINED)).astype(np.int64), search._late(static))
+    # Where nothing comes, nothing is needed, and no late request would tell it from an interval that is needed.
+    search.attempt(np.where(_quiet(static, interval_s, count), runs.world.fewest_actors, actors))
     for i, part in enumerate(_STEPS):
         report("oracle", i, len(_STEPS))
         while search.round(part):
             pass
     report("oracle", len(_STEPS), len(_STEPS))
-    return search.best
+    return replace(search.best, name="oracle")  # it may still be the static one
+
+
+def _quiet(static: Outcome, interval_s: float, count: int) -> NDArray[np.bool_]:
+    """The intervals in which nothing comes and nothing is served by the static system."""
+    quiet = np.ones(count, np.bool_)
+    for sample in static.curve:
+        quiet[min(int(sample.at_s / interval_s + 1e-9), count - 1)] &= sample.demand == 0 and sample.served == 0
+    return quiet

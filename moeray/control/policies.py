@@ -22,12 +22,17 @@ KV_TARGET = 0.8
 
 def target_utilisation(seen: PolicyInput) -> Wish:
     """As many actors as would each be busy for `target_utilisation` of the time, and as many routers as would each
-    have `target_running` requests and not more than `KV_TARGET` of the KV cache in use."""
+    have `target_running` requests and not more than `KV_TARGET` of the KV cache in use.
+
+    An actor cannot be busier than always, so busy actors alone do not say how much too few they are. Requests that wait
+    at the routers do: they are counted as if they kept as many actors busy as those that run.
+    """
     actors: dict[str, int] = {}
     for device in dict.fromkeys(limits.device for limits in seen.groups.values()):
         actors |= _tier(seen, {name: limits for name, limits in seen.groups.items() if limits.device == device})
     reasons = [
-        f"group {group}: {_busy(seen, group):.2f} actors busy, {count} wanted at {seen.settings.target_utilisation:.0%}"
+        f"group {group}: {_busy(seen, group):.2f} actors busy, {_backlog(seen):.1f} times as many requests as run, "
+        f"{count} wanted at {seen.settings.target_utilisation:.0%}"
         for group, count in actors.items()
         if count != seen.groups[group].actors
     ]
@@ -49,14 +54,15 @@ def _tier(seen: PolicyInput, groups: Mapping[str, GroupLimits]) -> dict[str, int
     """The actors of the groups of one tier (cuda or cpu). Load moves between them, so their need is counted together:
     growth goes to the cheapest group, and what is too much goes from the dearest (per row, where rates are known).
 
-    With one group this is ceil(busy actors / target).
+    With one group and no backlog this is ceil(busy actors / target).
     """
     views = _by_group(seen)
     if not any(group in views for group in groups):
         return {}  # nobody reports, so nothing is known
     rates = {group: _mean([view.rate for view in views.get(group, []) if view.rate > 0]) for group in groups}
     power = {group: rate if all(rates.values()) else 1.0 for group, rate in rates.items()}
-    need = sum(_busy(seen, group) * power[group] for group in groups) / seen.settings.target_utilisation
+    busy = sum(_busy(seen, group) * power[group] for group in groups)
+    need = busy * _backlog(seen) / seen.settings.target_utilisation
     short = need - sum(limits.actors * power[group] for group, limits in groups.items())
     wanted = {group: limits.actors for group, limits in groups.items()}
     cheapest = sorted(groups, key=lambda group: groups[group].price_per_hour / power[group])
@@ -79,6 +85,13 @@ def _by_group(seen: PolicyInput) -> dict[str, list[ExpertActorView]]:
 
 def _busy(seen: PolicyInput, group: str) -> float:
     return sum(view.busy for view in seen.experts if view.group == group)
+
+
+def _backlog(seen: PolicyInput) -> float:
+    """All requests at the routers, in units of those that run; 1 where none waits."""
+    running = sum(router.running for router in seen.routers)
+    waiting = sum(router.waiting for router in seen.routers)
+    return 1 + waiting / max(running, 1.0)
 
 
 def _mean(values: list[float]) -> float:
@@ -162,17 +175,17 @@ def lasts(entry: ScheduleConfig, now: float) -> bool:
 def queue_wait(seen: PolicyInput) -> Wish:
     """More actors for a group whose worst p99 queue wait is above `slo_queue_wait_s`: in proportion, at least one more.
 
-    Only while all actors that the group is to have take rows: those that are still starting may be the cure. Below the
-    objective the policy has no opinion, since a short queue does not say how many actors would do.
+    The proportion is of those that take rows, so that those that are still starting count as part of the cure. Below
+    the objective the policy has no opinion, since a short queue does not say how many actors would do.
     """
     actors: dict[str, int] = {}
     reasons = []
     slo = seen.settings.slo_queue_wait_s
     for group, views in _by_group(seen).items():
         worst = max(view.queue_wait_p99_s for view in views)
-        if group not in seen.groups or worst <= slo or len(views) < seen.groups[group].actors:
+        if group not in seen.groups or worst <= slo:
             continue
-        actors[group] = max(len(views) + 1, math.ceil(len(views) * min(worst / slo, seen.settings.max_growth)))
+        actors[group] = max(len(views) + 1, math.ceil(len(views) * worst / slo))
         reasons.append(f"group {group}: p99 queue wait {worst:.3f} s is above {slo:g} s")
     return Wish(actors, reasons=tuple(reasons))
 

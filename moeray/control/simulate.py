@@ -42,13 +42,11 @@ class SimRouter:
     step_s: float = 0.0
     steps: int = 0
     credited: int = 0
+    worked: float = 0.0  # steps that are in `steps_by_tokens`
     tokens: int = 0
     busy: float = 0.0  # how busy it keeps the busiest actor
     plan: int = 0  # counts the plans, so that an outdated event is known
-
-    @property
-    def outstanding(self) -> int:
-        return len(self.waiting) + len(self.prefills) + len(self.decodes)
+    outstanding: int = 0  # requests that it has not finished
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +77,7 @@ class Engine:
         self.now = 0.0
         self.routers: list[SimRouter] = []
         self.prompt_tokens = self.generation_tokens = 0
-        self.steps_by_tokens = [0] * len(costs.trunk_s)  # since the caller last cleared it
+        self.steps_by_tokens = [0.0] * len(costs.trunk_s)  # since the caller last cleared it
         for _ in range(routers):
             self.add_router()
 
@@ -129,13 +127,17 @@ class Engine:
         return sum(not router.closing for router in self.routers)
 
     def publish(self, table: StepTable) -> None:
-        """Another placement: in force at each router from its next step on."""
+        """Another placement: in force at once, also within a step, since each layer is dispatched by the newest."""
         self.table = table
         for router in self.routers:
-            self._cut(router, self.now)
+            if router.steps:
+                done = (self.now - router.began) / router.step_s
+                self._time_steps(router)
+                router.began = self.now - done * router.step_s
+                self._push(router)
 
     def advance(self, until: float) -> None:
-        """Simulate to the moment `until`; steps that end by then are counted in `steps_by_tokens`."""
+        """Simulate to the moment `until`; steps, and parts of steps, until then are counted in `steps_by_tokens`."""
         events, arrival, count = self._events, self._arrival, len(self._arrival)
         while True:
             event_at = events[0][0] if events else math.inf
@@ -155,12 +157,13 @@ class Engine:
             self.now = until
         for router in self.routers:
             if router.steps:
-                self._credit(router, min(int((self.now - router.began) / router.step_s), router.steps))
+                self._credit(router, min((self.now - router.began) / router.step_s, router.steps))
 
     # -- requests and steps -----------------------------------------------------------------------------------------
 
     def _arrive(self, request: int) -> None:
         router = min((r for r in self.routers if not r.closing), key=lambda r: r.outstanding)
+        router.outstanding += 1
         router.waiting.append(request)
         if not router.steps:
             self._plan(router)
@@ -191,16 +194,21 @@ class Engine:
         if not tokens:
             self._rest(router)
             return
-        table, others = self.table, self._busy - router.busy
-        others = min(max(others, 0.0), 1 - 1 / len(self.routers))
-        step_s = self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + table.slowest_s[tokens] / (1 - others)
-        self._set_busy(router, table.bottleneck_s[tokens] / step_s)
         router.takes, router.tokens = takes, tokens
-        router.began, router.step_s, router.steps, router.credited = self.now, step_s, steps, 0
+        router.began, router.steps, router.credited, router.worked = self.now, steps, 0, 0.0
+        self._time_steps(router)
         self._push(router)
 
+    def _time_steps(self, router: SimRouter) -> None:
+        """How long a step of its batch takes with the present placement, beside what the other routers do."""
+        table, costs, tokens = self.table, self._costs, router.tokens
+        others = min(max(self._busy - router.busy, 0.0), 1 - 1 / len(self.routers))
+        experts_s = table.slowest_s[tokens] / (1 - others)
+        router.step_s = costs.trunk_s[tokens] + costs.decode_s * len(router.decodes) + experts_s
+        self._set_busy(router, table.bottleneck_s[tokens] / router.step_s)
+
     def _rest(self, router: SimRouter) -> None:
-        router.takes, router.tokens, router.steps, router.credited = [], 0, 0, 0
+        router.takes, router.tokens, router.steps, router.credited, router.worked = [], 0, 0, 0, 0.0
         router.plan += 1
         self._set_busy(router, 0.0)
         self._leave_if_empty(router)
@@ -235,18 +243,20 @@ class Engine:
             budget -= more
         return takes
 
-    def _credit(self, router: SimRouter, steps: int) -> None:
-        self.steps_by_tokens[router.tokens] += steps - router.credited
+    def _credit(self, router: SimRouter, done: float) -> None:
+        """Count `done` of its steps: the work also of one that has not ended, the tokens of those that have."""
+        steps = max(int(done + 1e-6), router.credited)
+        self.steps_by_tokens[router.tokens] += done - router.worked
         self.generation_tokens += (steps - router.credited) * len(router.decodes)
         self.prompt_tokens += (steps - router.credited) * (router.tokens - len(router.decodes))
-        router.credited = steps
+        router.worked, router.credited = done, steps
 
     def _finish_steps(self, router: SimRouter) -> None:
         steps, now = router.steps, self.now
         self._credit(router, steps)
         router.step += steps
         while router.decodes and router.decodes[0][0] == router.step:
-            self._end(heapq.heappop(router.decodes)[1])
+            self._end(router, heapq.heappop(router.decodes)[1])
         for prefill, take in zip(router.prefills, router.takes, strict=False):
             prefill[1] -= take * steps
             if not prefill[1]:
@@ -258,10 +268,11 @@ class Engine:
         self._first[request] = now
         self.generation_tokens += 1
         if self._output[request] == 1:
-            self._end(request)
+            self._end(router, request)
         else:
             heapq.heappush(router.decodes, (router.step + self._output[request] - 1, request))
 
-    def _end(self, request: int) -> None:
+    def _end(self, router: SimRouter, request: int) -> None:
+        router.outstanding -= 1
         self._last[request] = self.now
         self._unfinished -= 1

@@ -39,14 +39,15 @@ class Tally:
         self.layers, self.numbers, self.of, self.nth = table.T
         self.rows = np.array([had.get(expert, 0) for expert in self.experts], np.int64)
 
-    def report(self, rows_LE: Ints, busy_s: float, forwards: float, busy_others: float) -> ExpertReport:
-        """Count the rows of an interval, and report. `busy_others`: how busy other routers keep the actor."""
+    def report(self, rows_LE: Ints, busy_s: float, forwards: float, busy: float, others: int) -> ExpertReport:
+        """Count the rows of an interval, and report. `busy`: the part of it that the actor computed; a forward waits
+        for those of `others` routers."""
         each, rest = np.divmod(rows_LE[self.layers, self.numbers], self.of)
         self.rows += each + (rest > self.nth)
         self.busy_s += busy_s
         self.forwards += forwards
         service = busy_s / forwards if forwards else 0.0
-        p50, p99 = (queue_wait(service, min(busy_others, 0.99), q) for q in (0.5, 0.99))
+        p50, p99 = (queue_wait(service, busy * others / (others + 1), others, q) for q in (0.5, 0.99))
         rows = dict(zip(self.experts, self.rows.tolist(), strict=True))
         return ExpertReport(self.actor_id, "1", rows, int(self.forwards), self.busy_s, p50, p99, service, service)
 
@@ -61,8 +62,9 @@ def share(tallies: Sequence[Tally], placement: Placement) -> None:
         tally.host(shares[tally.actor_id])
 
 
-def queue_wait(service_s: float, busy: float, quantile: float) -> float:
-    """The wait's quantile in an M/M/1 queue that is busy for that part of the time."""
+def queue_wait(service_s: float, busy: float, others: int, quantile: float) -> float:
+    """The wait's quantile in an M/M/1 queue that is busy for that part of the time, but not longer than the forwards of
+    all others take: a router has one at a time at an actor."""
     if busy <= 1 - quantile:
         return 0.0
-    return service_s / (1 - busy) * math.log(busy / (1 - quantile))
+    return service_s * min(math.log(busy / (1 - quantile)) / (1 - busy), others)

@@ -53,6 +53,19 @@ def test_target_utilisation(busy, wanted):
     assert target_utilisation(seen(busy)).actors == {"experts": wanted}
 
 
+@pytest.mark.parametrize(
+    ("routers", "wanted"),
+    [
+        (((8.0, 0.0, 0.0),), 2),
+        (((8.0, 8.0, 0.0),), 4),  # twice the requests that are served
+        (((8.0, 0.0, 0.0), (8.0, 8.0, 0.0)), 3),
+        (((0.0, 2.0, 0.0),), 4),  # nothing runs yet; at most max_growth
+    ],
+)
+def test_requests_that_wait_count_as_load(routers, wanted):
+    assert target_utilisation(seen((0.6, 0.6), routers=routers)).actors == {"experts": wanted}
+
+
 def test_actors_that_are_starting_count_as_growth_already_asked_for():
     wish = target_utilisation(seen((0.9, 0.9), limits={"experts": GroupLimits(3, 1, 10)}))
     assert wish.actors == {"experts": 3}
@@ -181,8 +194,8 @@ def test_overlapping_floors_and_the_routers():
         ((0.1, 0.25), 2, {}),
         ((0.1, 0.26), 2, {"experts": 3}),
         ((0.1, 0.1, 0.1, 0.4), 4, {"experts": 7}),
-        ((9.0, 9.0), 2, {"experts": 4}),  # at most max_growth
-        ((9.0, 9.0), 3, {}),  # one is starting
+        ((2.0, 2.0), 2, {"experts": 16}),  # `decide` bounds the growth
+        ((2.0, 2.0), 9, {"experts": 16}),  # those that are starting are part of it
     ],
 )
 def test_queue_wait(waits, actors, wanted):

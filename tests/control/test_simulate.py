@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,36 @@ def test_no_router_takes_more_than_max_running_and_steps_keep_the_token_budget()
     assert engine.generation_tokens == 40 * 50
 
 
+def test_a_placement_is_in_force_within_a_step_and_work_is_counted_as_it_is_done():
+    """A step of which a half is done when the actors become four times as fast."""
+    trace = trace_of("one", [(0.0, 64, 1)])
+    costs = StepCosts(replace(COSTS, trunk_s=(0.0,) * len(COSTS.trunk_s), hop_s=0.0, hop_row_s=0.0), SHAPE, 64)
+    it = world(trace)
+    placement = it.settled_placement(it.hosts(2), it.hindsight.load)
+    slow, fast = (
+        costs.table(placement, it.popularity.of_epoch(0), {host.actor_id: speed for host in it.hosts(2)})
+        for speed in (1.0, 4.0)
+    )
+    engine = Engine(trace, EngineConfig(max_running=8, max_batch_tokens=64), costs, slow, 1)
+    whole = slow.slowest_s[64]
+    engine.advance(whole / 2)
+    assert sum(engine.steps_by_tokens) == pytest.approx(0.5)
+    engine.publish(fast)
+    engine.advance(math.inf)
+    assert sum(engine.steps_by_tokens) == pytest.approx(1)
+    assert engine.latencies().first_s[0] == pytest.approx(whole / 2 + whole / 8)
+
+
+def test_the_oracle_needs_nobody_where_nothing_comes():
+    busy = [(0.2 * i, 300, 20) for i in range(150)]
+    quiet = world(trace_of("pause", [*busy, *((300 + at, prompt, output) for at, prompt, output in busy)]))
+    result = compare(quiet, None, slo_factor=2, warm_start=True, interval_s=30, seed=0, report=lambda *progress: None)
+    pause = [sample.actors for sample in result.oracle.curve if 90 <= sample.at_s < 270]
+    assert pause
+    assert set(pause) == {quiet.fewest_actors}
+    assert result.oracle.attainment >= 0.99
+
+
 def it_table(costs, it, placement):
     return costs.table(placement, it.popularity.of_epoch(0), {host.actor_id: 1.0 for host in it.hosts(2)})
 
@@ -209,7 +240,12 @@ def test_leavers_empty_whole_nodes():
     ("busy", "expected"), [(0.0, 0.0), (0.01, 0.0), (0.5, 2 * math.log(50)), (0.9, 10 * math.log(90))]
 )
 def test_queue_wait_is_that_of_an_mm1_queue(busy, expected):
-    assert queue_wait(1.0, busy, 0.99) == pytest.approx(expected, abs=1e-9)
+    assert queue_wait(1.0, busy, 1000, 0.99) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_forward_waits_for_one_of_each_other_router_at_most():
+    assert queue_wait(0.5, 0.999, 3, 0.99) == 1.5
+    assert queue_wait(0.5, 0.999, 0, 0.99) == 0.0
 
 
 @pytest.mark.parametrize(
