@@ -37,8 +37,11 @@ class ExpertReport:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """One router at one moment. `lost`: (actor, reason) of expert actors that it gave up since the last report, the
-    reason being `closed`, `timeout`, `error` or `out_of_memory`; `orphans`: rows that wait because their expert has no replica."""
+    """One router at one moment.
+
+    `lost`: (actor, reason) of expert actors that it gave up since the last report, the reason being `closed`, `timeout`,
+    `error` or `out_of_memory`; `orphans`: rows that wait because their expert has no replica.
+    """
 
     actor_id: str
     incarnation: str
