@@ -39,7 +39,7 @@ class ExpertReport:
 class RouterReport:
     """One router at one moment.
 
-    `lost`: (actor, reason) of expert actors that it gave up since the last report, the reason being `closed`, `timeout`,
+    `lost`: (actor, reason) of expert actors given up since the last report, the reason being `closed`, `timeout`,
     `error` or `out_of_memory`; `orphans`: rows that wait because their expert has no replica.
     """
 
