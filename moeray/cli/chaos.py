@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -60,7 +62,8 @@ def command(
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
         config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
-        result = asyncio.run(_run(config, plan, SIGNALS[how], report))
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of every worker that dies
+            result = asyncio.run(_run(config, plan, SIGNALS[how], report))
     figures = summary(result)
     if output == "json":
         click.echo(json.dumps(figures))

@@ -140,7 +140,7 @@ def test_status_shows_the_actors(endpoint):
     experts = [row for row in status["actors"] if row["kind"] == "expert"]
     assert sum(row["experts"] for row in experts) == 3 * 8 or sum(row["experts"] for row in experts) > 0
     assert all(row["rows_total"] > 0 for row in experts)
-    assert status["epoch"] == 1
+    assert status["epoch"] >= 1
 
 
 def steer(*args: str, code: int = 0) -> dict:
