@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def command(
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
         config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
-        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of every worker that dies
+        with _stdout_to_stderr():
             result = asyncio.run(_run(config, plan, SIGNALS[how], report))
     figures = summary(result)
     if output == "json":
@@ -71,6 +72,23 @@ def command(
         _print(plan, figures)
     if figures["lost_requests"] or figures["changed_tokens"]:
         raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Ray tells of every worker that dies on stdout, which is the result's; until Ray is left, it goes to stderr."""
+    import ray
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _small_model(folder: Path) -> str:
