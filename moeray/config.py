@@ -270,7 +270,8 @@ class ControlConfig:
 
     `warm_pool`: started, empty expert actors kept in reserve. `autoscale` false: only repair and manual commands.
     `audit_log`: a JSONL file of every decision (None: `audit/NAME.jsonl` in the cache folder). `drain_s` bounds the
-    wait for what an actor that leaves still has in flight.
+    wait for what an actor that leaves still has in flight. `warm_start`: processes without a GPU are forks of a zygote
+    on their node, which has imported everything; without it each imports for seconds (needed with `image_uri`).
     """
 
     report_s: float = 1.0
@@ -294,6 +295,7 @@ class ControlConfig:
     schedule: tuple[ScheduleConfig, ...] = ()
     audit_log: str | None = None
     drain_s: float = 30.0
+    warm_start: bool = True
 
     def __post_init__(self) -> None:
         for key in ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s"):

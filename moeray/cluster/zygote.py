@@ -1,0 +1,157 @@
+"""The zygote of a node: a process that has imported what actors need, and forks one for each that is to start.
+
+It has a single thread, and touches neither CUDA nor gRPC nor a thread pool, so that its forks are whole. Pages of the
+imported modules are shared by all its forks. It ends with its owner (the raylet), or when nobody needs it any more.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeray.cluster.warm import receive, send
+
+MODULES = (
+    "ray", "ray._private.node", "ray._private.worker", "ray._private.async_compat", "ray._private.runtime_env.setup_hook",
+    "torch", "transformers", "moeray.actors.expert", "moeray.actors.router", "moeray.actors.controller",
+    "moeray.cluster.ray", "moeray.cluster.ray_process",
+)  # fmt: skip
+IDLE_S = 60.0
+"""Without a fork alive for so long it ends."""
+REQUEST_S = 10.0
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a fork is to run. `fds`: its standard input, output and error."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    fds: tuple[int, ...]
+
+    def run(self) -> None:
+        """Become this script."""
+        os.setsid()  # whoever ends this process's group means this process alone
+        for target, fd in enumerate(self.fds):
+            os.dup2(fd, target)
+            os.close(fd)
+        os.environ.clear()
+        os.environ.update(self.env)
+        os.chdir(self.cwd)
+        sys.argv = self.argv
+        sys.path[0] = str(Path(self.argv[0]).parent)
+        runpy.run_path(self.argv[0], run_name="__main__")
+
+
+class Zygote:
+    """Forks on request. `owner`: the process with which it ends; the descriptor is one of pidfd_open."""
+
+    def __init__(self, listener: socket.socket, owner: int) -> None:
+        self._listener = listener
+        self._owner = owner
+        self._forks: dict[socket.socket, int] = {}
+        self._ends: dict[int, socket.socket] = {}
+        self._events = selectors.DefaultSelector()
+        self._events.register(listener, selectors.EVENT_READ)
+        self._events.register(owner, selectors.EVENT_READ)
+
+    def serve(self) -> Script | None:
+        """None when it is to end; in a fork: what that is to run."""
+        while events := self._events.select(None if self._forks else IDLE_S):
+            for found, _ in events:
+                if found.fileobj is self._listener:
+                    script = self._accept()
+                    if script is not None:
+                        return script
+                elif found.fd == self._owner:
+                    return None
+                elif found.fd in self._ends:
+                    self._reap(found.fd)
+                else:
+                    self._deserted(found.fd)
+        return None
+
+    def _accept(self) -> Script | None:
+        client, _ = self._listener.accept()
+        client.settimeout(REQUEST_S)
+        try:
+            request, fds = receive(client)
+        except OSError:
+            request, fds = None, []
+        if request is None:
+            client.close()
+            return None
+        script = Script(fds=tuple(fds), **request)  # type: ignore[arg-type]
+        pid = os.fork()
+        if pid == 0:
+            client.close()
+            self._leave()
+            return script
+        for fd in fds:
+            os.close(fd)
+        end = os.pidfd_open(pid)
+        self._forks[client], self._ends[end] = pid, client
+        self._events.register(end, selectors.EVENT_READ)
+        self._events.register(client, selectors.EVENT_READ)
+        with suppress(OSError):  # its client has gone; what it left ends by _deserted
+            send(client, {"pid": pid})
+        return None
+
+    def _leave(self) -> None:
+        """In a fork: nothing of the zygote's stays open."""
+        self._events.close()
+        for end, client in self._ends.items():
+            os.close(end)
+            client.close()
+        self._listener.close()
+        os.close(self._owner)
+
+    def _reap(self, end: int) -> None:
+        """A fork has ended: its client ends as it did."""
+        client = self._ends.pop(end)
+        status = os.waitstatus_to_exitcode(os.waitpid(self._forks.pop(client), 0)[1])
+        self._events.unregister(end)
+        with suppress(KeyError):  # it was deserted
+            self._events.unregister(client)
+        os.close(end)
+        with suppress(OSError):
+            send(client, {"status": status if status >= 0 else 128 - status})
+        client.close()
+
+    def _deserted(self, fd: int) -> None:
+        """A client was killed: so is what it had asked for, whose end is seen next."""
+        for client, pid in self._forks.items():
+            if client.fileno() == fd:
+                os.kill(pid, signal.SIGKILL)
+                self._events.unregister(client)
+                return
+
+
+def main() -> None:
+    listener, owner, path = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+    for module in MODULES:
+        importlib.import_module(module)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"the imports have started {len(threads) - 1} threads, which a fork would lack"
+    gc.collect()
+    gc.freeze()  # a collection would write to every page that the forks share
+    script = Zygote(listener, os.pidfd_open(owner)).serve()
+    if script is not None:
+        script.run()
+    else:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".log").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Scripts that run warm: as `python SCRIPT` would, in a fork; and nothing is left when their owner is gone."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT_S = 120.0
+WARM = f"{sys.executable} -m moeray.cluster.warm"
+SCRIPT = """
+import os, sys
+heavy = sorted({"torch", "ray", "transformers"} & sys.modules.keys())
+print(__name__, sys.argv[1:], os.getcwd(), os.environ.get("COLOUR"), "OPENBLAS_NUM_THREADS" in os.environ, heavy)
+print(sys.stdin.readline().strip(), file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+WAITS = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(600)\n"
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path))
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.fixture
+def waits(script: Path) -> Path:
+    script.write_text(WAITS)
+    return script
+
+
+def shell(commands: str) -> subprocess.Popen[str]:
+    """A shell that runs these: it is the owner of the zygote, as a raylet is."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(["sh", "-c", commands], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or goes now."""
+    try:
+        end = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([end], [], [], LIMIT_S)[0])
+    finally:
+        os.close(end)
+
+
+def test_a_script_runs_as_python_would_run_it(script: Path, tmp_path: Path) -> None:
+    with shell(f"cd {tmp_path}; COLOUR=blue {WARM} {script} 7 'two words'; echo status $?") as owner:
+        out, err = owner.communicate("from stdin\n", timeout=LIMIT_S)
+    warm = "False ['ray', 'torch', 'transformers']"
+    assert out == f"__main__ ['7', 'two words'] {tmp_path} blue {warm}\nstatus 7\n"
+    assert err == "from stdin\n"
+
+
+def test_the_zygote_forks_for_all_and_ends_with_its_owner(waits: Path) -> None:
+    with shell(f"{WARM} {waits} & {WARM} {waits} & wait") as owner:
+        assert owner.stdout is not None
+        (one, zygote), (other, same) = (map(int, owner.stdout.readline().split()) for _ in range(2))
+        assert one != other
+        assert zygote == same
+        os.kill(one, signal.SIGKILL)
+        assert ended(one)
+        assert not select.select([pidfd := os.pidfd_open(other)], [], [], 0)[0]
+        os.close(pidfd)
+        owner.kill()
+        assert ended(zygote)
+        os.kill(other, signal.SIGKILL)  # scripts watch their owner by themselves, as Ray's workers do
+
+
+def test_a_client_and_its_script_end_together(waits: Path) -> None:
+    with shell(f"{WARM} {waits} & echo $! >&2; wait $!; {WARM} {waits}; echo status $?") as owner:
+        assert owner.stdout is not None
+        assert owner.stderr is not None
+        client = int(owner.stderr.readline())
+        first = int(owner.stdout.readline().split()[0])
+        os.kill(client, signal.SIGKILL)
+        assert ended(first)
+        second = int(owner.stdout.readline().split()[0])
+        os.kill(second, signal.SIGTERM)
+        assert owner.stdout.readline() == f"status {128 + signal.SIGTERM}\n"
+
+
+def test_without_a_zygote_the_script_runs_all_the_same(script: Path, tmp_path: Path) -> None:
+    (tmp_path / f"moeray-{os.getuid()}").mkdir()
+    (tmp_path / f"moeray-{os.getuid()}").chmod(0o755)
+    with shell(f"{WARM} {script} 3; echo status $?") as owner:
+        out, err = owner.communicate("\n", timeout=LIMIT_S)
+    assert "[]\nstatus 3" in out
+    assert "must be private to this user" in err
