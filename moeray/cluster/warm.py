@@ -1,5 +1,5 @@
-"""A Python that starts warm: `python -m moeray.cluster.warm SCRIPT ARGUMENT...` runs SCRIPT as `python SCRIPT` would, in
-a process forked from the node's zygote, which has imported everything already.
+"""A Python that starts warm: `python -m moeray.cluster.warm SCRIPT ARGUMENT...` runs SCRIPT as `python` would, in a
+process forked from the node's zygote, which has imported everything already.
 
 Torch, transformers and Ray take seconds of CPU time to import; a fork takes milliseconds. What stays here is a thin
 parent: it hands over its arguments, environment and standard streams, waits, and ends as the script does. When it is
@@ -87,7 +87,7 @@ def run_warm(argv: list[str]) -> int:
             raise ConnectionError(f"the zygote ended before it forked; see the newest log in {folder()}")
         client.settimeout(None)
         ended, _ = receive(client)
-        return int(ended["status"]) if ended else 1
+        return int(str(ended["status"])) if ended else 1
 
 
 def send(channel: socket.socket, message: dict[str, object], fds: list[int] | None = None) -> None:

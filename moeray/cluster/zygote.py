@@ -21,7 +21,7 @@ from pathlib import Path
 from moeray.cluster.warm import receive, send
 
 MODULES = (
-    "ray", "ray._private.node", "ray._private.worker", "ray._private.async_compat", "ray._private.runtime_env.setup_hook",
+    "ray", "ray._private.node", "ray._private.worker", "ray._private.runtime_env.setup_hook",
     "torch", "transformers", "moeray.actors.expert", "moeray.actors.router", "moeray.actors.controller",
     "moeray.cluster.ray", "moeray.cluster.ray_process",
 )  # fmt: skip

@@ -18,8 +18,6 @@ from moeray.bench.checkpoint import Shape, write_random_moe
 from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.systems import tiny_config
 
-pytestmark = pytest.mark.slow
-
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
 POOR = {"control__warm_pool": 1, "experts__min_actors": 1, "experts__max_actors": 4, "router__max_actors": 2}
 RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3}
