@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from moeray.actors.roster import ROUTER, Roster
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.control.fleet import Phase
-from moeray.control.load import LoadBook, skew
+from moeray.control.load import LoadBook, RouterLoad, skew
 from moeray.control.placement import Placement
 from moeray.control.policy import (
     ExpertActorView,
@@ -96,9 +96,9 @@ class Autoscaler:
             for a in self._roster.experts(Phase.READY)
             if a.actor_id in named
         )  # fmt: skip
-        means = self._book.routers(now)
+        loads = self._book.routers(now)
         routers = tuple(
-            RouterView(a.actor_id, a.node_id, *means.get(a.actor_id, (0.0, 0.0, 0.0)))
+            RouterView(a.actor_id, a.node_id, loads.get(a.actor_id, RouterLoad()))
             for a in self._roster.routers(Phase.READY)
         )
         limits = {name: self._limits(name) for name in self._kinds}

@@ -21,8 +21,13 @@ def with_stats(report: RouterReport, stats: EngineStats | None) -> RouterReport:
         kv_usage=stats.kv_cache_usage_ratio,
         prompt_tokens=stats.prompt_tokens,
         generation_tokens=stats.generation_tokens,
+        pending_tokens=stats.pending_tokens,
         steps=stats.steps,
         step_s=stats.step_seconds_total,
+        decode_tokens=stats.decode_tokens,
+        decode_s=stats.decode_seconds_total,
+        prefill_tokens=stats.prefill_tokens,
+        prefill_s=stats.prefill_seconds_total,
     )
 
 

@@ -244,6 +244,7 @@ class RouterActor:
             self._spec.actor_id,
             self._incarnation,
             epoch=self._view.epoch,
+            expert_s=self._dispatcher.seconds_total if self._dispatcher else 0.0,
             orphans=self._dispatcher.orphans if self._dispatcher else 0,
             lost=lost,
             leaving=self._leaving,

@@ -25,6 +25,10 @@ POSITIVE = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1)
 
 
+CONTROL = {"policies": ("latency", "hot_experts"), "max_growth": 4.0, "shrink_votes": 25}
+"""Without --config: the other policies do not know the SLO that the run is judged by."""
+
+
 @click.command("simulate")
 @click.option("--trace", "trace_file", required=True, type=click.Path(), help="Azure 2023 CSV or Mooncake JSONL.")
 @click.option("--config", "config_file", type=click.Path(), help="YAML as for `moeray serve`; the model is not read.")
@@ -107,7 +111,8 @@ def _config(trace: Trace, costs: Costs, shape: MoeShape, flags: dict[str, Any]) 
         routers = flags["routers"]
     else:
         most = flags["max_actors"] or DEFAULT_ACTORS
-        config = config_from({"experts": {"actors": 1, "min_actors": 1, "max_actors": most}})
+        experts = {"actors": 1, "min_actors": 1, "max_actors": most}
+        config = config_from({"experts": experts, "control": CONTROL})
         routers = flags["routers"] or routers_for(trace, config, costs, shape)
     if routers is None:
         return config

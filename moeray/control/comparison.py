@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,21 @@ def compare(
     actors = max(sample.actors for sample in static.curve)
     start = world.mix(actors) if warm_start else {name: group.actors for name, group in world.groups.items()}
     duration = math.ceil(static.end_s)
-    elastic = ElasticRun(world, start, seed).run(slo, lambda now: report("elastic", min(int(now), duration), duration))
+    elastic = ElasticRun(_aware(world, slo), start, seed).run(
+        slo, lambda now: report("elastic", min(int(now), duration), duration)
+    )
     return Comparison(slo, elastic, static, oracle, token_bound(world.trace, interval_s))
+
+
+def _aware(world: World, slo: Slo) -> World:
+    """The elastic system knows the SLO that it is judged by, unless its config names another."""
+    control = world.config.control
+    told = replace(
+        control,
+        slo_ttft_s=slo.ttft_s if control.slo_ttft_s is None else control.slo_ttft_s,
+        slo_tpot_s=slo.tpot_s if control.slo_tpot_s is None else control.slo_tpot_s,
+    )
+    return replace(world, config=replace(world.config, control=told))
 
 
 def token_bound(trace: Trace, interval_s: float) -> float:

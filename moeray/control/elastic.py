@@ -15,7 +15,7 @@ import numpy as np
 
 from moeray.control.cost import StepTable
 from moeray.control.eplb import place
-from moeray.control.load import LoadBook, skew
+from moeray.control.load import LoadBook, RouterLoad, skew
 from moeray.control.members import Member, Members
 from moeray.control.outcome import Outcome, Sample, Slo, outcome
 from moeray.control.placement import Host, Placement
@@ -29,7 +29,6 @@ from moeray.control.policy import (
     decide,
     load_policies,
 )
-from moeray.control.reports import RouterReport
 from moeray.control.simulate import Engine
 from moeray.control.tally import Tally, share
 from moeray.control.votes import settle
@@ -116,8 +115,7 @@ class ElasticRun:
         for tally, busy, forwards in zip(self._tallies, busy_A, forwards_A, strict=True):
             self._book.fold(tally.report(rows_LE, busy, forwards, busy / interval, others), now)
         for router in engine.routers:
-            running = len(router.prefills) + len(router.decodes)
-            self._book.fold(RouterReport(router.name, "1", running, len(router.waiting)), now)
+            self._book.fold(engine.report_of(router), now)
 
     def _advance_routers(self, now: float) -> None:
         ready = sum(at <= now for at in self._router_starts)
@@ -149,9 +147,10 @@ class ElasticRun:
                 waits.get(m.actor_id, 0.0),
             )
             for m in self._members.serving(now)
+            if m.actor_id in self._kept  # those of the placement in force take rows, as live
         )  # fmt: skip
         known = book.routers(now)
-        routers = tuple(RouterView(r.name, "", *known.get(r.name, ())) for r in self._engine.routers)
+        routers = tuple(RouterView(r.name, "", known.get(r.name, RouterLoad())) for r in self._engine.routers)
         limits = {
             name: GroupLimits(counts[name], *group.actors_span, group.price_per_hour, _tier(group.device))
             for name, group in world.groups.items()

@@ -23,6 +23,11 @@ from moeray.types import ExpertId
 MEMORY_S = 600.0
 """Time constant, in busy seconds, of an actor's service rate: a property of its machine, not of the load."""
 
+STEPS_S = 2.0
+"""Time constant of what is known of a router's steps: it must not lag behind the actors that serve them."""
+_FADED = 0.1
+"""Fewer tokens than this are a memory of what was long ago."""
+
 Vector = NDArray[np.float64]
 _Key = TypeVar("_Key")
 
@@ -47,12 +52,34 @@ class _Expert:
     waits: deque[tuple[float, float]] = field(default_factory=deque)
 
 
+@dataclass(frozen=True)
+class RouterLoad:
+    """What a router has to do. Over the last window, means of `running` and `waiting` sequences and of `kv_usage` (0
+    to 1). Over the last steps: `tpot_s`, what a decoding sequence waited for a token, `prefill_rate`, prompt tokens per
+    second of steps with prefills (both 0 where there were none), and `expert_part` of the steps' time (0 to 1), in
+    which a layer waited for expert actors. At present: `pending_tokens` of prompts, still to be computed."""
+
+    running: float = 0.0
+    waiting: float = 0.0
+    kv_usage: float = 0.0
+    pending_tokens: float = 0.0
+    tpot_s: float = 0.0
+    prefill_rate: float = 0.0
+    expert_part: float = 0.0
+
+
 @dataclass
 class _Router:
+    """`sums` and `time_s` decay with the window, `work`, the increments of `totals`, faster; `last` is as reported."""
+
+    incarnation: str
     since: float
     time_s: float = 0.0
-    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    last: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    sums: Vector = field(default_factory=lambda: np.zeros(3))
+    last: Vector = field(default_factory=lambda: np.zeros(3))
+    totals: Vector = field(default_factory=lambda: np.zeros(6))
+    work: Vector = field(default_factory=lambda: np.zeros(6))
+    pending_tokens: int = 0
 
 
 class LoadBook:
@@ -89,13 +116,20 @@ class LoadBook:
         self._routers.pop(actor_id, None)
 
     def _fold_router(self, report: RouterReport, now: float) -> None:
-        router = self._routers.setdefault(report.actor_id, _Router(now))
+        tokens, prefilled = report.decode_tokens, report.prefill_tokens
+        totals = np.array([report.step_s, report.expert_s, tokens, report.decode_s, prefilled, report.prefill_s])
+        router = self._routers.get(report.actor_id)
+        if router is None:  # what it counted before this book knew it has no known time span
+            router = self._routers[report.actor_id] = _Router(report.incarnation, now, totals=totals)
         span = max(0.0, now - router.since)
         fade = math.exp(-span / self._window_s)
-        values = (float(report.running), float(report.waiting), report.kv_usage)
-        router.sums = tuple(fade * s + span * v for s, v in zip(router.sums, values, strict=True))  # type: ignore[assignment]
+        values = np.array([report.running, report.waiting, report.kv_usage], np.float64)
+        before = router.totals if router.incarnation == report.incarnation else 0.0
+        router.sums = fade * router.sums + span * values
+        router.work = math.exp(-span / STEPS_S) * router.work + (totals - before)
         router.time_s = fade * router.time_s + span
-        router.since, router.last = now, values
+        router.since, router.last, router.totals = now, values, totals
+        router.incarnation, router.pending_tokens = report.incarnation, report.pending_tokens
 
     def _fold_expert(self, report: ExpertReport, now: float) -> None:
         actor = self._experts.get(report.actor_id)
@@ -214,17 +248,26 @@ class LoadBook:
             out[actor_id] = actor.waits[0][1] if actor.waits else 0.0
         return out
 
-    def routers(self, now: float) -> dict[str, tuple[float, float, float]]:
-        """Means of (running, waiting, kv_usage) of each router over the window; the last report holds until `now`."""
-        out = {}
-        for actor_id, router in self._routers.items():
-            span = max(0.0, now - router.since)
-            fade = math.exp(-span / self._window_s)
-            time_s = fade * router.time_s + span
-            pairs = zip(router.sums, router.last, strict=True)
-            running, waiting, kv = ((fade * s + span * v) / time_s if time_s > 0 else v for s, v in pairs)
-            out[actor_id] = running, waiting, kv
-        return out
+    def routers(self, now: float) -> dict[str, RouterLoad]:
+        """The load of each router; the last report holds until `now`."""
+        return {actor_id: self._router_load(router, now) for actor_id, router in self._routers.items()}
+
+    def _router_load(self, router: _Router, now: float) -> RouterLoad:
+        span = max(0.0, now - router.since)
+        fade = math.exp(-span / self._window_s)
+        time_s = fade * router.time_s + span
+        means = (fade * router.sums + span * router.last) / time_s if time_s > 0 else router.last
+        running, waiting, kv_usage = means.tolist()
+        step_s, expert_s, decode_tokens, decode_s, prefill_tokens, prefill_s = router.work.tolist()
+        return RouterLoad(
+            running,
+            waiting,
+            kv_usage,
+            router.pending_tokens,
+            tpot_s=decode_s / decode_tokens if decode_tokens > _FADED else 0.0,
+            prefill_rate=prefill_tokens / prefill_s if prefill_tokens > _FADED else 0.0,
+            expert_part=min(1.0, expert_s / step_s) if step_s > 0 else 0.0,
+        )
 
     def idle_s(self, now: float) -> float:
         """Seconds since a row was last served (since the first report where none was; 0 before any report)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
 from cronsim import CronSim
@@ -12,6 +12,11 @@ from moeray.config import ScheduleConfig
 from moeray.control.eplb import replicate, skew_left
 from moeray.control.policy import ExpertActorView, GroupLimits, Policy, PolicyInput, Wish
 from moeray.types import ExpertId
+
+LEAST_PART = 0.33
+"""Expert actors that take a smaller part than this of what the trunk takes cannot shorten a step by much more."""
+_IDLE = 0.1
+"""Sequences at a router, in the mean over the window, below which it counts as idle."""
 
 KV_TARGET = 0.8
 """The part of a router's KV cache that is aimed at: above it, sequences are soon preempted."""
@@ -27,9 +32,7 @@ def target_utilisation(seen: PolicyInput) -> Wish:
     An actor cannot be busier than always, so busy actors alone do not say how much too few they are. Requests that wait
     at the routers do: they are counted as if they kept as many actors busy as those that run.
     """
-    actors: dict[str, int] = {}
-    for device in dict.fromkeys(limits.device for limits in seen.groups.values()):
-        actors |= _tier(seen, {name: limits for name, limits in seen.groups.items() if limits.device == device})
+    actors = _in_tiers(seen, {group: _busy(seen, group) for group in seen.groups}, _backlog(seen) / _target(seen))
     reasons = [
         f"group {group}: {_busy(seen, group):.2f} actors busy, {_backlog(seen):.1f} times as many requests as run, "
         f"{count} wanted at {seen.settings.target_utilisation:.0%}"
@@ -45,24 +48,38 @@ def target_utilisation(seen: PolicyInput) -> Wish:
 def _routers(seen: PolicyInput) -> int | None:
     if not seen.routers:
         return None
-    requests = sum(router.running + router.waiting for router in seen.routers) / seen.settings.target_running
-    cache = sum(router.kv_usage for router in seen.routers) / KV_TARGET
+    requests = sum(router.load.running + router.load.waiting for router in seen.routers) / seen.settings.target_running
+    cache = sum(router.load.kv_usage for router in seen.routers) / KV_TARGET
     return max(seen.router_limits.min_actors, _ceil(max(requests, cache)))
 
 
-def _tier(seen: PolicyInput, groups: Mapping[str, GroupLimits]) -> dict[str, int]:
-    """The actors of the groups of one tier (cuda or cpu). Load moves between them, so their need is counted together:
-    growth goes to the cheapest group, and what is too much goes from the dearest (per row, where rates are known).
+def _target(seen: PolicyInput) -> float:
+    return seen.settings.target_utilisation
 
-    With one group and no backlog this is ceil(busy actors / target).
+
+def _in_tiers(seen: PolicyInput, used: Mapping[str, float], factor: float) -> dict[str, int]:
+    """`factor` times the actors of each group that are `used`, tier by tier (cuda or cpu)."""
+    actors: dict[str, int] = {}
+    for device in dict.fromkeys(limits.device for limits in seen.groups.values()):
+        groups = {name: limits for name, limits in seen.groups.items() if limits.device == device}
+        actors |= _tier(seen, groups, used, factor)
+    return actors
+
+
+def _tier(
+    seen: PolicyInput, groups: Mapping[str, GroupLimits], used: Mapping[str, float], factor: float
+) -> dict[str, int]:
+    """The actors of the groups of one tier. Load moves between them, so their need is counted together: growth goes to
+    the cheapest group, and what is too much goes from the dearest (per row, where rates are known).
+
+    With one group this is ceil(factor * used).
     """
     views = _by_group(seen)
     if not any(group in views for group in groups):
         return {}  # nobody reports, so nothing is known
     rates = {group: _mean([view.rate for view in views.get(group, []) if view.rate > 0]) for group in groups}
     power = {group: rate if all(rates.values()) else 1.0 for group, rate in rates.items()}
-    busy = sum(_busy(seen, group) * power[group] for group in groups)
-    need = busy * _backlog(seen) / seen.settings.target_utilisation
+    need = factor * sum(used[group] * power[group] for group in groups)
     short = need - sum(limits.actors * power[group] for group, limits in groups.items())
     wanted = {group: limits.actors for group, limits in groups.items()}
     cheapest = sorted(groups, key=lambda group: groups[group].price_per_hour / power[group])
@@ -89,8 +106,8 @@ def _busy(seen: PolicyInput, group: str) -> float:
 
 def _backlog(seen: PolicyInput) -> float:
     """All requests at the routers, in units of those that run; 1 where none waits."""
-    running = sum(router.running for router in seen.routers)
-    waiting = sum(router.waiting for router in seen.routers)
+    running = sum(router.load.running for router in seen.routers)
+    waiting = sum(router.load.waiting for router in seen.routers)
     return 1 + waiting / max(running, 1.0)
 
 
@@ -100,6 +117,60 @@ def _mean(values: list[float]) -> float:
 
 def _ceil(value: float) -> int:
     return math.ceil(value - 1e-9)  # 0.6 + 0.6 over 0.6 is 2, whatever floats say
+
+
+# -- latency ----------------------------------------------------------------------------------------------------------
+
+
+def latency(seen: PolicyInput) -> Wish:
+    """As many actors as keep the time to the first token within `slo_ttft_s` and that between tokens in `slo_tpot_s`.
+
+    Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
+    sequence waits for its next token as it did for the last ones. Both waits are aimed at `slo_aim` of what is allowed,
+    since load comes unevenly. Of them, only what waits for expert actors changes with their number, at best in inverse
+    proportion: that part has to fit into what the trunk leaves. So a shrink errs to the safe side, and a growth that
+    was too small is seen at the next decision. Without work at the routers the minimum is wanted.
+    """
+    if seen.settings.slo_ttft_s is None and seen.settings.slo_tpot_s is None:
+        return Wish()
+    factor, why = max([*_prompts(seen), *_tokens(seen)], default=(0.0, "no work at the routers"))
+    serving = {group: float(len(views)) for group, views in _by_group(seen).items()}
+    used = {group: serving.get(group, 0.0) for group in seen.groups}
+    actors = _in_tiers(seen, used, factor)
+    changed = any(count != seen.groups[group].actors for group, count in actors.items())
+    return Wish(actors, reasons=(f"{why}: {factor:.2f} times the {sum(used.values()):.0f} actors",) if changed else ())
+
+
+def _prompts(seen: PolicyInput) -> Iterator[tuple[float, str]]:
+    """By how much the actors are to be multiplied for the prompts of all routers together, and why.
+
+    One long prompt takes its time on any number of actors; what they can help is a backlog.
+    """
+    slo = seen.settings.slo_ttft_s
+    loads = [router.load for router in seen.routers if router.load.prefill_rate]
+    if slo is not None and loads:
+        rate = sum(load.prefill_rate for load in loads) / len(loads)
+        wait_s = sum(router.load.pending_tokens for router in seen.routers) / rate / len(seen.routers)
+        part = sum(load.expert_part for load in loads) / len(loads)
+        yield _fit(wait_s, part, seen.settings.slo_aim * slo), f"{wait_s:.2f} s of prompts to compute"
+
+
+def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:
+    """The same for the tokens of all that run: a request's mean is kept, so it is the mean that counts."""
+    slo = seen.settings.slo_tpot_s
+    loads = [router.load for router in seen.routers if router.load.tpot_s and router.load.running > _IDLE]
+    if slo is not None and loads:
+        running = sum(load.running for load in loads)
+        tpot_s = sum(load.running * load.tpot_s for load in loads) / running
+        experts_s = sum(load.running * load.tpot_s * load.expert_part for load in loads) / running
+        yield _fit(tpot_s, experts_s / tpot_s, seen.settings.slo_aim * slo), f"{tpot_s:.3f} s between tokens"
+
+
+def _fit(wait_s: float, expert_part: float, aim_s: float) -> float:
+    """By how much the actors are to be multiplied to bring a wait to what is aimed at."""
+    experts_s = expert_part * wait_s
+    rest_s = wait_s - experts_s
+    return experts_s / max(aim_s - rest_s, LEAST_PART * rest_s)
 
 
 # -- hot_experts ------------------------------------------------------------------------------------------------------
@@ -191,5 +262,5 @@ def queue_wait(seen: PolicyInput) -> Wish:
 
 
 SHIPPED: dict[str, Policy] = {
-    policy.__name__: policy for policy in (target_utilisation, hot_experts, idle, schedule, queue_wait)
+    policy.__name__: policy for policy in (target_utilisation, latency, hot_experts, idle, schedule, queue_wait)
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from moeray.config import ControlConfig
+from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
 from moeray.errors import ConfigError
 from moeray.types import ExpertId
@@ -30,13 +31,11 @@ class ExpertActorView:
 
 @dataclass(frozen=True)
 class RouterView:
-    """One router. `running` and `waiting` are sequences, means over the last window; `kv_usage` lies in 0 to 1."""
+    """One router."""
 
     actor_id: str
     node_id: str
-    running: float = 0.0
-    waiting: float = 0.0
-    kv_usage: float = 0.0
+    load: RouterLoad = field(default_factory=lambda: RouterLoad())
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class ExpertReport:
 class RouterReport:
     """One router at one moment.
 
+    `prompt_tokens` are of prompts whose prefill is done, `pending_tokens` those that are still to be computed. `step_s`
+    is the time spent in steps, `expert_s` that part of it in which a layer waited for expert actors. `decode_s` is what
+    decoding sequences, all added up, waited for their `decode_tokens`; `prefill_tokens` were computed in steps with
+    prefills, which took `prefill_s`.
     `lost`: (actor, reason) of expert actors given up since the last report, the reason being `closed`, `timeout`,
     `error` or `out_of_memory`; `orphans`: rows that wait because their expert has no replica.
     """
@@ -50,8 +54,14 @@ class RouterReport:
     kv_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    pending_tokens: int = 0
     steps: int = 0
     step_s: float = 0.0
+    expert_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
     epoch: int = 0
     orphans: int = 0
     lost: tuple[tuple[str, str], ...] = ()

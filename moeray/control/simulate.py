@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moeray.config import EngineConfig
 from moeray.control.cost import StepCosts, StepTable
+from moeray.control.reports import RouterReport
 from moeray.control.trace import Trace
 
 Floats = NDArray[np.float64]
@@ -47,6 +48,8 @@ class SimRouter:
     busy: float = 0.0  # how busy it keeps the busiest actor
     plan: int = 0  # counts the plans, so that an outdated event is known
     outstanding: int = 0  # requests that it has not finished
+    expert_s: float = 0.0  # of a step, the part in which it waits for expert actors
+    totals: list[float] = field(default_factory=lambda: [0.0] * 7)  # as RouterReport's, from steps on
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +162,19 @@ class Engine:
             if router.steps:
                 self._credit(router, min((self.now - router.began) / router.step_s, router.steps))
 
+    def report_of(self, router: SimRouter) -> RouterReport:
+        """What it would tell the controller now. The way of the rows counts as the trunk's here."""
+        running, waiting = len(router.prefills) + len(router.decodes), len(router.waiting)
+        pending = sum(left for _, left in router.prefills) + sum(self._prompt[i] for i in router.waiting)
+        if router.takes:
+            pending -= int(router.worked) * sum(router.takes)
+        steps, step_s, expert_s, decode_tokens, decode_s, prefill_tokens, prefill_s = router.totals
+        return RouterReport(
+            router.name, "1", running, waiting, pending_tokens=pending, steps=int(steps), step_s=step_s,
+            expert_s=expert_s, decode_tokens=int(decode_tokens), decode_s=decode_s,
+            prefill_tokens=int(prefill_tokens), prefill_s=prefill_s,
+        )  # fmt: skip
+
     # -- requests and steps -----------------------------------------------------------------------------------------
 
     def _arrive(self, request: int) -> None:
@@ -205,6 +221,7 @@ class Engine:
         others = min(max(self._busy - router.busy, 0.0), 1 - 1 / len(self.routers))
         experts_s = table.slowest_s[tokens] / (1 - others)
         router.step_s = costs.trunk_s[tokens] + costs.decode_s * len(router.decodes) + experts_s
+        router.expert_s = experts_s
         self._set_busy(router, table.bottleneck_s[tokens] / router.step_s)
 
     def _rest(self, router: SimRouter) -> None:
@@ -247,9 +264,22 @@ class Engine:
         """Count `done` of its steps: the work also of one that has not ended, the tokens of those that have."""
         steps = max(int(done + 1e-6), router.credited)
         self.steps_by_tokens[router.tokens] += done - router.worked
+        self._tally(router, done - router.worked)
         self.generation_tokens += (steps - router.credited) * len(router.decodes)
         self.prompt_tokens += (steps - router.credited) * (router.tokens - len(router.decodes))
         router.worked, router.credited = done, steps
+
+    def _tally(self, router: SimRouter, steps: float) -> None:
+        totals, decodes = router.totals, len(router.decodes)
+        prefilled = router.tokens - decodes
+        totals[0] += steps
+        totals[1] += steps * router.step_s
+        totals[2] += steps * router.expert_s
+        totals[3] += steps * decodes
+        totals[4] += steps * decodes * router.step_s
+        if prefilled:
+            totals[5] += steps * prefilled
+            totals[6] += steps * router.step_s
 
     def _finish_steps(self, router: SimRouter) -> None:
         steps, now = router.steps, self.now

@@ -106,6 +106,8 @@ class Dispatcher:
         self._orphans = 0
         self.slowest_compute_s = 0.0
         """Compute time of the slowest actor in the last layer, as the actors report it."""
+        self.seconds_total = 0.0
+        """Time that all layers so far have waited for their rows."""
 
     @property
     def orphans(self) -> int:
@@ -132,6 +134,7 @@ class Dispatcher:
                     self._await_replicas(work)
         finally:
             self._orphans = 0
+            self.seconds_total += self._clock() - work.began
         return out_RD.view(*home_ids_TK.shape, x_TD.shape[1]).to(x_TD.device)
 
     # -- sending --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from moeray.config import EngineConfig
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import Runner
 from moeray.engine.sampler import LogitsError, Sampler
-from moeray.engine.scheduler import Scheduler
+from moeray.engine.scheduler import Batch, Scheduler
 from moeray.engine.sequence import Sequence
 from moeray.errors import RequestError
 from moeray.types import FinishReason, GenerationRequest, TokenOutput
@@ -23,7 +23,10 @@ class EngineStats:
     """Where the engine stands; totals count from its start.
 
     `prefix_hit_tokens` of `prefix_query_tokens` prompt tokens came from the prefix cache. `prompt_tokens` counts
-    prompts whose prefill is done. Durations are in seconds.
+    prompts whose prefill is done, `pending_tokens` those that are still to be computed. `decode_seconds_total` is what
+    decoding sequences, all added up, waited for their `decode_tokens`; `prefill_tokens` were computed in steps with
+    prefills, `prefill_seconds_total` long.
+    Durations are in seconds.
     """
 
     running: int
@@ -36,6 +39,11 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    pending_tokens: int
+    decode_tokens: int
+    decode_seconds_total: float
+    prefill_tokens: int
+    prefill_seconds_total: float
     steps: int
     step_seconds_total: float
     last_step_seconds: float
@@ -52,6 +60,10 @@ class Engine:
         self._steps = 0
         self._step_seconds = 0.0
         self._last_step_seconds = 0.0
+        self._decode_tokens = 0
+        self._decode_seconds = 0.0
+        self._prefill_tokens = 0
+        self._prefill_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -84,7 +96,7 @@ class Engine:
         except LogitsError as error:
             return self._fail(error, batch.sampled)
         outputs = self._scheduler.postprocess(batch, tokens)
-        self._time(time.perf_counter() - began)
+        self._time(batch, time.perf_counter() - began)
         return outputs
 
     def _fail(self, error: LogitsError, seqs: list[Sequence]) -> list[TokenOutput]:
@@ -97,10 +109,16 @@ class Engine:
             for seq in failed
         ]
 
-    def _time(self, seconds: float) -> None:
+    def _time(self, batch: Batch, seconds: float) -> None:
         self._steps += 1
         self._step_seconds += seconds
         self._last_step_seconds = seconds
+        self._decode_tokens += batch.num_decodes
+        self._decode_seconds += batch.num_decodes * seconds
+        prefilled = batch.num_tokens - batch.num_decodes
+        if prefilled:
+            self._prefill_tokens += prefilled
+            self._prefill_seconds += seconds
 
     def _check_ids(self, request: GenerationRequest) -> None:
         if not request.prompt_ids:
@@ -131,6 +149,11 @@ class Engine:
             preemptions=scheduler.preemptions,
             prompt_tokens=scheduler.prompt_tokens,
             generation_tokens=scheduler.generation_tokens,
+            pending_tokens=scheduler.pending_tokens,
+            decode_tokens=self._decode_tokens,
+            decode_seconds_total=self._decode_seconds,
+            prefill_tokens=self._prefill_tokens,
+            prefill_seconds_total=self._prefill_seconds,
             steps=self._steps,
             step_seconds_total=self._step_seconds,
             last_step_seconds=self._last_step_seconds,

@@ -41,6 +41,11 @@ class Batch:
         return sum(entry.count for entry in self.entries)
 
     @property
+    def num_decodes(self) -> int:
+        """Entries that compute their sequence's newest token alone (and a prompt's last one, where it is one token)."""
+        return sum(entry.samples and entry.count == 1 for entry in self.entries)
+
+    @property
     def sampled(self) -> list[Sequence]:
         """The sequences that get a token from this step, in the order of the runner's logits."""
         return [entry.seq for entry in self.entries if entry.samples]
@@ -79,6 +84,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens of prompts that are still to be computed. Any thread may ask."""
+        return sum(seq.remaining for seq in (*self._running, *self._waiting) if seq.remaining > 1)
 
     # -- requests come and go -------------------------------------------------------------------------------------
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from moeray.control.load import LoadBook, skew
@@ -102,9 +104,32 @@ def test_router_means_weigh_the_time_a_state_lasted():
     book = LoadBook(10.0)
     for t in range(5):
         book.fold(RouterReport("r", "1", running=8, waiting=2, kv_usage=0.5), float(t))
-    assert book.routers(4.0)["r"] == pytest.approx((8, 2, 0.5))
+    load = book.routers(4.0)["r"]
+    assert (load.running, load.waiting, load.kv_usage) == pytest.approx((8, 2, 0.5))
     book.fold(RouterReport("r", "1"), 5.0)
-    assert 0 < book.routers(10.0)["r"][0] < book.routers(6.0)["r"][0] < 8
+    assert 0 < book.routers(10.0)["r"].running < book.routers(6.0)["r"].running < 8
+
+
+def test_what_a_router_says_of_its_steps_is_that_of_the_last_ones():
+    book = LoadBook(10.0)
+    base = RouterReport("r", "1", step_s=50.0, expert_s=1.0, decode_tokens=900, decode_s=900.0)
+    book.fold(base, 0.0)
+    assert book.routers(0.0)["r"].tpot_s == 0.0  # what was before is of no known time
+    slow = replace(
+        base, step_s=60.0, expert_s=6.0, decode_tokens=940, decode_s=920.0, prefill_tokens=512, prefill_s=2.0
+    )
+    book.fold(replace(slow, pending_tokens=700), 1.0)
+    load = book.routers(1.0)["r"]
+    assert (load.tpot_s, load.prefill_rate, load.expert_part, load.pending_tokens) == (0.5, 256.0, 0.5, 700)
+    quick = replace(slow, step_s=70.0, expert_s=8.0, decode_tokens=1940, decode_s=1020.0)
+    book.fold(quick, 20.0)
+    load = book.routers(20.0)["r"]
+    assert load.tpot_s == pytest.approx(0.1, rel=0.01)
+    assert load.pending_tokens == 0
+    book.fold(RouterReport("r", "2", step_s=1.0, expert_s=1.0, decode_tokens=10, decode_s=2.0), 40.0)  # started again
+    assert book.routers(40.0)["r"].tpot_s == pytest.approx(0.2, rel=0.01)
+    book.fold(RouterReport("r", "2", step_s=1.0, expert_s=1.0, decode_tokens=10, decode_s=2.0), 80.0)
+    assert book.routers(80.0)["r"].tpot_s == 0.0  # long idle
 
 
 def test_idle_counts_from_the_last_row():

@@ -4,8 +4,9 @@ from datetime import UTC, datetime
 import pytest
 
 from moeray.config import ControlConfig, ScheduleConfig
+from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
-from moeray.control.policies import SHIPPED, hot_experts, idle, queue_wait, schedule, target_utilisation
+from moeray.control.policies import SHIPPED, hot_experts, idle, latency, queue_wait, schedule, target_utilisation
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish, decide, load_policies
 from moeray.errors import ConfigError
 from moeray.types import ExpertId
@@ -26,7 +27,7 @@ def seen(busy=(0.6, 0.6), limits=None, routers=(), settings=None, **changes):
             load={},
             peak={},
             experts=tuple(view(i, part) for i, part in enumerate(busy)),
-            routers=tuple(RouterView(f"r{i}", "n0", *state) for i, state in enumerate(routers)),
+            routers=tuple(RouterView(f"r{i}", "n0", RouterLoad(*state)) for i, state in enumerate(routers)),
             placement=Placement(),
             groups=limits or {"experts": GroupLimits(len(busy), 1, 10)},
             router_limits=GroupLimits(max(1, len(routers)), 1, 4),
@@ -64,6 +65,47 @@ def test_target_utilisation(busy, wanted):
 )
 def test_requests_that_wait_count_as_load(routers, wanted):
     assert target_utilisation(seen((0.6, 0.6), routers=routers)).actors == {"experts": wanted}
+
+
+SLO = ControlConfig(slo_ttft_s=4.0, slo_tpot_s=0.2, slo_aim=0.5)
+"""Aims at 2 s of prompts and 0.1 s between tokens."""
+
+
+def router(tpot_s=0.0, pending=0, rate=0.0, part=0.5, running=4.0):
+    return RouterLoad(running, pending_tokens=pending, tpot_s=tpot_s, prefill_rate=rate, expert_part=part)
+
+
+@pytest.mark.parametrize(
+    ("loads", "wanted"),
+    [
+        ([router(0.1)], 4),  # at the aim: 0.05 s of trunk and as much of experts
+        ([router(0.12)], 6),  # 0.06 s of experts have to fit into 0.04 s
+        ([router(0.06)], 2),  # 0.03 s may be 0.07 s
+        ([router(0.3, part=0.1)], 2),  # the trunk alone is too slow: actors would not help
+        ([router(0.05, part=0.9), router(0.15, part=0.9)], 4),  # the mean of the tokens counts
+        ([router(0.1, pending=1000, rate=1000.0)], 4),  # 1 s of prompts is no hurry
+        ([router(0.1, pending=2500, rate=1000.0)], 7),  # 1.25 s of experts into 0.75 s
+        ([router(0.1, pending=5000, rate=1000.0), router(0.1)], 7),  # as much for each of the two
+        ([router(pending=90000, rate=1000.0, part=0.9)], 8),  # at most max_growth
+        ([router(running=0.0)], 1),
+        ([RouterLoad()], 1),
+    ],
+)
+def test_latency_fits_the_experts_into_what_the_trunk_leaves(loads, wanted):
+    routers = tuple(RouterView(f"r{i}", "n0", load) for i, load in enumerate(loads))
+    assert latency(replace(seen((0.6,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+
+
+def test_latency_without_an_objective_has_no_opinion():
+    assert latency(seen()) == Wish()
+
+
+def test_latency_counts_from_the_actors_that_take_rows():
+    """Those that start are the cure already asked for."""
+    routers = (RouterView("r0", "n0", router(0.12)),)
+    limits = {"experts": GroupLimits(6, 1, 10)}
+    four = replace(seen((0.6,) * 4, limits=limits, settings=SLO), routers=routers)
+    assert latency(four).actors == {"experts": 6}
 
 
 def test_actors_that_are_starting_count_as_growth_already_asked_for():

@@ -123,6 +123,21 @@ def test_the_actors_grow_with_a_step_and_shrink_after_it():
     assert growing.serving <= at[98].serving
 
 
+def test_the_latency_policy_keeps_an_slo_with_fewer_actors_than_the_peak_needs():
+    """Load that rises fortyfold within minutes, and goes again."""
+    gaps = 0.05 * 40 ** np.abs(np.linspace(-1, 1, 3000))
+    rows = [(t, 300, 10) for t in np.cumsum(gaps)]
+    slo = Slo(6.0, 0.3)
+    it = world(
+        trace_of("wave", rows), policies=("latency", "hot_experts"), slo_ttft_s=6.0, slo_tpot_s=0.3, max_growth=4.0
+    )
+    static = best_static(FixedRuns(it), slo)
+    outcome = ElasticRun(it, {"experts": static.curve[0].actors}).run(slo, lambda now: None)
+    assert outcome.actor_hours < 0.8 * static.actor_hours
+    assert outcome.attainment > 0.95
+    assert outcome.reversals <= 12
+
+
 def test_warm_actors_cost_from_the_start():
     cold = ElasticRun(world(), {"experts": 4}).run(ANY, lambda now: None)
     warm = ElasticRun(world(warm_pool=3), {"experts": 4}).run(ANY, lambda now: None)

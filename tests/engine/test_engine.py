@@ -74,6 +74,23 @@ def test_a_long_prompt_does_not_stall_running_streams():
     assert max(prefills(runner)) <= 64
 
 
+def test_what_is_pending_and_what_was_waited_for_is_counted():
+    engine, _ = engine_of(num_blocks=256, max_batch_tokens=32, prefill_chunk=8, prefix_cache=False)
+    engine.submit(GenerationRequest("first", tuple(range(3, 23)), GREEDY))
+    assert engine.stats().pending_tokens == 20
+    engine.step()
+    engine.submit(GenerationRequest("second", tuple(range(5, 25)), GREEDY))
+    assert engine.stats().pending_tokens == 20
+    engine.step()
+    stats = engine.stats()
+    assert (stats.pending_tokens, stats.prefill_tokens, stats.decode_tokens) == (12, 28, 1)
+    assert 0 < stats.decode_seconds_total < stats.prefill_seconds_total
+    finish(engine)
+    stats = engine.stats()
+    assert (stats.pending_tokens, stats.prefill_tokens, stats.decode_tokens) == (0, 40, 2 * (GREEDY.max_tokens - 1))
+    assert stats.decode_seconds_total > stats.step_seconds_total - stats.prefill_seconds_total
+
+
 def test_a_shared_prefix_is_computed_once():
     engine, runner = engine_of()
     prompt = tuple(i % VOCAB for i in range(33))
