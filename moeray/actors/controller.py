@@ -198,6 +198,7 @@ class Controller:
             self._fleet.lose(router, f"it did not acknowledge a placement within {self._config.control.lease_s:g} s")
         self._reconcile()
         self._replan()
+        self._reconcile(refill=self._places.change is None)
         for actor in self._places.emptied():
             self._fleet.retire(actor)
         self._look_ready()
@@ -209,13 +210,14 @@ class Controller:
             wish, seen = decision
             self._audit.write("decision", **wish_tree(wish), inputs=summary(seen))
 
-    def _reconcile(self) -> None:
-        """Bring the numbers that are wanted to those who make them true."""
+    def _reconcile(self, refill: bool = False) -> None:
+        """Bring the numbers that are wanted to those who make them true. The reserve is filled up (`refill`) when
+        nothing more urgent is under way, since the start of a process competes with it."""
         assert self._fleet is not None
         assert self._places is not None
         self._fleet.wanted = self._autoscaler.wanted()
         self._places.replicas = self._autoscaler.wish.replicas
-        self._fleet.reconcile(self._places.placement)
+        self._fleet.reconcile(self._places.placement, refill=refill)
 
     def _replan(self, force: bool = False) -> None:
         assert self._places is not None

@@ -93,6 +93,8 @@ class ExpertActor:
         self._heard()
         with self._loading:
             bank = self._open(revision)
+            if not bank.hosted:
+                self._rows.tally.first_at = None
             wanted = [ExpertId(*expert) for expert in experts]
             bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
             return self._weigh(bank)
@@ -250,6 +252,7 @@ class ExpertActor:
             "loading": self._loaded,
             "weight_bytes": bank.nbytes if bank else 0,
             "rows_total": sum(self._rows.tally.rows().values()),
+            "first_row_at": self._rows.tally.first_at,
             "queue": self._rows.in_flight,
         }
 

@@ -83,13 +83,17 @@ class FleetKeeper:
 
     # -- towards the wish -----------------------------------------------------------------------------------------
 
-    def reconcile(self, placement: Placement) -> None:
-        """Start, give up and empty actors, as the difference of wish and fact asks."""
+    def reconcile(self, placement: Placement, *, refill: bool) -> None:
+        """Start, give up and empty actors, as the difference of wish and fact asks.
+
+        `refill` false: the reserve is not filled up for now.
+        """
         total = {group: count + self.reserve.get(group, 0) for group, count in self.wanted.items()}
         now = self._clock()
         doomed = self._doomed(now)
-        steps = fleet_steps(self._roster.members(placement), total, doomed)
-        for group in steps.start:
+        members = self._roster.members(placement)
+        steps = fleet_steps(members, total, doomed)
+        for group in steps.start if refill else fleet_steps(members, self.wanted, doomed).start:
             if now >= self._backoff.setdefault(group, _Backoff()).until:
                 self._start(group)
         for actor_id in steps.cancel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,11 +56,14 @@ class Tally:
         self._forwards = 0
         self._busy_s = 0.0
         self._waits, self._services = Reservoir(), Reservoir()
+        self.first_at: float | None = None
+        """When the first row had been served, in unix seconds; an actor that begins to host forgets it."""
 
     def add(self, layer: int, experts: Sequence[int], counts: Sequence[int], wait_s: float, service_s: float) -> None:
         """One forward: `counts` rows of each of `experts`, which waited and then computed for so many seconds."""
         with self._lock:
             self._forwards += 1
+            self.first_at = self.first_at or time.time()
             self._busy_s += service_s
             self._waits.add(wait_s)
             self._services.add(service_s)

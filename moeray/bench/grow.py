@@ -1,11 +1,12 @@
-"""Growth under load: how soon a new replica serves, what decoding loses meanwhile, what requests a shrink loses."""
+"""How fast an added expert actor takes rows, and what adding and removing one costs the streams that run meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,95 +15,132 @@ from moeray.bench.traffic import System, Traffic
 from moeray.errors import MoerayError
 from moeray.types import GenerationRequest, SamplingParams
 
+SETTLE_S = 120.0
+POLL_S = 0.25
+"""How often the system is looked at, a question to every actor. The first row's moment is the actor's own."""
+
+Status = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class GrowPlan:
-    """`by`: how many actors of `group` are added; `window_s`: how long each decode rate is measured; `limit_s`: the
-    longest wait for the first row, and for the shrink."""
+    """`streams` requests at any time, each of `max_tokens` after `prompt_tokens`; `repeat` times up and down again.
+    `window_s`: how long throughput is measured before and after each change."""
 
-    group: str = "experts"
-    by: int = 1
     streams: int = 16
-    prompt_tokens: int = 8
-    max_tokens: int = 128
-    window_s: float = 10.0
-    limit_s: float = 120.0
-    poll_s: float = 0.05
+    repeat: int = 5
+    window_s: float = 5.0
+    max_tokens: int = 256
+    prompt_tokens: int = 16
+    group: str = "experts"
+    vocab: int = 256
     seed: int = 0
 
 
-Report = Callable[[str, int, int], None]
+@dataclass(frozen=True)
+class Round:
+    """One actor added and removed again.
+
+    `first_row_s`: from the call to the first row that the new actor had served; `shrink_s`: from the call until the
+    actor that leaves had stopped. Ratios compare the tokens per second of a window with those before it: until the
+    first row, until all had settled (the reserve filled up again), after that, and while the actor left.
+    """
+
+    first_row_s: float
+    settled_s: float
+    shrink_s: float
+    before: float
+    grow_ratio: float
+    settle_ratio: float
+    after_ratio: float
+    shrink_ratio: float
 
 
 async def measure(
-    system: System, plan: GrowPlan, vocab: int, report: Report = lambda what, done, total: None
+    system: System, plan: GrowPlan, report: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> dict[str, Any]:
-    """Rates are tokens per second over all streams: before the growth, from the command on, and once all is quiet."""
-    count = (await system.status())["wanted"][plan.group]
-    async with Traffic(system, _request_of(plan, vocab), plan.streams) as traffic:
-        await asyncio.sleep(plan.window_s)  # everything is warm then
-        marks = {"before": time.monotonic()}
-        await asyncio.sleep(plan.window_s)
-        report("scale up", 0, 1)
-        marks["during"] = time.monotonic()
-        first_row = await _grow(system, plan, count + plan.by)
-        await asyncio.sleep(max(0.0, marks["during"] + plan.window_s - time.monotonic()))
-        await _until(system, plan, _is_whole)
-        marks["after"] = time.monotonic()
-        await asyncio.sleep(plan.window_s)
-        report("scale down", 1, 1)
-        marks["shrinking"] = time.monotonic()
-        await system.call("scale", plan.group, count)
-        shrunk = await _until(system, plan, lambda status: status["wanted"][plan.group] == count and _is_whole(status))
-        rates = {name: traffic.rate(at, at + plan.window_s) for name, at in marks.items() if name != "shrinking"}
-    before = rates["before"] or 1.0
+    """Measure on a system that has room for one more actor of the group, and whose autoscaling is off."""
+    rng = random.Random(plan.seed)
+
+    def request(stream: int, number: int) -> GenerationRequest:
+        prompt = tuple(rng.randrange(3, plan.vocab) for _ in range(plan.prompt_tokens))
+        sampling = SamplingParams(max_tokens=plan.max_tokens, temperature=0.0, ignore_eos=True)
+        return GenerationRequest(f"grow-{stream}-{number}", prompt, sampling)
+
+    rounds = []
+    async with Traffic(system, request, plan.streams) as traffic:
+        await until(system, lambda status: settled(status) and traffic.tokens >= 4 * plan.streams, SETTLE_S)
+        for done in range(plan.repeat):
+            report("rounds", done, plan.repeat)
+            rounds.append(await _round(system, traffic, plan))
+        report("rounds", plan.repeat, plan.repeat)
+    return _result(plan, rounds, traffic)
+
+
+async def _round(system: System, traffic: Traffic, plan: GrowPlan) -> Round:
+    begin = time.time()
+    await asyncio.sleep(plan.window_s)
+    status = await system.status()
+    count = status["wanted"][plan.group]
+    known = _serving(status)
+    grown = time.time()
+    before = traffic.rate(begin, grown)
+    await system.call("scale", plan.group, count + 1)
+    status = await until(system, lambda status: _firsts(status, known, grown), SETTLE_S)
+    first = min(_firsts(status, known, grown))
+    await until(system, settled, SETTLE_S)
+    calm = time.time()
+    await asyncio.sleep(plan.window_s)
+    shrunk = time.time()
+    after = traffic.rate(calm, shrunk)
+    await system.call("scale", plan.group, count)
+    await until(system, settled, SETTLE_S)
+    gone = time.time()
+    return Round(
+        first - grown, calm - grown, gone - shrunk, before, traffic.rate(grown, first) / before,
+        traffic.rate(grown, calm) / before, after / before, traffic.rate(shrunk, gone) / after,
+    )  # fmt: skip
+
+
+def _serving(status: Status) -> set[str]:
+    return {row["actor"] for row in status["actors"] if row["kind"] == "expert" and row["state"] == "ready"}
+
+
+def _firsts(status: Status, known: set[str], since: float) -> list[float]:
+    """When the expert actors that did not serve before have served their first row."""
+    new = [row for row in status["actors"] if row["kind"] == "expert" and row["actor"] not in known]
+    firsts = [row.get("first_row_at") for row in new]
+    return [first for first in firsts if first is not None and first > since]
+
+
+def _result(plan: GrowPlan, rounds: list[Round], traffic: Traffic) -> dict[str, Any]:
+    """The figures as plain data: each one's median and worst."""
+    rows = [asdict(each) for each in rounds]
+    figures = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        worst = max if key.endswith("_s") else min
+        figures[key] = {"median": statistics.median(values), "worst": worst(values)}
     return {
-        "plan": asdict(plan), "first_row_seconds": first_row, "shrunk_seconds": shrunk,
-        "tokens_per_second": rates, "during_ratio": rates["during"] / before, "after_ratio": rates["after"] / before,
-        "requests": traffic.requests, "lost_requests": len(traffic.errors), "errors": sorted(set(traffic.errors))[:5],
+        "plan": asdict(plan), "figures": figures, "rounds": rows, "requests": traffic.requests,
+        "lost_requests": len(traffic.errors), "errors": sorted(set(traffic.errors))[:5],
     } | surroundings()  # fmt: skip
 
 
-def _request_of(plan: GrowPlan, vocab: int) -> Callable[[int, int], GenerationRequest]:
-    rng = random.Random(plan.seed)
-
-    def request(stream: int, n: int) -> GenerationRequest:
-        prompt = tuple(rng.randrange(3, vocab) for _ in range(plan.prompt_tokens))
-        sampling = SamplingParams(max_tokens=plan.max_tokens, temperature=0.0, ignore_eos=True)
-        return GenerationRequest(f"grow-{stream}-{n}", prompt, sampling)
-
-    return request
-
-
-def rows_of(status: Mapping[str, Any]) -> dict[str, int]:
-    """Rows served so far by each expert actor that answers."""
-    return {row["actor"]: row["rows_total"] for row in status["actors"] if row.get("rows_total") is not None}
+async def until(system: System, what: Callable[[Status], Any], timeout: float) -> Status:
+    """The status, as soon as `what` holds of it. Raises MoerayError after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not what(status := await system.status()):
+        if time.monotonic() > end:
+            raise MoerayError(
+                f"the system did not settle within {timeout:g} s: it wants {status['wanted']} actors and has "
+                f"{status['ready']}; `moeray status` shows what it lacks"
+            )
+        await asyncio.sleep(POLL_S)
+    return status
 
 
-async def _grow(system: System, plan: GrowPlan, count: int) -> float:
-    """Seconds from the command until an actor that had served nothing has served a row. Raises MoerayError."""
-    served = {actor for actor, rows in rows_of(await system.status()).items() if rows}
-    began = time.monotonic()
-    await system.call("scale", plan.group, count)
-    took = await _until(system, plan, lambda status: any(
-        rows for actor, rows in rows_of(status).items() if actor not in served
-    ))  # fmt: skip
-    if took is None:
-        raise MoerayError(f"no new actor served a row within {plan.limit_s:g} s; `moeray status` shows what it lacks")
-    return time.monotonic() - began
-
-
-async def _until(system: System, plan: GrowPlan, holds: Callable[[Mapping[str, Any]], bool]) -> float | None:
-    """Seconds until the status is so, None where it is not within the limit."""
-    began = time.monotonic()
-    while time.monotonic() < began + plan.limit_s:
-        if holds(await system.status()):
-            return time.monotonic() - began
-        await asyncio.sleep(plan.poll_s)
-    return None
-
-
-def _is_whole(status: Mapping[str, Any]) -> bool:
+def settled(status: Status) -> bool:
     """As many actors as are wanted, the warm pool filled, nothing under way."""
     wanted = {group: count + status["reserve"].get(group, 0) for group, count in status["wanted"].items()}
     passing = any(row["state"] in ("starting", "silent", "draining") for row in status["actors"])

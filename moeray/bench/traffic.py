@@ -33,8 +33,7 @@ class Traffic:
         self._streams = streams
         self._stopped = False
         self._tasks: list[asyncio.Task[None]] = []
-        self.arrivals: list[float] = []
-        """When each token came (`time.monotonic`)."""
+        self._waits: list[tuple[float, float, int]] = []  # a stream waited from, to, and then had so many tokens
         self.requests = 0
         self.errors: list[str] = []
         """One for each lost request."""
@@ -63,13 +62,30 @@ class Traffic:
             n += 1
 
     async def _send(self, request: GenerationRequest) -> None:
+        since = time.time()
         async with aclosing(self._system.generate(request)) as outputs:
             output: TokenOutput
             async for output in outputs:
-                self.arrivals += [time.monotonic()] * len(output.token_ids)
+                now = time.time()
+                self._waits.append((since, now, len(output.token_ids)))
+                since = now
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise MoerayError(output.error or "the request was aborted")
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that came so far."""
+        return sum(count for _, _, count in self._waits)
+
     def rate(self, begin: float, end: float) -> float:
-        """Tokens per second between two moments."""
-        return sum(begin <= at < end for at in self.arrivals) / (end - begin)
+        """Tokens per second between two moments (unix seconds, which an actor's own moments can be compared with).
+
+        A token counts evenly over the time that its stream waited for it: what a window of a few steps holds is then
+        not a matter of which step it just catches.
+        """
+        parts = (
+            count * (min(end, stop) - max(begin, start)) / (stop - start)
+            for start, stop, count in self._waits
+            if start < end and begin < stop and stop > start
+        )
+        return sum(parts) / (end - begin)

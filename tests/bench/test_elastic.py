@@ -13,9 +13,10 @@ from moeray.bench import grow, skew
 from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.plan import Problem, measure
 from moeray.bench.skew import Sample, reversals, settled_s
+from moeray.bench.traffic import Traffic
 from moeray.cli.bench import command
 from moeray.cli.session import local_system
-from moeray.types import ExpertId
+from moeray.types import ExpertId, GenerationRequest, TokenOutput
 from tests.systems import tiny_config
 
 HOT, OTHER = ExpertId(0, 0), ExpertId(1, 3)
@@ -99,17 +100,43 @@ def test_an_actor_that_is_added_under_load_serves_and_leaves_without_a_lost_requ
         model, experts__max_actors=3, control__warm_pool=1, control__autoscale=False, control__report_s=0.2,
         control__audit_log=str(tmp_path / "audit.jsonl"),
     )  # fmt: skip
-    plan = grow.GrowPlan(streams=4, max_tokens=16, window_s=1.0)
+    plan = grow.GrowPlan(streams=4, repeat=2, max_tokens=16, window_s=1.0, vocab=shape.vocab)
 
     async def run():
         async with local_system(config) as system:
-            figures = await grow.measure(system, plan, shape.vocab)
+            figures = await grow.measure(system, plan)
             status = await system.status()
             return figures, status["wanted"]["experts"]
 
     figures, left = asyncio.run(run())
-    assert figures["first_row_seconds"] > 0
-    assert figures["shrunk_seconds"] is not None
-    assert all(rate > 0 for rate in figures["tokens_per_second"].values())
+    assert len(figures["rounds"]) == 2
+    assert set(figures["figures"]) == set(figures["rounds"][0])
+    for each in figures["rounds"]:
+        assert each["first_row_s"] > 0
+        assert each["shrink_s"] > 0
+        assert each["before"] > 0
+        assert each["settle_ratio"] > 0
+    assert figures["requests"] > 4
     assert figures["lost_requests"] == 0
     assert left == 2
+
+
+def test_a_rate_counts_tokens_evenly_over_the_wait_for_them(monkeypatch):
+    moments = iter([0.0, 2.0, 3.0])
+    monkeypatch.setattr("moeray.bench.traffic.time.time", lambda: next(moments))
+
+    class Answers:
+        async def generate(self, request):
+            yield TokenOutput(request.request_id, 0, (1, 2, 3, 4))
+            yield TokenOutput(request.request_id, 0, (5,))
+
+    async def run():
+        traffic = Traffic(Answers(), lambda stream, n: None, 1)
+        await traffic._send(GenerationRequest("0", (1,)))
+        return traffic
+
+    traffic = asyncio.run(run())
+    assert traffic.tokens == 5
+    assert traffic.rate(0.0, 3.0) == pytest.approx(5 / 3)
+    assert traffic.rate(1.0, 2.5) == pytest.approx(2.5 / 1.5)
+    assert traffic.rate(5.0, 6.0) == 0.0
