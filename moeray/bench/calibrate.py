@@ -223,7 +223,11 @@ def _dispatcher(spec: ActorSpec, placement: Placement, started: Sequence[_Starte
 @contextmanager
 def _processes(spec: ActorSpec, placement: Placement) -> Iterator[list[_Started]]:
     """An expert actor in a process of its own for each actor of the placement, started one by one."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which forks as a node's zygote does
+    context.set_forkserver_preload([__name__])
+    first = context.Process(target=_nothing)
+    first.start()
+    first.join()
     running: list[tuple[Any, multiprocessing.connection.Connection]] = []
     try:
         started = []
@@ -246,6 +250,10 @@ def _processes(spec: ActorSpec, placement: Placement) -> Iterator[list[_Started]
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _nothing() -> None:
+    """The first fork waits for the server's imports."""
 
 
 def _hear(pipe: multiprocessing.connection.Connection) -> Any:

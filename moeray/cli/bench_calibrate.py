@@ -18,7 +18,7 @@ def command(model: str | None, out: str | None, actors: int, repeat: int, output
     """Measure what `moeray simulate` reckons with: trunk, experts, hops, and how long an actor takes to start.
 
     MODEL is a local folder or a hub id; without one, a small random model is measured. An actor's start is that of a
-    process that opens the model; what Ray needs to schedule it comes on top.
+    forked process that opens the model; what Ray needs to schedule it comes on top, about a second.
     """
     from moeray.bench.calibrate import calibrate
 

@@ -2,8 +2,9 @@
 
 A = actors, G = entries of a grid of token counts; the others as in `popularity`. Measure your own figures with
 `moeray bench calibrate`. The defaults stand for a 24-layer model of 32 experts of 1024x512 in bf16. Those of experts
-and hops are estimates from measurements of such experts on single cores of a virtual machine; those of the trunk and of
-starting are assumptions (a router whose node is several times as fast as a 2-core one), measured nowhere.
+and hops are estimates from measurements of such experts on single cores of a virtual machine, that of starting is what
+an actor took over Ray on two busy cores; those of the trunk are assumptions (a router whose node is several times as
+fast as a 2-core one), measured nowhere.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Costs:
     expert_s: float = 0.00030
     hop_s: float = 0.00040
     hop_row_s: float = 0.0000010
-    start_s: float = 10.0
-    map_s: float = 0.5
+    start_s: float = 1.5
+    map_s: float = 0.1
     cores: int = 0
 
 

@@ -68,6 +68,13 @@ class Trace:
         """The same requests in 1/speed of the time."""
         return replace(self, arrival_s=self.arrival_s / speed, duration_s=self.duration_s / speed)
 
+    def shortened(self, divisor: float) -> Trace:
+        """The same requests with 1/divisor of the tokens, at least 1 each."""
+        prompt, output = (
+            np.maximum(1, np.rint(tokens / divisor)).astype(np.int64) for tokens in (self.prompt, self.output)
+        )
+        return replace(self, prompt=prompt, output=output)
+
     def scaled(self, factor: float) -> Trace:
         """`factor` times as many requests in the same time, evenly thinned or repeated.
 

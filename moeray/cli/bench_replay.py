@@ -1,0 +1,140 @@
+"""`moeray bench replay [MODEL] --trace FILE`: a trace live, and the same simulated."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moeray.cli.options import config_of, config_options
+from moeray.cli.progress import progress
+
+if TYPE_CHECKING:
+    from moeray.bench.replay import Replayed
+    from moeray.cli.progress import Report
+    from moeray.config import Config
+    from moeray.control.outcome import Outcome
+    from moeray.control.trace import Trace
+
+_DEFAULTS = {
+    "experts__max_actors": 4, "experts__num_cpus": 0.1, "experts__threads": 1, "router__num_cpus": 0.1,
+    "dtype": "float32", "serve__name": "moeray-replay", "engine__kv_blocks": 4096,
+}  # fmt: skip
+
+
+@click.command("replay")
+@click.argument("model", required=False)
+@click.option("--trace", "trace_file", required=True, help="Azure CSV or Mooncake JSON lines.")
+@click.option("--costs", "costs_file", help="Of `moeray bench calibrate` for this model [default: measured first].")
+@click.option("--from", "from_minute", type=click.FloatRange(0), default=0, show_default=True, help="Minute to begin.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=5, show_default=True)
+@click.option("--scale", type=click.FloatRange(0, min_open=True), default=1, show_default=True,
+              help="Requests per second, times this.")  # fmt: skip
+@click.option("--shorten", type=click.FloatRange(1), default=1, show_default=True, help="Tokens, divided by this.")
+@click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@config_options
+def command(
+    model: str | None, trace_file: str, costs_file: str | None, from_minute: float, minutes: float, scale: float,
+    shorten: float, local: bool, output: str, config_file: str | None, **flags: Any,
+) -> None:  # fmt: skip
+    """Replay a part of a trace against a system of its own, and simulate the same with costs measured here.
+
+    The simulation knows this machine's number of cores. Exits 1 when a request was lost.
+    """
+    from moeray.bench.calibrate import calibrate
+    from moeray.control.trace import read_trace
+
+    trace = read_trace(trace_file).window(60 * from_minute, 60 * minutes).scaled(scale).shortened(shorten)
+    with tempfile.TemporaryDirectory() as folder, progress() as report:
+        defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
+        config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
+        path = Path(costs_file or Path(folder) / "costs.json")
+        if costs_file is None:
+            path.write_text(json.dumps(calibrate(config.model, report=lambda what: report(what, 0, 1))))
+        live = asyncio.run(_live(config, trace, local, report))
+        simulated = _simulate(config, trace, path)
+    result = _tree(trace, live, simulated)
+    if output == "json":
+        click.echo(json.dumps(result))
+    else:
+        _print(result)
+    if live.errors:
+        raise SystemExit(1)
+
+
+def _small_model(folder: Path) -> str:
+    import torch
+
+    from moeray.bench.checkpoint import Shape, write_random_moe
+
+    shape = Shape(hidden=128, intermediate=192, experts=8, top_k=2, layers=4, vocab=512)
+    return str(write_random_moe(shape, folder / "random-moe", torch.float32))
+
+
+async def _live(config: Config, trace: Trace, local: bool, report: Report) -> Replayed:
+    from moeray.bench.replay import replay
+    from moeray.cli.session import local_system, ray_system
+
+    async with local_system(config) if local else ray_system(config) as backend:
+        assert backend.model is not None
+        return await replay(backend, trace, min(backend.model.vocab_size, 32000), report)
+
+
+def _simulate(config: Config, trace: Trace, costs_file: Path) -> Outcome:
+    from moeray.control.cost import load_costs
+    from moeray.control.elastic import ElasticRun
+    from moeray.control.outcome import Slo
+    from moeray.control.popularity import MoeShape, PopularityModel
+    from moeray.control.world import World
+
+    costs = replace(load_costs(costs_file), cores=os.cpu_count() or 1)
+    model = json.loads(costs_file.read_text())["model"]
+    shape = MoeShape(len(model["experts"]), max(model["experts"].values()), model["top_k"])
+    world = World(trace, config, costs, shape, PopularityModel("uniform", shape, 0), model["expert_bytes"])
+    start = {group.name: group.actors for group in config.experts.resolved()}
+    return ElasticRun(world, start).run(Slo(float("inf"), float("inf")), lambda now: None)
+
+
+def _tree(trace: Trace, live: Replayed, simulated: Outcome) -> dict[str, Any]:
+    from moeray.bench.environment import surroundings
+
+    figures: dict[str, tuple[float, float]] = {}
+    for name, q, of in (("p50", 0.5, simulated.p50), ("p99", 0.99, simulated.p99)):
+        seen = live.quantile(trace, q)
+        figures[f"ttft_{name}_s"] = seen.ttft_s, of.ttft_s
+        figures[f"tpot_{name}_s"] = seen.tpot_s, of.tpot_s
+    hours = simulated.end_s / 3600
+    figures["mean_actors"] = sum(live.actors) / max(1, len(live.actors)), simulated.actor_hours / hours
+    figures["most_actors"] = max(live.actors, default=0), max(sample.actors for sample in simulated.curve)
+    return {
+        "requests": len(trace), "tokens": int(trace.prompt.sum() + trace.output.sum()), "duration_s": trace.duration_s,
+        "lost_requests": len(live.errors), "errors": sorted(set(live.errors))[:5],
+        "figures": {
+            key: {"live": seen, "simulated": said, "ratio": said / seen if seen else None}
+            for key, (seen, said) in figures.items()
+        },
+    } | surroundings()  # fmt: skip
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['requests']} requests, {result['tokens']} tokens in {result['duration_s']:.0f} s"
+    table = Table("", title=title, title_justify="left")
+    for column in ("live", "simulated", "ratio"):
+        table.add_column(column, justify="right")
+    for key, row in result["figures"].items():
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        table.add_row(key, f"{row['live']:.4g}", f"{row['simulated']:.4g}", ratio)
+    console = Console()
+    console.print(table)
+    for error in result["errors"]:
+        console.print(f"lost: {error}", highlight=False)
