@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, nsmallest
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ STUCK = 32
 """Give up on the totals after as many busy hosts in a row that could give nothing away."""
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """Give `expert` to `to`, and take `back` from it in exchange (None: a plain move)."""
 
     gain: float
@@ -89,10 +88,10 @@ class _Search:
         self._board, self._part = board, part
         self._hosts = np.array(part.hosts)
         self._at = {host: at for at, host in enumerate(part.hosts)}
-        self._speed = board.speeds[self._hosts]
-        self._load = np.array(part.load)[self._hosts]
+        speed = board.speeds[self._hosts]
         # Of hosts that end equally early the one with the least total load is to come first.
-        self._tie = 1e-9 * np.array(board.total)[self._hosts] / self._speed
+        self._tie = 1e-9 * np.array(board.total)[self._hosts] / speed
+        self._ends, self._slow = np.array(part.load)[self._hosts] / speed, 1 / speed
         self._on: dict[int, list[int]] = {}
         for expert in part.experts:
             for host in part.held[expert]:
@@ -100,7 +99,7 @@ class _Search:
 
     def last(self, but: Container[int] = ()) -> tuple[int, float] | None:
         """The host that ends last, and its end, of those that have experts."""
-        ends = self._load / self._speed
+        ends = self._ends
         if not but:
             at = int(ends.argmax())
             return int(self._hosts[at]), float(ends[at])
@@ -110,7 +109,7 @@ class _Search:
 
     def _first(self, unit: float, count: int) -> list[int]:
         """The hosts that end first with `unit` more."""
-        ends = (self._load + unit) / self._speed + self._tie
+        ends = unit * self._slow + self._ends + self._tie
         count = min(count, len(ends))
         return [int(host) for host in self._hosts[np.argpartition(ends, count - 1)[:count]]]
 
@@ -152,7 +151,7 @@ class _Search:
         self._on[host].remove(expert)
         self._on.setdefault(to, []).append(expert)
         for changed in (host, to):
-            self._load[self._at[changed]] = self._part.load[changed]
+            self._ends[self._at[changed]] = self.end(changed)
 
 
 def _gain(step: _Step) -> float:
@@ -212,14 +211,15 @@ def improve_totals(
 ) -> int:
     """Lower the hosts with most load over all layers, without raising any layer's end. Returns the moves.
 
+    A host that takes something is not looked at again in the same round: it ends before the one that it comes from.
+
     `only`: the hosts that may take some (none: all).
     """
     speed, total = board.speed, board.total
     mean = sum(total) / sum(speed)
     least = max(cost, LEAST_TOTAL_GAIN * mean)
-    ends: list[float] = []
-    on: list[list[tuple[int, int]]] = []
-    hot = [(-total[h] / speed[h], h) for h in range(len(total))]
+    hot = [(-total[h] / speed[h], h) for h in range(len(total)) if total[h] / speed[h] > mean * max_skew + least]
+    on, ends = _on(parts, {h for _, h in hot}), [board.end(part) for part in parts] if hot else []
     takers = set(only or range(len(total)))
     cool = [(total[h] / speed[h], h) for h in takers]
     heapify(hot)
@@ -231,17 +231,13 @@ def improve_totals(
             break
         if -key != total[host] / speed[host]:
             continue  # its load has changed since; a newer entry follows
-        if not on:
-            on, ends = _on_all(board, parts), [board.end(part) for part in parts]
         targets = _coolest(board, cool, host)
         step = _total_step(board, parts, ends, on[host], host, targets)
         if step is not None and step[0] > least:
             _, at, expert, to = step
             board.move(parts[at], expert, host, to)
             on[host].remove((at, expert))
-            on[to].append((at, expert))
-            for changed in (host, to):
-                heappush(hot, (-total[changed] / speed[changed], changed))
+            heappush(hot, (-total[host] / speed[host], host))
             moves, stuck = moves + 1, 0
         else:
             stuck += 1
@@ -250,13 +246,14 @@ def improve_totals(
     return moves
 
 
-def _on_all(board: Board, parts: Sequence[Part]) -> list[list[tuple[int, int]]]:
-    """The (part, expert) of each host's replicas."""
-    on: list[list[tuple[int, int]]] = [[] for _ in board.hosts]
-    for at, part in enumerate(parts):
+def _on(parts: Sequence[Part], hosts: set[int]) -> dict[int, list[tuple[int, int]]]:
+    """The (part, expert) of the replicas of these hosts."""
+    on: dict[int, list[tuple[int, int]]] = {}
+    for at, part in enumerate(parts) if hosts else ():
         for expert in part.experts:
             for host in part.held[expert]:
-                on[host].append((at, expert))
+                if host in hosts:
+                    on.setdefault(host, []).append((at, expert))
     return on
 
 

@@ -63,6 +63,8 @@ class Board:
 
     def __post_init__(self) -> None:
         self.speeds: NDArray[np.float64] = np.array(self.speed)
+        # Most experts have one replica: they share these, since new objects by the thousand keep the collector busy.
+        self._alone = [(host,) for host in range(len(self.hosts))]
 
     @classmethod
     def of(cls, hosts: Sequence[Host]) -> Board:
@@ -90,7 +92,8 @@ class Board:
 
     def put(self, part: Part, expert: int, host: int) -> None:
         """Count the bytes of one more replica; loads are recounted by `weigh` or kept by the caller."""
-        part.held[expert] += (host,)
+        held = part.held[expert]
+        part.held[expert] = (*held, host) if held else self._alone[host]
         self._bytes(part, expert, host, 1)
 
     def take(self, part: Part, expert: int, host: int) -> None:
@@ -100,7 +103,8 @@ class Board:
     def move(self, part: Part, expert: int, host: int, to: int) -> None:
         """Give the replica of `host` to `to`, loads included."""
         unit = part.units[expert]
-        part.held[expert] = tuple(to if other == host else other for other in part.held[expert])
+        held = part.held[expert]
+        part.held[expert] = tuple([to if h == host else h for h in held]) if len(held) > 1 else self._alone[to]
         self._bytes(part, expert, host, -1)
         self._bytes(part, expert, to, 1)
         self.shift(part, host, -unit)

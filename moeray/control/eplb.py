@@ -8,13 +8,12 @@ stay on one node. Beyond it: hosts differ in speed, memory and price, and a plac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from heapq import heapify, heapreplace
 
 from moeray.control.balance import improve_part, improve_totals, welcome
 from moeray.control.board import Board, Part, weights
 from moeray.control.parts import keep, make_parts, placement_of
-from moeray.control.picker import Picker, limit_of, slots_end
+from moeray.control.picker import Picker
 from moeray.control.placement import Host, Placement
 from moeray.errors import PlacementError
 from moeray.types import ExpertId
@@ -167,19 +166,10 @@ def _fill(board: Board, parts: Sequence[Part], *, by_room: bool) -> bool:
             first = part.hosts[0]
             if first not in pickers:
                 pickers[first] = Picker(board, part.hosts, by_room=by_room)
-            part.limit = _limit(board, part)
+            part.limit = pickers[first].limit(part)
             if pickers[first].fill(part, missing):
                 return False
     return True
-
-
-def _limit(board: Board, part: Part) -> float:
-    units = [part.units[e] for e in part.experts for _ in range(part.wanted[e])]
-    speeds = tuple(board.speed[host] for host in part.hosts)
-    return limit_of(speeds, units, _slots_end(speeds, len(units)))
-
-
-_slots_end = lru_cache(maxsize=256)(slots_end)
 
 
 def _improve(board: Board, parts: Sequence[Part], cost: float, max_skew: float) -> None:

@@ -7,9 +7,11 @@ within the limit, find these free (longest processing time first, Graham 1969, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush, heapreplace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moeray.control.board import Board, Part
 
@@ -29,9 +31,18 @@ class Picker:
         self._aside: list[tuple[float, int]] = []  # (-what it can still take within the limit, host)
         self._full: list[int] = []
         self._several_nodes = len({board.node[host] for host in hosts}) > 1
+        self._slots_ends: dict[int, float] = {}
 
     def _key(self, host: int) -> float:
         return -self._board.free[host] if self._by_room else self._board.total[host] / self._board.speed[host]
+
+    def limit(self, part: Part) -> float:
+        """What no host need exceed in a part, about: the heaviest replica on the fastest host, or an even share."""
+        slots = sum(part.wanted[e] for e in part.experts)
+        if slots not in self._slots_ends:
+            self._slots_ends[slots] = _slots_end(self._board.speeds[np.array(self._hosts)], slots)
+        mean = sum(part.units[e] * part.wanted[e] for e in part.experts) / slots
+        return max(max(part.units[e] for e in part.experts) / part.fastest, mean * self._slots_ends[slots]) * (1 + 1e-9)
 
     def fill(self, part: Part, missing: Sequence[int]) -> list[int]:
         """Give each expert of `missing` (the heaviest first; twice for two replicas) a host. Returns those without one.
@@ -131,26 +142,16 @@ class Picker:
         return (part.load[host] + unit) / self._board.speed[host], self._key(host)
 
     def _next_part(self) -> None:
-        for host in [host for _, host in self._aside] + self._full:
-            heappush(self._heap, (self._key(host), host))
-        self._aside, self._full = [], []
+        if self._aside or self._full:
+            self._heap += [(self._key(host), host) for host in [host for _, host in self._aside] + self._full]
+            heapify(self._heap)
+            self._aside, self._full = [], []
 
 
-def limit_of(speeds: Sequence[float], units: Sequence[float], slots_end: float) -> float:
-    """What no host need exceed in a part, about: the heaviest replica on the fastest host, or an even share.
-
-    `slots_end`: when the hosts, taking replicas of weight 1, end with as many as there are units.
-    """
-    if not units or not speeds:
-        return math.inf
-    mean = sum(units) / len(units)
-    return max(max(units) / max(speeds), mean * slots_end) * (1 + 1e-9)
-
-
-def slots_end(speeds: Sequence[float], count: int) -> float:
-    """The least t with sum(floor(t * speed)) >= count."""
-    low, high = 0.0, (count + len(speeds)) / sum(speeds)
+def _slots_end(speeds: NDArray[np.float64], count: int) -> float:
+    """The least t with sum(floor(t * speed)) >= count: when hosts that take replicas of weight 1 end with so many."""
+    low, high = 0.0, (count + len(speeds)) / float(speeds.sum())
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if sum(int(middle * s + 1e-9) for s in speeds) >= count else (middle, high)
+        low, high = (low, middle) if np.floor(middle * speeds + 1e-9).sum() >= count else (middle, high)
     return high
