@@ -31,6 +31,7 @@ from moeray.control.eplb import place
 from moeray.control.placement import Host, Placement
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
+from moeray.engine.sampler import Sampler
 from moeray.engine.scheduler import Batch, Entry
 from moeray.engine.sequence import Sequence as Request
 from moeray.engine.trunk_runner import TrunkRunner
@@ -135,7 +136,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _trunk(files: ModelFiles, config: Config, repeat: int) -> dict[str, Any]:
-    """Steps of prompts of several lengths, and what sequences that decode behind a context add to that."""
+    """Steps, sampling included, of prompts of several lengths, and what sequences that decode add to that."""
     trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype("auto"), pick_device("auto"))
 
     def no_experts(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
@@ -147,8 +148,10 @@ def _trunk(files: ModelFiles, config: Config, repeat: int) -> dict[str, Any]:
     tokens = [n for n in STEP_TOKENS if n <= longest]
     context = min(CONTEXT, longest)
 
+    sampler = Sampler()
+
     def steps(batch: Batch) -> float:
-        return _median_s(lambda i: runner.run(batch), max(3, repeat // 2))
+        return _median_s(lambda i: sampler.sample(runner.run(batch), batch.sampled), max(3, repeat // 2))
 
     seconds = [steps(Batch((_entry(0, 0, n, size),))) for n in tokens]
     decode = steps(Batch(tuple(_entry(i, context - 1, 1, size) for i in range(DECODES))))

@@ -33,8 +33,10 @@ class Process:
 
         setup_logging(spec.config.log_format)
         node_id = ray.get_runtime_context().get_node_id()
-        if spec.threads:
-            torch.set_num_threads(spec.threads)
+        # In a fork of a zygote torch was there before Ray's choice, which follows from num_cpus.
+        threads = spec.threads or int(os.environ.get("OMP_NUM_THREADS", "0").partition(",")[0])
+        if threads:
+            torch.set_num_threads(threads)
         self._actor = _make(kind, spec, node_id)
         signal.signal(signal.SIGTERM, lambda *_: self._actor.leave())
 

@@ -25,6 +25,8 @@ FORK_S = 120.0
 """The first actor of a node waits for the zygote's imports, on a slow disk too."""
 ALONE = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """Keeps the zygote's imports from starting threads, and from opening CUDA, which would then be of no use in a fork."""
+FAILED = ".failed"
+"""What a zygote that could not be brought up leaves, with the reason."""
 _LENGTH = 4
 
 
@@ -51,6 +53,9 @@ def key(owner: int) -> str:
 def connect(owner: int) -> socket.socket:
     """A connection to the zygote, which is started where there is none. Raises OSError."""
     path = folder() / key(owner)
+    failed = path.with_suffix(FAILED)
+    if failed.exists():  # it would fail again, and every start would wait for that
+        raise ConnectionError(f"it did not start: {failed.read_text()}; remove {failed} to try again")
     lock = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -84,7 +89,7 @@ def run_warm(argv: list[str]) -> int:
         client.settimeout(FORK_S)
         send(client, {"argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}, [0, 1, 2])
         if receive(client)[0] is None:
-            raise ConnectionError(f"the zygote ended before it forked; see the newest log in {folder()}")
+            raise ConnectionError(f"it ended before it forked; the newest log in {folder()} may say why")
         client.settimeout(None)
         ended, _ = receive(client)
         return int(str(ended["status"])) if ended else 1

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeray.cluster.warm import receive, send
+from moeray.cluster.warm import FAILED, receive, send
 
 MODULES = (
     "ray", "ray._private.node", "ray._private.worker", "ray._private.runtime_env.setup_hook",
@@ -137,14 +137,24 @@ class Zygote:
                 return
 
 
-def main() -> None:
-    listener, owner, path = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+def _import_all() -> None:
+    """Raises ImportError, and OSError for imports that leave threads behind."""
     for module in MODULES:
         importlib.import_module(module)
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"the imports have started {len(threads) - 1} threads, which a fork would lack"
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        raise OSError(f"the imports have started {threads - 1} threads, which its forks would lack")
     gc.collect()
     gc.freeze()  # a collection would write to every page that the forks share
+
+
+def main() -> None:
+    listener, owner, path = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+    try:
+        _import_all()
+    except (ImportError, OSError) as error:
+        path.with_suffix(FAILED).write_text(str(error))
+        raise
     script = Zygote(listener, os.pidfd_open(owner)).serve()
     if script is not None:
         script.run()
