@@ -16,6 +16,7 @@ from moeray.cluster.ray import start_controller
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.serve.app import RayPort
+from moeray.serve.errors import ControllerLostError
 from moeray.serve.system import SystemBackend
 from moeray.types import GenerationRequest, SamplingParams
 
@@ -58,7 +59,13 @@ class Live:
         return await asyncio.gather(*tasks)
 
     async def ask(self, method: str, *args: Any) -> Any:
-        return await self.backend._controller.call(method, *args)
+        """What the controller answers, or the next one where it has died: every question may be put again."""
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    return await self.backend._controller.call(method, *args)
+                except ControllerLostError:
+                    continue
 
     async def until(self, what: Callable[[dict[str, Any]], Any], timeout: float = 90.0) -> dict[str, Any]:
         """The status, as soon as `what` holds of it."""

@@ -35,6 +35,8 @@ from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.cluster.test_serve_tools import wait_until_ready
 from tests.systems import tiny_config
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
 REDIS = shutil.which("redis-server")
 PLACES = 3
