@@ -57,6 +57,12 @@ def write_random_moe(
     return folder
 
 
+def write_small_moe(folder: Path) -> str:
+    """The checkpoint of commands that were given none: in fp32, and small enough for any machine."""
+    shape = Shape(hidden=128, intermediate=192, experts=8, top_k=2, layers=4, vocab=512)
+    return str(write_random_moe(shape, folder / "random-moe", torch.float32))
+
+
 @torch.no_grad()
 def _steer(model: MixtralForCausalLM, steering: Steering) -> None:
     embedding_VD = model.get_input_embeddings().weight

@@ -43,11 +43,12 @@ def command(
     It starts a system of its own: MODEL, or a small random checkpoint, with a warm pool of one unless told otherwise.
     Each round adds an actor of the first group and removes it again. Exits 1 when a request was lost.
     """
+    from moeray.bench.checkpoint import write_small_moe
     from moeray.bench.grow import GrowPlan
 
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
-        config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
+        config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)
         plan = GrowPlan(streams, repeat, window_s, max_tokens, group=config.experts.resolved()[0].name)
         result = asyncio.run(_run(config, plan, local, report))
     if output == "json":
@@ -56,15 +57,6 @@ def command(
         _print(result)
     if result["lost_requests"]:
         raise SystemExit(1)
-
-
-def _small_model(folder: Path) -> str:
-    import torch
-
-    from moeray.bench.checkpoint import Shape, write_random_moe
-
-    shape = Shape(hidden=128, intermediate=192, experts=8, top_k=2, layers=4, vocab=512)
-    return str(write_random_moe(shape, folder / "random-moe", torch.float32))
 
 
 async def _run(config: Config, plan: GrowPlan, local: bool, report: Report) -> dict[str, Any]:

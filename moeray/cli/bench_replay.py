@@ -49,12 +49,13 @@ def command(
     The simulation knows this machine's number of cores. Exits 1 when a request was lost.
     """
     from moeray.bench.calibrate import calibrate
+    from moeray.bench.checkpoint import write_small_moe
     from moeray.control.trace import read_trace
 
     trace = read_trace(trace_file).window(60 * from_minute, 60 * minutes).scaled(scale).shortened(shorten)
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
-        config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
+        config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)
         path = Path(costs_file or Path(folder) / "costs.json")
         if costs_file is None:
             path.write_text(json.dumps(calibrate(config.model, report=lambda what: report(what, 0, 1))))
@@ -67,15 +68,6 @@ def command(
         _print(result)
     if live.errors:
         raise SystemExit(1)
-
-
-def _small_model(folder: Path) -> str:
-    import torch
-
-    from moeray.bench.checkpoint import Shape, write_random_moe
-
-    shape = Shape(hidden=128, intermediate=192, experts=8, top_k=2, layers=4, vocab=512)
-    return str(write_random_moe(shape, folder / "random-moe", torch.float32))
 
 
 async def _live(config: Config, trace: Trace, local: bool, report: Report) -> Replayed:

@@ -57,12 +57,13 @@ def command(
     changed.
     """
     from moeray.bench.chaos import ChaosPlan, summary
+    from moeray.bench.checkpoint import write_small_moe
 
     chosen = {key: flags.pop(key) for key in ("kill", "streams", "max_tokens", "seed")}
     plan = ChaosPlan(**chosen, every_s=_seconds(every), for_s=_seconds(duration))
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
-        config = config_of(model or _small_model(Path(folder)), config_file, flags, **defaults)
+        config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)
         with _stdout_to_stderr():
             result = asyncio.run(_run(config, plan, SIGNALS[how], report))
     figures = summary(result)
@@ -89,15 +90,6 @@ def _stdout_to_stderr() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _small_model(folder: Path) -> str:
-    import torch
-
-    from moeray.bench.checkpoint import Shape, write_random_moe
-
-    shape = Shape(hidden=128, intermediate=192, experts=8, top_k=2, layers=4, vocab=512)
-    return str(write_random_moe(shape, folder / "random-moe", torch.float32))
 
 
 async def _run(config: Config, plan: ChaosPlan, number: int, report: Callable[[str, int, int], None]) -> Any:

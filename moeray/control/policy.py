@@ -35,7 +35,7 @@ class RouterView:
 
     actor_id: str
     node_id: str
-    load: RouterLoad = field(default_factory=lambda: RouterLoad())
+    load: RouterLoad = field(default_factory=RouterLoad)
 
 
 @dataclass(frozen=True)

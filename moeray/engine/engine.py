@@ -113,9 +113,10 @@ class Engine:
         self._steps += 1
         self._step_seconds += seconds
         self._last_step_seconds = seconds
-        self._decode_tokens += batch.num_decodes
-        self._decode_seconds += batch.num_decodes * seconds
-        prefilled = batch.num_tokens - batch.num_decodes
+        decodes = batch.num_decodes
+        prefilled = batch.num_tokens - decodes
+        self._decode_tokens += decodes
+        self._decode_seconds += decodes * seconds
         if prefilled:
             self._prefill_tokens += prefilled
             self._prefill_seconds += seconds

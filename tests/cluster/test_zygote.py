@@ -20,7 +20,7 @@ print(__name__, sys.argv[1:], os.getcwd(), os.environ.get("COLOUR"), "OPENBLAS_N
 print(sys.stdin.readline().strip(), file=sys.stderr)
 sys.exit(int(sys.argv[1]))
 """
-WAITS = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(600)\n"
+WAITS = "import os, signal\nprint(os.getpid(), os.getppid(), flush=True)\nsignal.pause()\n"
 
 
 @pytest.fixture
