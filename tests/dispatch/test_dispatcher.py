@@ -177,7 +177,7 @@ def test_an_actor_that_does_not_host_one_expert_keeps_the_others(stage):
     stage.actors["a"].script = [refuse("not_hosted", experts=[0])]
     stage.dispatch([[0, 2], [1, 2]])
     stage.dispatch([[0, 2], [1, 2]])
-    assert stage.view.replicas(0) == {0: ("b",), 1: ("a",), 2: ("b",)}
+    assert stage.view.now.replicas[0] == {0: ("b",), 1: ("a",), 2: ("b",)}
     assert stage.losses == []
 
 
