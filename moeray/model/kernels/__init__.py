@@ -1,0 +1,11 @@
+"""Products over weights in their stored form, in C, for CPUs: linear layers and experts.
+
+`load()` finds the shared object that was compiled when moeray was installed. Where there is none, callers use torch.
+"""
+
+from __future__ import annotations
+
+from moeray.model.kernels.linear import NativeLinear, linear
+from moeray.model.kernels.native import available
+
+__all__ = ["NativeLinear", "available", "linear"]

@@ -1,0 +1,114 @@
+"""The shared object of kernels/native: found, loaded, and its structures (kernels/native/layout.h, moe.c) mirrored."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from enum import IntEnum
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 64
+_REBUILD = "install moeray again where there is a C compiler (pip install --force-reinstall --no-deps moeray)"
+
+
+class Format(IntEnum):
+    """How a matrix stores its weights."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    INT8 = 3
+    FP8 = 4
+    MXFP4 = 5
+
+
+class Instructions(IntEnum):
+    """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+class Matrix(Structure):
+    _fields_ = [(name, c_int64) for name in (
+        "format", "inputs", "outputs", "row_bytes", "scale_bytes", "scale_rows", "scale_shift",
+    )]  # fmt: skip
+
+
+class Outputs(Structure):
+    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("first", c_int64), ("step", c_int64)]
+
+
+class Activation(Structure):
+    _fields_ = [("alpha", c_float), ("cubic", c_float), ("limit", c_float), ("shift", c_float)]
+
+
+class Layer(Structure):
+    _fields_ = [("up", Matrix), ("down", Matrix), ("activation", Activation), ("gated", c_int64)]
+
+
+class Expert(Structure):
+    _fields_ = [("gate", Outputs), ("up", Outputs), ("down", Outputs)]
+
+
+class Call(Structure):
+    _fields_ = [
+        ("x", c_void_p), ("y", c_void_p), ("scratch", c_void_p),
+        ("format", c_int64), ("threads", c_int64), ("instructions", c_int64),
+    ]  # fmt: skip
+
+
+def available() -> bool:
+    """Whether the kernels were compiled and can be loaded."""
+    return library() is not None
+
+
+@cache
+def library() -> Any | None:
+    """The shared object, or None (with one warning). Importing torch has loaded the OpenMP runtime that it uses."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_native{suffix}")).is_file()]
+    if not found:
+        log.warning("the CPU kernels were not compiled, so experts run on torch, slower; %s", _REBUILD)
+        return None
+    try:
+        return _declared(ctypes.CDLL(str(found[0])))
+    except (OSError, AttributeError) as error:
+        log.warning("the CPU kernels do not load (%s), so experts run on torch, slower; %s", error, _REBUILD)
+        return None
+
+
+def _declared(lib: Any) -> Any:
+    lib.moeray_instructions.restype = c_int64
+    lib.moeray_linear_scratch.argtypes = [POINTER(Matrix), c_int64, c_int64]
+    lib.moeray_linear_scratch.restype = c_int64
+    lib.moeray_linear.argtypes = [POINTER(Matrix), POINTER(Outputs), c_int64, POINTER(Call)]
+    lib.moeray_linear.restype = None
+    lib.moeray_ffn_scratch.argtypes = [POINTER(Layer), c_int64, c_int64, c_int64]
+    lib.moeray_ffn_scratch.restype = c_int64
+    lib.moeray_ffn.argtypes = [POINTER(Layer), c_void_p, c_void_p, c_int64, POINTER(Call)]
+    lib.moeray_ffn.restype = None
+    return lib
+
+
+@cache
+def best_instructions() -> Instructions:
+    """The most capable set of this CPU."""
+    lib = library()
+    assert lib is not None
+    return Instructions(lib.moeray_instructions())
+
+
+def scratch(nbytes: int) -> tuple[Tensor, int]:
+    """Memory that a call may write, and its aligned address."""
+    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,71 @@
+/* What Python passes in (mirrored by kernels/native.py), and the vectors that every kernel computes with. */
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+enum { F32, F16, BF16, INT8, FP8, MXFP4 };
+
+/* A weight matrix [out, in] in its stored form, one output's weights after another.
+
+   row_bytes: from one output's weights to the next's; scale_bytes: from one row of scales to the next.
+   FP8: a float for every scale_rows outputs and 1 << scale_shift inputs. MXFP4: an E8M0 byte for every 32 inputs of an
+   output (scale_rows 1). INT8: a float for every output. */
+typedef struct {
+    int64_t format, in, out, row_bytes, scale_bytes, scale_rows, scale_shift;
+} Matrix;
+
+/* Every `step`th output of a matrix, from `first` on. bias: a float for every output of the matrix, or NULL. */
+typedef struct {
+    const uint8_t *data, *scale;
+    const float *bias;
+    int64_t first, step;
+} Outputs;
+
+/* y = g' sigmoid(alpha (g' + cubic g'^3)) (u' + shift), where g' <= limit and |u'| <= limit; without a gate no u. */
+typedef struct {
+    float alpha, cubic, limit, shift;
+} Activation;
+
+/* One output's weights, or what is left of them, and their scales. */
+typedef struct {
+    const uint8_t *data, *scale;
+} Row;
+
+enum {
+    TILE = 16,   /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
+    DEPTH = 512, /* inputs of a tile that are decoded at once: 32 KiB of floats */
+    FEW = 8,     /* up to so many rows weights are decoded in registers, for each few rows anew */
+    CHUNK = 128, /* rows whose partial sums are kept at once: 128 KiB */
+};
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
+#define SPLAT(value) ((f32x16){0} + (value))
+
+/* A block of inputs is `stride` vectors of 16; vector j holds its inputs j, j + stride, j + 2 stride, ..., the order in
+   which decoding yields weights. */
+INLINE int64_t stride_of(int64_t format) { return format == BF16 ? 2 : format == MXFP4 ? 8 : 1; }
+
+INLINE int64_t padded(int64_t format, int64_t inputs) {
+    int64_t block = 16 * stride_of(format);
+    return (inputs + block - 1) / block * block;
+}
+
+/* Where input k of a row lies in that order. */
+INLINE int64_t place_of(int64_t stride, int64_t k) {
+    int64_t within = k % (16 * stride);
+    return k - within + within % stride * 16 + within / stride;
+}
+
+INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
+    if (format == F32) return 4 * inputs;
+    if (format == F16 || format == BF16) return 2 * inputs;
+    return format == MXFP4 ? inputs / 2 : inputs;
+}
