@@ -97,6 +97,8 @@ def _declared(lib: Any) -> Any:
     lib.moeray_ffn_scratch.restype = c_int64
     lib.moeray_ffn.argtypes = [POINTER(Layer), c_void_p, c_void_p, c_int64, POINTER(Call)]
     lib.moeray_ffn.restype = None
+    lib.moeray_combine.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
+    lib.moeray_combine.restype = None
     return lib
 
 
