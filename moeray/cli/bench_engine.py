@@ -15,6 +15,8 @@ from moeray.cli.progress import progress
 _DEFAULTS = {
     # One step takes as many prompt tokens as peers' default budget does, and no prompt is found in a cache.
     "engine__prefill_chunk": 2048, "engine__prefix_cache": False, "engine__max_context": 1024, "dtype": "bfloat16",
+    # Replicas of a node share one mapping, so every actor may host every expert, and rows can be split evenly.
+    "experts__replicas": 2,
 }  # fmt: skip
 
 
@@ -38,6 +40,9 @@ def command(
 
     Sequences of random tokens are sampled at temperature 1. Peers do the same work in turn; ratios are ours to theirs.
     """
+    from moeray.threads import wait_passively
+
+    wait_passively()
     import torch
 
     from moeray.bench.engine import Contender, Workload, measure, own_engine
@@ -74,12 +79,12 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    speed = Table(title=f"tokens/s of {result['model']}", title_justify="left")
-    for column in ("batch", "engine", "prefill", "decode", "moeray's prefill is", "moeray's decode is"):
+    speed = Table(title=f"tokens/s of {result['model']}; ratios are moeray's to it", title_justify="left")
+    for column in ("batch", "engine", "prefill", "decode", "prefill ratio", "decode ratio"):
         speed.add_column(column, justify="right")
     parts = ("step", "trunk", "gate", "dispatch", "experts", "combine", "sampling", "other")
-    budget = Table(title="a decode step, ms", title_justify="left")
-    for column in ("batch", "engine", *parts, "dispatch is"):
+    budget = Table(title="a decode step, ms; tax: the part that dispatching takes", title_justify="left")
+    for column in ("batch", "engine", *parts, "tax"):
         budget.add_column(column, justify="right")
     for row in result["rows"]:
         for name, figures in row.items():
