@@ -13,7 +13,7 @@
 /* Vectors go by pointer: how they go by value depends on the instruction set. */
 typedef struct {
     void (*tile)(const Matrix *, const Row *, const f32x16 *bias, const float *x, int64_t x_step, int64_t count,
-                 f32x16 *out, f32x16 *partial, float *decoded);
+                 f32x16 *out, float *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
     void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
@@ -22,33 +22,40 @@ typedef struct {
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
 #define FN(name) name##_portable
-#define ROWS 2
-#define OUTS 2
+#define MOST 2
+#define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
+#define OUTS(rows) 2
 #include "body.h"
 #undef FN
-#undef ROWS
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define FN(name) name##_avx2
-#define ROWS 2
-#define OUTS 2
+#define MOST 2
+#define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
+#define OUTS(rows) 2
 #include "body.h"
 #undef FN
-#undef ROWS
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define FN(name) name##_avx512
-#define ROWS 4
-#define OUTS 4
+#define MOST 6
+#define UP_TO_MOST(EACH, format) \
+    EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
+#define OUTS(rows) 4
 #include "body.h"
 #undef FN
-#undef ROWS
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 #pragma GCC pop_options
 #endif
@@ -101,16 +108,15 @@ typedef struct {
     const Expert *expert;
     int64_t first, count;
 } Chunk;
-
-/* What a thread writes. */
-typedef struct {
-    f32x16 partial[CHUNK * TILE], out[CHUNK];
-    float decoded[TILE * DEPTH];
-} Local;
-
 static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t packed_bytes(const Matrix *m, int64_t rows) { return rows * padded(m->format, m->in) * 4; }
+/* Floats from one packed row of inputs to the next. */
+static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) + APART; }
+
+static int64_t packed_bytes(const Matrix *m, int64_t rows) { return rows * step_of(m) * 4; }
+
+/* A thread's own decoded weights. */
+static int64_t decoded_bytes(const Matrix *m) { return is_costly(m->format) ? TILE * step_of(m) * 4 : 0; }
 
 static int64_t chunks_bytes(int64_t rows, int64_t experts) {
     return rounded((rows / CHUNK + experts) * (int64_t)sizeof(Chunk));
@@ -134,32 +140,32 @@ static void take(const Matrix *m, const Outputs *o, int64_t of, int64_t from, in
 
 /* Some intermediate values of a chunk's rows, from x to h, both packed. */
 static void up_tile(const Kernels *k, const Layer *layer, const Chunk *chunk, int64_t from, const float *xs, float *hs,
-                    Local *local) {
-    const int64_t width = layer->down.in, in = padded(layer->up.format, layer->up.in);
-    const int64_t step = padded(layer->down.format, width), stride = stride_of(layer->down.format);
+                    float *decoded) {
+    const int64_t width = layer->down.in, in = step_of(&layer->up), step = step_of(&layer->down);
+    const int64_t stride = stride_of(layer->down.format);
     const int lanes = layer->gated ? TILE / 2 : TILE;
     Row w[TILE];
-    f32x16 bias;
+    f32x16 bias, out[CHUNK];
     if (layer->gated) take(&layer->up, &chunk->expert->gate, width, from, 0, lanes, w, &bias);
     take(&layer->up, &chunk->expert->up, width, from, TILE - lanes, lanes, w, &bias);
-    k->tile(&layer->up, w, &bias, xs + chunk->first * in, in, chunk->count, local->out, local->partial, local->decoded);
-    k->activate(&layer->activation, (int)layer->gated, local->out, chunk->count);
+    k->tile(&layer->up, w, &bias, xs + chunk->first * in, in, chunk->count, out, decoded);
+    k->activate(&layer->activation, (int)layer->gated, out, chunk->count);
     for (int64_t n = 0; n < lanes && from + n < width; n++) {
         float *to = hs + chunk->first * step + place_of(stride, from + n);
-        for (int64_t r = 0; r < chunk->count; r++) to[r * step] = local->out[r][n];
+        for (int64_t r = 0; r < chunk->count; r++) to[r * step] = out[r][n];
     }
 }
 
 /* Some outputs of a chunk's rows, from packed inputs. */
 static void down_tile(const Kernels *k, const Matrix *m, const Outputs *o, int64_t first, int64_t count, int64_t from,
-                      const float *hs, const Call *call, Local *local) {
-    const int64_t in = padded(m->format, m->in), lanes = m->out - from < TILE ? m->out - from : TILE;
+                      const float *hs, const Call *call, float *decoded) {
+    const int64_t in = step_of(m), lanes = m->out - from < TILE ? m->out - from : TILE;
     Row w[TILE];
-    f32x16 bias;
+    f32x16 bias, out[CHUNK];
     take(m, o, m->out, from, 0, TILE, w, &bias);
-    k->tile(m, w, &bias, hs + first * in, in, count, local->out, local->partial, local->decoded);
+    k->tile(m, w, &bias, hs + first * in, in, count, out, decoded);
     for (int64_t r = 0; r < count; r++)
-        k->store(call->format, call->y, (first + r) * m->out + from, local->out + r, lanes);
+        k->store(call->format, call->y, (first + r) * m->out + from, out + r, lanes);
 }
 
 static const void *input_row(const Call *call, int64_t r, int64_t in) {
@@ -170,7 +176,7 @@ static const void *input_row(const Call *call, int64_t r, int64_t in) {
 
 int64_t moeray_ffn_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_t threads) {
     return packed_bytes(&layer->up, rows) + packed_bytes(&layer->down, rows) + chunks_bytes(rows, experts) +
-           threads * (int64_t)sizeof(Local);
+           threads * (decoded_bytes(&layer->up) + decoded_bytes(&layer->down));
 }
 
 /* `count` experts, each with the next counts[i] rows of x: act(x Up^T) Down^T -> the same rows of y. */
@@ -181,17 +187,18 @@ void moeray_ffn(const Layer *layer, const Expert *const *experts, const int64_t 
     for (int64_t e = 0; e < count; e++) rows += counts[e];
     float *xs = (float *)call->scratch, *hs = (float *)(call->scratch + packed_bytes(&layer->up, rows));
     Chunk *chunks = (Chunk *)((char *)hs + packed_bytes(&layer->down, rows));
-    Local *locals = (Local *)((char *)chunks + chunks_bytes(rows, count));
+    float *buffers = (float *)((char *)chunks + chunks_bytes(rows, count));
+    const int64_t apart = (decoded_bytes(&layer->up) + decoded_bytes(&layer->down)) / 4;
     for (int64_t e = 0, first = 0; e < count; first += counts[e++])
         for (int64_t r = 0; r < counts[e]; r += CHUNK)
             chunks[chunk_count++] = (Chunk){experts[e], first + r, counts[e] - r < CHUNK ? counts[e] - r : CHUNK};
-    const int64_t in = padded(layer->up.format, layer->up.in), width = padded(layer->down.format, layer->down.in);
+    const int64_t in = step_of(&layer->up), width = step_of(&layer->down);
     const int64_t lanes = layer->gated ? TILE / 2 : TILE;
     const int64_t up_tiles = (layer->down.in + lanes - 1) / lanes, down_tiles = (layer->down.out + TILE - 1) / TILE;
-    const int64_t last = width - 16 * stride_of(layer->down.format);
+    const int64_t last = width - APART - 16 * stride_of(layer->down.format);
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
-        Local *local = locals + omp_get_thread_num();
+        float *decoded = buffers + omp_get_thread_num() * apart;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             const void *x = input_row(call, r, layer->up.in);
@@ -200,36 +207,36 @@ void moeray_ffn(const Layer *layer, const Expert *const *experts, const int64_t 
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < chunk_count * up_tiles; i++)
-            up_tile(k, layer, chunks + i / up_tiles, i % up_tiles * lanes, xs, hs, local);
+            up_tile(k, layer, chunks + i / up_tiles, i % up_tiles * lanes, xs, hs, decoded);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < chunk_count * down_tiles; i++) {
             const Chunk *chunk = chunks + i / down_tiles;
             down_tile(k, &layer->down, &chunk->expert->down, chunk->first, chunk->count, i % down_tiles * TILE, hs, call,
-                      local);
+                      decoded);
         }
     }
 }
 
 int64_t moeray_linear_scratch(const Matrix *m, int64_t rows, int64_t threads) {
-    return packed_bytes(m, rows) + threads * (int64_t)sizeof(Local);
+    return packed_bytes(m, rows) + threads * decoded_bytes(m);
 }
 
 /* y [rows, out] = x [rows, in] W^T + b */
 void moeray_linear(const Matrix *m, const Outputs *outputs, int64_t rows, const Call *call) {
     const Kernels *k = kernels_of(call->instructions);
     float *xs = (float *)call->scratch;
-    Local *locals = (Local *)(call->scratch + packed_bytes(m, rows));
-    const int64_t in = padded(m->format, m->in), tiles = (m->out + TILE - 1) / TILE;
+    float *buffers = (float *)(call->scratch + packed_bytes(m, rows));
+    const int64_t in = step_of(m), apart = decoded_bytes(m) / 4, tiles = (m->out + TILE - 1) / TILE;
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
-        Local *local = locals + omp_get_thread_num();
+        float *decoded = buffers + omp_get_thread_num() * apart;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++)
             k->pack(call->format, input_row(call, r, m->in), m->in, stride_of(m->format), xs + r * in);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < (rows + CHUNK - 1) / CHUNK * tiles; i++) {
             int64_t first = i / tiles * CHUNK, count = rows - first < CHUNK ? rows - first : CHUNK;
-            down_tile(k, m, outputs, first, count, i % tiles * TILE, xs, call, local);
+            down_tile(k, m, outputs, first, count, i % tiles * TILE, xs, call, decoded);
         }
     }
 }
