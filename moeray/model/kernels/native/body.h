@@ -66,7 +66,7 @@ INLINE f32x16 FN(decode)(const int format, Row w, const int j) {
 }
 
 INLINE Row FN(at)(const int format, const Matrix *m, Row w, int64_t k) {
-    int64_t scale = format == FP8 ? (k >> m->scale_shift) * 4 : format == MXFP4 ? k / 32 : 0;
+    int64_t scale = format == FP8 ? (k >> m->in_shift) * 4 : format == MXFP4 ? k / 32 : 0;
     return (Row){w.data + bytes_of(format, k), w.scale + scale};
 }
 
@@ -95,16 +95,18 @@ INLINE void FN(step)(const int format, const int rows, const int outs, const Row
     }
 }
 
-/* `rows` rows of inputs against `outs` weight rows: the partial sums of all inputs. */
+/* `rows` rows of inputs against `outs` weight rows: the partial sums. */
 INLINE void FN(dot)(const int format, const int rows, const int outs, const Matrix *m, const Row *w, const float *x,
-                    int64_t x_step, f32x16 *partial) {
+                    int64_t x_step, Ahead ahead, f32x16 *partial) {
     const int64_t block = 16 * stride_of(format), whole = m->in / block * block;
     f32x16 sums[MOST * 4];
     Row at[4];
     for (int i = 0; i < rows * outs; i++) sums[i] = (f32x16){0};
-    for (int64_t k = 0; k < whole; k += block) {
+    for (int64_t k = 0, line = 0; k < whole; k += block, line += 64) {
         for (int n = 0; n < outs; n++) at[n] = FN(at)(format, m, w[n], k);
         FN(step)(format, rows, outs, at, x + k, x_step, sums);
+        if (line < ahead.bytes)
+            for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + line, 0, 2);
     }
     if (whole < m->in) {
         uint8_t fillers[4][FILLER];
@@ -115,13 +117,20 @@ INLINE void FN(dot)(const int format, const int rows, const int outs, const Matr
         for (int n = 0; n < outs; n++) partial[r * TILE + n] = sums[r * outs + n];
 }
 
+/* Part i of n equal ones. */
+INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
+    int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
+    return (Ahead){all.rows + from, to - from, all.bytes};
+}
+
 /* A function for each format and number of rows, so that each has all registers. `w`: a tile of weight rows. */
-typedef void (*FN(Dot))(const Matrix *m, const Row *w, const float *x, int64_t x_step, f32x16 *partial);
+typedef void (*FN(Dot))(const Matrix *m, const Row *w, const float *x, int64_t x_step, Ahead ahead, f32x16 *partial);
 #define DOT(format, rows)                                                                                              \
     static NOINLINE void FN(dot_##format##_##rows)(const Matrix *m, const Row *w, const float *x, int64_t x_step,      \
-                                                   f32x16 *partial) {                                                  \
+                                                   Ahead ahead, f32x16 *partial) {                                     \
         for (int n = 0; n < TILE; n += OUTS(rows))                                                                     \
-            FN(dot)(format, rows, OUTS(rows), m, w + n, x, x_step, partial + n);                                       \
+            FN(dot)(format, rows, OUTS(rows), m, w + n, x, x_step, FN(share)(ahead, n / OUTS(rows), TILE / OUTS(rows)),  \
+                    partial + n);                                                                                      \
     }
 #define DOTS(format) UP_TO_MOST(DOT, format)
 FORMATS(DOTS)
@@ -162,7 +171,7 @@ INLINE f32x16 FN(sums_of)(const f32x16 *v) {
 
 /* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step floats apart, times TILE weight rows. */
 static void FN(tile)(const Matrix *m, const Row *w, const f32x16 *bias, const float *x, int64_t x_step, int64_t count,
-                     f32x16 *out, float *decoded) {
+                     Ahead ahead, f32x16 *out, float *decoded) {
     const Matrix dense = {.format = F32, .in = padded(m->format, m->in)};
     f32x16 scale = SPLAT(1), partial[MOST * TILE];
     Row rows[TILE];
@@ -176,9 +185,10 @@ static void FN(tile)(const Matrix *m, const Row *w, const f32x16 *bias, const fl
         }
         m = &dense, w = rows;
     }
-    while (count > 0) {
-        int64_t groups = (count + MOST - 1) / MOST, few = (count + groups - 1) / groups;
-        FN(dot_of)[m->format][few - 1](m, w, x, x_step, partial);
+    const int64_t groups = (count + MOST - 1) / MOST;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t few = (count + groups - g - 1) / (groups - g);
+        FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), partial);
         for (int64_t r = 0; r < few; r++) out[r] = FN(sums_of)(partial + r * TILE) * scale + *bias;
         count -= few, x += few * x_step, out += few;
     }

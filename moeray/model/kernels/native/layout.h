@@ -9,10 +9,10 @@ enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
    row_bytes: from one output's weights to the next's; scale_bytes: from one row of scales to the next.
-   FP8: a float for every scale_rows outputs and 1 << scale_shift inputs. MXFP4: an E8M0 byte for every 32 inputs of an
-   output (scale_rows 1). INT8: a float for every output. */
+   FP8: a float for every block of 1 << out_shift outputs and 1 << in_shift inputs. MXFP4: an E8M0 byte for every 32
+   inputs of an output. INT8: a float for every output. (Both shifts are 0 for these.) */
 typedef struct {
-    int64_t format, in, out, row_bytes, scale_bytes, scale_rows, scale_shift;
+    int64_t format, in, out, row_bytes, scale_bytes, out_shift, in_shift;
 } Matrix;
 
 /* Every `step`th output of a matrix, from `first` on. bias: a float for every output of the matrix, or NULL. */
@@ -31,6 +31,12 @@ typedef struct {
 typedef struct {
     const uint8_t *data, *scale;
 } Row;
+
+/* Weight rows that will be read next, for fetching them from memory meanwhile. bytes: of each. */
+typedef struct {
+    const Row *rows;
+    int64_t count, bytes;
+} Ahead;
 
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
