@@ -97,6 +97,10 @@ def _declared(lib: Any) -> Any:
     lib.moeray_scratch.restype = c_int64
     lib.moeray_forward.argtypes = [POINTER(Layer), POINTER(POINTER(Expert)), POINTER(c_int64), c_int64, POINTER(Call)]
     lib.moeray_forward.restype = None
+    lib.moeray_read.argtypes = [c_void_p, c_int64, c_int64, c_int64]
+    lib.moeray_read.restype = None
+    lib.moeray_multiply.argtypes = [c_int64, c_int64, c_int64]
+    lib.moeray_multiply.restype = c_int64
     return lib
 
 
@@ -133,3 +137,17 @@ def forward(
         ctypes.byref(layer), (POINTER(Expert) * count)(*experts), (c_int64 * count)(*counts), count, ctypes.byref(call)
     )
     return y_RO.to(dtype)
+
+
+def read_all(memory: Tensor) -> None:
+    """Read a tensor as fast as can be, on torch's number of threads."""
+    lib = library()
+    assert lib is not None
+    lib.moeray_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads(), best_instructions())
+
+
+def multiply(times: int) -> int:
+    """Multiply and add fp32 numbers in registers, on torch's number of threads; the operations done."""
+    lib = library()
+    assert lib is not None
+    return int(lib.moeray_multiply(times, torch.get_num_threads(), best_instructions()))

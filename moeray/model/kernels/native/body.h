@@ -261,4 +261,26 @@ static void FN(store)(int64_t format, void *y, int64_t at, const f32x16 *v, int6
     memcpy((uint16_t *)y + at, &rounded, 2 * count);
 }
 
-static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store)};
+/* -- ceilings ------------------------------------------------------------------------------------------------------ */
+
+/* Reads all of `size` bytes, a multiple of 256, as fast as can be; what it read is of no use. */
+static void FN(read)(const char *data, int64_t size) {
+    i32x16 sums[4] = {{0}};
+    for (int64_t i = 0; i < size; i += 256)
+        for (int j = 0; j < 4; j++) sums[j] += LOAD(i32x16, data + i + 64 * j);
+    sums[0] += sums[1] + sums[2] + sums[3];
+    __asm__ volatile("" : : "r"(sums) : "memory");
+}
+
+/* Multiplies and adds in as many sums as a product has, `times` times; the operations. */
+static int64_t FN(multiply)(int64_t times) {
+    f32x16 sums[MOST * OUTS(MOST)], factor = SPLAT(0.5f), term = SPLAT(1);
+    __asm__ volatile("" : "+m"(factor), "+m"(term));
+    for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = SPLAT(i);
+    for (int64_t t = 0; t < times; t++)
+        for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = sums[i] * factor + term;
+    __asm__ volatile("" : : "r"(sums) : "memory");
+    return times * MOST * OUTS(MOST) * 32;
+}
+
+static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store), FN(read), FN(multiply)};

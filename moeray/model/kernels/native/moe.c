@@ -17,6 +17,8 @@ typedef struct {
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
     void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
+    void (*read)(const char *data, int64_t size);
+    int64_t (*multiply)(int64_t times);
 } Kernels;
 
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
@@ -262,4 +264,19 @@ void moeray_forward(const Layer *layer, const Expert *const *experts, const int6
 #pragma omp barrier
         compute_stage(k, layer, &down, taken + 1, &s, call, decoded);
     }
+}
+
+/* What this machine can do at most, for benchmarks: read `size` bytes, each thread a part; a multiple of 256 each. */
+void moeray_read(const char *data, int64_t size, int64_t threads, int64_t instructions) {
+    const int64_t part = size / threads / 256 * 256;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    kernels_of(instructions)->read(data + omp_get_thread_num() * part, part);
+}
+
+/* ... and multiply and add; the floating-point operations of all threads. */
+int64_t moeray_multiply(int64_t times, int64_t threads, int64_t instructions) {
+    int64_t operations = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : operations)
+    operations += kernels_of(instructions)->multiply(times);
+    return operations;
 }
