@@ -276,7 +276,7 @@ static void FN(read)(const char *data, int64_t size) {
 static int64_t FN(multiply)(int64_t times) {
     f32x16 sums[MOST * OUTS(MOST)], factor = SPLAT(0.5f), term = SPLAT(1);
     __asm__ volatile("" : "+m"(factor), "+m"(term));
-    for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = SPLAT(i);
+    for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = SPLAT((float)i);
     for (int64_t t = 0; t < times; t++)
         for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = sums[i] * factor + term;
     __asm__ volatile("" : : "r"(sums) : "memory");
