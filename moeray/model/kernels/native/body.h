@@ -102,11 +102,11 @@ INLINE void FN(dot)(const int format, const int rows, const int outs, const Matr
     f32x16 sums[MOST * 4];
     Row at[4];
     for (int i = 0; i < rows * outs; i++) sums[i] = (f32x16){0};
-    for (int64_t k = 0, line = 0; k < whole; k += block, line += 64) {
+    for (int64_t k = 0, byte = 0; k < whole; k += block, byte += stride_of(format) * ahead.pace) {
         for (int n = 0; n < outs; n++) at[n] = FN(at)(format, m, w[n], k);
         FN(step)(format, rows, outs, at, x + k, x_step, sums);
-        if (line < ahead.bytes)
-            for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + line, 0, 2);
+        if (byte % 64 == 0 && byte < ahead.bytes)
+            for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
     }
     if (whole < m->in) {
         uint8_t fillers[4][FILLER];
@@ -120,7 +120,7 @@ INLINE void FN(dot)(const int format, const int rows, const int outs, const Matr
 /* Part i of n equal ones. */
 INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
     int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
-    return (Ahead){all.rows + from, to - from, all.bytes};
+    return (Ahead){all.rows + from, to - from, all.bytes, all.pace};
 }
 
 /* A function for each format and number of rows, so that each has all registers. `w`: a tile of weight rows. */
@@ -263,23 +263,31 @@ static void FN(store)(int64_t format, void *y, int64_t at, const f32x16 *v, int6
 
 /* -- ceilings ------------------------------------------------------------------------------------------------------ */
 
-/* Reads all of `size` bytes, a multiple of 256, as fast as can be; what it read is of no use. */
+/* Reads all of `size` bytes, a multiple of READ, as fast as can be: four streams, fetched ahead, since one alone does
+   not fill the memory's queue. What it read is of no use. */
 static void FN(read)(const char *data, int64_t size) {
     i32x16 sums[4] = {{0}};
-    for (int64_t i = 0; i < size; i += 256)
-        for (int j = 0; j < 4; j++) sums[j] += LOAD(i32x16, data + i + 64 * j);
+    for (const char *at = data; at < data + size; at += READ)
+        for (int64_t i = 0; i < READ / 4; i += 64)
+            for (int j = 0; j < 4; j++) {
+                __builtin_prefetch(at + READ / 4 * j + i + READ, 0, 2);
+                sums[j] += LOAD(i32x16, at + READ / 4 * j + i);
+            }
     sums[0] += sums[1] + sums[2] + sums[3];
-    __asm__ volatile("" : : "r"(sums) : "memory");
+    __asm__ volatile("" : : "m"(sums[0]));
 }
 
 /* Multiplies and adds in as many sums as a product has, `times` times; the operations. */
 static int64_t FN(multiply)(int64_t times) {
-    f32x16 sums[MOST * OUTS(MOST)], factor = SPLAT(0.5f), term = SPLAT(1);
+    f32x16 sums[MOST][OUTS(MOST)], factor = SPLAT(0.5f), term = SPLAT(1);
     __asm__ volatile("" : "+m"(factor), "+m"(term));
-    for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = SPLAT((float)i);
+    for (int r = 0; r < MOST; r++)
+        for (int n = 0; n < OUTS(MOST); n++) sums[r][n] = term;
     for (int64_t t = 0; t < times; t++)
-        for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = sums[i] * factor + term;
-    __asm__ volatile("" : : "r"(sums) : "memory");
+        for (int r = 0; r < MOST; r++)
+            for (int n = 0; n < OUTS(MOST); n++) sums[r][n] = sums[r][n] * factor + term;
+    for (int r = 0; r < MOST; r++)
+        for (int n = 0; n < OUTS(MOST); n++) __asm__ volatile("" : : "m"(sums[r][n]));
     return times * MOST * OUTS(MOST) * 32;
 }
 

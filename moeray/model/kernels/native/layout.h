@@ -32,16 +32,18 @@ typedef struct {
     const uint8_t *data, *scale;
 } Row;
 
-/* Weight rows that will be read next, for fetching them from memory meanwhile. bytes: of each. */
+/* Weight rows that will be read next, for fetching them from memory meanwhile: `bytes` of each, at the pace of so many
+   for 16 inputs. */
 typedef struct {
     const Row *rows;
-    int64_t count, bytes;
+    int64_t count, bytes, pace;
 } Ahead;
 
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
     APART = 16,      /* floats between rows, lest all of them want the same places of a cache */
+    READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
     MANY = 12,       /* more rows than that want costly formats decoded once, not anew for each few rows */
 };

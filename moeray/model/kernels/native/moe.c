@@ -219,7 +219,7 @@ static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, 
     int64_t item = claim(taken);
     if (item < s->count) find_tile(s, item, tiles);
     for (int now = 0; item < s->count; now = !now) {
-        Ahead ahead = {tiles[!now].w, TILE, s->m->row_bytes};
+        Ahead ahead = {tiles[!now].w, TILE, s->m->row_bytes, bytes_of(s->m->format, 16)};
         item = claim(taken);
         if (item < s->count)
             find_tile(s, item, tiles + !now);
@@ -266,9 +266,9 @@ void moeray_forward(const Layer *layer, const Expert *const *experts, const int6
     }
 }
 
-/* What this machine can do at most, for benchmarks: read `size` bytes, each thread a part; a multiple of 256 each. */
+/* What this machine can do at most, for benchmarks: read `size` bytes, each thread a part; a multiple of READ each. */
 void moeray_read(const char *data, int64_t size, int64_t threads, int64_t instructions) {
-    const int64_t part = size / threads / 256 * 256;
+    const int64_t part = size / threads / READ * READ;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     kernels_of(instructions)->read(data + omp_get_thread_num() * part, part);
 }
