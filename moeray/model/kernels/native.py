@@ -97,6 +97,10 @@ def _declared(lib: Any) -> Any:
     lib.moeray_ffn_scratch.restype = c_int64
     lib.moeray_ffn.argtypes = [POINTER(Layer), c_void_p, c_void_p, c_int64, POINTER(Call)]
     lib.moeray_ffn.restype = None
+    lib.moeray_attention_scratch.argtypes = [c_void_p]
+    lib.moeray_attention_scratch.restype = c_int64
+    lib.moeray_attention.argtypes = [c_void_p]
+    lib.moeray_attention.restype = None
     return lib
 
 

@@ -4,6 +4,7 @@
 #include <string.h>
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
+enum { PORTABLE, AVX2, AVX512 };
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
