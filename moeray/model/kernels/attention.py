@@ -50,9 +50,10 @@ def decode(
     """
     lib = library()
     assert lib is not None, "the CPU kernels are not there; ask kernels.available() first"
-    assert q_BHD.dtype is k_SGD.dtype is v_SGD.dtype and q_BHD.dtype in DTYPES, (q_BHD.dtype, k_SGD.dtype)
-    assert q_BHD.stride(2) == k_SGD.stride(2) == v_SGD.stride(2) == 1 and tables_BW.stride(1) == 1, "not contiguous"
-    assert sinks_H is None or (sinks_H.dtype is torch.float32 and sinks_H.is_contiguous())
+    assert q_BHD.dtype in DTYPES, f"the kernel does not compute {q_BHD.dtype}"
+    assert q_BHD.dtype is k_SGD.dtype is v_SGD.dtype, f"{q_BHD.dtype} queries for {k_SGD.dtype} keys"
+    assert q_BHD.stride(2) == k_SGD.stride(2) == v_SGD.stride(2) == tables_BW.stride(1) == 1, "heads are not contiguous"
+    assert sinks_H is None or sinks_H.dtype is torch.float32
     size = q_BHD.itemsize
     y_BHD = q_BHD.new_empty(*q_BHD.shape[:2], v_SGD.shape[2])
     call = Attention(
