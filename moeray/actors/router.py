@@ -99,7 +99,8 @@ class RouterActor:
         self._heard()
         config = self._spec.config
         files = open_model(config.model, revision or config.revision, node=self._node_id)
-        trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), self._device)
+        dtype = files.dtype(config.dtype)
+        trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, self._device, config.engine)
         self._dispatcher = Dispatcher(
             self._view,
             self._connect,

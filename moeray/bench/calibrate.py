@@ -137,7 +137,8 @@ def _one_thread() -> Iterator[None]:
 
 def _trunk(files: ModelFiles, config: Config, repeat: int) -> dict[str, Any]:
     """Steps, sampling included, of prompts of several lengths, and what sequences that decode add to that."""
-    trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype("auto"), pick_device("auto"))
+    dtype, device = files.dtype("auto"), pick_device("auto")
+    trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, device, config.engine)
 
     def no_experts(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         return x_TD.unsqueeze(1).expand(-1, ids_TK.shape[1], -1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeray.config import ExpertKernel
+from moeray.config import Kernel
 from moeray.errors import ConfigError, PlacementError
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.kernels import available
@@ -90,7 +90,7 @@ class ExpertBank:
         weights: ExpertWeights,
         dtype: torch.dtype,
         device: torch.device,
-        kernel: ExpertKernel = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         """`kernel`: `auto` is `native` on a CPU in half precision, as far as that knows the layer; else torch.
 
@@ -174,7 +174,7 @@ class ExpertBank:
 class _LayerKernels:
     """Which layers' experts the native kernels compute. A layer is decided when its first expert is loaded."""
 
-    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, kernel: ExpertKernel) -> None:
+    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, kernel: Kernel) -> None:
         self._asked = kernel
         self._warned = False
         self._layers: dict[int, NativeLayer] = {}
