@@ -121,7 +121,9 @@ def own_engine(config: Config, actors: int) -> Iterator[OwnEngine]:
         else:
             rows = in_process(files, files.dtype(config.dtype))
         device = pick_device(config.router.device)
-        trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), device)
+        trunk = Trunk.load(
+            files.checkpoint, files.family, files.weights, files.dtype(config.dtype), device, config.engine
+        )
         runner = TimedRunner(TrunkRunner(trunk, config.engine, TimedExperts(rows, budget), ()), trunk, budget)
         yield OwnEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
 
