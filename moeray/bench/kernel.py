@@ -133,9 +133,6 @@ class _Weights:
             self._made[which, expert] = ExpertTensor((_copy(self._stored[which]),), cat_dim=0)
         return self._made[which, expert]
 
-    def expert_bytes(self, name: str) -> int:
-        return 0 if "bias" in name else self._stored["down" if "down" in name else "up"].nbytes
-
 
 def _stored(form: str, weight_OI: Tensor, generator: torch.Generator) -> StoredWeight:
     rows, columns = weight_OI.shape
