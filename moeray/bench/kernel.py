@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GptOssConfig, MixtralConfig
 
 from moeray.bench.environment import environment
+from moeray.config import ExpertKernel
 from moeray.errors import ConfigError
 from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
@@ -31,6 +32,7 @@ from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 
 FORMATS = ("bf16", "int8", "fp8", "mxfp4")
+KERNELS: tuple[ExpertKernel, ...] = ("native", "torch")
 _CPU = torch.device("cpu")
 _READ_BYTES, _MULTIPLY_TIMES = 64 << 20, 100_000
 _FP8_BLOCK, _FP8_MOST = 128, 448.0
@@ -45,6 +47,7 @@ class KernelPlan:
     intermediate: int = 512
     distinct: int = 8
     formats: tuple[str, ...] = FORMATS
+    kernels: tuple[ExpertKernel, ...] = KERNELS
     rows: tuple[int, ...] = (1, 2, 4, 8, 32, 256)
     threads: tuple[int, ...] = (1,)
     repeat: int = 15
@@ -52,6 +55,8 @@ class KernelPlan:
     def __post_init__(self) -> None:
         if unknown := set(self.formats) - set(FORMATS):
             raise ConfigError(f"format {min(unknown)!r} is not one of {', '.join(FORMATS)}")
+        if wrong := set(self.kernels) - set(KERNELS):
+            raise ConfigError(f"kernel {min(wrong)!r} is not one of {', '.join(KERNELS)}")
         if self.hidden % 32 or self.intermediate % 32:
             raise ConfigError("hidden and intermediate sizes must be multiples of 32, as MXFP4 groups are")
 
@@ -84,7 +89,7 @@ def measure(
     for done, form in enumerate(plan.formats):
         report(form, done, len(plan.formats))
         weights = _Weights.make(form, plan)
-        for kernel in ("native", "torch"):
+        for kernel in plan.kernels:
             figures += _figures(plan, weights, kernel)
     return {
         "plan": asdict(plan),
@@ -132,9 +137,6 @@ class _Weights:
         if (which, expert) not in self._made:
             self._made[which, expert] = ExpertTensor((_copy(self._stored[which]),), cat_dim=0)
         return self._made[which, expert]
-
-    def expert_bytes(self, name: str) -> int:
-        return 0 if "bias" in name else self._stored["down" if "down" in name else "up"].nbytes
 
 
 def _stored(form: str, weight_OI: Tensor, generator: torch.Generator) -> StoredWeight:
@@ -189,8 +191,8 @@ def last_cache_bytes() -> int:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _figures(plan: KernelPlan, weights: _Weights, kernel: str) -> Iterator[KernelFigure]:
-    bank = ExpertBank(weights.family, weights, torch.bfloat16, _CPU, "native" if kernel == "native" else "torch")
+def _figures(plan: KernelPlan, weights: _Weights, kernel: ExpertKernel) -> Iterator[KernelFigure]:
+    bank = ExpertBank(weights.family, weights, torch.bfloat16, _CPU, kernel)
     layer = next(iter(weights.family.layers))
     bank.load(ExpertId(layer, expert) for expert in range(weights.count))
     for threads in plan.threads:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from moeray.cli.progress import progress
 
+if TYPE_CHECKING:
+    from moeray.config import ExpertKernel
+
 
 @click.command("kernel")
 @click.option("--formats", default="bf16,int8,fp8,mxfp4", show_default=True, help="With commas between.")
+@click.option("--kernels", default="native,torch", show_default=True, help="With commas between.")
 @click.option("--rows", default="1,2,4,8,32,256", show_default=True, help="Rows of each expert, with commas between.")
 @click.option("--threads", default=None, help="With commas between.  [default: 1 and all cores]")
 @click.option("--hidden", type=click.IntRange(32), default=1024, show_default=True)
@@ -20,7 +24,7 @@ from moeray.cli.progress import progress
 @click.option("--distinct", type=click.IntRange(1), default=8, show_default=True, help="Experts of a forward.")
 @click.option("--repeat", type=click.IntRange(1), default=15, show_default=True, help="The median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def command(formats: str, rows: str, threads: str | None, output: str, **sizes: int) -> None:
+def command(formats: str, kernels: str, rows: str, threads: str | None, output: str, **sizes: int) -> None:
     """Experts' forwards by weight format and rows per expert, on moeray's kernels and on torch.
 
     Beside each stand this machine's ceilings, measured in turn with it: reading memory, and multiplying in fp32.
@@ -29,7 +33,13 @@ def command(formats: str, rows: str, threads: str | None, output: str, **sizes: 
 
     cores = os.cpu_count() or 1
     counts = threads or (f"1,{cores}" if cores > 1 else "1")
-    plan = KernelPlan(formats=tuple(formats.split(",")), rows=_numbers(rows), threads=_numbers(counts), **sizes)
+    plan = KernelPlan(
+        formats=tuple(formats.split(",")),
+        kernels=cast("tuple[ExpertKernel, ...]", tuple(kernels.split(","))),
+        rows=_numbers(rows),
+        threads=_numbers(counts),
+        **sizes,
+    )
     with progress() as report:
         result = measure(plan, report)
     if output == "json":
