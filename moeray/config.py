@@ -21,6 +21,7 @@ from moeray.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Kernel = Literal["auto", "native", "torch"]
+Quantization = Literal["none", "int8"]
 
 _T = TypeVar("_T")
 
@@ -106,6 +107,10 @@ class ExpertsConfig:
 
     `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is
     empty.
+
+    `kernel`: what multiplies on CPUs. `native` are moeray's own kernels; `auto` is those, except in float32 and where
+    they cannot compute a layer, which runs on `torch` then. `quantization: int8` keeps dense weights of CPU experts as
+    int8 with a scale for each output, in the cache folder: half the memory and its traffic, somewhat less exact.
     """
 
     actors: int = 2
@@ -117,6 +122,8 @@ class ExpertsConfig:
     min_actors: int | None = None
     max_actors: int | None = None
     replicas: int = 1
+    kernel: Kernel = "auto"
+    quantization: Quantization = "none"
     groups: tuple[ExpertGroupConfig, ...] = ()
 
     def __post_init__(self) -> None:

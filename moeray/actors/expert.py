@@ -118,7 +118,9 @@ class ExpertActor:
         if self._bank is None:
             config = self._spec.config
             files = open_model(config.model, revision or config.revision, node=self._node_id)
-            self._bank = ExpertBank(files.family, files.weights, files.dtype(config.dtype), self._device)
+            self._bank = ExpertBank(
+                files.family, files.weights, files.dtype(config.dtype), self._device, config.experts.kernel
+            )
             self._rows.serve(self._bank)
             self._revision = files.checkpoint.source.revision
         elif revision not in (None, self._revision):

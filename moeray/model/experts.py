@@ -5,18 +5,25 @@ Shapes: R rows sorted by expert, D hidden size, I intermediate size, E distinct 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeray.errors import PlacementError
+from moeray.config import Kernel
+from moeray.errors import ConfigError, PlacementError
 from moeray.model.family import ExpertsLayer, Family
-from moeray.model.slices import ExpertTensor, WeightMap
+from moeray.model.kernels import available
+from moeray.model.kernels.experts import NativeExpert, NativeLayer, UnsupportedByKernelError
+from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
+
+log = logging.getLogger(__name__)
 
 FP32_FROM_ROWS = 6
 _ALLOCATION_FAILED = ("DefaultCPUAllocator", "CUDA error: out of memory")
@@ -52,9 +59,22 @@ def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Expert:
+    """`native` is None where the products run on torch."""
+
     up: _Linear
     down: _Linear
     nbytes: int
+    native: NativeExpert | None
+
+
+class ExpertWeights(Protocol):
+    """Where a bank's experts come from, such as a `WeightMap`."""
+
+    def expert(self, name: str, expert: int) -> ExpertTensor:
+        """One expert's slice of the fused parameter `name`."""
+
+    def expert_bytes(self, name: str) -> int:
+        """Stored bytes of one expert's slice."""
 
 
 class ExpertBank:
@@ -64,11 +84,23 @@ class ExpertBank:
     are copied there.
     """
 
-    def __init__(self, family: Family, weights: WeightMap, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        family: Family,
+        weights: ExpertWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernel: Kernel = "auto",
+    ) -> None:
+        """`kernel`: `auto` is `native` on a CPU in half precision, as far as that knows the layer; else torch.
+
+        Raises ConfigError where `native` is asked for and cannot be.
+        """
         self._family = family
         self._weights = weights
         self._dtype = dtype
         self._device = device
+        self._kernels = _LayerKernels(family, dtype, device, kernel)
         self._lock = threading.Lock()  # guards the table, never held while weights are read
         self._experts: dict[ExpertId, _Expert] = {}
 
@@ -91,7 +123,8 @@ class ExpertBank:
         moe = self._family.layers[expert.layer]
         up = self._linear(moe, moe.up_name, expert.expert)
         down = self._linear(moe, "down_proj", expert.expert)
-        return _Expert(up, down, sum(self._weights.expert_bytes(name) for name in moe.parameters()))
+        nbytes = sum(self._weights.expert_bytes(name) for name in moe.parameters())
+        return _Expert(up, down, nbytes, self._kernels.expert(moe, up, down))
 
     def _linear(self, moe: ExpertsLayer, name: str, expert: int) -> _Linear:
         weight = self._weights.expert(f"{moe.name}.{name}", expert)
@@ -135,7 +168,52 @@ class ExpertBank:
             raise PlacementError(
                 f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
             )
-        return HeldExperts(self._family.layers.get(layer), held)
+        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), held)
+
+
+class _LayerKernels:
+    """Which layers' experts the native kernels compute. A layer is decided when its first expert is loaded."""
+
+    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, kernel: Kernel) -> None:
+        self._asked = kernel
+        self._warned = False
+        self._layers: dict[int, NativeLayer] = {}
+        fits = device.type == "cpu" and (dtype is not torch.float32 or kernel == "native")
+        if kernel == "torch" or not fits or not available():
+            if kernel == "native":
+                raise ConfigError(
+                    f"config key experts.kernel: native needs a CPU (this is {device}) and compiled kernels "
+                    "(see the log); use auto or torch"
+                )
+            return
+        for layer, moe in family.layers.items():
+            try:
+                self._layers[layer] = NativeLayer(moe)
+            except UnsupportedByKernelError as error:
+                self._refuse(moe, error)
+
+    def of(self, layer: int) -> NativeLayer | None:
+        return self._layers.get(layer)
+
+    def expert(self, moe: ExpertsLayer, up: _Linear, down: _Linear) -> NativeExpert | None:
+        native = self._layers.get(moe.layer)
+        if native is None:
+            return None
+        biases = {name: x.bias.float() for name, x in ((moe.up_name, up), ("down_proj", down)) if x.bias is not None}
+        try:
+            return native.expert(up.weight, down.weight, biases)
+        except UnsupportedByKernelError as error:
+            del self._layers[moe.layer]
+            self._refuse(moe, error)
+            return None
+
+    def _refuse(self, moe: ExpertsLayer, error: UnsupportedByKernelError) -> None:
+        message = f"the CPU kernels cannot compute the experts of layer {moe.layer}: {error}"
+        if self._asked == "native":
+            raise ConfigError(f"config key experts.kernel: {message}; use auto or torch") from error
+        if not self._warned:
+            log.warning("%s; they (and those of further layers that are alike) run on torch, slower", message)
+        self._warned = True
 
 
 @dataclass(frozen=True)
@@ -143,6 +221,7 @@ class HeldExperts:
     """The weights of one forward."""
 
     _moe: ExpertsLayer | None
+    _native: NativeLayer | None
     _experts: list[_Expert]
 
     @torch.inference_mode()
@@ -150,6 +229,9 @@ class HeldExperts:
         """As `ExpertBank.forward`, for the experts that are held."""
         if self._moe is None or not self._experts:
             return x_RD.new_empty(0, x_RD.shape[-1])
+        native = [expert.native for expert in self._experts if expert.native is not None]
+        if self._native is not None and len(native) == len(self._experts):
+            return self._native.forward(native, x_RD, counts)
         act = self._moe.activate
         pieces = zip(self._experts, torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])

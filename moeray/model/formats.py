@@ -107,6 +107,37 @@ class Mxfp4:
         return Mxfp4(self.blocks.to(device), self.scales.to(device))
 
 
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """`weight` int8 [O, I] with an fp32 scale for each output, `scale` [O]; decoded it is [O, I], or `transposed`."""
+
+    weight: Tensor
+    scale: Tensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.weight.shape)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scale.nbytes
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        dense_OI = (self.weight * self.scale.unsqueeze(1)).to(dtype)
+        return dense_OI.t() if self.transposed else dense_OI
+
+    def to(self, device: torch.device) -> Int8:
+        return Int8(self.weight.to(device), self.scale.to(device), self.transposed)
+
+
+def quantize_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric, to nearest: int8 [O, I] and the outputs' fp32 scales [O], so that the largest weight is 127."""
+    scale_O = weight_OI.float().abs().amax(1).clamp_min(1e-30) / 127
+    return torch.round(weight_OI.float() / scale_O.unsqueeze(1)).to(torch.int8), scale_O
+
+
 def fp8_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scales of a weight of `shape` [..., R, C]; the last blocks may be ragged."""
     *lead, rows, columns = shape
@@ -130,7 +161,7 @@ def dequantize_fp8_block(weight: Tensor, scale_inv: Tensor, block: tuple[int, in
             f"{list(fp8_grid(tuple(weight.shape), block))}, got {list(scale_inv.shape)}"
         )
     rows, columns = weight.shape[-2:]
-    scales = _exponents(scale_inv) if scale_inv.dtype == torch.uint8 else scale_inv.float()
+    scales = float_scales(scale_inv)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for i in range(scales.shape[-2]):  # one strip of blocks at a time, so that the fp32 scratch stays small
         strip = slice(i * block[0], min((i + 1) * block[0], rows))
@@ -160,6 +191,11 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
         values = F.embedding(flat_blocks[part].int(), pairs).flatten(-2)
         out[part] = values * _exponents(flat_scales[part]).unsqueeze(-1)
     return out.reshape(*lead, groups * MXFP4_GROUP).transpose(-1, -2)
+
+
+def float_scales(scales: Tensor) -> Tensor:
+    """Scales as fp32, from any float dtype or from E8M0 bytes."""
+    return _exponents(scales) if scales.dtype == torch.uint8 else scales.float()
 
 
 def _exponents(scales: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from ctypes import Structure, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from moeray.model.kernels.linear import FORMATS
-from moeray.model.kernels.native import Instructions, best_instructions, library, scratch
+from moeray.model.kernels.linear import DENSE
+from moeray.model.kernels.native import ALIGNMENT, Instructions, best_instructions, library
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -59,12 +59,13 @@ def decode(
     call = Attention(
         q_BHD.data_ptr(), k_SGD.data_ptr(), v_SGD.data_ptr(), y_BHD.data_ptr(), None, tables_BW.data_ptr(),
         first_B.data_ptr(), end_B.data_ptr(), None if sinks_H is None else sinks_H.data_ptr(),
-        FORMATS[q_BHD.dtype], *q_BHD.shape[:2], k_SGD.shape[1], k_SGD.shape[2], v_SGD.shape[2],
+        DENSE[q_BHD.dtype], *q_BHD.shape[:2], k_SGD.shape[1], k_SGD.shape[2], v_SGD.shape[2],
         *(size * stride for stride in (*q_BHD.stride()[:2], *k_SGD.stride()[:2], *v_SGD.stride()[:2])),
         tables_BW.stride(0), block_size, torch.get_num_threads(),
         best_instructions() if instructions is None else instructions, scale, softcap or 0.0,
     )  # fmt: skip
-    memory, call.scratch = scratch(lib.moeray_attention_scratch(byref(call)))
+    memory = torch.empty(lib.moeray_attention_scratch(byref(call)) + ALIGNMENT, dtype=torch.uint8)
+    call.scratch = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
     lib.moeray_attention(byref(call))
     del memory
     return y_BHD

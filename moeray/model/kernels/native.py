@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
@@ -39,9 +40,12 @@ class Instructions(IntEnum):
     AVX512 = 2
 
 
+_CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
+
+
 class Matrix(Structure):
     _fields_ = [(name, c_int64) for name in (
-        "format", "inputs", "outputs", "row_bytes", "scale_bytes", "scale_rows", "scale_shift",
+        "format", "inputs", "outputs", "row_bytes", "scale_bytes", "out_shift", "in_shift",
     )]  # fmt: skip
 
 
@@ -89,18 +93,18 @@ def library() -> Any | None:
 
 def _declared(lib: Any) -> Any:
     lib.moeray_instructions.restype = c_int64
-    lib.moeray_linear_scratch.argtypes = [POINTER(Matrix), c_int64, c_int64]
-    lib.moeray_linear_scratch.restype = c_int64
-    lib.moeray_linear.argtypes = [POINTER(Matrix), POINTER(Outputs), c_int64, POINTER(Call)]
-    lib.moeray_linear.restype = None
-    lib.moeray_ffn_scratch.argtypes = [POINTER(Layer), c_int64, c_int64, c_int64]
-    lib.moeray_ffn_scratch.restype = c_int64
-    lib.moeray_ffn.argtypes = [POINTER(Layer), c_void_p, c_void_p, c_int64, POINTER(Call)]
-    lib.moeray_ffn.restype = None
+    lib.moeray_scratch.argtypes = [POINTER(Layer), c_int64, c_int64, c_int64]
+    lib.moeray_scratch.restype = c_int64
+    lib.moeray_forward.argtypes = [POINTER(Layer), POINTER(POINTER(Expert)), POINTER(c_int64), c_int64, POINTER(Call)]
+    lib.moeray_forward.restype = None
     lib.moeray_attention_scratch.argtypes = [c_void_p]
     lib.moeray_attention_scratch.restype = c_int64
     lib.moeray_attention.argtypes = [c_void_p]
     lib.moeray_attention.restype = None
+    lib.moeray_read.argtypes = [c_void_p, c_int64, c_int64, c_int64]
+    lib.moeray_read.restype = None
+    lib.moeray_multiply.argtypes = [c_int64, c_int64, c_int64]
+    lib.moeray_multiply.restype = c_int64
     return lib
 
 
@@ -112,7 +116,42 @@ def best_instructions() -> Instructions:
     return Instructions(lib.moeray_instructions())
 
 
-def scratch(nbytes: int) -> tuple[Tensor, int]:
-    """Memory that a call may write, and its aligned address."""
-    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+def forward(
+    layer: Layer, experts: Sequence[Any], counts: Sequence[int], x_RI: Tensor, outputs: int, chosen: Instructions | None
+) -> Tensor:
+    """x [R, I] float -> [R, outputs] of its dtype: each expert's next rows, by pointers to `Expert` structures.
+
+    Runs on torch's number of threads; the interpreter's lock is released meanwhile.
+    """
+    lib, threads, dtype = library(), torch.get_num_threads(), x_RI.dtype
+    assert lib is not None
+    if dtype not in _CALL_FORMATS:
+        x_RI = x_RI.float()
+    x_RI = x_RI.contiguous()
+    y_RO = x_RI.new_empty(len(x_RI), outputs)
+    nbytes = lib.moeray_scratch(ctypes.byref(layer), len(x_RI), len(experts), threads)
+    scratch = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    address = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
+    call = Call(
+        x_RI.data_ptr(), y_RO.data_ptr(), address, _CALL_FORMATS[x_RI.dtype], threads,
+        best_instructions() if chosen is None else chosen,
+    )  # fmt: skip
+    count = len(experts)
+    lib.moeray_forward(
+        ctypes.byref(layer), (POINTER(Expert) * count)(*experts), (c_int64 * count)(*counts), count, ctypes.byref(call)
+    )
+    return y_RO.to(dtype)
+
+
+def read_all(memory: Tensor) -> None:
+    """Read a tensor as fast as can be, on torch's number of threads."""
+    lib = library()
+    assert lib is not None
+    lib.moeray_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads(), best_instructions())
+
+
+def multiply(times: int) -> int:
+    """Multiply and add fp32 numbers in registers, on torch's number of threads; the operations done."""
+    lib = library()
+    assert lib is not None
+    return int(lib.moeray_multiply(times, torch.get_num_threads(), best_instructions()))

@@ -5,14 +5,15 @@
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 enum { PORTABLE, AVX2, AVX512 };
+#define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
    row_bytes: from one output's weights to the next's; scale_bytes: from one row of scales to the next.
-   FP8: a float for every scale_rows outputs and 1 << scale_shift inputs. MXFP4: an E8M0 byte for every 32 inputs of an
-   output (scale_rows 1). INT8: a float for every output. */
+   FP8: a float for every block of 1 << out_shift outputs and 1 << in_shift inputs. MXFP4: an E8M0 byte for every 32
+   inputs of an output. INT8: a float for every output. (Both shifts are 0 for these.) */
 typedef struct {
-    int64_t format, in, out, row_bytes, scale_bytes, scale_rows, scale_shift;
+    int64_t format, in, out, row_bytes, scale_bytes, out_shift, in_shift;
 } Matrix;
 
 /* Every `step`th output of a matrix, from `first` on. bias: a float for every output of the matrix, or NULL. */
@@ -32,11 +33,18 @@ typedef struct {
     const uint8_t *data, *scale;
 } Row;
 
+/* Weight rows that will be read next, for fetching them from memory meanwhile. bytes: of each. */
+typedef struct {
+    const Row *rows;
+    int64_t count, bytes;
+} Ahead;
+
 enum {
-    TILE = 16,   /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
-    DEPTH = 512, /* inputs of a tile that are decoded at once: 32 KiB of floats */
-    FEW = 8,     /* up to so many rows weights are decoded in registers, for each few rows anew */
-    CHUNK = 128, /* rows whose partial sums are kept at once: 128 KiB */
+    TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
+    CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
+    APART = 16,      /* floats between rows, lest all of them want the same places of a cache */
+    FILLER = 64 + 4, /* bytes of the largest block and its scales */
+    MANY = 12,       /* more rows than that want costly formats decoded once, not anew for each few rows */
 };
 
 typedef float f32x16 __attribute__((vector_size(64)));
@@ -46,8 +54,10 @@ typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
+#define NOINLINE __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
+#define JOIN(type, low, high) ({ __typeof__(low) halves_[2] = {(low), (high)}; LOAD(type, halves_); })
 #define SPLAT(value) ((f32x16){0} + (value))
 
 /* A block of inputs is `stride` vectors of 16; vector j holds its inputs j, j + stride, j + 2 stride, ..., the order in
@@ -70,3 +80,5 @@ INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
     if (format == F16 || format == BF16) return 2 * inputs;
     return format == MXFP4 ? inputs / 2 : inputs;
 }
+
+INLINE int is_costly(int64_t format) { return format == FP8 || format == MXFP4; }

@@ -13,42 +13,51 @@
 /* Vectors go by pointer: how they go by value depends on the instruction set. */
 typedef struct {
     void (*tile)(const Matrix *, const Row *, const f32x16 *bias, const float *x, int64_t x_step, int64_t count,
-                 f32x16 *out, f32x16 *partial, float *decoded);
+                 Ahead ahead, f32x16 *out, float *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
     void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
+    void (*read)(const char *data, int64_t size);
+    int64_t (*multiply)(int64_t times);
 } Kernels;
 
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
 #define FN(name) name##_portable
-#define ROWS 2
-#define OUTS 2
+#define MOST 2
+#define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
+#define OUTS(rows) 2
 #include "body.h"
 #undef FN
-#undef ROWS
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define FN(name) name##_avx2
-#define ROWS 2
-#define OUTS 2
+#define MOST 2
+#define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
+#define OUTS(rows) 2
 #include "body.h"
 #undef FN
-#undef ROWS
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define FN(name) name##_avx512
-#define ROWS 4
-#define OUTS 4
+#define MOST 6
+#define UP_TO_MOST(EACH, format) \
+    EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
+#define OUTS(rows) 4
 #include "body.h"
 #undef FN
-#undef ROWS
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 #pragma GCC pop_options
 #endif
@@ -74,14 +83,13 @@ static const Kernels *kernels_of(int64_t instructions) {
 
 /* -- what a call works on ------------------------------------------------------------------------------------------ */
 
-/* gated: `up` holds gates too. */
+/* act(x Up^T) Down^T, where `gated` up holds gates too; without `up` (up.out 0) x Down^T alone. */
 typedef struct {
     Matrix up, down;
     Activation activation;
     int64_t gated;
 } Layer;
 
-/* Without gates `gate` is not looked at. */
 typedef struct {
     Outputs gate, up, down;
 } Expert;
@@ -100,134 +108,173 @@ typedef struct {
     int64_t first, count;
 } Chunk;
 
-/* What a thread writes. */
+/* One of a layer's two matrices, and its work: `tiles` tiles of `lanes` outputs for each chunk. */
 typedef struct {
-    f32x16 partial[CHUNK * TILE], out[CHUNK];
-    float decoded[TILE * DEPTH];
-} Local;
+    const Matrix *m;
+    const Chunk *chunks;
+    int64_t is_up, gated, width, lanes, tiles, count;
+} Stage;
 
-static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+/* Some outputs of a chunk's rows, from output `from` on. */
+typedef struct {
+    const Chunk *chunk;
+    int64_t from;
+    f32x16 bias;
+    Row w[TILE];
+} Tile;
 
-static int64_t packed_bytes(const Matrix *m, int64_t rows) { return rows * padded(m->format, m->in) * 4; }
+/* Scratch: inputs and intermediate values in the order of blocks, chunks, and what each thread decodes. */
+typedef struct {
+    float *xs, *hs;
+    Chunk *chunks;
+    float *decoded;
+} Scratch;
 
-static int64_t chunks_bytes(int64_t rows, int64_t experts) {
-    return rounded((rows / CHUNK + experts) * (int64_t)sizeof(Chunk));
+/* Floats from one packed row of inputs to the next. */
+static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) + APART; }
+
+static int64_t decoded_floats(const Layer *layer) {
+    int64_t up = is_costly(layer->up.format) ? step_of(&layer->up) : 0;
+    int64_t down = is_costly(layer->down.format) ? step_of(&layer->down) : 0;
+    return TILE * (up > down ? up : down);
 }
 
-static Row row_of(const Matrix *m, const Outputs *o, int64_t i) {
-    int64_t j = o->first + i * o->step;
-    return (Row){o->data + j * m->row_bytes, o->scale + j / m->scale_rows * m->scale_bytes};
+/* Lays `s` out from `at` on; the end. */
+static char *lay_out(const Layer *layer, int64_t rows, int64_t experts, int64_t threads, char *at, Scratch *s) {
+    s->xs = (float *)at;
+    s->hs = s->xs + (layer->up.out ? rows * step_of(&layer->up) : 0);
+    s->decoded = s->hs + rows * step_of(&layer->down);
+    s->chunks = (Chunk *)(s->decoded + threads * decoded_floats(layer));
+    return (char *)(s->chunks + rows / CHUNK + experts);
 }
 
-/* Outputs from `from` on, into lanes from `lane` on; the last one again where there are no more. */
-static void take(const Matrix *m, const Outputs *o, int64_t of, int64_t from, int lane, int count, Row *w, f32x16 *bias) {
-    for (int n = 0; n < count; n++) {
-        int64_t i = from + n < of ? from + n : of - 1;
-        w[lane + n] = row_of(m, o, i);
-        (*bias)[lane + n] = o->bias ? o->bias[o->first + i * o->step] : 0;
-    }
+static int64_t chunk_up(const Expert *const *experts, const int64_t *counts, int64_t count, Chunk *chunks) {
+    int64_t made = 0, first = 0;
+    for (int64_t e = 0; e < count; first += counts[e++])
+        for (int64_t r = 0; r < counts[e]; r += CHUNK)
+            chunks[made++] = (Chunk){experts[e], first + r, counts[e] - r < CHUNK ? counts[e] - r : CHUNK};
+    return made;
+}
+
+static Stage stage_of(const Layer *layer, int is_up, const Chunk *chunks, int64_t chunk_count) {
+    const int64_t gated = is_up && layer->gated, lanes = gated ? TILE / 2 : TILE;
+    const int64_t width = is_up ? layer->down.in : layer->down.out, tiles = (width + lanes - 1) / lanes;
+    return (Stage){is_up ? &layer->up : &layer->down, chunks, is_up, gated, width, lanes, tiles, chunk_count * tiles};
 }
 
 /* -- the work of a thread ------------------------------------------------------------------------------------------ */
 
-/* Some intermediate values of a chunk's rows, from x to h, both packed. */
-static void up_tile(const Kernels *k, const Layer *layer, const Chunk *chunk, int64_t from, const float *xs, float *hs,
-                    Local *local) {
-    const int64_t width = layer->down.in, in = padded(layer->up.format, layer->up.in);
-    const int64_t step = padded(layer->down.format, width), stride = stride_of(layer->down.format);
-    const int lanes = layer->gated ? TILE / 2 : TILE;
-    Row w[TILE];
-    f32x16 bias;
-    if (layer->gated) take(&layer->up, &chunk->expert->gate, width, from, 0, lanes, w, &bias);
-    take(&layer->up, &chunk->expert->up, width, from, TILE - lanes, lanes, w, &bias);
-    k->tile(&layer->up, w, &bias, xs + chunk->first * in, in, chunk->count, local->out, local->partial, local->decoded);
-    k->activate(&layer->activation, (int)layer->gated, local->out, chunk->count);
-    for (int64_t n = 0; n < lanes && from + n < width; n++) {
-        float *to = hs + chunk->first * step + place_of(stride, from + n);
-        for (int64_t r = 0; r < chunk->count; r++) to[r * step] = local->out[r][n];
+/* Outputs from `from` on into lanes from `lane` on; where there are no more, the last one again. */
+static void take(const Stage *s, const Outputs *o, int64_t from, int64_t lane, Row *w, f32x16 *bias) {
+    for (int64_t n = 0; n < s->lanes; n++) {
+        int64_t i = from + n < s->width ? from + n : s->width - 1, j = o->first + i * o->step;
+        w[lane + n] = (Row){o->data + j * s->m->row_bytes, o->scale + (j >> s->m->out_shift) * s->m->scale_bytes};
+        (*bias)[lane + n] = o->bias ? o->bias[j] : 0;
     }
 }
 
-/* Some outputs of a chunk's rows, from packed inputs. */
-static void down_tile(const Kernels *k, const Matrix *m, const Outputs *o, int64_t first, int64_t count, int64_t from,
-                      const float *hs, const Call *call, Local *local) {
-    const int64_t in = padded(m->format, m->in), lanes = m->out - from < TILE ? m->out - from : TILE;
-    Row w[TILE];
-    f32x16 bias;
-    take(m, o, m->out, from, 0, TILE, w, &bias);
-    k->tile(m, w, &bias, hs + first * in, in, count, local->out, local->partial, local->decoded);
-    for (int64_t r = 0; r < count; r++)
-        k->store(call->format, call->y, (first + r) * m->out + from, local->out + r, lanes);
+static void find_tile(const Stage *s, int64_t item, Tile *t) {
+    t->chunk = s->chunks + item / s->tiles;
+    t->from = item % s->tiles * s->lanes;
+    const Expert *expert = t->chunk->expert;
+    if (s->gated) take(s, &expert->gate, t->from, 0, t->w, &t->bias);
+    take(s, s->is_up ? &expert->up : &expert->down, t->from, TILE - s->lanes, t->w, &t->bias);
 }
 
-static const void *input_row(const Call *call, int64_t r, int64_t in) {
-    return (const char *)call->x + bytes_of(call->format, r * in);
+/* Activated outputs of `up` to where `down` finds them. */
+static void put_up(const Layer *layer, const Stage *s, const Tile *t, const f32x16 *out, float *hs) {
+    const int64_t step = step_of(&layer->down), stride = stride_of(layer->down.format);
+    for (int64_t n = 0; n < s->lanes && t->from + n < s->width; n++) {
+        float *to = hs + t->chunk->first * step + place_of(stride, t->from + n);
+        for (int64_t r = 0; r < t->chunk->count; r++) to[r * step] = out[r][n];
+    }
+}
+
+static void put_down(const Kernels *k, const Stage *s, const Tile *t, const f32x16 *out, const Call *call) {
+    const int64_t left = s->width - t->from, lanes = left < TILE ? left : TILE;
+    for (int64_t r = 0; r < t->chunk->count; r++)
+        k->store(call->format, call->y, (t->chunk->first + r) * s->width + t->from, out + r, lanes);
+}
+
+static void compute_tile(const Kernels *k, const Layer *layer, const Stage *s, const Tile *t, Ahead ahead,
+                         const Scratch *scratch, const Call *call, float *decoded) {
+    const int64_t step = step_of(s->m);
+    f32x16 out[CHUNK];
+    const float *in = (s->is_up ? scratch->xs : scratch->hs) + t->chunk->first * step;
+    k->tile(s->m, t->w, &t->bias, in, step, t->chunk->count, ahead, out, decoded);
+    if (!s->is_up) return put_down(k, s, t, out, call);
+    k->activate(&layer->activation, (int)s->gated, out, t->chunk->count);
+    put_up(layer, s, t, out, scratch->hs);
+}
+
+static int64_t claim(int64_t *taken) { return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED); }
+
+/* Tiles until all of the stage's are taken. The next one is claimed before one is computed, so that its weights can be
+   fetched meanwhile. */
+static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, int64_t *taken, const Scratch *scratch,
+                          const Call *call, float *decoded) {
+    Tile tiles[2];
+    int64_t item = claim(taken);
+    if (item < s->count) find_tile(s, item, tiles);
+    for (int now = 0; item < s->count; now = !now) {
+        Ahead ahead = {tiles[!now].w, TILE, s->m->row_bytes};
+        item = claim(taken);
+        if (item < s->count)
+            find_tile(s, item, tiles + !now);
+        else
+            ahead.count = 0;
+        compute_tile(k, layer, s, tiles + now, ahead, scratch, call, decoded);
+    }
+}
+
+static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, const Call *call, int64_t r) {
+    const Matrix *first = layer->up.out ? &layer->up : &layer->down;
+    const void *x = (const char *)call->x + bytes_of(call->format, r * first->in);
+    k->pack(call->format, x, first->in, stride_of(first->format), s->xs + r * step_of(first));
+    if (!layer->up.out) return;
+    const int64_t block = 16 * stride_of(layer->down.format);  /* the last one may not be filled */
+    memset(s->hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block * 4);
 }
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
 
-int64_t moeray_ffn_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_t threads) {
-    return packed_bytes(&layer->up, rows) + packed_bytes(&layer->down, rows) + chunks_bytes(rows, experts) +
-           threads * (int64_t)sizeof(Local);
+int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_t threads) {
+    Scratch s;
+    return lay_out(layer, rows, experts, threads, NULL, &s) - (char *)NULL;
 }
 
-/* `count` experts, each with the next counts[i] rows of x: act(x Up^T) Down^T -> the same rows of y. */
-void moeray_ffn(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
-                const Call *call) {
+/* `count` experts, each with the next counts[i] rows of x, to the same rows of y. */
+void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
+                    const Call *call) {
     const Kernels *k = kernels_of(call->instructions);
-    int64_t rows = 0, chunk_count = 0;
+    int64_t rows = 0, taken[2] = {0, 0};
     for (int64_t e = 0; e < count; e++) rows += counts[e];
-    float *xs = (float *)call->scratch, *hs = (float *)(call->scratch + packed_bytes(&layer->up, rows));
-    Chunk *chunks = (Chunk *)((char *)hs + packed_bytes(&layer->down, rows));
-    Local *locals = (Local *)((char *)chunks + chunks_bytes(rows, count));
-    for (int64_t e = 0, first = 0; e < count; first += counts[e++])
-        for (int64_t r = 0; r < counts[e]; r += CHUNK)
-            chunks[chunk_count++] = (Chunk){experts[e], first + r, counts[e] - r < CHUNK ? counts[e] - r : CHUNK};
-    const int64_t in = padded(layer->up.format, layer->up.in), width = padded(layer->down.format, layer->down.in);
-    const int64_t lanes = layer->gated ? TILE / 2 : TILE;
-    const int64_t up_tiles = (layer->down.in + lanes - 1) / lanes, down_tiles = (layer->down.out + TILE - 1) / TILE;
-    const int64_t last = width - 16 * stride_of(layer->down.format);
+    Scratch s;
+    lay_out(layer, rows, count, call->threads, call->scratch, &s);
+    const int64_t chunk_count = chunk_up(experts, counts, count, s.chunks);
+    const Stage up = stage_of(layer, 1, s.chunks, chunk_count), down = stage_of(layer, 0, s.chunks, chunk_count);
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
-        Local *local = locals + omp_get_thread_num();
+        float *decoded = s.decoded + omp_get_thread_num() * decoded_floats(layer);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            const void *x = input_row(call, r, layer->up.in);
-            k->pack(call->format, x, layer->up.in, stride_of(layer->up.format), xs + r * in);
-            memset(hs + r * width + last, 0, (width - last) * 4);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < chunk_count * up_tiles; i++)
-            up_tile(k, layer, chunks + i / up_tiles, i % up_tiles * lanes, xs, hs, local);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < chunk_count * down_tiles; i++) {
-            const Chunk *chunk = chunks + i / down_tiles;
-            down_tile(k, &layer->down, &chunk->expert->down, chunk->first, chunk->count, i % down_tiles * TILE, hs, call,
-                      local);
-        }
+        for (int64_t r = 0; r < rows; r++) pack_row(k, layer, &s, call, r);
+        if (layer->up.out) compute_stage(k, layer, &up, taken, &s, call, decoded);
+#pragma omp barrier
+        compute_stage(k, layer, &down, taken + 1, &s, call, decoded);
     }
 }
 
-int64_t moeray_linear_scratch(const Matrix *m, int64_t rows, int64_t threads) {
-    return packed_bytes(m, rows) + threads * (int64_t)sizeof(Local);
+/* What this machine can do at most, for benchmarks: read `size` bytes, each thread a part; a multiple of 256 each. */
+void moeray_read(const char *data, int64_t size, int64_t threads, int64_t instructions) {
+    const int64_t part = size / threads / 256 * 256;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    kernels_of(instructions)->read(data + omp_get_thread_num() * part, part);
 }
 
-/* y [rows, out] = x [rows, in] W^T + b */
-void moeray_linear(const Matrix *m, const Outputs *outputs, int64_t rows, const Call *call) {
-    const Kernels *k = kernels_of(call->instructions);
-    float *xs = (float *)call->scratch;
-    Local *locals = (Local *)(call->scratch + packed_bytes(m, rows));
-    const int64_t in = padded(m->format, m->in), tiles = (m->out + TILE - 1) / TILE;
-#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
-    {
-        Local *local = locals + omp_get_thread_num();
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++)
-            k->pack(call->format, input_row(call, r, m->in), m->in, stride_of(m->format), xs + r * in);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < (rows + CHUNK - 1) / CHUNK * tiles; i++) {
-            int64_t first = i / tiles * CHUNK, count = rows - first < CHUNK ? rows - first : CHUNK;
-            down_tile(k, m, outputs, first, count, i % tiles * TILE, xs, call, local);
-        }
-    }
+/* ... and multiply and add; the floating-point operations of all threads. */
+int64_t moeray_multiply(int64_t times, int64_t threads, int64_t instructions) {
+    int64_t operations = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : operations)
+    operations += kernels_of(instructions)->multiply(times);
+    return operations;
 }

@@ -1,0 +1,154 @@
+"""Experts for the kernels: where their stored weights lie, and which activation theirs is."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeray.model.family import ExpertsLayer
+from moeray.model.formats import MXFP4_GROUP, Fp8Block, Int8, Mxfp4, Plain, StoredWeight, float_scales
+from moeray.model.kernels.linear import DENSE
+from moeray.model.kernels.native import Activation, Expert, Format, Instructions, Layer, Matrix, Outputs, forward
+from moeray.model.slices import ExpertTensor
+
+_TANH_GELU = (2 * math.sqrt(2 / math.pi), 0.044715)  # 1 + tanh z = 2 sigmoid(2 z)
+
+
+class UnsupportedByKernelError(Exception):
+    """Why an expert cannot be computed by the kernels."""
+
+
+@dataclass(frozen=True)
+class NativeExpert:
+    """One expert as the kernels see it. Keeps its weights alive."""
+
+    pointer: Any
+    _kept: tuple[Tensor, ...]
+
+
+class NativeLayer:
+    """The experts of a layer whose activation the kernels have. Raises UnsupportedByKernelError."""
+
+    def __init__(self, moe: ExpertsLayer) -> None:
+        self._moe = moe
+        self._activation = native_activation(moe)
+        self._layer: Layer | None = None
+
+    def expert(self, up: ExpertTensor, down: ExpertTensor, biases: dict[str, Tensor]) -> NativeExpert:
+        """`biases`: parameter name -> fp32 bias. Raises UnsupportedByKernelError for weights that lie otherwise, or
+        otherwise than those of the layer's other experts."""
+        moe = self._moe
+        ups = [_stored(part, moe.is_transposed) for part in up.parts]
+        downs = [_stored(part, moe.is_transposed) for part in down.parts]
+        if len(downs) != 1 or (len(ups) > 1 and up.cat_dim != (1 if moe.is_transposed else 0)):
+            raise UnsupportedByKernelError("its weights lie in pieces")
+        gate_outputs, up_outputs = _up_outputs(moe, ups, downs[0].matrix.inputs, biases.get(moe.up_name))
+        expert = Expert(gate_outputs, up_outputs, _outputs(downs[0], biases.get("down_proj"), 0, 1))
+        layer = Layer(ups[0].matrix, downs[0].matrix, self._activation, bool(moe.module.has_gate))
+        if self._layer is None:
+            self._layer = layer
+        elif bytes(layer) != bytes(self._layer):
+            raise UnsupportedByKernelError("its weights are stored in another form than those of the layer's others")
+        kept = [t for s in (*ups, *downs) for t in (s.data, s.scale) if t is not None]
+        return NativeExpert(ctypes.pointer(expert), (*kept, *biases.values()))
+
+    def forward(
+        self,
+        experts: Sequence[NativeExpert],
+        x_RD: Tensor,
+        counts: list[int],
+        instructions: Instructions | None = None,
+    ) -> Tensor:
+        """Rows sorted by expert -> each expert's output, [R, D] of x's dtype."""
+        assert self._layer is not None, "the layer has experts"
+        return forward(self._layer, [e.pointer for e in experts], counts, x_RD, self._layer.down.outputs, instructions)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A matrix [outputs, inputs] in memory, with the tensors that it points into."""
+
+    matrix: Matrix
+    data: Tensor
+    scale: Tensor | None
+
+
+def native_activation(moe: ExpertsLayer) -> Activation:
+    """The kernels' form of the layer's activation, found by its values. Raises UnsupportedByKernelError."""
+    probe_N2 = torch.cartesian_prod(torch.linspace(-20, 20, 41), torch.linspace(-20, 20, 17))
+    gate_N, up_N = probe_N2.double().unbind(1)
+    gated = bool(moe.module.has_gate)
+    wanted = moe.activate(probe_N2 if gated else probe_N2[:, :1])[:, 0].double()
+    own = sorted({float(v) for v in vars(moe.module).values() if isinstance(v, int | float) and v > 0})
+    slopes = [(1.0, 0.0), _TANH_GELU, *((alpha, 0.0) for alpha in own)]
+    for (alpha, cubic), limit, shift in itertools.product(slopes, (math.inf, *own), (0.0, 1.0)):
+        g, u = gate_N.clamp(max=limit), up_N.clamp(-limit, limit)
+        ours = g * torch.sigmoid(alpha * (g + cubic * g**3)) * (u + shift if gated else 1)
+        if torch.allclose(ours, wanted, rtol=1e-5, atol=1e-5):
+            return Activation(alpha, cubic, limit, shift)
+    raise UnsupportedByKernelError("its activation is none that the kernels have")
+
+
+def _up_outputs(moe: ExpertsLayer, ups: list[_Stored], width: int, bias: Tensor | None) -> tuple[Outputs, Outputs]:
+    """Where the gate's outputs and those of up lie: halves, every other one, or matrices of their own."""
+    rows = [s.matrix.outputs for s in ups]
+    if not moe.module.has_gate and rows == [width]:
+        return Outputs(), _outputs(ups[0], bias, 0, 1)
+    if moe.module.has_gate and rows == [2 * width]:
+        if moe.module.is_concatenated:
+            return _outputs(ups[0], bias, 0, 1), _outputs(ups[0], bias, width, 1)
+        return _outputs(ups[0], bias, 0, 2), _outputs(ups[0], bias, 1, 2)
+    if moe.module.has_gate and moe.module.is_concatenated and rows == [width, width]:
+        if bytes(ups[0].matrix) != bytes(ups[1].matrix):
+            raise UnsupportedByKernelError("its gate and up are stored in different forms")
+        halves = (None, None) if bias is None else (bias[:width], bias[width:])
+        return _outputs(ups[0], halves[0], 0, 1), _outputs(ups[1], halves[1], 0, 1)
+    raise UnsupportedByKernelError(f"its up projection is in pieces of {rows} rows for a width of {width}")
+
+
+def _outputs(stored: _Stored, bias: Tensor | None, first: int, step: int) -> Outputs:
+    scale = None if stored.scale is None else stored.scale.data_ptr()
+    return Outputs(stored.data.data_ptr(), scale, None if bias is None else bias.data_ptr(), first, step)
+
+
+def _stored(weight: StoredWeight, transposed: bool) -> _Stored:
+    match weight:
+        case Plain():
+            return _plain(weight.tensor.t() if transposed else weight.tensor)
+        case Int8() if weight.transposed == transposed:
+            return _Stored(_matrix(Format.INT8, weight.weight, 4), weight.weight, weight.scale)
+        case Mxfp4() if transposed:
+            groups = weight.blocks.shape[1]
+            matrix = Matrix(Format.MXFP4, groups * MXFP4_GROUP, len(weight.blocks), groups * MXFP4_GROUP // 2, groups)
+            return _Stored(matrix, weight.blocks.contiguous(), weight.scales.contiguous())
+        case Fp8Block() if not transposed and weight.weight.dtype is torch.float8_e4m3fn:
+            return _fp8(weight)
+    raise UnsupportedByKernelError(f"its weights are {type(weight).__name__}, transposed: {transposed}")
+
+
+def _plain(tensor_OI: Tensor) -> _Stored:
+    if tensor_OI.dtype not in DENSE or tensor_OI.stride(-1) != 1:
+        raise UnsupportedByKernelError(f"its weights are {tensor_OI.dtype} with strides {tensor_OI.stride()}")
+    return _Stored(_matrix(DENSE[tensor_OI.dtype], tensor_OI, 0), tensor_OI, None)
+
+
+def _fp8(weight: Fp8Block) -> _Stored:
+    rows, columns = weight.block
+    if rows & (rows - 1) or columns & (columns - 1) or columns < 16 or weight.weight.stride(-1) != 1:
+        raise UnsupportedByKernelError(f"its FP8 blocks are {rows}x{columns}")
+    scales = float_scales(weight.scale_inv).contiguous()
+    matrix = _matrix(Format.FP8, weight.weight, scales.shape[1] * 4)
+    matrix.out_shift, matrix.in_shift = rows.bit_length() - 1, columns.bit_length() - 1
+    return _Stored(matrix, weight.weight, scales)
+
+
+def _matrix(form: Format, tensor_OI: Tensor, scale_bytes: int) -> Matrix:
+    outputs, inputs = tensor_OI.shape
+    return Matrix(form, inputs, outputs, tensor_OI.stride(0) * tensor_OI.itemsize, scale_bytes)
