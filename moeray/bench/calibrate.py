@@ -84,6 +84,8 @@ def _experts(files: ModelFiles, repeat: int) -> tuple[list[dict[str, float]], di
     layers = sorted(counts)
     points = []
     with _one_thread():
+        for layer, count in counts.items():  # weights that are mapped from a file come with their first use
+            bank.forward(layer, torch.zeros(count, _hidden(files), dtype=dtype), list(range(count)), [1] * count)
         for distinct, each in EXPERT_GRID:
             if distinct > min(counts.values()):
                 continue
@@ -115,21 +117,22 @@ def _one_thread() -> Iterator[None]:
 def fit_rhythm(rhythm: Rhythm, experts: Costs, shape: MoeShape, actors: int) -> dict[str, Any]:
     """The costs of hops, trunk, waking and requests, with which a simulated step lasts as long as a seen one.
 
-    `experts`: costs of experts alone; `actors`: how many there were when the rhythm was taken.
+    Small steps are taken from streams, larger ones from prompts; what a decode costs beside a prompt is the difference
+    where the two meet. `experts`: costs of experts alone; `actors`: how many there were when the rhythm was taken.
     """
     hops = _hop_costs(rhythm, shape.top_k)
     rest_s = _beside_experts(replace(experts, **hops), shape, actors)
     streams = {phase.count: phase.step_s for phase in rhythm.streams}
     request_s = max(0.0, rhythm.beside_s - streams[1] / 2 - streams[2])
     wake_s = max(0.0, rhythm.prompts[0].step_s - streams[1] - request_s)
-    prefills = {p.count: p.step_s - request_s - wake_s - rest_s(p.count) for p in rhythm.prompts if p.count > 1}
-    prefills = {1: streams[1] - rest_s(1)} | prefills
-    tokens = sorted(prefills)
-    more = [(n - 1, s - rest_s(n) - float(np.interp(n, tokens, [prefills[t] for t in tokens])))
-            for n, s in streams.items() if n > 1]  # fmt: skip
-    decode_s = max(0.0, sum(n * s for n, s in more) / sum(n * n for n, _ in more))
-    prefills[1] = prefills[1] - decode_s
-    trunk_s = np.maximum.accumulate([max(0.0, prefills[t]) for t in tokens])
+    prefills = {p.count: p.step_s - request_s - wake_s for p in rhythm.prompts if p.count > 1}
+    most = max(streams)
+    as_prefill_s = float(np.interp(most, sorted(prefills), [prefills[n] for n in sorted(prefills)]))
+    decode_s = max(0.0, (streams[most] - as_prefill_s) / most)
+    steps = {n: seconds for n, seconds in prefills.items() if n > most}
+    steps |= {n: seconds - n * decode_s for n, seconds in streams.items()}
+    tokens = sorted(steps)
+    trunk_s = np.maximum.accumulate([max(0.0, steps[n] - rest_s(n)) for n in tokens])
     return hops | {
         "trunk_tokens": tokens, "trunk_s": trunk_s.tolist(), "trunk_layers": shape.layers, "decode_s": decode_s,
         "request_s": request_s, "wake_s": wake_s,
