@@ -257,9 +257,11 @@ class Controller:
     # -- questions ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """`status` ("loading", "ready" or "failed"), `detail` in a line, and `info` (SystemInfo) once ready."""
+        """`status` ("loading", "ready", "stopping" or "failed"), `detail` in a line, `info` (SystemInfo) if ready."""
         if self._error is not None:
             return {"status": "failed", "detail": self._error, "info": None}
+        if self._stopped:
+            return {"status": "stopping", "detail": "stopping", "info": None}
         if self._info is None or not self._ready.done():
             return {"status": "loading", "detail": self._phase, "info": None}
         return {"status": "ready", "detail": "ready", "info": self._info}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeray.bench.environment import environment
 from moeray.bench.grow import settled
-from moeray.bench.rhythm import Rhythm, Rhythms
+from moeray.bench.rhythm import PROMPTS, Rhythm, Rhythms
 from moeray.bench.traffic import System
 from moeray.config import Config
 from moeray.control.cost import Costs, StepCosts
@@ -149,8 +149,7 @@ def _hop_costs(rhythm: Rhythm, top_k: int) -> dict[str, Any]:
 
 def _beside_experts(costs: Costs, shape: MoeShape, actors: int) -> Callable[[int], float]:
     """What the simulation says that experts and hops take of a step of so many tokens."""
-    largest = 1024
-    steps = StepCosts(replace(costs, trunk_s=(0.0,) * len(costs.trunk_tokens)), shape, largest)
+    steps = StepCosts(replace(costs, trunk_s=(0.0,) * len(costs.trunk_tokens)), shape, max(PROMPTS))
     hosts = [Host(f"experts-{i}", 1 << 60) for i in range(actors)]
     counts = dict.fromkeys(range(shape.layers), shape.experts)
     placement = place({}, hosts, experts=counts, expert_bytes=dict.fromkeys(counts, 1))

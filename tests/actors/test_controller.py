@@ -77,6 +77,13 @@ def test_growing_and_shrinking_by_hand(model, expected, tmp_path):
     assert {"plan", "plan_ended", "leave", "stopped"} <= set(events)
 
 
+def test_a_system_that_was_stopped_does_not_say_that_it_is_ready(model, tmp_path):
+    with LocalSystem(config_of(model, tmp_path)) as system:
+        assert system.controller.status()["status"] == "ready"
+    assert system.controller.status()["status"] == "stopping"
+    assert system.controller.state()["info"] is None
+
+
 def test_a_size_beyond_the_limits_is_refused(model, tmp_path):
     with LocalSystem(config_of(model, tmp_path, experts__max_actors=3)) as system:
         with pytest.raises(ConfigError, match="outside 2 to 3"):
