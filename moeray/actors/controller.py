@@ -117,7 +117,8 @@ class Controller:
         if found is not None:
             placement = found.enter(self._roster, self._loop, self._fleet, places)
             self._autoscaler.adopt(placement)
-            self._autoscaler.paused = self._audit.last("pause", "resume") == "pause"
+            if said := self._audit.last("pause", "resume"):  # by hand; where nobody did, the config holds
+                self._autoscaler.paused = said == "pause"
         self._places = places
 
     def _cannot_place(self, error: MoerayError) -> None:

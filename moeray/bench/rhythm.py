@@ -114,12 +114,14 @@ class Rhythms:
             await asyncio.sleep(REST_S)
             while not stream.done() and len(waits) < 2 * self._repeat:
                 await asyncio.sleep(self._rng.uniform(0.02, 0.1))
-                began, alone = time.monotonic(), stream.done()
+                began = time.monotonic()
                 first = (await self._times(1, 1))[0]
-                if not alone:
+                if not stream.done():
                     waits.append(first - began)
             stream.cancel()
-            await asyncio.gather(stream, return_exceptions=True)
+            await asyncio.wait({stream})
+            if not stream.cancelled():
+                stream.result()
         return statistics.mean(waits)
 
     async def _times(self, prompt: int, answer: int) -> list[float]:

@@ -154,6 +154,26 @@ def test_pausing_is_kept_by_the_next_controller_which_takes_everything_over(mode
     assert not {name for name in left if name.startswith(("controller", "watch-", "vigil", "step-loop"))}
 
 
+def test_what_the_config_says_of_autoscaling_holds_for_the_next_controller(model, tmp_path):
+    """Unless somebody said otherwise since the system began; a pause of an earlier system is past."""
+    config = config_of(model, tmp_path, control__autoscale=False)
+
+    def next_one(system):
+        system.controller.abandon()
+        system.controller = Controller(system.config, system.cluster)
+        system.controller.start()
+        return system.controller.status()["autoscaling"]
+
+    with LocalSystem(config) as system:
+        assert not next_one(system)
+        system.controller.pause(False)
+        assert next_one(system)
+        system.controller.pause(True)
+    scaling = replace(config, control=replace(config.control, autoscale=True))
+    with LocalSystem(scaling) as system:
+        assert next_one(system)
+
+
 def test_a_router_that_drains_hears_of_placements_until_its_end(model, tmp_path):
     long = replace(GREEDY24, max_tokens=480)
     config = config_of(
