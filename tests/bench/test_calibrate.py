@@ -74,7 +74,7 @@ def test_a_running_system_is_measured_and_the_simulator_reads_it(tmp_path):
     (tmp_path / "costs.json").write_text(json.dumps(result))
     costs = load_costs(tmp_path / "costs.json")
     assert costs.trunk_layers == 2
-    assert costs.trunk_tokens == (1, 2, 4, 8, 16)
+    assert costs.trunk_tokens == (1, 2, 4, 8, 16, 64)
     assert costs.cores == 0  # an actor's figures hold for any number of machines
     assert costs.start_s > 0
     assert costs.trunk_s[0] > 0
