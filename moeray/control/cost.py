@@ -36,6 +36,8 @@ class Costs:
     `decode_s`: what a decoding sequence adds to that (it reads its own KV cache). `forward_s` + `row_s` x rows +
     `expert_s` x distinct experts: one layer's forward at one actor of speed 1. `hop_s` + `hop_row_s` x rows: the way
     there and back of a layer's rows, planning and combining included.
+    `request_s`: a request's way to its router and its tokens' way back, beside the steps; `wake_s`: what the first step
+    of a router that had nothing to do takes longer (processes wake, caches are cold).
     `start_s`: from asking for an actor to its being ready, `map_s`: until an actor that is ready hosts further experts.
     `cores`: how many actors can compute at once, on all nodes together (0: all).
     """
@@ -49,6 +51,8 @@ class Costs:
     expert_s: float = 0.00030
     hop_s: float = 0.00040
     hop_row_s: float = 0.0000010
+    request_s: float = 0.0
+    wake_s: float = 0.0
     start_s: float = 1.5
     map_s: float = 0.1
     cores: int = 0

@@ -104,6 +104,7 @@ class Dispatcher:
         self._balancer = Balancer()
         self._ids = itertools.count(1)
         self._orphans = 0
+        self._abandoned = False
         self.slowest_compute_s = 0.0
         """Compute time of the slowest actor in the last layer, as the actors report it."""
         self.seconds_total = 0.0
@@ -141,6 +142,7 @@ class Dispatcher:
 
     def _send_rows(self, work: _Work, rows_R: Ints | None) -> None:
         """Plan and send the rows (None: all of them), again for those whose actor turns out to be gone."""
+        self._check_wanted()
         todo = [rows_R]
         while todo:
             now = self._view.now
@@ -201,6 +203,7 @@ class Dispatcher:
 
     def _gather(self, work: _Work) -> None:
         """Take the answer of the actor whose deadline ends first, and send again what did not come back."""
+        self._check_wanted()
         sent = work.sent.pop(0)
         share = sent.share
         try:
@@ -297,6 +300,16 @@ class Dispatcher:
             self._view.retry([ExpertId(work.layer, expert) for expert in work.orphans])
         rows_R, work.waiting, work.orphans = np.concatenate(work.waiting), [], set()
         self._send_rows(work, rows_R)
+
+    def _check_wanted(self) -> None:
+        if self._abandoned:
+            raise MoerayError("the router is being stopped, and waits for no more rows")
+
+    def abandon(self) -> None:
+        """Fail the layer that runs, and every later one: nobody waits for them. Any thread may call it."""
+        self._abandoned = True
+        self._links.cut_all()
+        self._view.wake()
 
     def close(self) -> None:
         """Close every channel."""

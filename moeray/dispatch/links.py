@@ -28,7 +28,7 @@ class _Link:
 
 
 class Links:
-    """Owned by a dispatcher's thread; only `cut` is called by others, to wake that thread.
+    """Owned by a dispatcher's thread; only `cut` and `cut_all` are called by others, to wake that thread.
 
     What is known of an actor outlives its channel, but not the actor's name in the placement, nor its address.
     """
@@ -80,6 +80,12 @@ class Links:
         """Close the channels to dead actors, from any thread."""
         for actor_id in actors:
             self.drop(actor_id)
+
+    def cut_all(self) -> None:
+        """Close every channel, from any thread."""
+        with self._lock:
+            actors = list(self._links)
+        self.cut(actors)
 
     def drop(self, actor_id: str) -> None:
         """Close the actor's channel, if there is one, in a thread of its own: across nodes, a peer that does not

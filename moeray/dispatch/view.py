@@ -132,6 +132,12 @@ class PlacementView:
         with self._changed:
             return self._changed.wait_for(lambda: self.now.version != version, timeout)
 
+    def wake(self) -> None:
+        """Have whoever waits for a change look again."""
+        with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+
     def subscribe(self, cut: Cut) -> None:
         """Have `cut` called whenever actors are named dead."""
         with self._changed:

@@ -237,6 +237,24 @@ def test_an_actor_that_takes_rows_and_never_answers_is_no_endless_loop(folder):
         stage.close()
 
 
+@pytest.mark.parametrize("behaviour", [hang, vanish])
+def test_an_abandoned_dispatcher_waits_for_nobody(folder, behaviour):
+    """Neither for the answer of a hung actor nor for a replica that does not come."""
+    stage = Stage(folder, deadline_s=600.0)
+    try:
+        stage.publish(1, {0: "a"})
+        stage.actors["a"].script = [behaviour] * 500
+        dispatch = Background(lambda: stage.dispatch([[0]]))
+        stage.actors["a"].received.get(timeout=10)
+        stage.dispatcher.abandon()
+        with pytest.raises(MoerayError, match="is being stopped"):
+            dispatch.join()
+        with pytest.raises(MoerayError, match="is being stopped"):
+            stage.dispatch([[0]])
+    finally:
+        stage.close()
+
+
 def test_an_actor_under_a_new_address_is_believed_alive(folder):
     stage = Stage(folder, "a")
     try:
