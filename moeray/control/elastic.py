@@ -198,7 +198,7 @@ class ElasticRun:
         self._routers = wanted
 
     def _move(self, now: float, look: bool) -> None:
-        """Begin another placement, where actors came or are to go, replicas are wanted or (`look`) the load is skewed."""
+        """Begin another placement, where actors came or are to go, replicas are wanted or (`look`) load is uneven."""
         load, replicas = self._book.expert_rates(now), self._wanted.replicas
         leaving = [m for group in self.world.groups for m in self._surplus(group, now)]
         self._members.leave([m for m in leaving if m.ready_at > now], now)
