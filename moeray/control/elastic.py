@@ -138,6 +138,7 @@ class ElasticRun:
         engine = self._engine
         weights_G = np.array(engine.steps_by_tokens) @ self.world.step_costs.weights_TG
         tokens = float(np.dot(engine.steps_by_tokens, np.arange(len(engine.steps_by_tokens))))
+        tokens = max(tokens, 0.0)  # a step that was timed anew may be counted back by a rounding error
         engine.steps_by_tokens = [0.0] * len(engine.steps_by_tokens)
         rows_LE = self._rng.poisson(tokens * self.world.popularity.of_epoch(self._epoch).chosen_LE)
         busy_A = (weights_G @ self._table.busy_GA).tolist()

@@ -18,6 +18,8 @@ LEAST_PART = 0.33
 _IDLE = 0.1
 """Sequences at a router, in the mean over the window, below which it counts as idle."""
 
+_FULL = 0.85
+"""Busier than this on average, actors are a queue whose wait grows without bound: no shrink may lead there."""
 _KEPT = 1.25
 """A layer without replicas has to be so many times as skewed as one with replicas to come before it, and so many times
 the replicas needed are too many. What differs less is noise, and to follow it would move experts at every decision."""
@@ -132,12 +134,15 @@ def latency(seen: PolicyInput) -> Wish:
     Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
     sequence waits for its next token as it did for the last ones. Both waits are aimed at `slo_aim` of what is allowed,
     since load comes unevenly. Of them, only what waits for expert actors changes with their number, at best in inverse
-    proportion: that part has to fit into what the trunk leaves. So a shrink errs to the safe side, and a growth that
-    was too small is seen at the next decision. Without work at the routers the minimum is wanted.
+    proportion: that part has to fit into what the trunk leaves. A growth that was too small is seen at the next
+    decision; a shrink stops where those who stay would be busy for `_FULL` of the time, since waits rise faster there.
+    Without work at the routers the minimum is wanted.
     """
     if seen.settings.slo_ttft_s is None and seen.settings.slo_tpot_s is None:
         return Wish()
     factor, why = max([*_prompts(seen), *_tokens(seen)], default=(0.0, "no work at the routers"))
+    if factor:
+        factor, why = max((factor, why), (min(1.0, _mean([view.busy for view in seen.experts]) / _FULL), "busy actors"))
     serving = {group: float(len(views)) for group, views in _by_group(seen).items()}
     used = {group: serving.get(group, 0.0) for group in seen.groups}
     actors = _in_tiers(seen, used, factor)
