@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moeray.control.placement import Placement
 from moeray.types import Address, ExpertId
@@ -135,7 +135,7 @@ class PlacementView:
     def wake(self) -> None:
         """Have whoever waits for a change look again."""
         with self._changed:
-            self._version += 1
+            self.now = replace(self.now, version=self.now.version + 1)
             self._changed.notify_all()
 
     def subscribe(self, cut: Cut) -> None:
