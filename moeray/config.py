@@ -279,7 +279,8 @@ class ControlConfig:
     needs `shrink_votes` decisions in a row that want less. `target_utilisation` is the busy part of an actor that is
     aimed at, `slo_queue_wait_s` the p99 wait of rows at an actor, `idle_s` how long without load until the minimum;
     `slo_ttft_s` (to the first token) and `slo_tpot_s` (between tokens) are what the policy `latency` keeps to, by
-    aiming at `slo_aim` of them (without them it has no opinion).
+    aiming at `slo_aim` of them (without them it has no opinion), and at more or less of them while more or fewer than
+    `slo_attainment` of the requests keep to both.
     `replica_budget` bounds the replicas of hot experts beyond `experts.replicas`, as a part of all experts;
     `max_skew` is the max/mean load per actor of a layer above which experts are moved or replicated, and
     `migration_cost` what moving one expert costs, in units of the mean expert's load.
@@ -303,6 +304,7 @@ class ControlConfig:
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     slo_aim: float = 0.7
+    slo_attainment: float = 0.99
     shrink_votes: int = 15
     max_growth: float = 2.0
     idle_s: float = 300.0
@@ -323,6 +325,7 @@ class ControlConfig:
         for key in ("slo_ttft_s", "slo_tpot_s"):
             _require(getattr(self, key) is None or getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
         _require(0 < self.slo_aim <= 1, "control.slo_aim", "must be above 0 and at most 1")
+        _require(0 < self.slo_attainment < 1, "control.slo_attainment", "must be above 0 and below 1")
         _require(0 < self.target_utilisation <= 1, "control.target_utilisation", "must be above 0 and at most 1")
         _require(self.shrink_votes >= 1, "control.shrink_votes", f"must be at least 1, got {self.shrink_votes}")
         _require(self.max_growth > 1, "control.max_growth", f"must be above 1, got {self.max_growth}")

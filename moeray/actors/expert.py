@@ -69,6 +69,7 @@ class ExpertActor:
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
         self._address: Address | None = None
         self._cores: Cores | None = None
+        self._pins = self._device.type == "cpu" and spec.config.experts.pin_threads
 
     # -- control --------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class ExpertActor:
                 self._rows.tally.first_at = None
             wanted = [ExpertId(*expert) for expert in experts]
             bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
-            if self._cores is None and self._device.type == "cpu" and self._spec.config.experts.pin_threads:
+            if self._cores is None and self._spec.threads and self._pins:
                 self._cores = claim(self._spec.threads, machine_dir() / "cores")
             return self._weigh(bank)
 

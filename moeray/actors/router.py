@@ -18,6 +18,7 @@ from moeray.actors.observers import Losses, Observers
 from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
 from moeray.actors.step_loop import StepLoop
 from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.control.objectives import Objectives
 from moeray.control.placement import Placement
 from moeray.control.reports import RouterReport, report_tree
 from moeray.dispatch.dispatcher import Dispatcher
@@ -66,7 +67,8 @@ class RouterActor:
         self._leaving = False
         self._recorder = Recorder()
         self._identity = spec.identity(node_id)
-        self._loop = StepLoop(spec.actor_id, self._recorder, self._stop_itself)
+        objectives = Objectives.of(spec.config.control)
+        self._loop = StepLoop(spec.actor_id, self._recorder, objectives, self._stop_itself)
         self._observers = Observers(self._report)
         self._callers = Callers(self._loop, self._observers, self._heard)
         folder = runtime_dir(node_id, spec.system)
@@ -248,6 +250,8 @@ class RouterActor:
             self._incarnation,
             epoch=self._view.epoch,
             expert_s=self._dispatcher.seconds_total if self._dispatcher else 0.0,
+            requests=self._loop.ended,
+            late=self._loop.late,
             orphans=self._dispatcher.orphans if self._dispatcher else 0,
             lost=lost,
             leaving=self._leaving,

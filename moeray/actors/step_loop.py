@@ -12,6 +12,7 @@ from typing import Any
 
 from moeray.actors.messages import error_tree, output_tree, request_from
 from moeray.actors.outbox import Outbox
+from moeray.control.objectives import Objectives
 from moeray.engine.engine import Engine, EngineStats
 from moeray.errors import MoerayError, RouterLostError
 from moeray.metrics import Recorder
@@ -30,7 +31,9 @@ class _Request:
     outbox: Outbox
     attempt: int
     arrived: float
+    first_token: float | None = None
     last_token: float | None = None
+    tokens: int = 0
 
 
 class StepLoop:
@@ -40,9 +43,12 @@ class StepLoop:
     thread when it dies of a bug.
     """
 
-    def __init__(self, actor_id: str, recorder: Recorder, on_death: Callable[[], None]) -> None:
+    def __init__(self, actor_id: str, recorder: Recorder, objectives: Objectives, on_death: Callable[[], None]) -> None:
         self._actor_id = actor_id
         self._recorder = recorder
+        self._objectives = objectives
+        self.ended = self.late = 0
+        """Requests that ended with all their tokens, and those of them that missed an objective."""
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._requests: dict[str, _Request] = {}
@@ -198,7 +204,9 @@ class StepLoop:
     def _note(self, output: TokenOutput, request: _Request, now: float) -> None:
         if output.token_ids:
             self._recorder.add("moeray_generation_tokens_total", len(output.token_ids))
+            request.tokens += len(output.token_ids)
             if request.last_token is None:
+                request.first_token = now
                 self._recorder.observe("moeray_time_to_first_token_seconds", now - request.arrived)
             else:
                 self._recorder.observe("moeray_time_per_output_token_seconds", now - request.last_token)
@@ -206,3 +214,12 @@ class StepLoop:
         if output.finish_reason is not None:
             self._recorder.add("moeray_request_total", 1, reason=output.finish_reason.value)
             self._recorder.observe("moeray_e2e_request_latency_seconds", now - request.arrived)
+            self._judge(output.finish_reason, request, now)
+
+    def _judge(self, finish: FinishReason, request: _Request, now: float) -> None:
+        """Count whether the request kept to the objectives."""
+        if finish in (FinishReason.ERROR, FinishReason.ABORT) or request.first_token is None:
+            return
+        self.ended += 1
+        since = request.arrived
+        self.late += self._objectives.late(request.first_token - since, now - since, request.tokens)

@@ -18,6 +18,7 @@ from moeray.control.cost import StepTable
 from moeray.control.eplb import place
 from moeray.control.load import LoadBook, RouterLoad, skew
 from moeray.control.members import Member, Members
+from moeray.control.objectives import Objectives
 from moeray.control.outcome import Outcome, Sample, Slo, outcome
 from moeray.control.placement import Host, Placement
 from moeray.control.plan import plan_diff
@@ -76,7 +77,10 @@ class ElasticRun:
         self._placement = self._place({}, hosts, {})
         self._epoch = 0
         self._table = self._table_of(hosts)
-        self._engine = Engine(world.trace, world.config.engine, world.step_costs, self._table, self._routers)
+        objectives = Objectives.of(self.settings)
+        self._engine = Engine(
+            world.trace, world.config.engine, world.step_costs, self._table, self._routers, objectives
+        )
         self._publish(self._table)
 
     def run(self, slo: Slo, report: Callable[[float], None]) -> Outcome:

@@ -15,6 +15,10 @@ from moeray.types import ExpertId
 
 LEAST_PART = 0.33
 """Expert actors that take a smaller part than this of what the trunk takes cannot shorten a step by much more."""
+_TRUSTED = 100.0
+"""Requests whose lateness weighs as much as what is expected without having seen any."""
+_AIMS = (0.5, 1.35)
+"""Between which multiples of `slo_aim` lateness moves what is aimed at."""
 _IDLE = 0.1
 """Sequences at a router, in the mean over the window, below which it counts as idle."""
 
@@ -132,22 +136,32 @@ def latency(seen: PolicyInput) -> Wish:
     """As many actors as keep the time to the first token within `slo_ttft_s` and that between tokens in `slo_tpot_s`.
 
     Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
-    sequence waits for its next token as it did for the last ones. Both waits are aimed at `slo_aim` of what is allowed,
-    since load comes unevenly. Of them, only what waits for expert actors changes with their number, at best in inverse
-    proportion: that part has to fit into what the trunk leaves. A growth that was too small is seen at the next
-    decision; a shrink stops where those who stay would be busy for `_FULL` of the time, since waits rise faster there.
+    sequence waits for its next token as it did for the last ones. Since load comes unevenly, both waits are aimed at a
+    part of what is allowed: `slo_aim`, more while fewer requests are late than may be, less while more are. Of them,
+    only what waits for expert actors changes with their number, at best in inverse proportion: that part has to fit
+    into what the trunk leaves. A growth that was too small is seen at the next decision; a shrink stops where those who
+    stay would be busy for `_FULL` of the time, since waits rise faster there.
     Without work at the routers the minimum is wanted.
     """
     if seen.settings.slo_ttft_s is None and seen.settings.slo_tpot_s is None:
         return Wish()
-    factor, why = max([*_prompts(seen), *_tokens(seen)], default=(0.0, "no work at the routers"))
-    if factor:
-        factor, why = max((factor, why), (min(1.0, _mean([view.busy for view in seen.experts]) / _FULL), "busy actors"))
     serving = {group: float(len(views)) for group, views in _by_group(seen).items()}
     used = {group: serving.get(group, 0.0) for group in seen.groups}
+    behind = _behind_the_waits(seen, sum(serving.values()))
+    factor, why = max([*_prompts(seen), *_tokens(seen)], default=(0.0, "no work at the routers"))
+    if factor:
+        busy = min(1.0, _mean([view.busy for view in seen.experts]) / _FULL)
+        factor, why = max((behind * factor, why), (busy, "busy actors"))
     actors = _in_tiers(seen, used, factor)
     changed = any(count != seen.groups[group].actors for group, count in actors.items())
     return Wish(actors, reasons=(f"{why}: {factor:.2f} times the {sum(used.values()):.0f} actors",) if changed else ())
+
+
+def _behind_the_waits(seen: PolicyInput, serving: float) -> float:
+    """The part of those that serve for which those waits were waited for. Where many have just come, most waits are
+    older than they are, and counting them in would have as many come again."""
+    waited = max((router.load.actors for router in seen.routers), default=0.0)
+    return min(1.0, waited / serving) if waited and serving else 1.0
 
 
 def _prompts(seen: PolicyInput) -> Iterator[tuple[float, str]]:
@@ -161,7 +175,7 @@ def _prompts(seen: PolicyInput) -> Iterator[tuple[float, str]]:
         rate = sum(load.prefill_rate for load in loads) / len(loads)
         wait_s = sum(router.load.pending_tokens for router in seen.routers) / rate / len(seen.routers)
         part = sum(load.expert_part for load in loads) / len(loads)
-        yield _fit(wait_s, part, seen.settings.slo_aim * slo), f"{wait_s:.2f} s of prompts to compute"
+        yield _fit(wait_s, part, _aim(seen) * slo), f"{wait_s:.2f} s of prompts to compute"
 
 
 def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:
@@ -172,7 +186,20 @@ def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:
         running = sum(load.running for load in loads)
         tpot_s = sum(load.running * load.tpot_s for load in loads) / running
         experts_s = sum(load.running * load.tpot_s * load.expert_part for load in loads) / running
-        yield _fit(tpot_s, experts_s / tpot_s, seen.settings.slo_aim * slo), f"{tpot_s:.3f} s between tokens"
+        yield _fit(tpot_s, experts_s / tpot_s, _aim(seen) * slo), f"{tpot_s:.3f} s between tokens"
+
+
+def _aim(seen: PolicyInput) -> float:
+    """The part of an objective that is aimed at, by the part of the requests that were late of late.
+
+    Proportional control on a quantile: the root is between a jump at the first late request and none at all.
+    """
+    allowed = 1 - seen.settings.slo_attainment
+    requests = sum(router.load.requests for router in seen.routers)
+    late = sum(router.load.late for router in seen.routers)
+    part = (late + allowed * _TRUSTED) / (requests + _TRUSTED)
+    least, most = _AIMS
+    return min(1.0, seen.settings.slo_aim * min(most, max(least, math.sqrt(allowed / part))))
 
 
 def _fit(wait_s: float, expert_part: float, aim_s: float) -> float:

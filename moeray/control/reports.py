@@ -42,7 +42,8 @@ class RouterReport:
     `prompt_tokens` are of prompts whose prefill is done, `pending_tokens` those that are still to be computed. `step_s`
     is the time spent in steps, `expert_s` that part of it in which a layer waited for expert actors. `decode_s` is what
     decoding sequences, all added up, waited for their `decode_tokens`; `prefill_tokens` were computed in steps with
-    prefills, which took `prefill_s`.
+    prefills, which took `prefill_s`. Of `requests` that ended with all their tokens, `late` missed an objective of
+    `control.slo_*`.
     `lost`: (actor, reason) of expert actors given up since the last report, the reason being `closed`, `timeout`,
     `error` or `out_of_memory`; `orphans`: rows that wait because their expert has no replica.
     """
@@ -62,6 +63,8 @@ class RouterReport:
     decode_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
+    requests: int = 0
+    late: int = 0
     epoch: int = 0
     orphans: int = 0
     lost: tuple[tuple[str, str], ...] = ()

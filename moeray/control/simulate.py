@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from moeray.config import EngineConfig
 from moeray.control.cost import StepCosts, StepTable
+from moeray.control.objectives import Objectives
 from moeray.control.reports import RouterReport
 from moeray.control.trace import Trace
 
@@ -51,6 +52,8 @@ class SimRouter:
     outstanding: int = 0  # requests that it has not finished
     expert_s: float = 0.0  # of a step, the part in which it waits for expert actors
     totals: list[float] = field(default_factory=lambda: [0.0] * 7)  # as RouterReport's, from steps on
+    requests: int = 0
+    late: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +67,17 @@ class Latencies:
 class Engine:
     """All routers, driven by `advance`. `table` may be exchanged at any moment with `publish`."""
 
-    def __init__(self, trace: Trace, settings: EngineConfig, costs: StepCosts, table: StepTable, routers: int) -> None:
-        self._settings, self._costs = settings, costs
+    def __init__(
+        self,
+        trace: Trace,
+        settings: EngineConfig,
+        costs: StepCosts,
+        table: StepTable,
+        routers: int,
+        objectives: Objectives = Objectives(),  # noqa: B008 - frozen
+    ) -> None:
+        """`objectives`: what reports count lateness by."""
+        self._settings, self._costs, self._objectives = settings, costs, objectives
         self._arrival: list[float] = trace.arrival_s.tolist()
         self._prompt: list[int] = trace.prompt.tolist()
         self._output: list[int] = trace.output.tolist()
@@ -173,7 +185,7 @@ class Engine:
         return RouterReport(
             router.name, "1", running, waiting, pending_tokens=pending, steps=int(steps), step_s=step_s,
             expert_s=expert_s, decode_tokens=int(decode_tokens), decode_s=decode_s,
-            prefill_tokens=int(prefill_tokens), prefill_s=prefill_s,
+            prefill_tokens=int(prefill_tokens), prefill_s=prefill_s, requests=router.requests, late=router.late,
         )  # fmt: skip
 
     # -- requests and steps -----------------------------------------------------------------------------------------
@@ -312,4 +324,7 @@ class Engine:
     def _end(self, router: SimRouter, request: int) -> None:
         router.outstanding -= 1
         self._last[request] = self.now
+        came = self._arrival[request]
+        router.requests += 1
+        router.late += self._objectives.late(self._first[request] - came, self.now - came, self._output[request])
         self._unfinished -= 1

@@ -90,8 +90,21 @@ def test_a_report_has_the_counts_of_the_engine(fleet):
     assert (after.prompt_tokens, after.generation_tokens, after.running) == (3, 10, 0)
     assert after.steps == 10
     assert after.step_s > 0
+    assert (after.requests, after.late) == (1, 0)
     assert after.incarnation == before.incarnation
     assert stats(fleet.connect(fleet.add_router())).incarnation != before.incarnation
+
+
+def test_a_report_counts_the_requests_that_missed_an_objective(model):
+    with Fleet(model, control__slo_ttft_s=1e-9) as fleet:
+        channel = fleet.connect(fleet.add_router())
+        submit(channel, request("a", max_tokens=2))
+        until_end(channel)
+        submit(channel, request("b"))
+        next(outputs(channel))
+        channel.send(Frame(Op.ABORT, 2, meta={"request_id": "b", "attempt": 0}))
+        after = stats(channel)
+        assert (after.requests, after.late) == (1, 1)  # one that its client gave up says nothing
 
 
 def test_a_report_does_not_wait_for_the_step_that_waits_for_an_expert(fleet):

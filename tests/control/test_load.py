@@ -1,8 +1,9 @@
+import math
 from dataclasses import replace
 
 import pytest
 
-from moeray.control.load import LoadBook, skew
+from moeray.control.load import LATE_S, STEPS_S, LoadBook, skew
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, RouterReport
 from moeray.types import ExpertId
@@ -155,3 +156,24 @@ def test_the_observed_skew_is_what_actors_served():
     steady(book, 20, rate=30, actor="a", expert=A)
     now = steady(book, 20, rate=10, actor="b", expert=B)
     assert book.skew_observed(now)[0] == pytest.approx(1.5, rel=0.01)
+
+
+def test_late_requests_are_remembered_for_long_and_their_actors_for_as_long_as_the_steps():
+    book = LoadBook(10.0)
+    experts = [ExpertReport(f"e{n}", "1", {ExpertId(0, n): 5}) for n in range(3)]
+    for report in experts[:2]:
+        book.fold(report, 0.0)
+    book.fold(RouterReport("r", "1", step_s=5.0, expert_s=2.0, requests=7, late=7), 0.0)  # before it was known
+    book.fold(RouterReport("r", "1", step_s=6.0, expert_s=3.0, requests=107, late=9), 1.0)
+    load = book.routers(1.0)["r"]
+    assert (load.requests, load.late, load.actors) == (100.0, 2.0, 2.0)
+    for report in (experts[2], ExpertReport("warm", "1")):  # who has served nothing is behind no wait
+        book.fold(report, 1.5)
+    book.fold(RouterReport("r", "1", step_s=7.0, expert_s=4.0, requests=107, late=9), 2.0)
+    load = book.routers(2.0)["r"]
+    assert load.late / load.requests == pytest.approx(0.02)
+    assert load.requests == pytest.approx(100 * math.exp(-1 / LATE_S))
+    faded = math.exp(-1 / STEPS_S)
+    assert load.actors == pytest.approx((2 * faded + 3) / (faded + 1))
+    book.fold(RouterReport("r", "2", requests=4, late=4), 3.0)  # started again
+    assert book.routers(3.0)["r"].late == pytest.approx(2 * math.exp(-2 / LATE_S) + 4)

@@ -111,6 +111,37 @@ def test_latency_shrinks_to_no_fewer_actors_than_the_work_keeps_busy(busy, tpot_
     assert latency(replace(seen((busy,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
 
 
+@pytest.mark.parametrize(
+    ("waited", "wanted"),
+    [
+        (0.0, 6),  # not known: those that serve
+        (4.0, 6),
+        (2.0, 3),  # half of them have just come: the waits are those of two actors, to which three would do
+        (9.0, 6),  # some have gone since
+    ],
+)
+def test_latency_knows_whose_waits_it_sees(waited, wanted):
+    load = replace(router(0.12), actors=waited)
+    input_ = replace(seen((0.1,) * 4, settings=SLO), routers=(RouterView("r0", "n0", load),))
+    assert latency(input_).actors == {"experts": wanted}
+
+
+@pytest.mark.parametrize(
+    ("requests", "late", "wanted"),
+    [
+        (0.0, 0.0, 4),  # nothing is known: aim at half of the objective
+        (1000.0, 10.0, 4),  # as many as may be
+        (2000.0, 0.0, 3),  # none: a tenth of a second and a third may be aimed at
+        (1000.0, 40.0, 8),  # too many: half of the aim is all that the trunk takes
+        (20.0, 0.0, 4),  # few say little
+    ],
+)
+def test_latency_aims_lower_while_too_many_requests_are_late(requests, late, wanted):
+    load = replace(router(0.1), requests=requests, late=late)
+    input_ = replace(seen((0.1,) * 4, settings=SLO), routers=(RouterView("r0", "n0", load),))
+    assert latency(input_).actors == {"experts": wanted}
+
+
 def test_latency_without_an_objective_has_no_opinion():
     assert latency(seen()) == Wish()
 

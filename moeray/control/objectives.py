@@ -1,0 +1,25 @@
+"""Whether a request kept to what the config allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeray.config import ControlConfig
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Seconds to the first token, and between the others in the mean; None allows anything."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    @classmethod
+    def of(cls, control: ControlConfig) -> Objectives:
+        return cls(control.slo_ttft_s, control.slo_tpot_s)
+
+    def late(self, first_s: float, last_s: float, tokens: int) -> bool:
+        """`first_s`, `last_s`: when the first and the last of its tokens came, since its arrival."""
+        if self.ttft_s is not None and first_s > self.ttft_s:
+            return True
+        return self.tpot_s is not None and tokens > 1 and (last_s - first_s) / (tokens - 1) > self.tpot_s
