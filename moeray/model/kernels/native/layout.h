@@ -58,7 +58,6 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 #define NOINLINE __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
-#define JOIN(type, low, high) ({ __typeof__(low) halves_[2] = {(low), (high)}; LOAD(type, halves_); })
 #define SPLAT(value) ((f32x16){0} + (value))
 
 /* A block of inputs is `stride` vectors of 16; vector j holds its inputs j, j + stride, j + 2 stride, ..., the order in

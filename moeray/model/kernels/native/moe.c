@@ -24,41 +24,32 @@ typedef struct {
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
 #define FN(name) name##_portable
+#define LANES 4
 #define MOST 2
 #define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
 #define OUTS(rows) 2
 #include "body.h"
-#undef FN
-#undef MOST
-#undef UP_TO_MOST
-#undef OUTS
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define FN(name) name##_avx2
+#define LANES 8
 #define MOST 2
 #define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
 #define OUTS(rows) 2
 #include "body.h"
-#undef FN
-#undef MOST
-#undef UP_TO_MOST
-#undef OUTS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define FN(name) name##_avx512
+#define LANES 16
 #define MOST 6
 #define UP_TO_MOST(EACH, format) \
     EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
 #define OUTS(rows) 4
 #include "body.h"
-#undef FN
-#undef MOST
-#undef UP_TO_MOST
-#undef OUTS
 #pragma GCC pop_options
 #endif
 
