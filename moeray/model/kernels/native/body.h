@@ -240,15 +240,15 @@ INLINE f32x16 FN(reduce)(const FN(wide) *partial) {
 }
 
 /* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step floats apart, times TILE weight rows. */
-static void FN(tile)(const Matrix *m, const Row *w, const f32x16 *bias, const float *x, int64_t x_step, int64_t count,
+static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const float *x, int64_t x_step, int64_t count,
                      Ahead ahead, f32x16 *out, float *decoded) {
     const Matrix dense = {.format = F32, .in = padded(m->format, m->in)};
-    f32x16 scale = SPLAT(1);
+    f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
     FN(wide) partial[MOST * TILE];
     Row rows[TILE];
     if (m->format == INT8)
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
-    if (count > MANY && is_costly(m->format)) {
+    if (count > many_for(m->format)) {
         for (int n = 0; n < TILE; n++) {
             float *row = decoded + n * (dense.in + APART);
             FN(unpack_of)[m->format](m, w[n], row);
@@ -260,7 +260,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const f32x16 *bias, const fl
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
         FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), partial);
-        for (int64_t r = 0; r < few; r++) out[r] = FN(reduce)(partial + r * TILE) * scale + *bias;
+        for (int64_t r = 0; r < few; r++) out[r] = FN(reduce)(partial + r * TILE) * scale + term;
         count -= few, x += few * x_step, out += few;
     }
 }
@@ -307,16 +307,21 @@ INLINE f32x16 FN(load)(int64_t format, const void *x, int64_t k) {
 /* A row of `count` inputs (F32 or BF16) -> floats in the order of blocks of `stride` vectors, filled up with zeros. */
 static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed) {
     const int64_t size = format == F32 ? 4 : 2, block = 16 * stride;
-    for (int64_t k = 0; k < count; k += block) {
-        float filler[128] = {0}, natural[128];
+    for (int64_t k = 0; k < count; k += block, packed += block) {
+        f32x16 filler[8] = {{0}}, natural[8];
         const void *from = (const char *)x + k * size;
         if (k + block > count) from = memcpy(filler, from, (count - k) * size);
-        for (int64_t j = 0; j < stride; j++) {
-            f32x16 v = FN(load)(format, from, 16 * j);
-            memcpy(natural + 16 * j, &v, sizeof v);
+        for (int64_t j = 0; j < stride; j++) natural[j] = FN(load)(format, from, 16 * j);
+        if (stride == 1) {
+            memcpy(packed, natural, 64);
+        } else if (stride == 2) {
+            const i32x16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+            ((f32x16 *)packed)[0] = __builtin_shuffle(natural[0], natural[1], even);
+            ((f32x16 *)packed)[1] = __builtin_shuffle(natural[0], natural[1], even + 1);
+        } else {
+            for (int64_t j = 0; j < stride; j++)
+                for (int64_t i = 0; i < 16; i++) packed[16 * j + i] = ((float *)natural)[i * stride + j];
         }
-        for (int64_t j = 0; j < stride; j++)
-            for (int64_t i = 0; i < 16; i++) packed[k + 16 * j + i] = natural[i * stride + j];
     }
 }
 

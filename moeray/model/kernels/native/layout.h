@@ -45,7 +45,6 @@ enum {
     APART = 16,      /* floats between rows, lest all of them want the same places of a cache */
     READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
-    MANY = 12,       /* more rows than that want costly formats decoded once, not anew for each few rows */
 };
 
 typedef float f32x16 __attribute__((vector_size(64)));
@@ -81,4 +80,8 @@ INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
     return format == MXFP4 ? inputs / 2 : inputs;
 }
 
-INLINE int is_costly(int64_t format) { return format == FP8 || format == MXFP4; }
+/* More rows than that want weights decoded once, not anew for each few rows. */
+INLINE int64_t many_for(int64_t format) {
+    if (format == F32) return INT64_MAX;
+    return format == FP8 || format == MXFP4 ? 12 : 48;
+}
