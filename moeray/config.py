@@ -20,7 +20,7 @@ from moeray.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
-ExpertKernel = Literal["auto", "native", "torch"]
+Kernel = Literal["auto", "native", "torch"]
 Quantization = Literal["none", "int8"]
 
 _T = TypeVar("_T")
@@ -111,6 +111,8 @@ class ExpertsConfig:
     `kernel`: what multiplies on CPUs. `native` are moeray's own kernels; `auto` is those, except in float32 and where
     they cannot compute a layer, which runs on `torch` then. `quantization: int8` keeps dense weights of CPU experts as
     int8 with a scale for each output, in the cache folder: half the memory and its traffic, somewhat less exact.
+    `pin_threads`: an actor on a CPU keeps its compute threads on cores that no other actor of the machine has, as long
+    as there are as many; switch it off where other programs compute on the same cores.
     """
 
     actors: int = 2
@@ -122,8 +124,9 @@ class ExpertsConfig:
     min_actors: int | None = None
     max_actors: int | None = None
     replicas: int = 1
-    kernel: ExpertKernel = "auto"
+    kernel: Kernel = "auto"
     quantization: Quantization = "none"
+    pin_threads: bool = True
     groups: tuple[ExpertGroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
@@ -186,6 +189,9 @@ class EngineConfig:
     `max_batch_tokens` is the token budget of a step (prefill chunks + one token per running sequence).
     `prefill_chunk` bounds the prefill tokens of one step while sequences are decoding.
     `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`.
+
+    `attention`: what computes the attention of decoding sequences: `native`, moeray's kernel in C (fp32 and bf16 on the
+    CPU), `torch`, or `auto`, the kernel where it can.
     """
 
     max_context: int = 0
@@ -198,6 +204,7 @@ class EngineConfig:
     kv_cache_fraction: float = 0.2
     kv_cache_bytes: int = 4 << 30
     prefix_cache: bool = True
+    attention: Kernel = "auto"
 
     def __post_init__(self) -> None:
         for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import torch
 
+from moeray.actors.cores import Cores, claim
 from moeray.actors.rows import RowServer
-from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
 from moeray.config import default_cache_dir
 from moeray.control.reports import ExpertReport, report_tree
@@ -67,6 +68,7 @@ class ExpertActor:
         wire = spec.config.wire
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
         self._address: Address | None = None
+        self._cores: Cores | None = None
 
     # -- control --------------------------------------------------------------------------------------------------
 
@@ -100,6 +102,8 @@ class ExpertActor:
                 self._rows.tally.first_at = None
             wanted = [ExpertId(*expert) for expert in experts]
             bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
+            if self._cores is None and self._device.type == "cpu" and self._spec.config.experts.pin_threads:
+                self._cores = claim(self._spec.threads, machine_dir() / "cores")
             return self._weigh(bank)
 
     def unhost(self, experts: Sequence[tuple[int, int]]) -> int:
@@ -169,6 +173,8 @@ class ExpertActor:
         if self._vigil:
             self._vigil.close()
         self._listener.close(timeout=5.0)
+        if self._cores is not None:
+            self._cores.release()
         remove_runtime_dir(self._node_id, self._spec.system)
 
     def _heard(self) -> None:
@@ -185,9 +191,13 @@ class ExpertActor:
 
     def _serve(self, channel: Channel) -> None:
         """One peer's channel, until it closes."""
+        kept: Cores | None = None
         while True:
             try:
                 frame = channel.recv()
+                if self._cores is not kept and self._cores is not None:
+                    kept = self._cores
+                    kept.keep()
                 channel.send(self._answer(frame))
             except ChannelClosedError:
                 return

@@ -99,7 +99,8 @@ class RouterActor:
         self._heard()
         config = self._spec.config
         files = open_model(config.model, revision or config.revision, node=self._node_id)
-        trunk = Trunk.load(files.checkpoint, files.family, files.weights, files.dtype(config.dtype), self._device)
+        dtype = files.dtype(config.dtype)
+        trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, self._device, config.engine)
         self._dispatcher = Dispatcher(
             self._view,
             self._connect,
@@ -214,6 +215,8 @@ class RouterActor:
         try:
             self._listener.close(timeout=5.0)
         finally:
+            if self._dispatcher:
+                self._dispatcher.abandon()  # with its channels the router's requests have gone: the step is for nobody
             self._loop.stop(timeout=30.0)
             remove_runtime_dir(self._node_id, self._spec.system)
             if self._dispatcher:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GptOssConfig, MixtralConfig
 
 from moeray.bench.environment import environment
-from moeray.config import ExpertKernel
+from moeray.config import Kernel
 from moeray.errors import ConfigError
 from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
@@ -32,7 +32,7 @@ from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 
 FORMATS = ("bf16", "int8", "fp8", "mxfp4")
-KERNELS: tuple[ExpertKernel, ...] = ("native", "torch")
+KERNELS: tuple[Kernel, ...] = ("native", "torch")
 _CPU = torch.device("cpu")
 _READ_BYTES, _MULTIPLY_TIMES = 64 << 20, 100_000
 _FP8_BLOCK, _FP8_MOST = 128, 448.0
@@ -47,7 +47,7 @@ class KernelPlan:
     intermediate: int = 512
     distinct: int = 8
     formats: tuple[str, ...] = FORMATS
-    kernels: tuple[ExpertKernel, ...] = KERNELS
+    kernels: tuple[Kernel, ...] = KERNELS
     rows: tuple[int, ...] = (1, 2, 4, 8, 32, 256)
     threads: tuple[int, ...] = (1,)
     repeat: int = 15
@@ -191,7 +191,7 @@ def last_cache_bytes() -> int:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _figures(plan: KernelPlan, weights: _Weights, kernel: ExpertKernel) -> Iterator[KernelFigure]:
+def _figures(plan: KernelPlan, weights: _Weights, kernel: Kernel) -> Iterator[KernelFigure]:
     bank = ExpertBank(weights.family, weights, torch.bfloat16, _CPU, kernel)
     layer = next(iter(weights.family.layers))
     bank.load(ExpertId(layer, expert) for expert in range(weights.count))

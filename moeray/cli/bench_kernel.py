@@ -11,7 +11,7 @@ import click
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
-    from moeray.config import ExpertKernel
+    from moeray.config import Kernel
 
 
 @click.command("kernel")
@@ -35,7 +35,7 @@ def command(formats: str, kernels: str, rows: str, threads: str | None, output: 
     counts = threads or (f"1,{cores}" if cores > 1 else "1")
     plan = KernelPlan(
         formats=tuple(formats.split(",")),
-        kernels=cast("tuple[ExpertKernel, ...]", tuple(kernels.split(","))),
+        kernels=cast("tuple[Kernel, ...]", tuple(kernels.split(","))),
         rows=_numbers(rows),
         threads=_numbers(counts),
         **sizes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 import psutil
 import torch
@@ -12,7 +13,7 @@ from moeray.config import EngineConfig
 from moeray.engine.runner import PackedBatch, pack
 from moeray.engine.scheduler import Batch
 from moeray.errors import ConfigError
-from moeray.model.attention import Span, Step
+from moeray.model.paged import Decodes, Span, Step
 from moeray.model.trunk import ExpertRows, Trunk
 
 log = logging.getLogger(__name__)
@@ -68,16 +69,28 @@ class TrunkRunner:
         )
 
     def _step(self, packed: PackedBatch) -> Step:
-        spans = []
-        offsets = torch.arange(self._block_size)
-        for i, context in enumerate(packed.context_lens):
-            start, end = packed.query_starts[i], packed.query_starts[i + 1]
-            table = torch.tensor(packed.block_tables[i][: -(-context // self._block_size)], dtype=torch.int64)
-            slots = (table[:, None] * self._block_size + offsets).flatten()[:context]
-            spans.append(Span(start, end - start, context, slots.to(self._trunk.device)))
+        starts, device = packed.query_starts, self._trunk.device
+        counts = [end - start for start, end in pairwise(starts)]
+        single = [i for i, count in enumerate(counts) if count == 1]
         return Step(
             self._trunk.cache,
-            packed.slots_T.to(self._trunk.device),
-            tuple(span for span in spans if span.count == 1),
-            tuple(span for span in spans if span.count > 1),
+            packed.slots_T.to(device),
+            self._decodes(packed, single) if single else None,
+            tuple(self._span(packed, i) for i, count in enumerate(counts) if count > 1),
         )
+
+    def _decodes(self, packed: PackedBatch, entries: list[int]) -> Decodes:
+        tables = [packed.block_tables[i] for i in entries]
+        longest = max(map(len, tables))
+        return Decodes(
+            torch.tensor([packed.query_starts[i] for i in entries], device=self._trunk.device),
+            tuple(packed.context_lens[i] for i in entries),
+            torch.tensor([table + [0] * (longest - len(table)) for table in tables]),
+            self._block_size,
+        )
+
+    def _span(self, packed: PackedBatch, i: int) -> Span:
+        start, end, context = packed.query_starts[i], packed.query_starts[i + 1], packed.context_lens[i]
+        table = torch.tensor(packed.block_tables[i][: -(-context // self._block_size)])
+        slots = (table[:, None] * self._block_size + torch.arange(self._block_size)).flatten()[:context]
+        return Span(start, end - start, context, slots.to(self._trunk.device))

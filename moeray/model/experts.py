@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeray.config import ExpertKernel
+from moeray.config import Kernel
 from moeray.errors import ConfigError, PlacementError
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
@@ -92,7 +92,7 @@ class ExpertBank:
         weights: ExpertWeights,
         dtype: torch.dtype,
         device: torch.device,
-        kernel: ExpertKernel = "auto",
+        kernel: Kernel = "auto",
         int8: Int8Cache | None = None,
     ) -> None:
         """`int8`: where dense weights are kept rounded, or None to use them as they are.
@@ -177,13 +177,15 @@ class ExpertBank:
             raise PlacementError(
                 f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
             )
-        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), held)
+        return HeldExperts(
+            self._family.layers.get(layer), self._kernels.of(layer), dict(zip(experts, held, strict=True))
+        )
 
 
 class _LayerKernels:
     """Which layers' experts the native kernels compute. A layer is decided when its first expert is loaded."""
 
-    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, kernel: ExpertKernel) -> None:
+    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, kernel: Kernel) -> None:
         self._asked = kernel
         self._warned = False
         self._layers: dict[int, NativeLayer] = {}
@@ -231,19 +233,27 @@ class HeldExperts:
 
     _moe: ExpertsLayer | None
     _native: NativeLayer | None
-    _experts: list[_Expert]
+    _experts: dict[int, _Expert]
 
     @torch.inference_mode()
     def __call__(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         """As `ExpertBank.forward`, for the experts that are held."""
         if self._moe is None or not self._experts:
             return x_RD.new_empty(0, x_RD.shape[-1])
-        native = [expert.native for expert in self._experts if expert.native is not None]
-        if self._native is not None and len(native) == len(self._experts):
+        experts = list(self._experts.values())
+        native = [expert.native for expert in experts if expert.native is not None]
+        if self._native is not None and len(native) == len(experts):
             return self._native.forward(native, x_RD, counts)
         act = self._moe.activate
-        pieces = zip(self._experts, torch.split(x_RD, counts), strict=True)
+        pieces = zip(experts, torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
+
+    def with_those_of(self, others: Iterable[HeldExperts]) -> HeldExperts:
+        """All of them, in the experts' order; those of one layer of one bank."""
+        experts = dict(self._experts)
+        for other in others:
+            experts |= other._experts
+        return replace(self, _experts=dict(sorted(experts.items())))
 
 
 def out_of_memory(error: BaseException) -> bool:

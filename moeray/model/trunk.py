@@ -16,11 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeray.errors import CheckpointError, UnsupportedModelError
-from moeray.model import attention
-from moeray.model.attention import PagedCache, PassThroughCache, Step, attending
+from moeray.config import EngineConfig, Kernel
+from moeray.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moeray.model import attention, kernels
 from moeray.model.checkpoint import Checkpoint
 from moeray.model.family import Family, is_experts, model_class, without_experts
+from moeray.model.kernels import combine
+from moeray.model.kernels.attention import DTYPES as NATIVE_DTYPES
+from moeray.model.latent import is_latent, keep_latents
+from moeray.model.paged import Decodes, PagedCache, PassThroughCache, Span, Step, attending
 from moeray.model.slices import WeightMap
 
 log = logging.getLogger(__name__)
@@ -53,16 +57,18 @@ def _experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return combine(rows_TKD, weights.reshape(ids_TK.shape)).to(x.dtype).reshape(x.shape)
 
 
-def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sum over k in fp32, k = 0 first, whatever the order in which rows arrived. [T, D] fp32."""
-    weighted = rows_TKD.float() * weights_TK.float().unsqueeze(-1)
-    out_TD = weighted[:, 0]
-    for k in range(1, weighted.shape[1]):
-        out_TD = out_TD + weighted[:, k]
-    return out_TD
-
-
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
+
+
+def attends_natively(asked: Kernel, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether decoding sequences attend with the kernel in C. Raises ConfigError where it was asked for in vain."""
+    can = device.type == "cpu" and dtype in NATIVE_DTYPES and kernels.available()
+    if asked == "native" and not can:
+        raise ConfigError(
+            f"config key engine.attention: the native kernel was asked for, which computes fp32 and bf16 on the CPU "
+            f"where it was compiled, but this is {dtype} on {device}; set it to auto"
+        )
+    return can and asked != "torch"
 
 
 class Trunk:
@@ -82,14 +88,21 @@ class Trunk:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, family: Family, weights: WeightMap, dtype: torch.dtype, device: torch.device
+        cls,
+        checkpoint: Checkpoint,
+        family: Family,
+        weights: WeightMap,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: EngineConfig | None = None,
     ) -> Trunk:
-        """Read the trunk's tensors and no others. Raises CheckpointError, UnsupportedModelError."""
-        config = checkpoint.config
-        trunk_class = without_experts(model_class(config))
+        """Read the trunk's tensors and no others. Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        engine = config or EngineConfig()
+        native = attends_natively(engine.attention, dtype, device)
+        trunk_class = without_experts(model_class(checkpoint.config))
         model, info = trunk_class.from_pretrained(
             None,
-            config=config,
+            config=checkpoint.config,
             state_dict=weights.trunk_state_dict(dtype),
             dtype=dtype,
             device_map={"": str(device)} if device.type != "cpu" else None,
@@ -105,7 +118,10 @@ class Trunk:
         for name, module in model.named_modules():
             if is_experts(module):
                 module.moeray_layer = names[name]
+            if is_latent(module):
+                keep_latents(module, attention.NAME)
         trunk = cls(model.eval().requires_grad_(False), family, dtype, device)
+        trunk.cache.native = native
         trunk._use(attention.NAME, EXPERTS)
         trunk.verify()
         return trunk
@@ -139,7 +155,7 @@ class Trunk:
 
         Whatever a family hides (state outside the cache, tokens that see their neighbours in a packed batch, an
         attention that ignores the interface) shows here, before any request is served. The experts are replaced by
-        a smooth function of their input and their weights. It also learns each layer's key and value shapes.
+        a smooth function of their input and their weights. It also learns what each layer keeps.
         Raises UnsupportedModelError.
         """
         generator = torch.Generator().manual_seed(0)
@@ -154,12 +170,12 @@ class Trunk:
             self._use(attention.NAME, EXPERTS)
         self._compare(alone, reference, "its attention does not go through transformers' attention interface")
         layers = self.family.config.num_hidden_layers
-        if len(self.cache.shapes) != layers:
+        if len(self.cache.kept) != layers:
             raise UnsupportedModelError(
-                f"model type {self.family.config.model_type!r}: {len(self.cache.shapes)} of its {layers} layers use "
+                f"model type {self.family.config.model_type!r}: {len(self.cache.kept)} of its {layers} layers use "
                 "attention; layers with a recurrent or other state cannot be served"
             )
-        paged = PagedCache(shapes=dict(self.cache.shapes))
+        paged = PagedCache(self.cache.native, dict(self.cache.kept))
         paged.allocate(64, self.dtype, self.device)
         self._trial([(second, 0, 5), (first, 0, 7)], paged)
         self._trial([(second, 5, 1), (first, 7, 4)], paged)
@@ -173,12 +189,18 @@ class Trunk:
         rows, parts, slots = 0, [], []
         for i, (_, start, count) in enumerate(spans):
             of_sequence = torch.arange(32 * i, 32 * i + start + count, device=self.device)
-            parts.append(attention.Span(rows, count, start + count, of_sequence))
+            parts.append(Span(rows, count, start + count, of_sequence))
             slots.append(of_sequence[start:])
             rows += count
-        decodes = tuple(span for span in parts if span.count == 1)
+        single = [i for i, span in enumerate(parts) if span.count == 1]
+        decodes = Decodes(
+            torch.tensor([parts[i].start for i in single], device=self.device),
+            tuple(parts[i].context for i in single),
+            torch.tensor(single)[:, None],
+            32,
+        )
         prefills = tuple(span for span in parts if span.count > 1)
-        step = Step(cache, torch.cat(slots), decodes, prefills)
+        step = Step(cache, torch.cat(slots), decodes if single else None, prefills)
         return self.forward(tokens, positions, step, torch.arange(rows, device=self.device), _stand_in)
 
     def _compare(self, ours: Tensor, reference: Tensor, reason: str) -> None:

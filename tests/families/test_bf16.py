@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeray.model.attention import Span, Step
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_model
+from moeray.model.paged import Span, Step
 from moeray.model.trunk import Trunk
 from moeray.types import ExpertId
 from tests.checkpoints import FAMILIES, make_tiny
@@ -37,7 +37,7 @@ def our_logits(path, dtype, ids):
     trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, CPU)
     rows = torch.arange(len(ids))
     trunk.cache.allocate(len(ids), dtype, CPU)
-    step = Step(trunk.cache, rows, (), (Span(0, len(ids), len(ids), rows),))
+    step = Step(trunk.cache, rows, None, (Span(0, len(ids), len(ids), rows),))
     return trunk.forward(ids, rows, step, rows, InProcess(files, dtype)).float()
 
 

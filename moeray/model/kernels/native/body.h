@@ -5,6 +5,8 @@
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
    fused multiply-add, on the instruction set. */
 
+#include "vectors.h"
+
 #define PARTS (16 / LANES)
 
 typedef float FN(vec) __attribute__((vector_size(4 * LANES)));
@@ -200,7 +202,7 @@ static const FN(Unpack) FN(unpack_of)[] = {FORMATS(UNPACK_NAME)};
 #define LANES_OF(...) {__VA_ARGS__}
 
 /* The sums of LANES vectors, in order. */
-INLINE FN(vec) FN(sums_of)(FN(vec) *s) {
+INLINE FN(vec) FN(merged)(FN(vec) *s) {
 #if LANES == 16
     for (int i = 0; i < 8; i++)
         s[i] = MERGE(s[i], s[i + 8], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
@@ -234,7 +236,7 @@ INLINE f32x16 FN(reduce)(const FN(wide) *partial) {
                 for (int p = 0; p < left; p++) w.part[p] += w.part[p + left];
             s[i] = w.part[0];
         }
-        sums.part[part] = FN(sums_of)(s);
+        sums.part[part] = FN(merged)(s);
     }
     return LOAD(f32x16, &sums);
 }
@@ -267,23 +269,6 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const flo
 
 /* -- activation ---------------------------------------------------------------------------------------------------- */
 
-INLINE f32x16 FN(least)(f32x16 a, f32x16 b) {
-    i32x16 more = a > b;
-    return (f32x16)(((i32x16)b & more) | ((i32x16)a & ~more));
-}
-
-/* e^x to 1 unit in the last place or so for |x| <= 87; beyond it stays there. Taylor on |r| <= ln 2 / 2. */
-INLINE f32x16 FN(exponential)(f32x16 x) {
-    x = -FN(least)(-FN(least)(x, SPLAT(87)), SPLAT(87));
-    f32x16 rounded = x * 0x1.715476p0f + 0x1.8p23f;
-    f32x16 n = rounded - 0x1.8p23f;
-    f32x16 r = x - n * 0x1.62e400p-1f - n * 0x1.7f7d1cp-20f;
-    f32x16 p = SPLAT(1.0f / 5040);
-    const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
-    for (int i = 0; i < 7; i++) p = p * r + coefficients[i];
-    return p * (f32x16)(((i32x16)rounded << 23) + 0x3f800000);
-}
-
 /* Rows of gates (and beside each, 8 lanes on, its up) -> activated. */
 static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t count) {
     const i32x16 upper = {8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -298,11 +283,6 @@ static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t c
 }
 
 /* -- inputs and outputs -------------------------------------------------------------------------------------------- */
-
-INLINE f32x16 FN(load)(int64_t format, const void *x, int64_t k) {
-    if (format == F32) return LOAD(f32x16, (const float *)x + k);
-    return (f32x16)(__builtin_convertvector(LOAD(u16x16, (const uint16_t *)x + k), u32x16) << 16);
-}
 
 /* A row of `count` inputs (F32 or BF16) -> floats in the order of blocks of `stride` vectors, filled up with zeros. */
 static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed) {
@@ -323,18 +303,6 @@ static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t strid
                 for (int64_t i = 0; i < 16; i++) packed[16 * j + i] = ((float *)natural)[i * stride + j];
         }
     }
-}
-
-/* The first `count` lanes to outputs (F32 or BF16, rounded to nearest even) from `at` on. */
-static void FN(store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count) {
-    if (format == F32) {
-        memcpy((float *)y + at, v, 4 * count);
-        return;
-    }
-    u32x16 bits = (u32x16)*v, nan = (u32x16)(*v != *v);
-    bits += (0x7fff + (bits >> 16 & 1)) & ~nan;
-    u16x16 rounded = __builtin_convertvector(bits >> 16 | (nan & 0x40), u16x16);
-    memcpy((uint16_t *)y + at, &rounded, 2 * count);
 }
 
 /* -- ceilings ------------------------------------------------------------------------------------------------------ */

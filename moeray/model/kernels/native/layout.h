@@ -5,6 +5,7 @@
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
+enum { PORTABLE, AVX2, AVX512 };
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 

@@ -53,8 +53,6 @@ typedef struct {
 #pragma GCC pop_options
 #endif
 
-enum { PORTABLE, AVX2, AVX512 };
-
 /* The most capable instruction set that this CPU has. */
 int64_t moeray_instructions(void) {
 #if defined(__x86_64__)

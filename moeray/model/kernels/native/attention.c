@@ -1,0 +1,166 @@
+/* Attention of one token a sequence over a paged cache (decoding), for CPUs; see attention_body.h for the sums.
+
+   Keys and values are read where they lie: nothing is gathered. One parallel region a call, over parts of PART keys of
+   a sequence and up to HEADS queries that share a key/value head. Threads are those of torch's OpenMP runtime. */
+#include "layout.h"
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum {
+    KEYS = 32,  /* keys that are decoded and scored at once */
+    PART = 256, /* keys of a sequence that one thread works on */
+    AHEAD = 32, /* keys by which memory is asked before it is read */
+    HEADS = 16, /* queries that it works on */
+};
+#define LOWEST -3.0e38f /* less than any score; minus infinity would give NaN as a difference */
+
+/* q [sequences, heads, k_size], y [sequences, heads, v_size] contiguous; k and v [slots, groups, size]. `format` (F32
+   or BF16) is that of all four. q_row, q_head, k_slot, k_head, v_slot, v_head: bytes to the next one. Where v is k, a
+   value is the beginning of its key. A sequence sees its keys [first, end); key i lies in block tables[i / block].
+   sinks: a score for every head, or NULL. softcap: 0 for none. */
+typedef struct {
+    const void *q, *k, *v;
+    void *y;
+    char *scratch;
+    const int64_t *tables, *first, *end;
+    const float *sinks;
+    int64_t format, sequences, heads, groups, k_size, v_size, q_row, q_head, k_slot, k_head, v_slot, v_head;
+    int64_t table_width, block, threads, instructions;
+    float scale, softcap;
+} Attention;
+
+/* out: the unscaled sums of [heads, v_size]; most, sum: of each query's exponentials. */
+typedef struct {
+    int64_t sequence, head, heads, from, to;
+    float *out, most[HEADS], sum[HEADS];
+} Part;
+
+/* What a thread writes. */
+typedef struct {
+    float *q, *k, *v, scores[HEADS * KEYS], fade[HEADS];
+    int64_t slots[PART];
+} Work;
+
+typedef struct {
+    void (*attend)(const Attention *, Part *, Work *);
+    void (*join)(const Attention *, const Part *, int64_t count, int64_t step, int64_t h, void *y);
+} Kernels;
+
+static int64_t whole(int64_t size) { return (size + 15) / 16 * 16; }
+
+/* The slots of keys [from, to). */
+static void find(const Attention *a, const int64_t *table, int64_t from, int64_t to, int64_t *slots) {
+    int64_t block = from / a->block, within = from % a->block;
+    for (int64_t n = 0; n < to - from; n++) {
+        slots[n] = table[block] * a->block + within;
+        if (++within == a->block) within = 0, block++;
+    }
+}
+
+static const char *key_at(const Attention *a, int64_t slot, int64_t group) {
+    return (const char *)a->k + slot * a->k_slot + group * a->k_head;
+}
+
+static const char *value_at(const Attention *a, int64_t slot, int64_t group) {
+    return (const char *)a->v + slot * a->v_slot + group * a->v_head;
+}
+
+static void fetch(const Attention *a, int64_t slot, int64_t group) {
+    const char *k = key_at(a, slot, group), *v = value_at(a, slot, group);
+    for (int64_t d = 0; d < bytes_of(a->format, a->k_size); d += 64) __builtin_prefetch(k + d);
+    for (int64_t d = 0; v != k && d < bytes_of(a->format, a->v_size); d += 64) __builtin_prefetch(v + d);
+}
+
+#define FN(name) name##_portable
+#define SUMS 4
+#include "attention_body.h"
+#undef FN
+#undef SUMS
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define FN(name) name##_avx2
+#define SUMS 4
+#include "attention_body.h"
+#undef FN
+#undef SUMS
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#define FN(name) name##_avx512
+#define SUMS 16
+#include "attention_body.h"
+#undef FN
+#undef SUMS
+#pragma GCC pop_options
+#endif
+
+static const Kernels *kernels_of(int64_t instructions) {
+#if defined(__x86_64__)
+    if (instructions == AVX512) return &kernels_avx512;
+    if (instructions == AVX2) return &kernels_avx2;
+#endif
+    (void)instructions;
+    return &kernels_portable;
+}
+
+static int64_t parts_of(const Attention *a, int64_t sequence) {
+    return (a->end[sequence] - a->first[sequence] + PART - 1) / PART;
+}
+
+/* Head blocks: of each group's queries, HEADS at a time. */
+static int64_t blocks_of(const Attention *a) { return (a->heads / a->groups + HEADS - 1) / HEADS * a->groups; }
+
+static int64_t work_floats(const Attention *a) {
+    return HEADS * whole(a->k_size) + KEYS * (whole(a->k_size) + whole(a->v_size));
+}
+
+int64_t moeray_attention_scratch(const Attention *a) {
+    int64_t parts = 0;
+    for (int64_t i = 0; i < a->sequences; i++) parts += parts_of(a, i);
+    parts *= blocks_of(a);
+    return parts * ((int64_t)sizeof(Part) + HEADS * whole(a->v_size) * 4 + 64) + 4 * a->threads * work_floats(a) + 128;
+}
+
+void moeray_attention(const Attention *a) {
+    const Kernels *k = kernels_of(a->instructions);
+    const int64_t blocks = blocks_of(a), queries = a->heads / a->groups, out = HEADS * whole(a->v_size);
+    int64_t count = 0;
+    for (int64_t i = 0; i < a->sequences; i++) count += parts_of(a, i) * blocks;
+    float *works = (float *)a->scratch, *outs = works + a->threads * work_floats(a);
+    Part *parts = (Part *)(outs + count * out);
+    for (int64_t i = 0, n = 0; i < a->sequences; i++)
+        for (int64_t p = 0; p < parts_of(a, i); p++)
+            for (int64_t b = 0; b < blocks; b++, n++) {
+                int64_t group = b / (blocks / a->groups), within = b % (blocks / a->groups) * HEADS;
+                int64_t from = a->first[i] + p * PART, heads = queries - within;
+                parts[n].sequence = i;
+                parts[n].head = group * queries + within;
+                parts[n].heads = heads < HEADS ? heads : HEADS;
+                parts[n].from = from;
+                parts[n].to = from + PART < a->end[i] ? from + PART : a->end[i];
+                parts[n].out = outs + n * out;
+            }
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
+    {
+        Work work;
+        work.q = works + omp_get_thread_num() * work_floats(a);
+        work.k = work.q + HEADS * whole(a->k_size);
+        work.v = work.k + KEYS * whole(a->k_size);
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < count; n++) k->attend(a, parts + n, &work);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < count; n++) {
+            const Part *part = parts + n;
+            if (part->from != a->first[part->sequence]) continue;
+            char *y = (char *)a->y + bytes_of(a->format, (part->sequence * a->heads + part->head) * a->v_size);
+            for (int64_t h = 0; h < part->heads; h++)
+                k->join(a, part, parts_of(a, part->sequence), blocks, h, y + bytes_of(a->format, h * a->v_size));
+        }
+    }
+}
