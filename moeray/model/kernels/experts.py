@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ class UnsupportedByKernelError(Exception):
 class NativeExpert:
     """One expert as the kernels see it. Keeps its weights alive."""
 
-    pointer: Any
-    _kept: tuple[Tensor, ...]
+    address: int
+    _kept: tuple[Expert | Tensor, ...]
 
 
 class NativeLayer:
@@ -57,7 +56,7 @@ class NativeLayer:
         elif bytes(layer) != bytes(self._layer):
             raise UnsupportedByKernelError("its weights are stored in another form than those of the layer's others")
         kept = [t for s in (*ups, *downs) for t in (s.data, s.scale) if t is not None]
-        return NativeExpert(ctypes.pointer(expert), (*kept, *biases.values()))
+        return NativeExpert(ctypes.addressof(expert), (expert, *kept, *biases.values()))
 
     def forward(
         self,
@@ -68,7 +67,7 @@ class NativeLayer:
     ) -> Tensor:
         """Rows sorted by expert -> each expert's output, [R, D] of x's dtype."""
         assert self._layer is not None, "the layer has experts"
-        return forward(self._layer, [e.pointer for e in experts], counts, x_RD, self._layer.down.outputs, instructions)
+        return forward(self._layer, [e.address for e in experts], counts, x_RD, self._layer.down.outputs, instructions)
 
 
 @dataclass(frozen=True)
