@@ -41,8 +41,10 @@ _CACHES_FULL = 4  # the working set, in last caches
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """Experts of `hidden` x `intermediate`, `distinct` of them a forward, each with as many of `rows`; `repeat` forwards
-    a turn."""
+    """Experts of `hidden` x `intermediate`, `distinct` of them a forward, each with as many of `rows`.
+
+    `repeat` forwards in each turn.
+    """
 
     hidden: int = 1024
     intermediate: int = 512
@@ -64,7 +66,9 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class KernelFigure:
-    """One line. `error`: of the output, relative to fp32 products of the weights that were stored (for int8: before
+    """One line. All but `median_s` are of the best time, since whatever else runs on the machine can only add to it.
+
+    `error`: of the output, relative to fp32 products of the weights that were stored (for int8: before
     they were rounded). `roofline`: the least time that the two ceilings allow, over the time taken."""
 
     format: str
@@ -72,6 +76,7 @@ class KernelFigure:
     rows: int
     threads: int
     seconds: float
+    median_s: float
     gb_per_s: float
     gflop_per_s: float
     read_gb_per_s: float
@@ -207,25 +212,31 @@ def _figures(plan: KernelPlan, weights: _Weights, kernel: Kernel) -> Iterator[Ke
                 bank.forward(layer, x_RD, list(range(first, first + plan.distinct)), counts)
 
             with using_threads(threads):
-                seconds, read, peak = _times(forward, plan.repeat)
-            yield _figure(plan, weights, kernel, rows, threads, seconds, read, peak, error)
+                times = _times(forward, plan.repeat)
+            yield _figure(plan, weights, kernel, rows, threads, times, error)
 
 
 def _figure(
-    plan: KernelPlan, weights: _Weights, kernel: str, rows: int, threads: int, seconds: float, read: float, peak: float,
+    plan: KernelPlan,
+    weights: _Weights,
+    kernel: Kernel,
+    rows: int,
+    threads: int,
+    times: tuple[float, float, float, float],
     error: float,
-) -> KernelFigure:  # fmt: skip
+) -> KernelFigure:
+    seconds, median, read, peak = times
     nbytes = plan.distinct * weights.nbytes
     operations = 2 * plan.distinct * rows * 3 * plan.hidden * plan.intermediate
     roofline = max(nbytes / read, operations / peak) / seconds
     return KernelFigure(
-        weights.form, kernel, rows, threads, seconds, nbytes / seconds / 1e9, operations / seconds / 1e9, read / 1e9,
+        weights.form, kernel, rows, threads, seconds, median, nbytes / seconds / 1e9, operations / seconds / 1e9, read / 1e9,
         peak / 1e9, roofline, error,
     )  # fmt: skip
 
 
-def _times(forward: Callable[[int], None], repeat: int) -> tuple[float, float, float]:
-    """Medians: seconds of a forward, bytes read a second, operations a second.
+def _times(forward: Callable[[int], None], repeat: int) -> tuple[float, float, float, float]:
+    """Best and median seconds of a forward; at best, bytes read a second and operations a second.
 
     They take turns, a few of each at a time: a model's forwards follow one another too, and after a spell of nothing
     but multiplications some CPUs run slower for a while.
@@ -238,7 +249,7 @@ def _times(forward: Callable[[int], None], repeat: int) -> tuple[float, float, f
         reads += [_READ_BYTES / _timed(partial(read_all, memory[i]))[0] for i in range(_TURNS)]
         multiplied = [_timed(partial(multiply, _MULTIPLY_TIMES)) for _ in range(_TURNS)]
         peaks += [operations / seconds for seconds, operations in multiplied]
-    return statistics.median(forwards), statistics.median(reads), statistics.median(peaks)
+    return min(forwards), statistics.median(forwards), max(reads), max(peaks)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -66,14 +66,14 @@ def _print(result: dict[str, Any]) -> None:
     plan = result["plan"]
     title = (
         f"{plan['distinct']} experts of {plan['hidden']}x{plan['intermediate']} a forward, bf16 rows, "
-        f"{result['instructions']} kernels; medians of 3 x {plan['repeat']}"
+        f"{result['instructions']} kernels; best of 3 x {plan['repeat']}"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("weights", "kernel", "rows", "threads", "ms", "GB/s", "GFLOP/s", "roofline", "error"):
+    for column in ("weights", "kernel", "rows", "threads", "ms", "median", "GB/s", "GFLOP/s", "roofline", "error"):
         table.add_column(column, justify="right")
     for f in result["figures"]:
         table.add_row(
-            f["format"], f["kernel"], str(f["rows"]), str(f["threads"]), f"{1e3 * f['seconds']:.2f}",
+            f["format"], f["kernel"], str(f["rows"]), str(f["threads"]), f"{1e3 * f['seconds']:.2f}", f"{1e3 * f['median_s']:.2f}",
             f"{f['gb_per_s']:.1f} ({f['gb_per_s'] / f['read_gb_per_s']:.0%})",
             f"{f['gflop_per_s']:.0f} ({f['gflop_per_s'] / f['peak_gflop_per_s']:.0%})",
             f"{f['roofline']:.0%}", f"{f['error']:.4f}",
