@@ -230,8 +230,8 @@ def _figure(
     operations = 2 * plan.distinct * rows * 3 * plan.hidden * plan.intermediate
     roofline = max(nbytes / read, operations / peak) / seconds
     return KernelFigure(
-        weights.form, kernel, rows, threads, seconds, median, nbytes / seconds / 1e9, operations / seconds / 1e9, read / 1e9,
-        peak / 1e9, roofline, error,
+        weights.form, kernel, rows, threads, seconds, median, nbytes / seconds / 1e9, operations / seconds / 1e9,
+        read / 1e9, peak / 1e9, roofline, error,
     )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for f in result["figures"]:
         table.add_row(
-            f["format"], f["kernel"], str(f["rows"]), str(f["threads"]), f"{1e3 * f['seconds']:.2f}", f"{1e3 * f['median_s']:.2f}",
+            f["format"], f["kernel"], str(f["rows"]), str(f["threads"]),
+            f"{1e3 * f['seconds']:.2f}", f"{1e3 * f['median_s']:.2f}",
             f"{f['gb_per_s']:.1f} ({f['gb_per_s'] / f['read_gb_per_s']:.0%})",
             f"{f['gflop_per_s']:.0f} ({f['gflop_per_s'] / f['peak_gflop_per_s']:.0%})",
             f"{f['roofline']:.0%}", f"{f['error']:.4f}",
