@@ -1,6 +1,6 @@
 """How near the expert kernels come to what the machine can do: bytes a second at few rows, operations at many.
 
-Each figure stands beside ceilings that are measured in turn with it. The weights of all experts are several times
+Each figure stands beside ceilings that are measured in turns with it. The weights of all experts are several times
 larger than the last cache, as those of a model are, and each forward takes other experts than the one before.
 """
 
@@ -34,14 +34,17 @@ from moeray.types import ExpertId
 FORMATS = ("bf16", "int8", "fp8", "mxfp4")
 KERNELS: tuple[Kernel, ...] = ("native", "torch")
 _CPU = torch.device("cpu")
-_READ_BYTES, _MULTIPLY_TIMES = 64 << 20, 100_000
+_READ_BYTES, _MULTIPLY_TIMES, _TURNS = 64 << 20, 100_000, 3
 _FP8_BLOCK, _FP8_MOST = 128, 448.0
 _CACHES_FULL = 4  # the working set, in last caches
 
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """Experts of `hidden` x `intermediate`, `distinct` of them a forward, each with as many of `rows`."""
+    """Experts of `hidden` x `intermediate`, `distinct` of them a forward, each with as many of `rows`.
+
+    `repeat` forwards in each turn.
+    """
 
     hidden: int = 1024
     intermediate: int = 512
@@ -50,7 +53,7 @@ class KernelPlan:
     kernels: tuple[Kernel, ...] = KERNELS
     rows: tuple[int, ...] = (1, 2, 4, 8, 32, 256)
     threads: tuple[int, ...] = (1,)
-    repeat: int = 15
+    repeat: int = 7
 
     def __post_init__(self) -> None:
         if unknown := set(self.formats) - set(FORMATS):
@@ -63,7 +66,9 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class KernelFigure:
-    """One line. `error`: of the output, relative to fp32 products of the weights that were stored (for int8: before
+    """One line. All but `median_s` are of the best time, since whatever else runs on the machine can only add to it.
+
+    `error`: of the output, relative to fp32 products of the weights that were stored (for int8: before
     they were rounded). `roofline`: the least time that the two ceilings allow, over the time taken."""
 
     format: str
@@ -71,6 +76,7 @@ class KernelFigure:
     rows: int
     threads: int
     seconds: float
+    median_s: float
     gb_per_s: float
     gflop_per_s: float
     read_gb_per_s: float
@@ -206,34 +212,44 @@ def _figures(plan: KernelPlan, weights: _Weights, kernel: Kernel) -> Iterator[Ke
                 bank.forward(layer, x_RD, list(range(first, first + plan.distinct)), counts)
 
             with using_threads(threads):
-                seconds, read, peak = _times(forward, plan.repeat)
-            yield _figure(plan, weights, kernel, rows, threads, seconds, read, peak, error)
+                times = _times(forward, plan.repeat)
+            yield _figure(plan, weights, kernel, rows, threads, times, error)
 
 
 def _figure(
-    plan: KernelPlan, weights: _Weights, kernel: str, rows: int, threads: int, seconds: float, read: float, peak: float,
+    plan: KernelPlan,
+    weights: _Weights,
+    kernel: Kernel,
+    rows: int,
+    threads: int,
+    times: tuple[float, float, float, float],
     error: float,
-) -> KernelFigure:  # fmt: skip
+) -> KernelFigure:
+    seconds, median, read, peak = times
     nbytes = plan.distinct * weights.nbytes
     operations = 2 * plan.distinct * rows * 3 * plan.hidden * plan.intermediate
     roofline = max(nbytes / read, operations / peak) / seconds
     return KernelFigure(
-        weights.form, kernel, rows, threads, seconds, nbytes / seconds / 1e9, operations / seconds / 1e9, read / 1e9,
-        peak / 1e9, roofline, error,
+        weights.form, kernel, rows, threads, seconds, median, nbytes / seconds / 1e9, operations / seconds / 1e9,
+        read / 1e9, peak / 1e9, roofline, error,
     )  # fmt: skip
 
 
-def _times(forward: Callable[[int], None], repeat: int) -> tuple[float, float, float]:
-    """Medians, taken in turn: seconds of a forward, bytes read a second, operations a second."""
-    memory = torch.ones(4, _READ_BYTES, dtype=torch.uint8)
+def _times(forward: Callable[[int], None], repeat: int) -> tuple[float, float, float, float]:
+    """Best and median seconds of a forward; at best, bytes read a second and operations a second.
+
+    They take turns, a few of each at a time: a model's forwards follow one another too, and after a spell of nothing
+    but multiplications some CPUs run slower for a while.
+    """
+    memory = torch.ones(_TURNS, _READ_BYTES, dtype=torch.uint8)
     forwards, reads, peaks = [], [], []
-    forward(0)
-    for i in range(1, repeat + 1):
-        forwards.append(_timed(partial(forward, i))[0])
-        reads.append(_READ_BYTES / _timed(partial(read_all, memory[i % 4]))[0])
-        seconds, operations = _timed(partial(multiply, _MULTIPLY_TIMES))
-        peaks.append(operations / seconds)
-    return statistics.median(forwards), statistics.median(reads), statistics.median(peaks)
+    for turn in range(_TURNS):
+        forward(turn * (repeat + 1))
+        forwards += [_timed(partial(forward, turn * (repeat + 1) + i))[0] for i in range(1, repeat + 1)]
+        reads += [_READ_BYTES / _timed(partial(read_all, memory[i]))[0] for i in range(_TURNS)]
+        multiplied = [_timed(partial(multiply, _MULTIPLY_TIMES)) for _ in range(_TURNS)]
+        peaks += [operations / seconds for seconds, operations in multiplied]
+    return min(forwards), statistics.median(forwards), max(reads), max(peaks)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +28,8 @@ class UnsupportedByKernelError(Exception):
 class NativeExpert:
     """One expert as the kernels see it. Keeps its weights alive."""
 
-    pointer: Any
-    _kept: tuple[Tensor, ...]
+    address: int
+    _kept: tuple[Expert | Tensor, ...]
 
 
 class NativeLayer:
@@ -57,7 +56,7 @@ class NativeLayer:
         elif bytes(layer) != bytes(self._layer):
             raise UnsupportedByKernelError("its weights are stored in another form than those of the layer's others")
         kept = [t for s in (*ups, *downs) for t in (s.data, s.scale) if t is not None]
-        return NativeExpert(ctypes.pointer(expert), (*kept, *biases.values()))
+        return NativeExpert(ctypes.addressof(expert), (expert, *kept, *biases.values()))
 
     def forward(
         self,
@@ -68,7 +67,7 @@ class NativeLayer:
     ) -> Tensor:
         """Rows sorted by expert -> each expert's output, [R, D] of x's dtype."""
         assert self._layer is not None, "the layer has experts"
-        return forward(self._layer, [e.pointer for e in experts], counts, x_RD, self._layer.down.outputs, instructions)
+        return forward(self._layer, [e.address for e in experts], counts, x_RD, self._layer.down.outputs, instructions)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ class _Stored:
 
 def native_activation(moe: ExpertsLayer) -> Activation:
     """The kernels' form of the layer's activation, found by its values. Raises UnsupportedByKernelError."""
-    probe_N2 = torch.cartesian_prod(torch.linspace(-20, 20, 41), torch.linspace(-20, 20, 17))
+    gates = torch.cat([torch.linspace(-20, 20, 41), torch.linspace(-0.3, 0.3, 25)])  # near 0, where a steep one bends
+    probe_N2 = torch.cartesian_prod(gates, torch.linspace(-20, 20, 17))
     gate_N, up_N = probe_N2.double().unbind(1)
     gated = bool(moe.module.has_gate)
     wanted = moe.activate(probe_N2 if gated else probe_N2[:, :1])[:, 0].double()

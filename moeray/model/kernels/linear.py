@@ -35,12 +35,12 @@ class NativeLinear:
         bias = None if self._bias is None else self._bias.data_ptr()
         self._layer = Layer(down=matrix)
         self._expert = Expert(down=Outputs(weight_OI.data_ptr(), None, bias, 0, 1))
-        self._pointer = ctypes.pointer(self._expert)
+        self._address = ctypes.addressof(self._expert)
 
     def __call__(self, x_TI: Tensor, instructions: Instructions | None = None) -> Tensor:
         """x [..., I] bf16, fp16 or fp32 -> [..., O] of the same dtype."""
         rows_TI = x_TI.reshape(-1, self.in_features)
-        y_TO = forward(self._layer, [self._pointer], [len(rows_TI)], rows_TI, self.out_features, instructions)
+        y_TO = forward(self._layer, [self._address], [len(rows_TI)], rows_TI, self.out_features, instructions)
         return y_TO.view(*x_TI.shape[:-1], self.out_features)
 
 

@@ -95,7 +95,7 @@ def _declared(lib: Any) -> Any:
     lib.moeray_instructions.restype = c_int64
     lib.moeray_scratch.argtypes = [POINTER(Layer), c_int64, c_int64, c_int64]
     lib.moeray_scratch.restype = c_int64
-    lib.moeray_forward.argtypes = [POINTER(Layer), POINTER(POINTER(Expert)), POINTER(c_int64), c_int64, POINTER(Call)]
+    lib.moeray_forward.argtypes = [POINTER(Layer), c_void_p, c_void_p, c_int64, POINTER(Call)]
     lib.moeray_forward.restype = None
     lib.moeray_read.argtypes = [c_void_p, c_int64, c_int64, c_int64]
     lib.moeray_read.restype = None
@@ -119,9 +119,9 @@ def best_instructions() -> Instructions:
 
 
 def forward(
-    layer: Layer, experts: Sequence[Any], counts: Sequence[int], x_RI: Tensor, outputs: int, chosen: Instructions | None
+    layer: Layer, experts: Sequence[int], counts: Sequence[int], x_RI: Tensor, outputs: int, chosen: Instructions | None
 ) -> Tensor:
-    """x [R, I] float -> [R, outputs] of its dtype: each expert's next rows, by pointers to `Expert` structures.
+    """x [R, I] float -> [R, outputs] of its dtype: of each expert (by its `Expert` structure's address) the next rows.
 
     Runs on torch's number of threads; the interpreter's lock is released meanwhile.
     """
@@ -138,9 +138,8 @@ def forward(
         best_instructions() if chosen is None else chosen,
     )  # fmt: skip
     count = len(experts)
-    lib.moeray_forward(
-        ctypes.byref(layer), (POINTER(Expert) * count)(*experts), (c_int64 * count)(*counts), count, ctypes.byref(call)
-    )
+    numbers = c_int64 * count
+    lib.moeray_forward(ctypes.byref(layer), numbers(*experts), numbers(*counts), count, ctypes.byref(call))
     del memory
     return y_RO.to(dtype)
 
