@@ -42,6 +42,7 @@ typedef struct {
 typedef struct {
     float *q, *k, *v, scores[HEADS * KEYS], fade[HEADS];
     int64_t slots[PART];
+    const char *keys[KEYS], *values[KEYS];
 } Work;
 
 typedef struct {
