@@ -112,6 +112,8 @@ class ExpertsConfig:
     `kernel`: what multiplies on CPUs. `native` are moeray's own kernels; `auto` is those, except in float32 and where
     they cannot compute a layer, which runs on `torch` then. `quantization: int8` keeps dense weights of CPU experts as
     int8 with a scale for each output, in the cache folder: half the memory and its traffic, somewhat less exact.
+    `pin_threads`: an actor on a CPU keeps its compute threads on cores that no other actor of the machine has, as long
+    as there are as many; switch it off where other programs compute on the same cores.
     """
 
     actors: int = 2
@@ -125,6 +127,7 @@ class ExpertsConfig:
     replicas: int = 1
     kernel: Kernel = "auto"
     quantization: Quantization = "none"
+    pin_threads: bool = True
     groups: tuple[ExpertGroupConfig, ...] = ()
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import moeray
 ROOT = Path(moeray.__file__).parent
 
 # Each room may import the rooms named, and always the leaves.
-LEAVES = {"config", "types", "errors", "metrics", "logs"}
+LEAVES = {"config", "types", "errors", "metrics", "logs", "threads"}
 ALLOWED = {
     "model": set(),
     "wire": set(),

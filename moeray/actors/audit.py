@@ -26,13 +26,18 @@ class Audit:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def last(self, *events: str) -> str | None:
-        """Which of these events was written last, by this controller or one before it."""
+        """Which of these events was written last, by this controller or one before it over the same actors.
+
+        A controller that took nobody over began a system; what the log has from an earlier one of that name is past.
+        """
         if self.path is None or not self.path.exists():
             return None
         found = None
         with self.path.open() as file:
             for line in file:
-                if any(f'"event": "{event}"' in line for event in events):
+                if '"event": "controller"' in line and not json.loads(line)["adopted"]:
+                    found = None
+                elif any(f'"event": "{event}"' in line for event in events):
                     found = json.loads(line)["event"]
         return found
 

@@ -117,7 +117,8 @@ class Controller:
         if found is not None:
             placement = found.enter(self._roster, self._loop, self._fleet, places)
             self._autoscaler.adopt(placement)
-            self._autoscaler.paused = self._audit.last("pause", "resume") == "pause"
+            if said := self._audit.last("pause", "resume"):  # by hand; where nobody did, the config holds
+                self._autoscaler.paused = said == "pause"
         self._places = places
 
     def _cannot_place(self, error: MoerayError) -> None:
@@ -257,9 +258,11 @@ class Controller:
     # -- questions ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """`status` ("loading", "ready" or "failed"), `detail` in a line, and `info` (SystemInfo) once ready."""
+        """`status` ("loading", "ready", "stopping" or "failed"), `detail` in a line, `info` (SystemInfo) if ready."""
         if self._error is not None:
             return {"status": "failed", "detail": self._error, "info": None}
+        if self._stopped:
+            return {"status": "stopping", "detail": "stopping", "info": None}
         if self._info is None or not self._ready.done():
             return {"status": "loading", "detail": self._phase, "info": None}
         return {"status": "ready", "detail": "ready", "info": self._info}

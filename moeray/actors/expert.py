@@ -8,19 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from moeray.actors.cores import Cores, claim
 from moeray.actors.rows import RowServer
-from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.config import default_cache_dir
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.experts import ExpertBank
-from moeray.model.loading import open_model, pick_device
+from moeray.model.int8 import Int8Cache
+from moeray.model.loading import ModelFiles, open_model, pick_device
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
@@ -64,6 +68,7 @@ class ExpertActor:
         wire = spec.config.wire
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
         self._address: Address | None = None
+        self._cores: Cores | None = None
 
     # -- control --------------------------------------------------------------------------------------------------
 
@@ -97,6 +102,8 @@ class ExpertActor:
                 self._rows.tally.first_at = None
             wanted = [ExpertId(*expert) for expert in experts]
             bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
+            if self._cores is None and self._device.type == "cpu" and self._spec.config.experts.pin_threads:
+                self._cores = claim(self._spec.threads, machine_dir() / "cores")
             return self._weigh(bank)
 
     def unhost(self, experts: Sequence[tuple[int, int]]) -> int:
@@ -133,6 +140,13 @@ class ExpertActor:
                 self._state = self._state.advance(Lifecycle.READY)
         return self._bank
 
+    def _new_bank(self, files: ModelFiles) -> ExpertBank:
+        config, int8 = self._spec.config, None
+        if config.experts.quantization == "int8" and self._device.type == "cpu":
+            int8 = Int8Cache.of(files.checkpoint, Path(config.cache_dir) if config.cache_dir else default_cache_dir())
+        dtype = files.dtype(config.dtype)
+        return ExpertBank(files.family, files.weights, dtype, self._device, config.experts.kernel, int8)
+
     def _weigh(self, bank: ExpertBank) -> int:
         self._recorder.set("moeray_expert_weight_bytes", bank.nbytes, actor=self._spec.actor_id)
         return bank.nbytes
@@ -159,6 +173,8 @@ class ExpertActor:
         if self._vigil:
             self._vigil.close()
         self._listener.close(timeout=5.0)
+        if self._cores is not None:
+            self._cores.release()
         remove_runtime_dir(self._node_id, self._spec.system)
 
     def _heard(self) -> None:
@@ -175,9 +191,13 @@ class ExpertActor:
 
     def _serve(self, channel: Channel) -> None:
         """One peer's channel, until it closes."""
+        kept: Cores | None = None
         while True:
             try:
                 frame = channel.recv()
+                if self._cores is not kept and self._cores is not None:
+                    kept = self._cores
+                    kept.keep()
                 channel.send(self._answer(frame))
             except ChannelClosedError:
                 return

@@ -215,6 +215,8 @@ class RouterActor:
         try:
             self._listener.close(timeout=5.0)
         finally:
+            if self._dispatcher:
+                self._dispatcher.abandon()  # with its channels the router's requests have gone: the step is for nobody
             self._loop.stop(timeout=30.0)
             remove_runtime_dir(self._node_id, self._spec.system)
             if self._dispatcher:

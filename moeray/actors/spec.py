@@ -67,12 +67,16 @@ def model_fingerprint(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def machine_dir() -> Path:
+    """This user's folder for what all actors of the machine share."""
+    base = Path(os.environ.get("MOERAY_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    return base / f"moeray-{os.getuid()}"
+
+
 def runtime_dir(node_id: str, system: str) -> Path:
     """The private folder (0700) for one node's sockets. Nodes that share a machine get different ones."""
-    base = Path(os.environ.get("MOERAY_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    owner = base / f"moeray-{os.getuid()}"
-    folder = owner / f"{node_id[:12]}-{system[:8]}"
-    for path in (owner, folder):
+    folder = machine_dir() / f"{node_id[:12]}-{system[:8]}"
+    for path in (machine_dir(), folder):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
         if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:

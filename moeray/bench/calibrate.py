@@ -1,92 +1,69 @@
-"""The costs that `moeray simulate` reckons with, measured on this machine with the real parts.
+"""The costs that `moeray simulate` reckons with, measured on a running system and its parts.
 
-Expert actors are processes of their own on one thread each, reached through a real dispatcher over unix channels; the
-trunk is a real one whose experts cost nothing. Each figure is a least-squares fit over medians.
+Experts are measured alone, on one thread. What a step takes beside them is what a client of the running system sees
+(`bench.rhythm`): the dispatcher's own clock tells the hops, and all else between two tokens is the trunk's. Each figure
+is a least-squares fit.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import secrets
+import asyncio
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moeray.actors.expert import ExpertActor
-from moeray.actors.spec import ActorSpec
-from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.environment import environment
-from moeray.config import Config, load_config
+from moeray.bench.grow import settled
+from moeray.bench.rhythm import PROMPTS, Rhythm, Rhythms
+from moeray.bench.traffic import System
+from moeray.config import Config
+from moeray.control.cost import Costs, StepCosts
 from moeray.control.eplb import place
-from moeray.control.placement import Host, Placement
-from moeray.dispatch.dispatcher import Dispatcher
-from moeray.dispatch.view import PlacementView
-from moeray.engine.sampler import Sampler
-from moeray.engine.scheduler import Batch, Entry
-from moeray.engine.sequence import Sequence as Request
-from moeray.engine.trunk_runner import TrunkRunner
+from moeray.control.placement import Host
+from moeray.control.popularity import MoeShape, PopularityModel
 from moeray.errors import MoerayError
-from moeray.logs import setup_logging
-from moeray.metrics import Recorder
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import ModelFiles, open_model, pick_device
-from moeray.model.trunk import Trunk
-from moeray.types import Address, ExpertId, GenerationRequest
-from moeray.wire.channel import connect
+from moeray.model.trunk import max_context
+from moeray.types import ExpertId
 
 NODE = "calibrate"
-SHAPE = Shape(vocab=1024)
-STEP_TOKENS = (1, 8, 64, 256, 1024)
-HOP_TOKENS = (1, 16, 128)
 EXPERT_GRID = tuple((distinct, rows) for distinct in (1, 2, 4, 8) for rows in (1, 4, 16, 64))
-DECODES, CONTEXT = 8, 256
-START_TIMEOUT_S = 120.0
+SETTLE_S = 120.0
+POLL_S = 0.05
 
 
-@dataclass(frozen=True)
-class _Started:
-    """An expert actor's process: where it listens, seconds until it was ready, and to map its experts then."""
-
-    address: Address
-    start_s: float
-    map_s: float
-
-
-def calibrate(
-    model: str | None, *, actors: int = 2, repeat: int = 7, report: Callable[[str], None] = lambda what: None
+async def calibrate(
+    system: System, config: Config, vocab: int, *, repeat: int = 15, report: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """Measure. `model` None: a small random Mixtral.
+    """Measure a running system of this config, whose autoscaling is off, that nobody else uses.
 
     Returns plain data for the cost file: `costs` (see `control.cost.Costs`), the points that they were fitted to, the
-    model's shape and the environment. Raises CheckpointError, and MoerayError where an actor does not start.
+    model's shape and the environment. How long an actor takes to start is measured where the config lets the first
+    group grow by one. Raises CheckpointError, and MoerayError where a request fails or an actor does not start.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        if model is None:
-            report("writing a small random model")
-            model = str(write_random_moe(SHAPE, Path(folder)))
-        config = load_config(None, {"model": model, "engine.kv_blocks": 1024})
-        files = open_model(model, None, node=NODE)
-        report("experts")
-        expert_points, expert_costs = _experts(files, repeat)
-        report("trunk")
-        trunk_costs = _trunk(files, config, repeat)
-        report("starting expert actors, and hops")
-        hop_points, hop_costs = _hops(files, config, actors, repeat)
+    files = open_model(config.model, None, node=NODE)
+    report("experts")
+    points, expert_costs = await asyncio.to_thread(_experts, files, repeat)
+    longest = min(config.engine.max_batch_tokens, max_context(files.family.config) - 1)
+    rhythm = await Rhythms(system, vocab, longest, repeat).measure(report)
+    shape = MoeShape(len(files.expert_counts()), max(files.expert_counts().values()), _top_k(files))
+    measured = Costs(**expert_costs, trunk_layers=shape.layers, hop_s=0.0, hop_row_s=0.0)
+    costs = expert_costs | fit_rhythm(rhythm, measured, shape, config.experts.resolved()[0].actors)
+    report("starting an actor")
+    costs |= await _start(system, config)
     return {
-        "costs": trunk_costs | expert_costs | hop_costs,
-        "points": {"experts": expert_points, "hops": hop_points},
+        "costs": costs,
+        "points": {"experts": points, "rhythm": asdict(rhythm)},
         "model": {
-            "name": None if config.model.startswith(folder) else config.model,
+            "name": config.model,
             "experts": {str(layer): count for layer, count in files.expert_counts().items()},
             "top_k": _top_k(files),
             "expert_bytes": next(iter(files.expert_bytes().values())),
@@ -98,7 +75,7 @@ def calibrate(
 # -- experts ----------------------------------------------------------------------------------------------------------
 
 
-def _experts(files: ModelFiles, repeat: int) -> tuple[list[dict[str, float]], dict[str, float]]:
+def _experts(files: ModelFiles, repeat: int) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Forwards of different experts each time, as in a model of many layers, on one thread."""
     dtype = files.dtype("auto")
     bank = ExpertBank(files.family, files.weights, dtype, pick_device("cpu"))
@@ -107,6 +84,8 @@ def _experts(files: ModelFiles, repeat: int) -> tuple[list[dict[str, float]], di
     layers = sorted(counts)
     points = []
     with _one_thread():
+        for layer, count in counts.items():  # weights that are mapped from a file come with their first use
+            bank.forward(layer, torch.zeros(count, _hidden(files), dtype=dtype), list(range(count)), [1] * count)
         for distinct, each in EXPERT_GRID:
             if distinct > min(counts.values()):
                 continue
@@ -132,155 +111,80 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# -- trunk ------------------------------------------------------------------------------------------------------------
+# -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _trunk(files: ModelFiles, config: Config, repeat: int) -> dict[str, Any]:
-    """Steps, sampling included, of prompts of several lengths, and what sequences that decode add to that."""
-    dtype, device = files.dtype("auto"), pick_device("auto")
-    trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, device, config.engine)
+def fit_rhythm(rhythm: Rhythm, experts: Costs, shape: MoeShape, actors: int) -> dict[str, Any]:
+    """The costs of hops, trunk, waking and requests, with which a simulated step lasts as long as a seen one.
 
-    def no_experts(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-        return x_TD.unsqueeze(1).expand(-1, ids_TK.shape[1], -1)
-
-    runner = TrunkRunner(trunk, config.engine, no_experts, ())
-    size = config.engine.block_size
-    longest = min(runner.max_context, runner.num_blocks * size // DECODES)
-    tokens = [n for n in STEP_TOKENS if n <= longest]
-    context = min(CONTEXT, longest)
-
-    sampler = Sampler()
-
-    def steps(batch: Batch) -> float:
-        return _median_s(lambda i: sampler.sample(runner.run(batch), batch.sampled), max(3, repeat // 2))
-
-    seconds = [steps(Batch((_entry(0, 0, n, size),))) for n in tokens]
-    decode = steps(Batch(tuple(_entry(i, context - 1, 1, size) for i in range(DECODES))))
-    prefill = float(np.interp(DECODES, tokens, seconds))
-    return {
-        "trunk_tokens": tokens,
-        "trunk_s": list(np.maximum.accumulate(seconds)),
-        "trunk_layers": len(files.family.layers),
-        "decode_s": max(0.0, (decode - prefill) / DECODES),
-    }
+    Small steps are taken from streams, larger ones from prompts; what a decode costs beside a prompt is the difference
+    where the two meet. `experts`: costs of experts alone; `actors`: how many there were when the rhythm was taken.
+    """
+    hops = _hop_costs(rhythm, shape.top_k)
+    rest_s = _beside_experts(replace(experts, **hops), shape, actors)
+    streams = {phase.count: phase.step_s for phase in rhythm.streams}
+    request_s = max(0.0, rhythm.beside_s - streams[1] / 2 - streams[2])
+    wake_s = max(0.0, rhythm.prompts[0].step_s - streams[1] - request_s)
+    prefills = {p.count: p.step_s - request_s - wake_s for p in rhythm.prompts if p.count > 1}
+    most = max(streams)
+    as_prefill_s = float(np.interp(most, sorted(prefills), [prefills[n] for n in sorted(prefills)]))
+    decode_s = max(0.0, (streams[most] - as_prefill_s) / most)
+    steps = {n: seconds for n, seconds in prefills.items() if n > most}
+    steps |= {n: seconds - n * decode_s for n, seconds in streams.items()}
+    tokens = sorted(steps)
+    trunk_s = np.maximum.accumulate([max(0.0, steps[n] - rest_s(n)) for n in tokens])
+    return hops | {
+        "trunk_tokens": tokens, "trunk_s": trunk_s.tolist(), "trunk_layers": shape.layers, "decode_s": decode_s,
+        "request_s": request_s, "wake_s": wake_s,
+    }  # fmt: skip
 
 
-def _entry(number: int, start: int, count: int, block_size: int) -> Entry:
-    """`count` tokens of a sequence that has `start` behind it, in blocks of its own."""
-    request = Request(GenerationRequest(f"calibrate-{number}", (1,) * (start + count)))
-    blocks = -(-(start + count) // block_size)
-    request.block_table = list(range(number * blocks, (number + 1) * blocks))
-    return Entry(request, start, count, True)
+def _hop_costs(rhythm: Rhythm, top_k: int) -> dict[str, Any]:
+    phases = [phase for phase in (*rhythm.streams, *rhythm.prompts) if phase.hop_s > 0]
+    if not phases:
+        return {"hop_s": 0.0, "hop_row_s": 0.0}
+    hop_s, hop_row_s = _fit([[1.0, phase.count * top_k] for phase in phases], [phase.hop_s for phase in phases])
+    return {"hop_s": hop_s, "hop_row_s": hop_row_s}
 
 
-# -- hops and starts --------------------------------------------------------------------------------------------------
-
-
-def _hops(
-    files: ModelFiles, config: Config, actors: int, repeat: int
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """A layer's way there and back, less what the slowest actor computed."""
-    counts = files.expert_counts()
+def _beside_experts(costs: Costs, shape: MoeShape, actors: int) -> Callable[[int], float]:
+    """What the simulation says that experts and hops take of a step of so many tokens."""
+    steps = StepCosts(replace(costs, trunk_s=(0.0,) * len(costs.trunk_tokens)), shape, max(PROMPTS))
     hosts = [Host(f"experts-{i}", 1 << 60) for i in range(actors)]
-    placement = place({}, hosts, experts=counts, expert_bytes=files.expert_bytes())
-    spec = ActorSpec("calibrate", "router", "cpu", 1, config, secrets.token_bytes(32), secrets.token_hex(4))
-    with _processes(spec, placement) as started, _dispatcher(spec, placement, started) as dispatcher:
-        points = [_hop(files, dispatcher, tokens, repeat) for tokens in HOP_TOKENS]
-        start_s = statistics.median(one.start_s for one in started)
-        map_s = statistics.median(one.map_s for one in started)
-    a, b = _fit([[1.0, p["rows"]] for p in points], [p["seconds"] for p in points])
-    return points, {"hop_s": a, "hop_row_s": b, "start_s": start_s, "map_s": map_s}
+    counts = dict.fromkeys(range(shape.layers), shape.experts)
+    placement = place({}, hosts, experts=counts, expert_bytes=dict.fromkeys(counts, 1))
+    popularity = PopularityModel("uniform", shape, 0).of_epoch(0)
+    table = steps.table(placement, popularity, dict.fromkeys(placement.actors(), 1.0))
+    return lambda tokens: steps.trunk_s[tokens] + table.slowest_s[tokens]
 
 
-def _hop(files: ModelFiles, dispatcher: Dispatcher, tokens: int, repeat: int) -> dict[str, float]:
-    counts, top_k = files.expert_counts(), _top_k(files)
-    layers = sorted(counts)
-    generator = torch.Generator().manual_seed(tokens)
-    x_TD = torch.randn(tokens, _hidden(files), generator=generator).to(files.dtype("auto"))
-    fewest = min(counts.values())
-    ids_TK = torch.stack([torch.randperm(fewest, generator=generator)[:top_k] for _ in range(tokens)])
-    waits: list[float] = []
+async def _start(system: System, config: Config) -> dict[str, float]:
+    """One actor more, and gone again: until it has started, and until it hosts experts. Nothing where none may come."""
+    group = config.experts.resolved()[0]
+    if group.actors_span[1] <= group.actors:
+        return {}
+    before = {row["actor"] for row in (await system.status())["actors"]}
 
-    def layer(i: int) -> None:
-        began = time.perf_counter()
-        dispatcher(layers[i % len(layers)], x_TD, ids_TK)
-        waits.append(time.perf_counter() - began - dispatcher.slowest_compute_s)
+    def started(status: Mapping[str, Any]) -> bool:
+        return any(row["actor"] not in before and row["state"] != "starting" for row in status["actors"])
 
-    _median_s(layer, repeat)
-    return {"rows": tokens * top_k, "seconds": statistics.median(waits[-repeat:])}
-
-
-@contextmanager
-def _dispatcher(spec: ActorSpec, placement: Placement, started: Sequence[_Started]) -> Iterator[Dispatcher]:
-    view, identity = PlacementView(), spec.identity(NODE)
-    view.publish(placement, {one.address.actor_id: one.address for one in started})
-    wire = spec.config.wire
-    dispatcher = Dispatcher(
-        view, lambda address: connect(address, identity, wire, timeout=10.0), Recorder(), deadline_s=60.0
-    )
-    try:
-        yield dispatcher
-    finally:
-        dispatcher.close()
+    began = time.monotonic()
+    await system.call("scale", group.name, group.actors + 1)
+    start_s = await _until(system, started) - began
+    map_s = await _until(system, settled) - began - start_s
+    await system.call("scale", group.name, group.actors)
+    await _until(system, settled)
+    return {"start_s": start_s, "map_s": map_s}
 
 
-@contextmanager
-def _processes(spec: ActorSpec, placement: Placement) -> Iterator[list[_Started]]:
-    """An expert actor in a process of its own for each actor of the placement, started one by one."""
-    context = multiprocessing.get_context("forkserver")  # which forks as a node's zygote does
-    context.set_forkserver_preload([__name__])
-    first = context.Process(target=_nothing)
-    first.start()
-    first.join()
-    running: list[tuple[Any, multiprocessing.connection.Connection]] = []
-    try:
-        started = []
-        for actor_id in placement.actors():
-            own = ActorSpec(actor_id, "experts", "cpu", 1, spec.config, spec.token, spec.system)
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_run_actor, args=(own, placement.hosted_by(actor_id), theirs))
-            began = time.perf_counter()
-            process.start()
-            running.append((process, ours))
-            _hear(ours)
-            start_s = time.perf_counter() - began
-            address, map_s = _hear(ours)
-            started.append(_Started(address, start_s, map_s))
-        yield started
-    finally:
-        for process, ours in running:
-            ours.close()
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-def _nothing() -> None:
-    """The first fork waits for the server's imports."""
-
-
-def _hear(pipe: multiprocessing.connection.Connection) -> Any:
-    if not pipe.poll(START_TIMEOUT_S):
-        raise MoerayError(f"an expert process did not start within {START_TIMEOUT_S:g} s; see its output above")
-    return pipe.recv()
-
-
-def _run_actor(spec: ActorSpec, experts: Sequence[ExpertId], pipe: multiprocessing.connection.Connection) -> None:
-    """The expert process: ready, then with experts, then serving until the other end of the pipe closes."""
-    setup_logging(level="WARNING")
-    torch.set_num_threads(spec.threads)
-    actor = ExpertActor(spec, NODE)
-    _, address = actor.start()
-    try:
-        actor.prepare()
-        pipe.send("ready")
-        began = time.perf_counter()
-        actor.host(experts)
-        pipe.send((address, time.perf_counter() - began))
-        pipe.poll(None)
-    finally:
-        actor.stop()
+async def _until(system: System, what: Callable[[dict[str, Any]], bool]) -> float:
+    """The moment at which `what` holds of the status."""
+    end = time.monotonic() + SETTLE_S
+    while not what(status := await system.status()):
+        if time.monotonic() > end:
+            raise MoerayError(f"no actor more within {SETTLE_S:g} s: {status['ready']} of {status['wanted']} are ready")
+        await asyncio.sleep(POLL_S)
+    return time.monotonic()
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

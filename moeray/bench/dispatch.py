@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeray.actors.expert import ExpertActor
-from moeray.actors.spec import ActorSpec
 from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.environment import environment
+from moeray.bench.expert_processes import FAR, NEAR, ExpertProcesses, expert_processes
 from moeray.config import Config, load_config
-from moeray.control.eplb import place
-from moeray.control.placement import Host
-from moeray.dispatch.dispatcher import Dispatcher
-from moeray.dispatch.view import PlacementView
-from moeray.errors import MoerayError
-from moeray.logs import setup_logging
-from moeray.metrics import Recorder
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_model
-from moeray.types import Address, ExpertId
-from moeray.wire.channel import connect
-
-NEAR, FAR = "near", "far"
+from moeray.types import ExpertId
 
 
 def measure(shape: Shape, actors: int, tokens: list[int], repeat: int) -> dict[str, Any]:
@@ -42,65 +27,21 @@ def measure(shape: Shape, actors: int, tokens: list[int], repeat: int) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         model = write_random_moe(shape, Path(folder))
         config = load_config(None, {"model": str(model), "dtype": "bfloat16"})
-        with _actors(config, actors) as addresses:
-            rows = [_row(config, shape, addresses, n, repeat) for n in tokens]
+        with expert_processes(config, actors) as processes:
+            rows = [_row(processes, shape, n, repeat) for n in tokens]
     return {"shape": asdict(shape) | {"actors": actors}, "repeat": repeat, "rows": rows, "environment": environment()}
 
 
-@contextmanager
-def _actors(config: Config, count: int) -> Iterator[list[Address]]:
-    """Expert actors as processes, one thread each, on a node named NEAR; all stopped at the end."""
-    files = open_model(config.model, None, node=NEAR)
-    counts = files.expert_counts()
-    hosts = [Host(f"experts-{i}", 1 << 60) for i in range(count)]
-    placement = place({}, hosts, experts=counts, expert_bytes=files.expert_bytes())
-    context, system, token = multiprocessing.get_context("spawn"), secrets.token_hex(4), secrets.token_bytes(32)
-    started = []
-    for host in hosts:
-        spec = ActorSpec(host.actor_id, "experts", "cpu", 1, config, token, system)
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_run_actor, args=(spec, placement.hosted_by(host.actor_id), theirs))
-        process.start()
-        started.append((process, ours))
-    try:
-        yield [_hear(ours) for _, ours in started]
-    finally:
-        for process, ours in started:
-            ours.close()
-            process.join(30)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-def _hear(pipe: multiprocessing.connection.Connection) -> Any:
-    if not pipe.poll(120):
-        raise MoerayError("an expert process did not start within 120 s; see its output above")
-    return pipe.recv()
-
-
-def _run_actor(spec: ActorSpec, experts: list[ExpertId], pipe: multiprocessing.connection.Connection) -> None:
-    """The expert process: serve until the other end of the pipe closes."""
-    setup_logging(level="WARNING")
-    torch.set_num_threads(spec.threads)
-    actor = ExpertActor(spec, NEAR)
-    _, address = actor.start()
-    actor.host(experts)
-    pipe.send((address, spec.token, spec.system))
-    pipe.poll(None)
-    actor.stop()
-
-
-def _row(config: Config, shape: Shape, started: list[Any], tokens: int, repeat: int) -> dict[str, Any]:
+def _row(processes: ExpertProcesses, shape: Shape, tokens: int, repeat: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(tokens)
     x_TD = torch.randn(tokens, shape.hidden, generator=generator).to(torch.bfloat16)
     ids_TK = torch.stack([torch.randperm(shape.experts, generator=generator)[: shape.top_k] for _ in range(tokens)])
     row: dict[str, Any] = {
         "tokens": tokens,
-        "in_process_us": _in_process(config, shape, len(started), x_TD, ids_TK, repeat),
+        "in_process_us": _in_process(processes.config, shape, len(processes.addresses), x_TD, ids_TK, repeat),
     }
     for hop, node in (("unix", NEAR), ("grpc", FAR)):
-        row |= _over(hop, node, config, shape, started, x_TD, ids_TK, repeat)
+        row |= _over(hop, node, processes, shape, x_TD, ids_TK, repeat)
     return row
 
 
@@ -122,31 +63,17 @@ def _in_process(config: Config, shape: Shape, actors: int, x_TD: Tensor, ids_TK:
 
 
 def _over(
-    hop: str, node: str, config: Config, shape: Shape, started: list[Any], x_TD: Tensor, ids_TK: Tensor, repeat: int
+    hop: str, node: str, processes: ExpertProcesses, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repeat: int
 ) -> dict[str, float]:
     """One layer through a real dispatcher, from a router on `node`."""
-    addresses = {address.actor_id: address for address, _, _ in started}
-    _, token, system = started[0]
-    spec = ActorSpec("bench", "router", "cpu", 1, config, token, system)
-    identity = replace(spec.identity(node), actor_id=f"bench-{hop}")
-    files = open_model(config.model, None, node=node)
-    hosts = [Host(actor, 1 << 60) for actor in sorted(addresses)]
-    placement = place({}, hosts, experts=files.expert_counts(), expert_bytes=files.expert_bytes())
-    view, recorder = PlacementView(), Recorder()
-    view.publish(placement, addresses)
-    dispatcher = Dispatcher(
-        view, lambda address: connect(address, identity, config.wire, timeout=10.0), recorder, deadline_s=60.0
-    )
     computes: list[float] = []
+    with processes.dispatcher(node) as dispatcher:
 
-    def layer(i: int) -> None:
-        dispatcher(i % shape.layers, x_TD, ids_TK)
-        computes.append(1e6 * dispatcher.slowest_compute_s)
+        def layer(i: int) -> None:
+            dispatcher(i % shape.layers, x_TD, ids_TK)
+            computes.append(1e6 * dispatcher.slowest_compute_s)
 
-    try:
         total = _median_us(layer, repeat)
-    finally:
-        dispatcher.close()
     return {f"{hop}_us": total, f"{hop}_compute_us": statistics.median(computes[-repeat:])}
 
 

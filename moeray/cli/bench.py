@@ -11,7 +11,9 @@ import click
 class _Benchmarks(click.Group):
     """Imported when they are called."""
 
-    _names: ClassVar[tuple[str, ...]] = ("calibrate", "dispatch", "grow", "plan", "replay", "skew")
+    _names: ClassVar[tuple[str, ...]] = (
+        "calibrate", "dispatch", "engine", "grow", "kernel", "plan", "replay", "serve", "skew",
+    )  # fmt: skip
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._names)

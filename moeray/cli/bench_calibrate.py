@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from moeray.cli.options import config_of, config_options
+
+if TYPE_CHECKING:
+    from moeray.config import Config
+
+_DEFAULTS = {
+    "experts__max_actors": 3, "experts__num_cpus": 0.1, "experts__threads": 1, "router__num_cpus": 0.1,
+    "serve__name": "moeray-calibrate", "engine__kv_blocks": 1024,
+}  # fmt: skip
 
 
 @click.command("calibrate")
 @click.argument("model", required=False)
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the cost file here, for `moeray simulate --costs`.")
-@click.option("--actors", type=click.IntRange(1), default=2, show_default=True, help="Expert actors for the hops.")
-@click.option("--repeat", type=click.IntRange(1), default=7, show_default=True, help="Times each point is measured.")
+@click.option("--repeat", type=click.IntRange(1), default=15, show_default=True, help="Times each point is measured.")
+@click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def command(model: str | None, out: str | None, actors: int, repeat: int, output: str) -> None:
-    """Measure what `moeray simulate` reckons with: trunk, experts, hops, and how long an actor takes to start.
+@config_options
+def command(
+    model: str | None, out: str | None, repeat: int, local: bool, output: str, config_file: str | None, **flags: Any
+) -> None:
+    """Measure what `moeray simulate` reckons with, on a system of its own: trunk, experts, hops, and starts of actors.
 
-    MODEL is a local folder or a hub id; without one, a small random model is measured. An actor's start is that of a
-    forked process that opens the model; what Ray needs to schedule it comes on top, about a second.
+    MODEL is a local folder or a hub id; without one, a small random model is measured. Nothing else should run on the
+    machine meanwhile.
     """
-    from moeray.bench.calibrate import calibrate
+    from moeray.bench.checkpoint import Shape, write_random_moe
 
-    result = calibrate(model, actors=actors, repeat=repeat, report=lambda what: click.echo(f"{what} ...", err=True))
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
+        path = model or str(write_random_moe(Shape(vocab=1024), Path(folder) / "random-moe"))
+        config = config_of(path, config_file, flags, **defaults)
+        result = calibrated(config, local, repeat, report=lambda what: click.echo(f"{what} ...", err=True))
     text = json.dumps(result, indent=2)
     if out is not None:
         Path(out).write_text(text + "\n")
@@ -33,3 +55,21 @@ def command(model: str | None, out: str | None, actors: int, repeat: int, output
         shown = ", ".join(f"{v:.4g}" for v in value) if isinstance(value, list) else f"{value:.4g}"
         click.echo(f"{key:<13} {shown}")
     click.echo(f"on {result['environment']['cpu']}, {result['environment']['cores']} cores")
+
+
+def calibrated(
+    config: Config, local: bool, repeat: int = 15, report: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """`bench.calibrate` on a system of this config, which it starts and stops; its numbers of actors stay."""
+    control = replace(config.control, autoscale=False, warm_pool=0)
+    return asyncio.run(_run(replace(config, control=control), local, repeat, report))
+
+
+async def _run(config: Config, local: bool, repeat: int, report: Callable[[str], None]) -> dict[str, Any]:
+    from moeray.bench.calibrate import calibrate
+    from moeray.cli.session import local_system, ray_system
+
+    async with local_system(config) if local else ray_system(config) as backend:
+        assert backend.model is not None
+        vocab = min(backend.model.vocab_size, 32000)
+        return await calibrate(backend, config, vocab, repeat=repeat, report=report)

@@ -23,6 +23,9 @@ def command(tokens: str, output: str, **shape: int) -> None:
 
     The expert actors are processes of their own; the in-process figure uses the same number of threads in all.
     """
+    from moeray.threads import wait_passively
+
+    wait_passively()
     from moeray.bench.checkpoint import Shape
     from moeray.bench.dispatch import measure
 

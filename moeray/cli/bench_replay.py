@@ -48,8 +48,8 @@ def command(
 
     The simulation knows this machine's number of cores. Exits 1 when a request was lost.
     """
-    from moeray.bench.calibrate import calibrate
     from moeray.bench.checkpoint import write_small_moe
+    from moeray.cli.bench_calibrate import calibrated
     from moeray.control.trace import read_trace
 
     trace = read_trace(trace_file).window(60 * from_minute, 60 * minutes).scaled(scale).shortened(shorten)
@@ -58,7 +58,7 @@ def command(
         config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)
         path = Path(costs_file or Path(folder) / "costs.json")
         if costs_file is None:
-            path.write_text(json.dumps(calibrate(config.model, report=lambda what: report(what, 0, 1))))
+            path.write_text(json.dumps(calibrated(config, local, report=lambda what: report(what, 0, 1))))
         live = asyncio.run(_live(config, trace, local, report))
         simulated = _simulate(config, trace, path)
     result = _tree(trace, live, simulated)

@@ -25,7 +25,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(1)
 
 
-CONTROL = {"policies": ("latency", "hot_experts"), "max_growth": 4.0, "shrink_votes": 25}
+CONTROL = {"policies": ("latency", "hot_experts"), "max_growth": 4.0, "interval_s": 1.0, "shrink_votes": 50}
 """Without --config: the other policies do not know the SLO that the run is judged by."""
 
 

@@ -26,6 +26,7 @@ from moeray.cluster.resources import Request, check_fits, for_experts, for_route
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError
 from moeray.logs import setup_logging
+from moeray.threads import PASSIVE
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ NAMESPACE = "moeray"
 LEASE_S = 60.0
 LOOKUP_S = 30.0
 # Threads that wait must not spin on a core that another actor needs.
-_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
+_ENV = PASSIVE | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 # A process's interpreter: forks of the node's zygote start in a fraction of a second. MOERAY_PYTHON is for a node

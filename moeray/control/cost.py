@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from moeray.control.placement import Placement
 from moeray.control.popularity import MoeShape, Popularity
+from moeray.control.spread import spread
 from moeray.errors import SimulationError
-from moeray.types import ExpertId
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -36,6 +36,8 @@ class Costs:
     `decode_s`: what a decoding sequence adds to that (it reads its own KV cache). `forward_s` + `row_s` x rows +
     `expert_s` x distinct experts: one layer's forward at one actor of speed 1. `hop_s` + `hop_row_s` x rows: the way
     there and back of a layer's rows, planning and combining included.
+    `request_s`: a request's way to its router and its tokens' way back, beside the steps; `wake_s`: what the first step
+    of a router that had nothing to do takes longer (processes wake, caches are cold).
     `start_s`: from asking for an actor to its being ready, `map_s`: until an actor that is ready hosts further experts.
     `cores`: how many actors can compute at once, on all nodes together (0: all).
     """
@@ -49,6 +51,8 @@ class Costs:
     expert_s: float = 0.00030
     hop_s: float = 0.00040
     hop_row_s: float = 0.0000010
+    request_s: float = 0.0
+    wake_s: float = 0.0
     start_s: float = 1.5
     map_s: float = 0.1
     cores: int = 0
@@ -133,13 +137,18 @@ class StepCosts:
 
     def table(self, placement: Placement, popularity: Popularity, speeds: Mapping[str, float]) -> StepTable:
         """The table of a placement whose actors (the keys of `speeds`) compute that many times as fast as measured."""
-        actors = tuple(speeds)
-        rows_GLA, distinct_GLA = self._spread(placement, popularity, {actor: i for i, actor in enumerate(actors)})
-        costs = self.costs
-        asked_GLA = distinct_GLA > 0
-        seconds_GLA = costs.forward_s * asked_GLA + costs.row_s * rows_GLA + costs.expert_s * distinct_GLA
-        seconds_GLA /= np.array([speeds[actor] for actor in actors])
-        slowest_GL, busy_GA = seconds_GLA.max(axis=2), seconds_GLA.sum(axis=1)
+        actors, costs = tuple(speeds), self.costs
+        speed_A = np.array([speeds[actor] for actor in actors])
+        index = {actor: i for i, actor in enumerate(actors)}
+        rows_GLA, distinct_GLA, whole_GLA = spread(placement, self._drawn(popularity), index, speed_A)
+        asked_GLA = np.minimum(distinct_GLA, 1.0)
+        seconds_GLA = (costs.forward_s * asked_GLA + costs.row_s * rows_GLA + costs.expert_s * distinct_GLA) / speed_A
+        whole_s_GLA = (
+            costs.forward_s * (distinct_GLA > 0)
+            + costs.row_s * whole_GLA
+            + costs.expert_s * np.ceil(distinct_GLA - 1e-9)
+        )
+        slowest_GL, busy_GA = (whole_s_GLA / speed_A).max(axis=2), seconds_GLA.sum(axis=1)
         bottleneck_G = busy_GA.max(axis=1)
         if costs.cores:
             slowest_GL = np.maximum(slowest_GL, seconds_GLA.sum(axis=2) / costs.cores)
@@ -152,47 +161,8 @@ class StepCosts:
     def _by_tokens(self, values_G: Floats) -> list[float]:
         return [float(v) for v in np.interp(self._tokens, (0, *self.grid), (0.0, *values_G))]
 
-    def _spread(self, placement: Placement, popularity: Popularity, index: Mapping[str, int]) -> tuple[Floats, Floats]:
-        """Rows and distinct experts of each actor, [G, L, A], as the dispatcher chooses replicas.
-
-        An expert's rows of a step go to one replica: experts with one replica first, the others by falling rows, each
-        to its replica with the fewest rows so far (`dispatch.plan.balance_rows`).
-        """
-        batches_GLE = self._drawn(popularity)
-        shape, grid, count = self.shape, len(self.grid), len(index)
-        rows_GLA = np.zeros((grid, shape.layers, count))
-        distinct_GLA = np.zeros((grid, shape.layers, count))
-        for layer in range(shape.layers):
-            held = [[index[a] for a in placement.replicas[ExpertId(layer, e)]] for e in range(shape.experts)]
-            single = [e for e, actors in enumerate(held) if len(actors) == 1]
-            several = [e for e, actors in enumerate(held) if len(actors) > 1]
-            onto_EA = np.zeros((len(single), count))
-            onto_EA[np.arange(len(single)), [held[e][0] for e in single]] = 1.0
-            rows_GLA[:, layer] = batches_GLE[:, layer, single] @ onto_EA
-            distinct_GLA[:, layer] = (batches_GLE[:, layer, single] > 0) @ onto_EA
-            _balance(batches_GLE[:, layer], several, held, rows_GLA[:, layer], distinct_GLA[:, layer])
-        return rows_GLA, distinct_GLA
-
     def _drawn(self, popularity: Popularity) -> Ints:
         key = id(popularity)
         if key not in self._batches:  # the popularity is kept with them, so that its id stays its own
             self._batches[key] = (popularity, popularity.batches(self.grid))
         return self._batches[key][1]
-
-
-def _balance(batches_GE: Ints, several: list[int], held: list[list[int]], rows_GA: Floats, distinct_GA: Floats) -> None:
-    """Add the rows of the experts with several replicas, in place."""
-    if not several:
-        return
-    widest = max(len(held[e]) for e in several)
-    actors_MR = np.array([held[e] + [-1] * (widest - len(held[e])) for e in several])
-    entries_G = np.arange(len(batches_GE))
-    counts_GM = batches_GE[:, several]
-    order_GM = np.argsort(-counts_GM, axis=1, kind="stable")
-    for nth in range(len(several)):
-        m_G = order_GM[:, nth]
-        n_G, actors_GR = counts_GM[entries_G, m_G], actors_MR[m_G]
-        loads_GR = np.where(actors_GR < 0, np.inf, rows_GA[entries_G[:, None], actors_GR])
-        chosen_G = actors_GR[entries_G, loads_GR.argmin(axis=1)]
-        rows_GA[entries_G, chosen_G] += n_G
-        distinct_GA[entries_G, chosen_G] += n_G > 0

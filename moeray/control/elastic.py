@@ -1,7 +1,8 @@
 """A run whose actors follow the load: the live controller's load windows, policies, votes and placement, simulated.
 
-An actor costs money from the moment it is asked for until it is gone. A placement is in force `map_s` after it was
-decided on; those who leave do so one interval later, when every router has passed to it.
+An actor costs money from the moment it is asked for until it is gone. It gets experts as soon as it is ready, whatever
+the interval of the decisions. A placement is in force `map_s` after it was made; those who leave do so one interval
+later, when every router has passed to it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class ElasticRun:
         for group, count in start.items():
             self._members.start_ready(group, count)
         self._members.step(0.0)
-        self._replicas: Mapping[ExpertId, int] = {}
+        self._wanted = Wish(dict(start))
+        self._replicas: Mapping[ExpertId, int] = {}  # those of the placement
         self._routers = world.config.router.actors
         self._router_starts: list[float] = []
         self._kept: dict[str, Tally] = {}
@@ -84,7 +86,7 @@ class ElasticRun:
         while not engine.done:
             curve.append(self._sample(engine.now))
             report(engine.now)
-            engine.advance((len(curve)) * self.settings.interval_s)
+            self._advance(len(curve) * self.settings.interval_s)
             served.append(engine.prompt_tokens + engine.generation_tokens)
             self._tick(engine.now)
         end = max(float(np.max(engine.latencies().last_s + trace.arrival_s)), trace.duration_s)
@@ -92,30 +94,57 @@ class ElasticRun:
 
     # -- an interval --------------------------------------------------------------------------------------------------
 
+    def _advance(self, until: float) -> None:
+        """Up to the next decision. What was decided is done as soon as it can be."""
+        while (at := self._moment()) < until:
+            self._engine.advance(at)
+            self._change(at)
+        self._engine.advance(until)
+
+    def _moment(self) -> float:
+        """When the placement on its way comes into force, or else the first of those that start is ready."""
+        if self._next is not None:
+            return self._next.at_s
+        return min((m.ready_at for m in self._members.members if m.ready_at > self._engine.now), default=math.inf)
+
+    def _change(self, now: float) -> None:
+        if self._next is not None and self._next.at_s <= now:
+            self._commit(self._next, now)
+        if self._next is None:
+            self._move(now, look=False)
+
     def _tick(self, now: float) -> None:
         self._report(now)
         self._members.step(now)
         self._advance_routers(now)
-        if self._next is not None and self._next.at_s <= now:
-            self._commit(self._next, now)
         if self.settings.autoscale:
             self._decide(now)
+        self._change(now)
+        if self._next is None:
+            self._move(now, look=True)
         self._refresh(now)
 
     def _report(self, now: float) -> None:
         """Tell the load book what the actors and routers would."""
-        engine, interval = self._engine, self.settings.interval_s
+        self._count()
+        others = len(self._engine.routers) - 1
+        for tally in self._tallies:
+            self._book.fold(tally.report(self.settings.interval_s, others), now)
+        for router in self._engine.routers:
+            self._book.fold(self._engine.report_of(router), now)
+
+    def _count(self) -> None:
+        """Enter into the actors' tallies what was done since the last time, all of it with the present table."""
+        engine = self._engine
         weights_G = np.array(engine.steps_by_tokens) @ self.world.step_costs.weights_TG
         tokens = float(np.dot(engine.steps_by_tokens, np.arange(len(engine.steps_by_tokens))))
+        tokens = max(tokens, 0.0)  # a step that was timed anew may be counted back by a rounding error
         engine.steps_by_tokens = [0.0] * len(engine.steps_by_tokens)
         rows_LE = self._rng.poisson(tokens * self.world.popularity.of_epoch(self._epoch).chosen_LE)
-        busy_A = np.minimum(weights_G @ self._table.busy_GA, interval).tolist()
+        busy_A = (weights_G @ self._table.busy_GA).tolist()
         forwards_A = (weights_G @ self._table.forwards_GA).tolist()
-        others = len(engine.routers) - 1
         for tally, busy, forwards in zip(self._tallies, busy_A, forwards_A, strict=True):
-            self._book.fold(tally.report(rows_LE, busy, forwards, busy / interval, others), now)
-        for router in engine.routers:
-            self._book.fold(engine.report_of(router), now)
+            tally.count(rows_LE, busy, forwards)
 
     def _advance_routers(self, now: float) -> None:
         ready = sum(at <= now for at in self._router_starts)
@@ -127,16 +156,12 @@ class ElasticRun:
 
     def _decide(self, now: float) -> None:
         counts = {group: self._members.count(group) for group in self.world.groups}
-        seen = self._seen(now, counts)
-        self._wishes.append(decide(self._policies, seen))
-        current = Wish(counts, self._routers, self._replicas)
-        settled = settle(current, list(self._wishes), self.settings.shrink_votes)
-        self._scale_routers(settled.routers, now)
-        for group, count in settled.actors.items():
+        self._wishes.append(decide(self._policies, self._seen(now, counts)))
+        current = Wish(counts, self._routers, self._wanted.replicas)
+        self._wanted = settle(current, list(self._wishes), self.settings.shrink_votes)
+        self._scale_routers(self._wanted.routers, now)
+        for group, count in self._wanted.actors.items():
             self._members.grow(group, max(0, count - counts[group]), now)
-        if self._next is None:
-            surplus = {group: max(0, counts[group] - count) for group, count in settled.actors.items()}
-            self._move(seen.load, settled.replicas, surplus, now)
 
     def _seen(self, now: float, counts: Mapping[str, int]) -> PolicyInput:
         book, world = self._book, self.world
@@ -173,31 +198,36 @@ class ElasticRun:
             self._engine.resize_routers(wanted - len(self._router_starts))
         self._routers = wanted
 
-    def _move(
-        self, load: Mapping[ExpertId, float], replicas: Mapping[ExpertId, int], surplus: Mapping[str, int], now: float
-    ) -> None:
-        """Begin another placement, where actors came or are to go, replicas are wanted or the load is uneven."""
-        leaving = [m for group, count in surplus.items() for m in self._members.victims(group, count, now)]
-        starting = [m for m in leaving if m.ready_at > now]
-        self._members.leave(starting, now)
+    def _move(self, now: float, look: bool) -> None:
+        """Begin another placement, where actors came or are to go, replicas are wanted or (`look`) load is uneven."""
+        load, replicas = self._book.expert_rates(now), self._wanted.replicas
+        leaving = [m for group in self.world.groups for m in self._surplus(group, now)]
+        self._members.leave([m for m in leaving if m.ready_at > now], now)
         leaving = [m for m in leaving if m.ready_at <= now]
         staying = [m for m in self._members.serving(now) if m not in leaving]
-        hosting = set(self._table.actors)
-        changed = {m.actor_id for m in staying} != hosting or dict(replicas) != dict(self._replicas)
-        if not changed and max(skew(load, self._placement).values()) <= self.settings.max_skew:
+        changed = {m.actor_id for m in staying} != set(self._table.actors) or dict(replicas) != dict(self._replicas)
+        if not changed and not (look and max(skew(load, self._placement).values()) > self.settings.max_skew):
             return
         try:
             hosts = self._hosts(staying)
             placement = self._place(load, hosts, replicas)
         except PlacementError:
             return  # too little memory without those who were to leave: they stay, as the live plan would roll back
+        diff = plan_diff(self._placement, placement)
+        if not changed and not diff.host and not diff.drop:
+            return
         self._replicas = dict(replicas)
-        moves = plan_diff(self._placement, placement).moves
         self._members.leave(leaving, math.inf)
-        map_s = self.world.costs.map_s if moves else 0.0
+        map_s = self.world.costs.map_s if diff.moves else 0.0
         self._next = _Next(now + map_s, placement, tuple(hosts), tuple(leaving))
 
+    def _surplus(self, group: str, now: float) -> list[Member]:
+        """Those of a group that are to go."""
+        count = self._members.count(group)
+        return self._members.victims(group, max(0, count - self._wanted.actors.get(group, count)), now)
+
     def _commit(self, coming: _Next, now: float) -> None:
+        self._count()
         self._placement, self._next = coming.placement, None
         self._publish(self._table_of(coming.hosts))
         self._members.leave(coming.leaving, now + self.settings.interval_s)
@@ -209,6 +239,7 @@ class ElasticRun:
         """The same placement costs something else when the popularity has changed."""
         epoch = self.world.popularity.epoch_at(now + 1e-9)
         if epoch != self._epoch:
+            self._count()
             self._epoch = epoch
             hosts = [self.world.host(actor, group_of(actor)) for actor in self._table.actors]
             self._publish(self._table_of(hosts))

@@ -197,10 +197,13 @@ class LoadBook:
         size = len(self._buckets)
         for second in range(max(int(since), int(now) - size + 1), int(now) + 1):
             part = (min(now, second + 1) - max(since, second)) / (now - since) if now > since else 1.0
-            self._buckets[second % size, numbers] += part * delta
+            if part:
+                self._buckets[second % size, numbers] += part * delta
 
     def _advance(self, now: float) -> None:
         """Let the experts' windows fade up to `now`, and empty the buckets that come round again."""
+        if now == self._at and self._second is not None:
+            return
         span = max(0.0, now - self._at)
         fade = math.exp(-span / self._window_s)
         self._rows *= fade

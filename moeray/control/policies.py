@@ -18,6 +18,12 @@ LEAST_PART = 0.33
 _IDLE = 0.1
 """Sequences at a router, in the mean over the window, below which it counts as idle."""
 
+_FULL = 0.85
+"""Busier than this on average, actors are a queue whose wait grows without bound: no shrink may lead there."""
+_KEPT = 1.25
+"""A layer without replicas has to be so many times as skewed as one with replicas to come before it, and so many times
+the replicas needed are too many. What differs less is noise, and to follow it would move experts at every decision."""
+
 KV_TARGET = 0.8
 """The part of a router's KV cache that is aimed at: above it, sequences are soon preempted."""
 
@@ -128,12 +134,15 @@ def latency(seen: PolicyInput) -> Wish:
     Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
     sequence waits for its next token as it did for the last ones. Both waits are aimed at `slo_aim` of what is allowed,
     since load comes unevenly. Of them, only what waits for expert actors changes with their number, at best in inverse
-    proportion: that part has to fit into what the trunk leaves. So a shrink errs to the safe side, and a growth that
-    was too small is seen at the next decision. Without work at the routers the minimum is wanted.
+    proportion: that part has to fit into what the trunk leaves. A growth that was too small is seen at the next
+    decision; a shrink stops where those who stay would be busy for `_FULL` of the time, since waits rise faster there.
+    Without work at the routers the minimum is wanted.
     """
     if seen.settings.slo_ttft_s is None and seen.settings.slo_tpot_s is None:
         return Wish()
     factor, why = max([*_prompts(seen), *_tokens(seen)], default=(0.0, "no work at the routers"))
+    if factor:
+        factor, why = max((factor, why), (min(1.0, _mean([view.busy for view in seen.experts]) / _FULL), "busy actors"))
     serving = {group: float(len(views)) for group, views in _by_group(seen).items()}
     used = {group: serving.get(group, 0.0) for group in seen.groups}
     actors = _in_tiers(seen, used, factor)
@@ -182,7 +191,7 @@ def hot_experts(seen: PolicyInput) -> Wish:
     Moving experts evens a layer out only down to its heaviest replica, so that is what is split: the fewest replicas
     with which no replica has more than `max_skew` times the mean actor's load. A layer is helped only if that can be
     reached, with the actors that there are and within `replica_budget` (a part of all experts, the most skewed layers
-    first); else replicas would cost memory and change little.
+    first); else replicas would cost memory and change little. Replicas that there are and that do stay as they are.
     """
     budget = int(seen.settings.replica_budget * len(seen.placement.replicas))
     actors = len(seen.experts)
@@ -193,10 +202,13 @@ def hot_experts(seen: PolicyInput) -> Wish:
     reasons = []
     # Judged with the base replicas: were it the present ones, a replica that helps would be given up for helping.
     skews = {layer: skew_left(load, dict.fromkeys(load, seen.base_replicas), actors) for layer, load in layers.items()}
-    for layer in sorted(layers, key=lambda layer: (-skews[layer], layer)):
+    held = {layer: _held(load, seen) for layer, load in layers.items()}
+    rank = {layer: skew * (_KEPT if sum(held[layer].values()) > len(held[layer]) * seen.base_replicas else 1.0)
+            for layer, skew in skews.items()}  # fmt: skip
+    for layer in sorted(layers, key=lambda layer: (-rank[layer], layer)):
         if skews[layer] <= seen.settings.max_skew:
-            break
-        counts = _split(layers[layer], seen, budget)
+            continue
+        counts = _kept_or_split(layers[layer], held[layer], seen, budget)
         if counts is None:
             continue
         more = {expert: count for expert, count in counts.items() if count > seen.base_replicas}
@@ -204,6 +216,24 @@ def hot_experts(seen: PolicyInput) -> Wish:
         wanted |= more
         reasons.append(f"layer {layer}: replicas for {len(more)} hot experts, heaviest/mean is {skews[layer]:.2f}")
     return Wish(replicas=wanted, reasons=tuple(reasons))
+
+
+def _held(load: Mapping[ExpertId, float], seen: PolicyInput) -> dict[ExpertId, int]:
+    """The replicas that there are of a layer's experts."""
+    return {expert: max(len(seen.placement.replicas[expert]), seen.base_replicas) for expert in load}
+
+
+def _kept_or_split(
+    load: Mapping[ExpertId, float], held: Mapping[ExpertId, int], seen: PolicyInput, budget: int
+) -> Mapping[ExpertId, int] | None:
+    """The replicas there are, if they do and not many fewer would, so that noise in the load moves nothing."""
+    base = seen.base_replicas * len(load)
+    split = _split(load, seen, budget)
+    extra = sum(held.values()) - base
+    fits = extra <= budget and skew_left(load, held, len(seen.experts)) <= seen.settings.max_skew * (1 + 1e-9)
+    if fits and (split is None or extra <= _KEPT * (sum(split.values()) - base)):
+        return held
+    return split
 
 
 def _split(load: Mapping[ExpertId, float], seen: PolicyInput, budget: int) -> dict[ExpertId, int] | None:

@@ -42,6 +42,7 @@ class SimRouter:
     began: float = 0.0
     step_s: float = 0.0
     steps: int = 0
+    waking: bool = False  # its next step is the first after a rest
     credited: int = 0
     worked: float = 0.0  # steps that are in `steps_by_tokens`
     tokens: int = 0
@@ -91,9 +92,9 @@ class Engine:
         return self._unfinished == 0
 
     def latencies(self) -> Latencies:
-        """Of all requests; NaN for what has not come yet."""
-        arrival = np.array(self._arrival)
-        return Latencies(np.array(self._first) - arrival, np.array(self._last) - arrival)
+        """Of all requests, as their clients see them; NaN for what has not come yet."""
+        arrival, way_s = np.array(self._arrival), self._costs.costs.request_s
+        return Latencies(np.array(self._first) - arrival + way_s, np.array(self._last) - arrival + way_s)
 
     def late(self, ttft_s: float, since: int = 0) -> tuple[int, int]:
         """Of the requests from number `since` on that came at least `ttft_s` ago: how many had no first token within
@@ -182,6 +183,7 @@ class Engine:
         router.outstanding += 1
         router.waiting.append(request)
         if not router.steps:
+            router.waking = True
             self._plan(router)
         elif len(router.prefills) + len(router.decodes) < self._settings.max_running:
             self._cut(router, self.now)
@@ -204,6 +206,8 @@ class Engine:
         decodes = len(router.decodes)
         takes = self._prefill_takes(router, decodes)
         steps = router.decodes[0][0] - router.step if decodes else 1 << 60
+        if router.waking:
+            steps = 1
         for (_, left), take in zip(router.prefills, takes, strict=False):
             steps = min(steps, left // take)
         tokens = decodes + sum(takes)
@@ -221,6 +225,8 @@ class Engine:
         others = min(max(self._busy - router.busy, 0.0), 1 - 1 / len(self.routers))
         experts_s = table.slowest_s[tokens] / (1 - others)
         router.step_s = costs.trunk_s[tokens] + costs.decode_s * len(router.decodes) + experts_s
+        if router.waking:
+            router.step_s += costs.costs.wake_s
         router.expert_s = experts_s
         self._set_busy(router, table.bottleneck_s[tokens] / router.step_s)
 
@@ -284,6 +290,7 @@ class Engine:
     def _finish_steps(self, router: SimRouter) -> None:
         steps, now = router.steps, self.now
         self._credit(router, steps)
+        router.waking = False
         router.step += steps
         while router.decodes and router.decodes[0][0] == router.step:
             self._end(router, heapq.heappop(router.decodes)[1])

@@ -18,8 +18,8 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Tally:
-    """The counts of one actor since it began. Of the rows of expert `experts[i]` it gets each `of[i]`-th, and one more
-    where the remainder is above `nth[i]`."""
+    """The counts of one actor since it began (`told`: busy seconds and forwards at its last report). Of the rows of
+    expert `experts[i]` it gets each `of[i]`-th, and one more where the remainder is above `nth[i]`."""
 
     actor_id: str
     experts: tuple[ExpertId, ...] = ()
@@ -30,6 +30,7 @@ class Tally:
     rows: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     busy_s: float = 0.0
     forwards: float = 0.0
+    told: tuple[float, float] = (0.0, 0.0)
 
     def host(self, shares: Sequence[tuple[ExpertId, int, int]]) -> None:
         """Host other experts: (expert, its replicas, which of them this is). Counts of those that stay go on."""
@@ -39,15 +40,20 @@ class Tally:
         self.layers, self.numbers, self.of, self.nth = table.T
         self.rows = np.array([had.get(expert, 0) for expert in self.experts], np.int64)
 
-    def report(self, rows_LE: Ints, busy_s: float, forwards: float, busy: float, others: int) -> ExpertReport:
-        """Count the rows of an interval, and report. `busy`: the part of it that the actor computed; a forward waits
-        for those of `others` routers."""
+    def count(self, rows_LE: Ints, busy_s: float, forwards: float) -> None:
+        """Add what was served: of all actors together `rows_LE`."""
         each, rest = np.divmod(rows_LE[self.layers, self.numbers], self.of)
         self.rows += each + (rest > self.nth)
         self.busy_s += busy_s
         self.forwards += forwards
+
+    def report(self, span_s: float, others: int) -> ExpertReport:
+        """What the actor says, `span_s` after it last did. A forward waits for those of `others` routers."""
+        busy_s, forwards = self.busy_s - self.told[0], self.forwards - self.told[1]
+        self.told = self.busy_s, self.forwards
         service = busy_s / forwards if forwards else 0.0
-        p50, p99 = (queue_wait(service, busy * others / (others + 1), others, q) for q in (0.5, 0.99))
+        busy = min(busy_s / span_s, 1.0) * others / (others + 1)
+        p50, p99 = (queue_wait(service, busy, others, q) for q in (0.5, 0.99))
         rows = dict(zip(self.experts, self.rows.tolist(), strict=True))
         return ExpertReport(self.actor_id, "1", rows, int(self.forwards), self.busy_s, p50, p99, service, service)
 

@@ -129,6 +129,10 @@ class Balancer:
     def __init__(self) -> None:
         self._carry: dict[str, float] = {}
 
+    def of(self, rates: Mapping[str, float]) -> Choose:
+        """The choice at these rates."""
+        return lambda rows, replicas: self(rows, replicas, rates)
+
     def __call__(
         self, rows: Mapping[int, int], replicas: Mapping[int, Sequence[str]], rates: Mapping[str, float]
     ) -> dict[int, list[tuple[str, int]]]:

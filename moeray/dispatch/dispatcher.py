@@ -13,15 +13,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moeray.dispatch.balance import Balancer
 from moeray.dispatch.links import Connect, Links, UnknownActorError
-from moeray.dispatch.plan import Share, plan_rows
-from moeray.dispatch.view import PlacementView
+from moeray.dispatch.plan import Ints, Share, plan_rows
+from moeray.dispatch.view import PlacementView, Usable
 from moeray.errors import (
     ChannelClosedError,
     ChannelTimeoutError,
@@ -62,11 +62,11 @@ class _Work:
 
     layer: int
     x_TD: Tensor
-    ids_TK: Tensor
+    ids_TK: Ints
     out_RD: Tensor
     began: float
     sent: list[_Sent] = field(default_factory=list)
-    waiting: list[Tensor] = field(default_factory=list)
+    waiting: list[Ints] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
     version: int = -1
     waited_from: float = 0.0
@@ -104,6 +104,7 @@ class Dispatcher:
         self._balancer = Balancer()
         self._ids = itertools.count(1)
         self._orphans = 0
+        self._abandoned = False
         self.slowest_compute_s = 0.0
         """Compute time of the slowest actor in the last layer, as the actors report it."""
         self.seconds_total = 0.0
@@ -120,8 +121,8 @@ class Dispatcher:
         Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
         failed.
         """
-        home_TD, home_ids_TK = x_TD.cpu(), ids_TK.cpu()
-        out_RD = home_TD.new_empty(home_ids_TK.numel(), x_TD.shape[1])
+        home_TD, home_ids_TK = x_TD.cpu(), ids_TK.cpu().numpy()
+        out_RD = home_TD.new_empty(home_ids_TK.size, x_TD.shape[1])
         work = _Work(layer, home_TD, home_ids_TK, out_RD, self._clock())
         self.slowest_compute_s = 0.0
         self._links.sweep()
@@ -139,15 +140,15 @@ class Dispatcher:
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    def _send_rows(self, work: _Work, rows_R: Tensor | None) -> None:
+    def _send_rows(self, work: _Work, rows_R: Ints | None) -> None:
         """Plan and send the rows (None: all of them), again for those whose actor turns out to be gone."""
+        self._check_wanted()
         todo = [rows_R]
         while todo:
-            version = self._view.version
-            choose = partial(self._balancer, rates=self._view.rates)
-            plan = plan_rows(work.ids_TK, self._replicas(work), choose, todo.pop())
+            now = self._view.now
+            plan = plan_rows(work.ids_TK, self._replicas(work, now), self._balancer.of(now.rates), todo.pop())
             if plan.orphans:
-                work.version = min(work.version, version) if work.waiting else version
+                work.version = min(work.version, now.version) if work.waiting else now.version
                 work.waited_from = work.waited_from or self._clock()
                 work.orphans |= set(plan.orphans)
                 work.waiting.append(plan.orphan_rows_R)
@@ -156,13 +157,13 @@ class Dispatcher:
                 if not self._send(work, share):
                     todo.append(share.rows_R)
         work.sent.sort(key=lambda sent: sent.until)
-        before, self._orphans = self._orphans, sum(map(len, work.waiting))
+        before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
         if self._orphans and not before:
             self._on_orphans()
 
-    def _replicas(self, work: _Work) -> Mapping[int, Sequence[str]]:
+    def _replicas(self, work: _Work, now: Usable) -> Mapping[int, Sequence[str]]:
         """The layer's usable replicas; an actor that failed at an expert is passed over where there is another."""
-        replicas = self._view.replicas(work.layer)
+        replicas = now.replicas.get(work.layer, {})
         if not work.failed:
             return replicas
         others = {e: tuple(a for a in replicas.get(e, ()) if a != actor) for e, actor in work.failed.items()}
@@ -181,17 +182,20 @@ class Dispatcher:
             if channel is not None and not channel.closed and not isinstance(error, ChannelTimeoutError):
                 raise
             self._lose(share.actor_id, _reason(error), str(error))
-            self._recorder.add("moeray_dispatch_retries_total", len(share.rows_R), reason=_reason(error))
+            self._recorder.add("moeray_dispatch_retries_total", share.rows_R.size, reason=_reason(error))
             return False
         return True
 
     def _forward(self, work: _Work, share: Share, channel: Channel) -> _Sent:
         actor, frame_id = share.actor_id, next(self._ids)
-        x_UD = work.x_TD if len(share.tokens_U) == len(work.x_TD) else work.x_TD[share.tokens_U]
+        x_UD = work.x_TD
+        if share.tokens_U.size < x_UD.shape[0]:
+            x_UD = x_UD.index_select(0, torch.from_numpy(share.tokens_U))
         meta = {"experts": share.experts, "counts": share.counts}
-        allowed = self._links.deadline_s(actor, work.layer, share.experts, len(share.rows_R), self._deadline_s)
+        allowed = self._links.deadline_s(actor, work.layer, share.experts, share.rows_R.size, self._deadline_s)
         at, channel.send_timeout_s = self._clock(), allowed
-        channel.send(Frame(Op.FORWARD, frame_id, work.layer, self._view.epoch, meta, (x_UD, share.token_of_row_R)))
+        tensors = (x_UD, torch.from_numpy(share.token_of_row_R))
+        channel.send(Frame(Op.FORWARD, frame_id, work.layer, self._view.epoch, meta, tensors))
         before = max((sent.until for sent in work.sent if sent.channel is channel), default=at)
         return _Sent(frame_id, share, channel, at, max(at, before) + allowed)
 
@@ -199,6 +203,7 @@ class Dispatcher:
 
     def _gather(self, work: _Work) -> None:
         """Take the answer of the actor whose deadline ends first, and send again what did not come back."""
+        self._check_wanted()
         sent = work.sent.pop(0)
         share = sent.share
         try:
@@ -234,17 +239,17 @@ class Dispatcher:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
         share, out_RD = sent.share, work.out_RD
         rows_RD = frame.tensors[0] if frame.op is Op.RESULT and len(frame.tensors) == 1 else None
-        if rows_RD is None or rows_RD.shape != (len(share.rows_R), out_RD.shape[1]) or rows_RD.dtype != out_RD.dtype:
+        if rows_RD is None or rows_RD.shape != (share.rows_R.size, out_RD.shape[1]) or rows_RD.dtype != out_RD.dtype:
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         compute_s = frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
             raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
-        out_RD[share.rows_R] = rows_RD
+        out_RD.index_copy_(0, torch.from_numpy(share.rows_R), rows_RD)
         took = self._clock() - sent.at
-        self._links.answered(share.actor_id, work.layer, share.experts, len(share.rows_R), took)
+        self._links.answered(share.actor_id, work.layer, share.experts, share.rows_R.size, took)
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
         self._recorder.observe("moeray_dispatch_seconds", took, hop=sent.channel.kind)
-        self._recorder.add("moeray_dispatch_rows_total", len(share.rows_R), hop=sent.channel.kind)
+        self._recorder.add("moeray_dispatch_rows_total", share.rows_R.size, hop=sent.channel.kind)
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 
@@ -252,10 +257,10 @@ class Dispatcher:
         """Lose the actor (unless it was, or has moved, since), and send all rows of this channel elsewhere."""
         lost = [sent, *(other for other in work.sent if other.channel is sent.channel)]
         work.sent = [other for other in work.sent if other.channel is not sent.channel]
-        rows_R = torch.cat([item.share.rows_R for item in lost])
+        rows_R = np.concatenate([item.share.rows_R for item in lost])
         if self._links.holds(sent.share.actor_id, sent.channel):
             self._lose(sent.share.actor_id, reason, message)
-        self._recorder.add("moeray_dispatch_retries_total", len(rows_R), reason=reason)
+        self._recorder.add("moeray_dispatch_retries_total", rows_R.size, reason=reason)
         if self._clock() >= work.began + 2 * self._deadline_s:
             raise PlacementError(
                 f"no actor answered for expert {sent.share.experts[0]} of layer {work.layer} within "
@@ -281,7 +286,7 @@ class Dispatcher:
                     f"{share.actor_id}: {message}; the actor's log has the cause"
                 )
         work.failed.update(dict.fromkeys(share.experts, share.actor_id))
-        self._recorder.add("moeray_dispatch_retries_total", len(share.rows_R), reason="failed")
+        self._recorder.add("moeray_dispatch_retries_total", share.rows_R.size, reason="failed")
 
     def _await_replicas(self, work: _Work) -> None:
         """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""
@@ -293,8 +298,18 @@ class Dispatcher:
             )
         if not self._view.wait_change(work.version, min(left, RETRY_S)) and left > RETRY_S:
             self._view.retry([ExpertId(work.layer, expert) for expert in work.orphans])
-        rows_R, work.waiting, work.orphans = torch.cat(work.waiting), [], set()
+        rows_R, work.waiting, work.orphans = np.concatenate(work.waiting), [], set()
         self._send_rows(work, rows_R)
+
+    def _check_wanted(self) -> None:
+        if self._abandoned:
+            raise MoerayError("the router is being stopped, and waits for no more rows")
+
+    def abandon(self) -> None:
+        """Fail the layer that runs, and every later one: nobody waits for them. Any thread may call it."""
+        self._abandoned = True
+        self._links.cut_all()
+        self._view.wake()
 
     def close(self) -> None:
         """Close every channel."""

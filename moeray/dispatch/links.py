@@ -28,7 +28,7 @@ class _Link:
 
 
 class Links:
-    """Owned by a dispatcher's thread; only `cut` is called by others, to wake that thread.
+    """Owned by a dispatcher's thread; only `cut` and `cut_all` are called by others, to wake that thread.
 
     What is known of an actor outlives its channel, but not the actor's name in the placement, nor its address.
     """
@@ -54,7 +54,7 @@ class Links:
 
     def channel(self, actor_id: str) -> Channel:
         """The actor's channel, dialled where there is none. Raises UnknownActorError, and WireError as `connect`."""
-        address = self._view.address(actor_id)
+        address = self._view.now.addresses.get(actor_id)
         if address is None:
             raise UnknownActorError(actor_id)
         link = self._links.get(actor_id)
@@ -62,8 +62,7 @@ class Links:
             self.drop(actor_id)
             with self._lock:
                 link = self._links[actor_id] = _Link(address)
-        with self._lock:
-            channel = link.channel
+        channel = link.channel  # whoever cuts it meanwhile closes it, so that using it fails
         if channel is None or channel.closed:
             self.drop(actor_id)
             channel = self._connect(address)
@@ -74,13 +73,19 @@ class Links:
 
     def check(self, actor_id: str) -> None:
         """Raise ChannelClosedError where it would be in vain to wait for the actor."""
-        if self._view.is_dead(actor_id):
+        if actor_id in self._view.now.dead:
             raise ChannelClosedError(f"{actor_id} is dead, says the controller")
 
     def cut(self, actors: Sequence[str]) -> None:
         """Close the channels to dead actors, from any thread."""
         for actor_id in actors:
             self.drop(actor_id)
+
+    def cut_all(self) -> None:
+        """Close every channel, from any thread."""
+        with self._lock:
+            actors = list(self._links)
+        self.cut(actors)
 
     def drop(self, actor_id: str) -> None:
         """Close the actor's channel, if there is one, in a thread of its own: across nodes, a peer that does not
@@ -96,11 +101,11 @@ class Links:
 
     def sweep(self) -> None:
         """Forget actors that the placement no longer knows. Called while nothing is in flight."""
-        version = self._view.version
-        if version == self._version:
+        now = self._view.now
+        if now.version == self._version:
             return
-        self._version = version
-        for actor_id in [actor for actor in self._links if self._view.address(actor) is None]:
+        self._version = now.version
+        for actor_id in [actor for actor in self._links if actor not in now.addresses]:
             self.drop(actor_id)
             with self._lock:
                 del self._links[actor_id]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from moeray.control.placement import Placement
 from moeray.types import Address, ExpertId
@@ -15,36 +16,40 @@ Cut = Callable[[Sequence[str]], None]
 """Called with actors that are known to be dead, in the thread that publishes."""
 
 
+@dataclass(frozen=True)
+class Usable:
+    """What can be used at one moment; never changed, so that a dispatch reads it without a lock.
+
+    `version` rises with every change, so that a waiter can tell that something happened. `replicas`: layer -> expert ->
+    the actors that serve it. `addresses`: where the actors that the newest placement knows listen. `rates`: relative
+    speed of the actors whose rate is known; their mean is 1. `dead`: actors that a publisher has named so.
+    """
+
+    version: int = 0
+    epoch: int = 0
+    replicas: Mapping[int, Mapping[int, Sequence[str]]] = field(default_factory=dict)
+    addresses: Mapping[str, Address] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    dead: frozenset[str] = frozenset()
+
+
 class PlacementView:
-    """Thread-safe. `version` rises with every change, so that a waiter can tell that something happened."""
+    """Thread-safe. `now` is what can be used at this moment."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._version = 0
         self._placement = Placement()
         self._addresses: dict[str, Address] = {}
         self._rates: Mapping[str, float] = {}
         self._lost: set[str] = set()
         self._dead: set[str] = set()
         self._refused: set[tuple[str, ExpertId]] = set()
-        self._by_layer: dict[int, dict[int, tuple[str, ...]]] = {}
+        self.now = Usable()
         self._cuts: list[Cut] = []
 
     @property
-    def version(self) -> int:
-        with self._changed:
-            return self._version
-
-    @property
     def epoch(self) -> int:
-        with self._changed:
-            return self._placement.epoch
-
-    @property
-    def rates(self) -> Mapping[str, float]:
-        """Relative speed of the actors whose rate is known; their mean is 1."""
-        with self._changed:
-            return self._rates
+        return self.now.epoch
 
     def publish(
         self,
@@ -88,9 +93,9 @@ class PlacementView:
     def restore(self, actor_id: str) -> None:
         """The actor was asked and is alive, at the same address: use it again."""
         with self._changed:
-            self._dead.discard(actor_id)
-            if actor_id in self._lost:
-                self._lost.remove(actor_id)
+            if actor_id in self._lost | self._dead:
+                self._dead.discard(actor_id)
+                self._lost.discard(actor_id)
                 self._rebuild()
 
     def retry(self, experts: Iterable[ExpertId]) -> None:
@@ -117,29 +122,21 @@ class PlacementView:
         for expert, actors in self._placement.replicas.items():
             usable = tuple(a for a in actors if a not in self._lost and (a, expert) not in self._refused)
             by_layer.setdefault(expert.layer, {})[expert.expert] = usable
-        self._by_layer = by_layer
-        self._version += 1
+        self.now = Usable(
+            self.now.version + 1, self._placement.epoch, by_layer, self._addresses, self._rates, frozenset(self._dead)
+        )
         self._changed.notify_all()
-
-    def replicas(self, layer: int) -> Mapping[int, Sequence[str]]:
-        """Expert -> the actors that serve it now, for one layer."""
-        with self._changed:
-            return self._by_layer.get(layer, {})
-
-    def address(self, actor_id: str) -> Address | None:
-        """Where the actor listens; None for one that the newest placement does not know."""
-        with self._changed:
-            return self._addresses.get(actor_id)
-
-    def is_dead(self, actor_id: str) -> bool:
-        """Whether a publisher has named the actor dead."""
-        with self._changed:
-            return actor_id in self._dead
 
     def wait_change(self, version: int, timeout: float) -> bool:
         """Wait until `version` is no longer the newest; False when `timeout` seconds passed first."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._version != version, timeout)
+            return self._changed.wait_for(lambda: self.now.version != version, timeout)
+
+    def wake(self) -> None:
+        """Have whoever waits for a change look again."""
+        with self._changed:
+            self.now = replace(self.now, version=self.now.version + 1)
+            self._changed.notify_all()
 
     def subscribe(self, cut: Cut) -> None:
         """Have `cut` called whenever actors are named dead."""

@@ -52,11 +52,11 @@ class EngineStats:
 class Engine:
     """Single-threaded: the loop that calls `step` is its owner, and makes every other call but `stats`."""
 
-    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner, sampler: Sampler | None = None) -> None:
         self._runner = runner
         self._blocks = BlockManager(runner.num_blocks, config.block_size, config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks, runner.max_context)
-        self._sampler = Sampler()
+        self._sampler = sampler or Sampler()
         self._steps = 0
         self._step_seconds = 0.0
         self._last_step_seconds = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from moeray.config import Kernel
 from moeray.errors import ConfigError, PlacementError
 from moeray.model.family import ExpertsLayer, Family
+from moeray.model.int8 import Int8Cache
 from moeray.model.kernels import available
 from moeray.model.kernels.experts import NativeExpert, NativeLayer, UnsupportedByKernelError
 from moeray.model.slices import ExpertTensor
@@ -38,6 +39,10 @@ class _Linear:
     bias: Tensor | None
     transposed: bool
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x_RI: Tensor) -> Tensor:
         out_dim = 1 if self.transposed else 0
@@ -73,9 +78,6 @@ class ExpertWeights(Protocol):
     def expert(self, name: str, expert: int) -> ExpertTensor:
         """One expert's slice of the fused parameter `name`."""
 
-    def expert_bytes(self, name: str) -> int:
-        """Stored bytes of one expert's slice."""
-
 
 class ExpertBank:
     """Weights of a set of experts, and their forward. Thread-safe: a forward only reads.
@@ -91,8 +93,11 @@ class ExpertBank:
         dtype: torch.dtype,
         device: torch.device,
         kernel: Kernel = "auto",
+        int8: Int8Cache | None = None,
     ) -> None:
-        """`kernel`: `auto` is `native` on a CPU in half precision, as far as that knows the layer; else torch.
+        """`int8`: where dense weights are kept rounded, or None to use them as they are.
+
+        `kernel`: `auto` is `native` on a CPU in half precision, as far as that knows the layer; else torch.
 
         Raises ConfigError where `native` is asked for and cannot be.
         """
@@ -100,6 +105,7 @@ class ExpertBank:
         self._weights = weights
         self._dtype = dtype
         self._device = device
+        self._int8 = int8
         self._kernels = _LayerKernels(family, dtype, device, kernel)
         self._lock = threading.Lock()  # guards the table, never held while weights are read
         self._experts: dict[ExpertId, _Expert] = {}
@@ -123,14 +129,17 @@ class ExpertBank:
         moe = self._family.layers[expert.layer]
         up = self._linear(moe, moe.up_name, expert.expert)
         down = self._linear(moe, "down_proj", expert.expert)
-        nbytes = sum(self._weights.expert_bytes(name) for name in moe.parameters())
+        nbytes = up.nbytes + down.nbytes
         return _Expert(up, down, nbytes, self._kernels.expert(moe, up, down))
 
     def _linear(self, moe: ExpertsLayer, name: str, expert: int) -> _Linear:
-        weight = self._weights.expert(f"{moe.name}.{name}", expert)
-        bias = None
+        full, bias = f"{moe.name}.{name}", None
+        if self._int8 is None:
+            weight = self._weights.expert(full, expert)
+        else:
+            weight = self._int8.expert(full, expert, moe.is_transposed, lambda: self._weights.expert(full, expert))
         if f"{name}_bias" in moe.shapes:
-            bias = self._weights.expert(f"{moe.name}.{name}_bias", expert).dense(self._dtype).to(self._device)
+            bias = self._weights.expert(f"{full}_bias", expert).dense(self._dtype).to(self._device)
         if self._device.type != "cpu":
             weight = weight.to(self._device)
         return _Linear(weight, bias, moe.is_transposed, self._dtype)
@@ -168,7 +177,9 @@ class ExpertBank:
             raise PlacementError(
                 f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
             )
-        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), held)
+        return HeldExperts(
+            self._family.layers.get(layer), self._kernels.of(layer), dict(zip(experts, held, strict=True))
+        )
 
 
 class _LayerKernels:
@@ -222,19 +233,27 @@ class HeldExperts:
 
     _moe: ExpertsLayer | None
     _native: NativeLayer | None
-    _experts: list[_Expert]
+    _experts: dict[int, _Expert]
 
     @torch.inference_mode()
     def __call__(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         """As `ExpertBank.forward`, for the experts that are held."""
         if self._moe is None or not self._experts:
             return x_RD.new_empty(0, x_RD.shape[-1])
-        native = [expert.native for expert in self._experts if expert.native is not None]
-        if self._native is not None and len(native) == len(self._experts):
+        experts = list(self._experts.values())
+        native = [expert.native for expert in experts if expert.native is not None]
+        if self._native is not None and len(native) == len(experts):
             return self._native.forward(native, x_RD, counts)
         act = self._moe.activate
-        pieces = zip(self._experts, torch.split(x_RD, counts), strict=True)
+        pieces = zip(experts, torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
+
+    def with_those_of(self, others: Iterable[HeldExperts]) -> HeldExperts:
+        """All of them, in the experts' order; those of one layer of one bank."""
+        experts = dict(self._experts)
+        for other in others:
+            experts |= other._experts
+        return replace(self, _experts=dict(sorted(experts.items())))
 
 
 def out_of_memory(error: BaseException) -> bool:

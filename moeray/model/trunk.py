@@ -21,6 +21,7 @@ from moeray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeray.model import attention, kernels
 from moeray.model.checkpoint import Checkpoint
 from moeray.model.family import Family, is_experts, model_class, without_experts
+from moeray.model.kernels import combine
 from moeray.model.kernels.attention import DTYPES as NATIVE_DTYPES
 from moeray.model.latent import is_latent, keep_latents
 from moeray.model.linears import choose_linear, use_linear
@@ -55,15 +56,6 @@ def _experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     if module.has_post_expert_norm:
         rows_TKD = module.post_expert_norm(rows_TKD)
     return combine(rows_TKD, weights.reshape(ids_TK.shape)).to(x.dtype).reshape(x.shape)
-
-
-def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Weighted sum over k in fp32, k = 0 first, whatever the order in which rows arrived. [T, D] fp32."""
-    weighted = rows_TKD.float() * weights_TK.float().unsqueeze(-1)
-    out_TD = weighted[:, 0]
-    for k in range(1, weighted.shape[1]):
-        out_TD = out_TD + weighted[:, k]
-    return out_TD
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)

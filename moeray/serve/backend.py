@@ -15,9 +15,10 @@ class BackendState:
     """`detail` is the progress while loading, what is missing while waiting, and the one-line error once failed.
 
     `waiting`: the system had come up, but nothing can be served at present; requests are taken, and wait for a router.
+    `stopping`: the controller is ending it.
     """
 
-    status: Literal["loading", "ready", "waiting", "failed"]
+    status: Literal["loading", "ready", "waiting", "stopping", "failed"]
     detail: str = ""
 
 

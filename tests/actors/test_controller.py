@@ -77,6 +77,13 @@ def test_growing_and_shrinking_by_hand(model, expected, tmp_path):
     assert {"plan", "plan_ended", "leave", "stopped"} <= set(events)
 
 
+def test_a_system_that_was_stopped_does_not_say_that_it_is_ready(model, tmp_path):
+    with LocalSystem(config_of(model, tmp_path)) as system:
+        assert system.controller.status()["status"] == "ready"
+    assert system.controller.status()["status"] == "stopping"
+    assert system.controller.state()["info"] is None
+
+
 def test_a_size_beyond_the_limits_is_refused(model, tmp_path):
     with LocalSystem(config_of(model, tmp_path, experts__max_actors=3)) as system:
         with pytest.raises(ConfigError, match="outside 2 to 3"):
@@ -145,6 +152,26 @@ def test_pausing_is_kept_by_the_next_controller_which_takes_everything_over(mode
         until(system.controller, settled)
     left = {thread.name for thread in threading.enumerate()}
     assert not {name for name in left if name.startswith(("controller", "watch-", "vigil", "step-loop"))}
+
+
+def test_what_the_config_says_of_autoscaling_holds_for_the_next_controller(model, tmp_path):
+    """Unless somebody said otherwise since the system began; a pause of an earlier system is past."""
+    config = config_of(model, tmp_path, control__autoscale=False)
+
+    def next_one(system):
+        system.controller.abandon()
+        system.controller = Controller(system.config, system.cluster)
+        system.controller.start()
+        return system.controller.status()["autoscaling"]
+
+    with LocalSystem(config) as system:
+        assert not next_one(system)
+        system.controller.pause(False)
+        assert next_one(system)
+        system.controller.pause(True)
+    scaling = replace(config, control=replace(config.control, autoscale=True))
+    with LocalSystem(scaling) as system:
+        assert next_one(system)
 
 
 def test_a_router_that_drains_hears_of_placements_until_its_end(model, tmp_path):

@@ -125,6 +125,17 @@ def test_a_restored_actor_is_used_again(fleet):
     assert stats(fleet.connect(router)).lost == ()
 
 
+def test_a_stop_does_not_wait_for_the_step_that_waits_for_an_expert(fleet):
+    router = fleet.add_router()
+    ingress, observer = fleet.connect(router), fleet.connect(router)
+    stats(observer)
+    fleet.expert.stop()
+    submit(ingress, request("a", max_tokens=5))
+    next(frame for frame in frames(observer) if frame.op is Op.STATS and frame.meta["orphans"])
+    router.stop()
+    assert not router._loop._thread.is_alive()
+
+
 def test_leaving_is_told_at_once(fleet):
     router = fleet.add_router()
     observer = fleet.connect(router)

@@ -1,12 +1,19 @@
-"""Calibration: the fit, and a whole one of a tiny model with real actors, read back by the simulator."""
+"""Calibration: the fits, and a whole one of a tiny model in a real system, read back by the simulator."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from moeray.bench import calibrate as calibration
 from moeray.bench.checkpoint import Shape, write_random_moe
-from moeray.control.cost import load_costs
+from moeray.bench.rhythm import Phase, Rhythm
+from moeray.cli.bench_calibrate import calibrated
+from moeray.control.cost import Costs, load_costs
+from moeray.control.popularity import MoeShape
+from tests.systems import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -29,16 +36,48 @@ def test_no_cost_is_negative():
     assert 1 < intercept < 3
 
 
-def test_a_model_is_measured_and_the_simulator_reads_it(tmp_path):
-    shape = Shape(hidden=64, intermediate=32, experts=4, top_k=2, layers=2)
-    model = write_random_moe(shape, tmp_path / "model")
-    result = calibration.calibrate(str(model), actors=1, repeat=1)
+def test_a_simulated_step_lasts_as_long_as_the_one_that_was_seen():
+    truth = Costs(
+        trunk_tokens=(1, 64), trunk_s=(0.004, 0.020), trunk_layers=2, decode_s=0.0005, forward_s=1e-4, row_s=1e-5,
+        expert_s=2e-4, hop_s=3e-4, hop_row_s=2e-6, request_s=0.006, wake_s=0.003,
+    )  # fmt: skip
+    shape = MoeShape(2, 4, 2)
+
+    def lasts(tokens: int, decodes: int) -> float:
+        trunk_s = float(np.interp(tokens, truth.trunk_tokens, truth.trunk_s))
+        return trunk_s + decodes * truth.decode_s + calibration._beside_experts(truth, shape, 2)(tokens)
+
+    def phase(count: int, step_s: float) -> Phase:
+        return Phase(count, step_s, truth.hop_s + truth.hop_row_s * count * shape.top_k)
+
+    before_s = truth.request_s + truth.wake_s
+    rhythm = Rhythm(
+        [phase(n, lasts(n, n)) for n in (1, 2, 4, 8, 16)],
+        [phase(1, lasts(1, 1) + before_s), *(phase(n, lasts(n, 0) + before_s) for n in (16, 64))],
+        lasts(1, 1) / 2 + lasts(2, 2) + truth.request_s,
+    )
+    experts = replace(truth, hop_s=0.0, hop_row_s=0.0)
+    found = calibration.fit_rhythm(rhythm, experts, shape, 2)
+    for key in ("hop_s", "hop_row_s", "request_s", "wake_s", "decode_s"):
+        assert found[key] == pytest.approx(getattr(truth, key)), key
+    assert found["trunk_tokens"] == [1, 2, 4, 8, 16, 64]
+    assert found["trunk_s"] == pytest.approx(np.interp(found["trunk_tokens"], truth.trunk_tokens, truth.trunk_s))
+
+
+def test_a_running_system_is_measured_and_the_simulator_reads_it(tmp_path):
+    shape = Shape(hidden=64, intermediate=32, experts=4, top_k=2, layers=2, vocab=128)
+    model = write_random_moe(shape, tmp_path / "model", torch.float32)
+    config = tiny_config(
+        model, experts__max_actors=2, engine__max_batch_tokens=64, control__audit_log=str(tmp_path / "audit.jsonl")
+    )
+    result = calibrated(config, local=True, repeat=1)
     (tmp_path / "costs.json").write_text(json.dumps(result))
     costs = load_costs(tmp_path / "costs.json")
     assert costs.trunk_layers == 2
+    assert costs.trunk_tokens == (1, 2, 4, 8, 16, 64)
     assert costs.cores == 0  # an actor's figures hold for any number of machines
-    assert costs.start_s > costs.map_s > 0
-    assert min(costs.trunk_s) > 0
+    assert costs.start_s > 0
+    assert costs.trunk_s[0] > 0
     assert max(costs.forward_s, costs.row_s, costs.expert_s) > 0
     assert max(costs.hop_s, costs.hop_row_s) > 0
     assert result["model"]["top_k"] == 2

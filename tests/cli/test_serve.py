@@ -166,3 +166,32 @@ def test_steering_by_hand(endpoint, client):
     assert "outside 2 to 3" in steer("scale", "experts=9", code=1)["error"]
     assert "GROUP=N" in steer("scale", "experts", code=1)["error"]
     assert "experts-77" in steer("drain", "experts-77", code=1)["error"]
+
+
+@pytest.mark.parametrize("load", [("--concurrency", "1,4"), ("--rate", "20,40")])
+def test_a_sweep_over_http(endpoint, load):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "moeray.cli.main", "bench", "serve", endpoint[0], *load, "--requests", "6", "--vocab",
+            "300", "--prompt-tokens", "12", "--output-tokens", "5", "--api-key", "k3y", "--output", "json",
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout)["rows"]:
+        figures = row["moeray"]
+        assert (figures["requests"], figures["errors"]) == (6, 0)
+        assert figures["output_tok_s"] * figures["seconds"] == pytest.approx(30)
+        assert 0 < figures["ttft_s"]["p50"] <= figures["e2e_s"]["p99"]
+
+
+def test_a_sweep_with_errors_says_so(endpoint):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "moeray.cli.main", "bench", "serve", endpoint[0], "--model", "none", "--api-key",
+            "k3y", "--concurrency", "2", "--requests", "2",
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "2 errors" in done.stdout

@@ -209,8 +209,16 @@ def replica_of(cluster: Cluster) -> psutil.Process:
     """The process of the one ingress replica, on whichever node."""
     raylets = [raylet for node in cluster.list_all_nodes() for raylet in node.all_processes["raylet"]]
     workers = [worker for raylet in raylets for worker in psutil.Process(raylet.process.pid).children()]
-    (replica,) = [worker for worker in workers if f"ServeReplica:{NAME}:ingress" in " ".join(worker.cmdline())]
+    (replica,) = [worker for worker in workers if f"ServeReplica:{NAME}:ingress" in title_of(worker)]
     return replica
+
+
+def title_of(process: psutil.Process) -> str:
+    """Its command line; of one that ended since it was listed (a raylet's idle workers come and go), nothing."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest.fixture(scope="module")

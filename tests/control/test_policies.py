@@ -93,7 +93,22 @@ def router(tpot_s=0.0, pending=0, rate=0.0, part=0.5, running=4.0):
 )
 def test_latency_fits_the_experts_into_what_the_trunk_leaves(loads, wanted):
     routers = tuple(RouterView(f"r{i}", "n0", load) for i, load in enumerate(loads))
-    assert latency(replace(seen((0.6,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+    assert latency(replace(seen((0.1,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+
+
+@pytest.mark.parametrize(
+    ("busy", "tpot_s", "wanted"),
+    [
+        (0.2, 0.06, 2),  # waits alone decide
+        (0.6, 0.06, 3),  # two would have more work than time
+        (0.85, 0.06, 4),
+        (1.0, 0.06, 4),  # busy actors alone are no reason to grow
+        (1.0, 0.12, 6),
+    ],
+)
+def test_latency_shrinks_to_no_fewer_actors_than_the_work_keeps_busy(busy, tpot_s, wanted):
+    routers = (RouterView("r0", "n0", router(tpot_s)),)
+    assert latency(replace(seen((busy,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
 
 
 def test_latency_without_an_objective_has_no_opinion():
@@ -188,6 +203,32 @@ def test_the_budget_goes_to_the_most_skewed_layer_first():
     assert hot(load, settings=one) == {ExpertId(1, 0): 2}
     two = ControlConfig(replica_budget=2 / 8)
     assert hot(load, settings=two) == {ExpertId(1, 0): 2, ExpertId(0, 0): 2}
+
+
+@pytest.mark.parametrize(
+    ("held", "budget", "wanted"),
+    [
+        ((2, 1, 1, 1), 1.0, {0: 2}),
+        ((3, 1, 1, 1), 1.0, {0: 2}),  # twice as many more as would do
+        ((3, 1, 1, 1), 0.25, {0: 2}),  # the budget is less than there is
+        ((1, 2, 1, 1), 1.0, {0: 2}),  # those that there are do not do
+    ],
+)
+def test_replicas_are_kept_only_where_they_do(held, budget, wanted):
+    load = layer_of(30, 10, 10, 10)
+    placement = Placement(1, {ExpertId(0, e): tuple(f"experts-{i}" for i in range(n)) for e, n in enumerate(held)})
+    settings = ControlConfig(replica_budget=budget)
+    wish = hot_experts(seen((0.5,) * 4, load=load, placement=placement, settings=settings))
+    assert wish.replicas == {ExpertId(0, expert): count for expert, count in wanted.items()}
+
+
+@pytest.mark.parametrize(("other", "helped"), [(22, 0), (26, 0), (40, 1)])
+def test_a_layer_keeps_its_replicas_unless_another_is_much_more_skewed(other, helped):
+    load = layer_of(20, 10, 10, 10) | layer_of(other, 10, 10, 10, layer=1)
+    held = dict.fromkeys(load, ("experts-0",)) | {ExpertId(0, 0): ("experts-0", "experts-1")}
+    one = ControlConfig(replica_budget=1 / 8)
+    wish = hot_experts(seen((0.5,) * 4, load=load, placement=Placement(1, held), settings=one))
+    assert wish.replicas == {ExpertId(helped, 0): 2}
 
 
 def test_an_expert_is_split_over_no_more_than_the_actors():

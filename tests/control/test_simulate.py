@@ -279,3 +279,20 @@ def test_a_wrong_cost_file_is_named(tmp_path, text, message):
     with pytest.raises(SimulationError, match=r"costs.json") as raised:
         load_costs(path)
     assert message in str(raised.value)
+
+
+def test_the_first_step_after_a_rest_is_longer_and_every_token_has_a_way_to_go():
+    """Two requests far apart find the router at rest; only the first of a request's steps wakes it."""
+    trace = trace_of("apart", [(0.0, 8, 5), (100.0, 8, 5)])
+    it = world(trace)
+    placement = it.settled_placement(it.hosts(2), it.hindsight.load)
+
+    def latencies(costs):
+        step_costs = StepCosts(costs, SHAPE, 64)
+        engine = Engine(trace, EngineConfig(max_batch_tokens=64), step_costs, it_table(step_costs, it, placement), 1)
+        engine.advance(math.inf)
+        return engine.latencies()
+
+    plain, slower = latencies(COSTS), latencies(replace(COSTS, request_s=0.25, wake_s=0.5))
+    assert slower.first_s - plain.first_s == pytest.approx([0.75, 0.75])
+    assert slower.last_s - plain.last_s == pytest.approx([0.75, 0.75])

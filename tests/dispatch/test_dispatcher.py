@@ -177,7 +177,7 @@ def test_an_actor_that_does_not_host_one_expert_keeps_the_others(stage):
     stage.actors["a"].script = [refuse("not_hosted", experts=[0])]
     stage.dispatch([[0, 2], [1, 2]])
     stage.dispatch([[0, 2], [1, 2]])
-    assert stage.view.replicas(0) == {0: ("b",), 1: ("a",), 2: ("b",)}
+    assert stage.view.now.replicas[0] == {0: ("b",), 1: ("a",), 2: ("b",)}
     assert stage.losses == []
 
 
@@ -232,6 +232,24 @@ def test_an_actor_that_takes_rows_and_never_answers_is_no_endless_loop(folder):
         for actor in stage.actors.values():
             actor.script = [hang] * 50
         with pytest.raises(PlacementError, match=r"no actor answered for expert 0 of layer 0 within 0\.6 s"):
+            stage.dispatch([[0]])
+    finally:
+        stage.close()
+
+
+@pytest.mark.parametrize("behaviour", [hang, vanish])
+def test_an_abandoned_dispatcher_waits_for_nobody(folder, behaviour):
+    """Neither for the answer of a hung actor nor for a replica that does not come."""
+    stage = Stage(folder, deadline_s=600.0)
+    try:
+        stage.publish(1, {0: "a"})
+        stage.actors["a"].script = [behaviour] * 500
+        dispatch = Background(lambda: stage.dispatch([[0]]))
+        stage.actors["a"].received.get(timeout=10)
+        stage.dispatcher.abandon()
+        with pytest.raises(MoerayError, match="is being stopped"):
+            dispatch.join()
+        with pytest.raises(MoerayError, match="is being stopped"):
             stage.dispatch([[0]])
     finally:
         stage.close()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import ALIGNMENT, Instructions, best_instructions, library
+from moeray.model.kernels.native import Instructions, best_instructions, library, scratch
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -64,8 +64,7 @@ def decode(
         tables_BW.stride(0), block_size, torch.get_num_threads(),
         best_instructions() if instructions is None else instructions, scale, softcap or 0.0,
     )  # fmt: skip
-    memory = torch.empty(lib.moeray_attention_scratch(byref(call)) + ALIGNMENT, dtype=torch.uint8)
-    call.scratch = -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+    memory, call.scratch = scratch(lib.moeray_attention_scratch(byref(call)))
     lib.moeray_attention(byref(call))
     del memory
     return y_BHD

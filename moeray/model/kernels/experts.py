@@ -82,7 +82,8 @@ class _Stored:
 
 def native_activation(moe: ExpertsLayer) -> Activation:
     """The kernels' form of the layer's activation, found by its values. Raises UnsupportedByKernelError."""
-    probe_N2 = torch.cartesian_prod(torch.linspace(-20, 20, 41), torch.linspace(-20, 20, 17))
+    gates = torch.cat([torch.linspace(-20, 20, 41), torch.linspace(-0.3, 0.3, 25)])  # near 0, where a steep one bends
+    probe_N2 = torch.cartesian_prod(gates, torch.linspace(-20, 20, 17))
     gate_N, up_N = probe_N2.double().unbind(1)
     gated = bool(moe.module.has_gate)
     wanted = moe.activate(probe_N2 if gated else probe_N2[:, :1])[:, 0].double()

@@ -97,14 +97,16 @@ def _declared(lib: Any) -> Any:
     lib.moeray_scratch.restype = c_int64
     lib.moeray_forward.argtypes = [POINTER(Layer), POINTER(POINTER(Expert)), POINTER(c_int64), c_int64, POINTER(Call)]
     lib.moeray_forward.restype = None
-    lib.moeray_attention_scratch.argtypes = [c_void_p]
-    lib.moeray_attention_scratch.restype = c_int64
-    lib.moeray_attention.argtypes = [c_void_p]
-    lib.moeray_attention.restype = None
     lib.moeray_read.argtypes = [c_void_p, c_int64, c_int64, c_int64]
     lib.moeray_read.restype = None
     lib.moeray_multiply.argtypes = [c_int64, c_int64, c_int64]
     lib.moeray_multiply.restype = c_int64
+    lib.moeray_combine.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
+    lib.moeray_combine.restype = None
+    lib.moeray_attention_scratch.argtypes = [c_void_p]
+    lib.moeray_attention_scratch.restype = c_int64
+    lib.moeray_attention.argtypes = [c_void_p]
+    lib.moeray_attention.restype = None
     return lib
 
 
@@ -130,8 +132,7 @@ def forward(
     x_RI = x_RI.contiguous()
     y_RO = x_RI.new_empty(len(x_RI), outputs)
     nbytes = lib.moeray_scratch(ctypes.byref(layer), len(x_RI), len(experts), threads)
-    scratch = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    address = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
+    memory, address = scratch(nbytes)
     call = Call(
         x_RI.data_ptr(), y_RO.data_ptr(), address, _CALL_FORMATS[x_RI.dtype], threads,
         best_instructions() if chosen is None else chosen,
@@ -140,7 +141,14 @@ def forward(
     lib.moeray_forward(
         ctypes.byref(layer), (POINTER(Expert) * count)(*experts), (c_int64 * count)(*counts), count, ctypes.byref(call)
     )
+    del memory
     return y_RO.to(dtype)
+
+
+def scratch(nbytes: int) -> tuple[Tensor, int]:
+    """Memory that a call may write, and its aligned address."""
+    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
 
 
 def read_all(memory: Tensor) -> None:

@@ -1,4 +1,5 @@
-/* The kernels in terms of vectors of 16; compiled once for each instruction set, with FN, MOST and OUTS defined.
+/* The kernels in terms of 16 lanes; compiled once for each instruction set, with FN defined, the LANES of its vectors, and
+   how many rows (MOST) and outputs (OUTS) of a product its registers hold.
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
@@ -6,64 +7,99 @@
 
 #include "vectors.h"
 
+#define PARTS (16 / LANES)
+
+typedef float FN(vec) __attribute__((vector_size(4 * LANES)));
+typedef int32_t FN(ivec) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t FN(uvec) __attribute__((vector_size(4 * LANES)));
+typedef uint16_t FN(u16vec) __attribute__((vector_size(2 * LANES)));
+typedef int16_t FN(i16vec) __attribute__((vector_size(2 * LANES)));
+typedef int8_t FN(i8vec) __attribute__((vector_size(LANES)));
+
+/* 16 lanes. */
+typedef struct {
+    FN(vec) part[PARTS];
+} FN(wide);
+
 /* -- decoding ------------------------------------------------------------------------------------------------------ */
 
-INLINE f32x16 FN(half)(u16x16 bits) {
+/* The compiler converts elements one by one where it is not told the instruction. */
+INLINE FN(vec) FN(half)(FN(u16vec) bits) {
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_cvtph_ps((__m256i)bits);
+    return (FN(vec))_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__)
-    return JOIN(f32x16, _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)bits)),
-                _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)bits, 1)));
+    return (FN(vec))_mm256_cvtph_ps((__m128i)bits);
 #else
-    u32x16 wide = __builtin_convertvector(bits, u32x16);
-    return (f32x16)((wide & 0x8000) << 16 | (wide & 0x7fff) << 13) * 0x1p112f;
+    FN(uvec) wide = __builtin_convertvector(bits, FN(uvec));
+    return (FN(vec))((wide & 0x8000) << 16 | (wide & 0x7fff) << 13) * 0x1p112f;
 #endif
 }
 
-/* The compiler converts bytes one by one where it is not told the instruction. */
-INLINE i32x16 FN(widen)(i8x16 bytes) {
+INLINE FN(ivec) FN(widen)(const void *bytes) {
 #if defined(__AVX512F__)
-    return (i32x16)_mm512_cvtepi8_epi32((__m128i)bytes);
+    return (FN(ivec))_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes));
 #elif defined(__AVX2__)
-    return JOIN(i32x16, _mm256_cvtepi8_epi32((__m128i)bytes),
-                _mm256_cvtepi8_epi32(_mm_unpackhi_epi64((__m128i)bytes, (__m128i)bytes)));
+    return (FN(ivec))_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes));
 #else
-    return __builtin_convertvector(bytes, i32x16);
+    return __builtin_convertvector(LOAD(FN(i8vec), bytes), FN(ivec));
 #endif
 }
 
 /* E4M3 is FP16 with another bias and fewer digits: read as FP16 it is too small by 2^8, subnormals too. */
-INLINE f32x16 FN(e4m3)(i8x16 bytes) {
-#if defined(__AVX2__)
-    i16x16 wide = (i16x16)_mm256_cvtepi8_epi16((__m128i)bytes);
+INLINE FN(vec) FN(e4m3)(const uint8_t *bytes) {
+#if defined(__AVX512F__)
+    FN(i16vec) wide = (FN(i16vec))_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)bytes));
+#elif defined(__AVX2__)
+    FN(i16vec) wide = (FN(i16vec))_mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)bytes));
 #else
-    i16x16 wide = __builtin_convertvector(bytes, i16x16);
+    FN(i16vec) wide = __builtin_convertvector(LOAD(FN(i8vec), bytes), FN(i16vec));
 #endif
-    return FN(half)((u16x16)(wide << 7 & (int16_t)0xbfff));
+    return FN(half)((FN(u16vec))(wide << 7 & (int16_t)0xbfff));
 }
 
-/* Each of 4 E8M0 bytes on 4 lanes. A byte is the exponent of a float; the byte 0 is the subnormal 2^-127. */
-INLINE f32x16 FN(e8m0)(const uint8_t *scale) {
-    i8x16 four = {0};
-    memcpy(&four, scale, 4);
-    four = __builtin_shuffle(four, (i8x16){0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3});
-    u32x16 exponents = (u32x16)FN(widen)(four) << 23 & 0x7f800000;
-    return (f32x16)(exponents | ((u32x16)(exponents == 0) & 0x400000));
+/* E2M1 values by their codes, the low 4 bits of each lane. */
+INLINE FN(vec) FN(e2m1)(FN(ivec) codes) {
+#if LANES == 16
+    const FN(vec) values = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
+    return __builtin_shuffle(values, codes & 15);
+#elif LANES == 8
+    const FN(vec) values = {0, .5, 1, 1.5, 2, 3, 4, 6};
+    return (FN(vec))((FN(uvec))__builtin_shuffle(values, codes & 7) | (FN(uvec))(codes & 8) << 28);
+#else
+    static const float values[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
+    FN(vec) v;
+    for (int i = 0; i < LANES; i++) v[i] = values[codes[i] & 15];
+    return v;
+#endif
 }
 
-/* Vector j of the block of weights at `w`. INT8 is scaled when its sum is complete. */
-INLINE f32x16 FN(decode)(const int format, Row w, const int j) {
+/* Part p of 4 E8M0 bytes on 4 lanes each. A byte is the exponent of a float; the byte 0 is the subnormal 2^-127. */
+INLINE FN(vec) FN(e8m0)(const uint8_t *scale, int p) {
+#if defined(__AVX2__)
+    __m128i lanes = _mm_add_epi8(_mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm_set1_epi8((char)(p * LANES / 4)));
+    __m128i spread = _mm_shuffle_epi8(_mm_cvtsi32_si128(LOAD(int32_t, scale)), lanes);
+#else
+    int8_t spread[LANES];
+    for (int i = 0; i < LANES; i++) spread[i] = (int8_t)scale[(p * LANES + i) / 4];
+#endif
+    FN(uvec) exponents = (FN(uvec))FN(widen)(&spread) << 23 & 0x7f800000;
+    return (FN(vec))(exponents | ((FN(uvec))(exponents == 0) & 0x400000));
+}
+
+/* Part p of vector j of the block of weights at `w`. INT8 is scaled when its sum is complete. */
+INLINE FN(vec) FN(decode)(const int format, Row w, const int j, const int p) {
+    const int lane = p * LANES;
     switch (format) {
-        case F32: return LOAD(f32x16, w.data);
-        case F16: return FN(half)(LOAD(u16x16, w.data));
-        case BF16: return (f32x16)(j ? LOAD(u32x16, w.data) & 0xffff0000 : LOAD(u32x16, w.data) << 16);
-        case INT8: return __builtin_convertvector(FN(widen)(LOAD(i8x16, w.data)), f32x16);
-        case FP8: return FN(e4m3)(LOAD(i8x16, w.data)) * (256.0f * LOAD(float, w.scale));
-        default: {
-            const f32x16 values = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
-            i32x16 nibbles = LOAD(i32x16, w.data) >> (4 * j);
-            return __builtin_shuffle(values, nibbles & 15) * FN(e8m0)(w.scale);
+        case F32: return LOAD(FN(vec), w.data + 4 * lane);
+        case F16: return FN(half)(LOAD(FN(u16vec), w.data + 2 * lane));
+        case BF16: {
+            FN(uvec) pairs = LOAD(FN(uvec), w.data + 4 * lane);
+            return (FN(vec))(j ? pairs & 0xffff0000 : pairs << 16);
         }
+        case INT8: return __builtin_convertvector(FN(widen)(w.data + lane), FN(vec));
+        case FP8: return FN(e4m3)(w.data + lane) * (256.0f * LOAD(float, w.scale));
+        default: return FN(e2m1)(LOAD(FN(ivec), w.data + 4 * lane) >> (4 * j)) * FN(e8m0)(w.scale, p);
     }
 }
 
@@ -86,29 +122,33 @@ INLINE Row FN(filled)(const int format, const Matrix *m, Row w, int64_t k, uint8
 
 /* A block of each of `outs` weight rows times that of `rows` rows of inputs. */
 INLINE void FN(step)(const int format, const int rows, const int outs, const Row *w, const float *x, int64_t x_step,
-                     f32x16 *sums) {
+                     FN(wide) *sums) {
     for (int j = 0; j < (int)stride_of(format); j++) {
-        f32x16 v[4];
-        for (int n = 0; n < outs; n++) v[n] = FN(decode)(format, w[n], j);
-        for (int r = 0; r < rows; r++) {
-            f32x16 in = LOAD(f32x16, x + r * x_step + 16 * j);
-            for (int n = 0; n < outs; n++) sums[r * outs + n] += in * v[n];
-        }
+        FN(wide) v[4];
+        for (int n = 0; n < outs; n++)
+            for (int p = 0; p < PARTS; p++) v[n].part[p] = FN(decode)(format, w[n], j, p);
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < PARTS; p++) {
+                FN(vec) in = LOAD(FN(vec), x + r * x_step + 16 * j + p * LANES);
+                for (int n = 0; n < outs; n++) sums[r * outs + n].part[p] += in * v[n].part[p];
+            }
     }
 }
 
 /* `rows` rows of inputs against `outs` weight rows: the partial sums. */
 INLINE void FN(dot)(const int format, const int rows, const int outs, const Matrix *m, const Row *w, const float *x,
-                    int64_t x_step, Ahead ahead, f32x16 *partial) {
+                    int64_t x_step, Ahead ahead, FN(wide) *partial) {
     const int64_t block = 16 * stride_of(format), whole = m->in / block * block;
-    f32x16 sums[MOST * 4];
+    FN(wide) sums[MOST * 4];
     Row at[4];
-    for (int i = 0; i < rows * outs; i++) sums[i] = (f32x16){0};
-    for (int64_t k = 0, line = 0; k < whole; k += block, line += 64) {
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < outs; n++)
+            for (int p = 0; p < PARTS; p++) sums[r * outs + n].part[p] = (FN(vec)){0};
+    for (int64_t k = 0, byte = 0; k < whole; k += block, byte += stride_of(format) * ahead.pace) {
         for (int n = 0; n < outs; n++) at[n] = FN(at)(format, m, w[n], k);
         FN(step)(format, rows, outs, at, x + k, x_step, sums);
-        if (line < ahead.bytes)
-            for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + line, 0, 2);
+        if (byte % 64 == 0 && byte < ahead.bytes)
+            for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
     }
     if (whole < m->in) {
         uint8_t fillers[4][FILLER];
@@ -122,14 +162,14 @@ INLINE void FN(dot)(const int format, const int rows, const int outs, const Matr
 /* Part i of n equal ones. */
 INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
     int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
-    return (Ahead){all.rows + from, to - from, all.bytes};
+    return (Ahead){all.rows + from, to - from, all.bytes, all.pace};
 }
 
 /* A function for each format and number of rows, so that each has all registers. `w`: a tile of weight rows. */
-typedef void (*FN(Dot))(const Matrix *m, const Row *w, const float *x, int64_t x_step, Ahead ahead, f32x16 *partial);
+typedef void (*FN(Dot))(const Matrix *m, const Row *w, const float *x, int64_t x_step, Ahead ahead, FN(wide) *partial);
 #define DOT(format, rows)                                                                                              \
     static NOINLINE void FN(dot_##format##_##rows)(const Matrix *m, const Row *w, const float *x, int64_t x_step,      \
-                                                   Ahead ahead, f32x16 *partial) {                                     \
+                                                   Ahead ahead, FN(wide) *partial) {                                   \
         for (int n = 0; n < TILE; n += OUTS(rows))                                                                     \
             FN(dot)(format, rows, OUTS(rows), m, w + n, x, x_step, FN(share)(ahead, n / OUTS(rows), TILE / OUTS(rows)),  \
                     partial + n);                                                                                      \
@@ -148,22 +188,69 @@ typedef void (*FN(Unpack))(const Matrix *m, Row w, float *decoded);
         for (int64_t k = 0; k < m->in; k += block, decoded += block) {                                                 \
             uint8_t filler[FILLER];                                                                                    \
             Row at = k + block <= m->in ? FN(at)(format, m, w, k) : FN(filled)(format, m, w, k, filler);               \
-            for (int j = 0; j < stride; j++) ((f32x16 *)decoded)[j] = FN(decode)(format, at, j);                       \
+            for (int j = 0; j < stride; j++)                                                                           \
+                for (int p = 0; p < PARTS; p++) ((FN(vec) *)decoded)[j * PARTS + p] = FN(decode)(format, at, j, p);    \
         }                                                                                                              \
     }
 FORMATS(UNPACK)
 #define UNPACK_NAME(format) FN(unpack_##format),
 static const FN(Unpack) FN(unpack_of)[] = {FORMATS(UNPACK_NAME)};
 
+/* Two vectors' halves, quarters, ... added at once: what is left of both lies side by side. */
+#define MERGE(a, b, low, high)                                                                                         \
+    (__builtin_shuffle(a, b, (FN(ivec))LANES_OF low) + __builtin_shuffle(a, b, (FN(ivec))LANES_OF high))
+#define LANES_OF(...) {__VA_ARGS__}
+
+/* The sums of LANES vectors, in order. */
+INLINE FN(vec) FN(merged)(FN(vec) *s) {
+#if LANES == 16
+    for (int i = 0; i < 8; i++)
+        s[i] = MERGE(s[i], s[i + 8], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                     (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+    for (int i = 0; i < 4; i++)
+        s[i] = MERGE(s[i], s[i + 4], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+                     (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(s[i], s[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                     (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+    return MERGE(s[0], s[1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+                 (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+#elif LANES == 8
+    for (int i = 0; i < 4; i++) s[i] = MERGE(s[i], s[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15));
+    for (int i = 0; i < 2; i++) s[i] = MERGE(s[i], s[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15));
+    return MERGE(s[0], s[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15));
+#else
+    for (int i = 0; i < 2; i++) s[i] = MERGE(s[i], s[i + 2], (0, 1, 4, 5), (2, 3, 6, 7));
+    return MERGE(s[0], s[1], (0, 4, 2, 6), (1, 5, 3, 7));
+#endif
+}
+
+/* Of TILE times 16 lanes the sums: the parts of each, as far apart as can be, added until one is left. */
+INLINE f32x16 FN(reduce)(const FN(wide) *partial) {
+    FN(wide) sums;
+    for (int part = 0; part < PARTS; part++) {
+        FN(vec) s[LANES];
+        for (int i = 0; i < LANES; i++) {
+            FN(wide) w = partial[part * LANES + i];
+            for (int left = PARTS / 2; left; left /= 2)
+                for (int p = 0; p < left; p++) w.part[p] += w.part[p + left];
+            s[i] = w.part[0];
+        }
+        sums.part[part] = FN(merged)(s);
+    }
+    return LOAD(f32x16, &sums);
+}
+
 /* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step floats apart, times TILE weight rows. */
-static void FN(tile)(const Matrix *m, const Row *w, const f32x16 *bias, const float *x, int64_t x_step, int64_t count,
+static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const float *x, int64_t x_step, int64_t count,
                      Ahead ahead, f32x16 *out, float *decoded) {
     const Matrix dense = {.format = F32, .in = padded(m->format, m->in)};
-    f32x16 scale = SPLAT(1), partial[MOST * TILE];
+    f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
+    FN(wide) partial[MOST * TILE];
     Row rows[TILE];
     if (m->format == INT8)
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
-    if (count > MANY && is_costly(m->format)) {
+    if (count > many_for(m->format)) {
         for (int n = 0; n < TILE; n++) {
             float *row = decoded + n * (dense.in + APART);
             FN(unpack_of)[m->format](m, w[n], row);
@@ -175,7 +262,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const f32x16 *bias, const fl
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
         FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), partial);
-        for (int64_t r = 0; r < few; r++) out[r] = FN(sums_of)(partial + r * TILE) * scale + *bias;
+        for (int64_t r = 0; r < few; r++) out[r] = FN(reduce)(partial + r * TILE) * scale + term;
         count -= few, x += few * x_step, out += few;
     }
 }
@@ -200,39 +287,67 @@ static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t c
 /* A row of `count` inputs (F32 or BF16) -> floats in the order of blocks of `stride` vectors, filled up with zeros. */
 static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed) {
     const int64_t size = format == F32 ? 4 : 2, block = 16 * stride;
-    for (int64_t k = 0; k < count; k += block) {
-        float filler[128] = {0}, natural[128];
+    for (int64_t k = 0; k < count; k += block, packed += block) {
+        f32x16 filler[8] = {{0}}, natural[8];
         const void *from = (const char *)x + k * size;
         if (k + block > count) from = memcpy(filler, from, (count - k) * size);
-        for (int64_t j = 0; j < stride; j++) {
-            f32x16 v = FN(load)(format, from, 16 * j);
-            memcpy(natural + 16 * j, &v, sizeof v);
+        for (int64_t j = 0; j < stride; j++) natural[j] = FN(load)(format, from, 16 * j);
+        if (stride == 1) {
+            memcpy(packed, natural, 64);
+        } else if (stride == 2) {
+            const i32x16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+            ((f32x16 *)packed)[0] = __builtin_shuffle(natural[0], natural[1], even);
+            ((f32x16 *)packed)[1] = __builtin_shuffle(natural[0], natural[1], even + 1);
+        } else {
+            for (int64_t j = 0; j < stride; j++)
+                for (int64_t i = 0; i < 16; i++) packed[16 * j + i] = ((float *)natural)[i * stride + j];
         }
-        for (int64_t j = 0; j < stride; j++)
-            for (int64_t i = 0; i < 16; i++) packed[k + 16 * j + i] = natural[i * stride + j];
     }
 }
 
 /* -- ceilings ------------------------------------------------------------------------------------------------------ */
 
-/* Reads all of `size` bytes, a multiple of 256, as fast as can be; what it read is of no use. */
+/* Reads all of `size` bytes, a multiple of READ, as fast as can be: four streams, fetched ahead, since one alone does
+   not fill the memory's queue. What it read is of no use. */
 static void FN(read)(const char *data, int64_t size) {
-    i32x16 sums[4] = {{0}};
-    for (int64_t i = 0; i < size; i += 256)
-        for (int j = 0; j < 4; j++) sums[j] += LOAD(i32x16, data + i + 64 * j);
+    FN(ivec) sums[4] = {{0}};
+    for (const char *at = data; at < data + size; at += READ)
+        for (int64_t i = 0; i < READ / 4; i += 64)
+            for (int j = 0; j < 4; j++) {
+                __builtin_prefetch(at + READ / 4 * j + i + READ, 0, 2);
+                for (int p = 0; p < PARTS; p++) sums[j] += LOAD(FN(ivec), at + READ / 4 * j + i + 4 * LANES * p);
+            }
     sums[0] += sums[1] + sums[2] + sums[3];
-    __asm__ volatile("" : : "r"(sums) : "memory");
+    __asm__ volatile("" : : "m"(sums[0]));
 }
 
 /* Multiplies and adds in as many sums as a product has, `times` times; the operations. */
 static int64_t FN(multiply)(int64_t times) {
-    f32x16 sums[MOST * OUTS(MOST)], factor = SPLAT(0.5f), term = SPLAT(1);
+    FN(vec) sums[MOST][OUTS(MOST) * PARTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
     __asm__ volatile("" : "+m"(factor), "+m"(term));
-    for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = SPLAT((float)i);
+    for (int r = 0; r < MOST; r++)
+        for (int n = 0; n < OUTS(MOST) * PARTS; n++) sums[r][n] = term;
     for (int64_t t = 0; t < times; t++)
-        for (int i = 0; i < MOST * OUTS(MOST); i++) sums[i] = sums[i] * factor + term;
-    __asm__ volatile("" : : "r"(sums) : "memory");
+        for (int r = 0; r < MOST; r++)
+            for (int n = 0; n < OUTS(MOST) * PARTS; n++) sums[r][n] = sums[r][n] * factor + term;
+    for (int r = 0; r < MOST; r++)
+        for (int n = 0; n < OUTS(MOST) * PARTS; n++) __asm__ volatile("" : : "m"(sums[r][n]));
     return times * MOST * OUTS(MOST) * 32;
 }
 
 static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store), FN(read), FN(multiply)};
+
+#undef PARTS
+#undef FN
+#undef LANES
+#undef MOST
+#undef UP_TO_MOST
+#undef OUTS
+#undef MERGE
+#undef LANES_OF
+#undef DOT
+#undef DOTS
+#undef DOT_NAME
+#undef DOT_NAMES
+#undef UNPACK
+#undef UNPACK_NAME

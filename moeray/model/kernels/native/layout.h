@@ -4,8 +4,8 @@
 #include <string.h>
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
-enum { PORTABLE, AVX2, AVX512 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
+enum { PORTABLE, AVX2, AVX512 };
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
@@ -33,18 +33,19 @@ typedef struct {
     const uint8_t *data, *scale;
 } Row;
 
-/* Weight rows that will be read next, for fetching them from memory meanwhile. bytes: of each. */
+/* Weight rows that will be read next, for fetching them from memory meanwhile: `bytes` of each, at the pace of so many
+   for 16 inputs. */
 typedef struct {
     const Row *rows;
-    int64_t count, bytes;
+    int64_t count, bytes, pace;
 } Ahead;
 
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
     APART = 16,      /* floats between rows, lest all of them want the same places of a cache */
+    READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
-    MANY = 12,       /* more rows than that want costly formats decoded once, not anew for each few rows */
 };
 
 typedef float f32x16 __attribute__((vector_size(64)));
@@ -57,7 +58,6 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 #define NOINLINE __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 #define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
-#define JOIN(type, low, high) ({ __typeof__(low) halves_[2] = {(low), (high)}; LOAD(type, halves_); })
 #define SPLAT(value) ((f32x16){0} + (value))
 
 /* A block of inputs is `stride` vectors of 16; vector j holds its inputs j, j + stride, j + 2 stride, ..., the order in
@@ -81,4 +81,8 @@ INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
     return format == MXFP4 ? inputs / 2 : inputs;
 }
 
-INLINE int is_costly(int64_t format) { return format == FP8 || format == MXFP4; }
+/* More rows than that want weights decoded once, not anew for each few rows. */
+INLINE int64_t many_for(int64_t format) {
+    if (format == F32) return INT64_MAX;
+    return format == FP8 || format == MXFP4 ? 12 : 48;
+}

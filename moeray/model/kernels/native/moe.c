@@ -12,7 +12,7 @@
 
 /* Vectors go by pointer: how they go by value depends on the instruction set. */
 typedef struct {
-    void (*tile)(const Matrix *, const Row *, const f32x16 *bias, const float *x, int64_t x_step, int64_t count,
+    void (*tile)(const Matrix *, const Row *, const float *bias, const float *x, int64_t x_step, int64_t count,
                  Ahead ahead, f32x16 *out, float *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
@@ -24,41 +24,32 @@ typedef struct {
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
 #define FN(name) name##_portable
+#define LANES 4
 #define MOST 2
 #define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
 #define OUTS(rows) 2
 #include "body.h"
-#undef FN
-#undef MOST
-#undef UP_TO_MOST
-#undef OUTS
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define FN(name) name##_avx2
+#define LANES 8
 #define MOST 2
 #define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
 #define OUTS(rows) 2
 #include "body.h"
-#undef FN
-#undef MOST
-#undef UP_TO_MOST
-#undef OUTS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define FN(name) name##_avx512
+#define LANES 16
 #define MOST 6
 #define UP_TO_MOST(EACH, format) \
     EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
 #define OUTS(rows) 4
 #include "body.h"
-#undef FN
-#undef MOST
-#undef UP_TO_MOST
-#undef OUTS
 #pragma GCC pop_options
 #endif
 
@@ -119,7 +110,7 @@ typedef struct {
 typedef struct {
     const Chunk *chunk;
     int64_t from;
-    f32x16 bias;
+    float bias[TILE];
     Row w[TILE];
 } Tile;
 
@@ -133,9 +124,10 @@ typedef struct {
 /* Floats from one packed row of inputs to the next. */
 static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) + APART; }
 
-static int64_t decoded_floats(const Layer *layer) {
-    int64_t up = is_costly(layer->up.format) ? step_of(&layer->up) : 0;
-    int64_t down = is_costly(layer->down.format) ? step_of(&layer->down) : 0;
+/* What a thread needs for decoded weights of either matrix, where an expert may have so many rows. */
+static int64_t decoded_floats(const Layer *layer, int64_t rows) {
+    int64_t up = rows > many_for(layer->up.format) ? step_of(&layer->up) : 0;
+    int64_t down = rows > many_for(layer->down.format) ? step_of(&layer->down) : 0;
     return TILE * (up > down ? up : down);
 }
 
@@ -144,7 +136,7 @@ static char *lay_out(const Layer *layer, int64_t rows, int64_t experts, int64_t 
     s->xs = (float *)at;
     s->hs = s->xs + (layer->up.out ? rows * step_of(&layer->up) : 0);
     s->decoded = s->hs + rows * step_of(&layer->down);
-    s->chunks = (Chunk *)(s->decoded + threads * decoded_floats(layer));
+    s->chunks = (Chunk *)(s->decoded + threads * decoded_floats(layer, rows));
     return (char *)(s->chunks + rows / CHUNK + experts);
 }
 
@@ -165,11 +157,12 @@ static Stage stage_of(const Layer *layer, int is_up, const Chunk *chunks, int64_
 /* -- the work of a thread ------------------------------------------------------------------------------------------ */
 
 /* Outputs from `from` on into lanes from `lane` on; where there are no more, the last one again. */
-static void take(const Stage *s, const Outputs *o, int64_t from, int64_t lane, Row *w, f32x16 *bias) {
+static void take(const Stage *s, const Outputs *o, int64_t from, int64_t lane, Tile *t) {
     for (int64_t n = 0; n < s->lanes; n++) {
         int64_t i = from + n < s->width ? from + n : s->width - 1, j = o->first + i * o->step;
-        w[lane + n] = (Row){o->data + j * s->m->row_bytes, o->scale + (j >> s->m->out_shift) * s->m->scale_bytes};
-        (*bias)[lane + n] = o->bias ? o->bias[j] : 0;
+        t->w[lane + n].data = o->data + j * s->m->row_bytes;
+        t->w[lane + n].scale = o->scale + (j >> s->m->out_shift) * s->m->scale_bytes;
+        t->bias[lane + n] = o->bias ? o->bias[j] : 0;
     }
 }
 
@@ -177,16 +170,19 @@ static void find_tile(const Stage *s, int64_t item, Tile *t) {
     t->chunk = s->chunks + item / s->tiles;
     t->from = item % s->tiles * s->lanes;
     const Expert *expert = t->chunk->expert;
-    if (s->gated) take(s, &expert->gate, t->from, 0, t->w, &t->bias);
-    take(s, s->is_up ? &expert->up : &expert->down, t->from, TILE - s->lanes, t->w, &t->bias);
+    if (s->gated) take(s, &expert->gate, t->from, 0, t);
+    take(s, s->is_up ? &expert->up : &expert->down, t->from, TILE - s->lanes, t);
 }
 
 /* Activated outputs of `up` to where `down` finds them. */
 static void put_up(const Layer *layer, const Stage *s, const Tile *t, const f32x16 *out, float *hs) {
     const int64_t step = step_of(&layer->down), stride = stride_of(layer->down.format);
-    for (int64_t n = 0; n < s->lanes && t->from + n < s->width; n++) {
-        float *to = hs + t->chunk->first * step + place_of(stride, t->from + n);
-        for (int64_t r = 0; r < t->chunk->count; r++) to[r * step] = out[r][n];
+    const int64_t left = s->width - t->from, lanes = left < s->lanes ? left : s->lanes;
+    int64_t place[TILE];
+    for (int64_t n = 0; n < lanes; n++) place[n] = place_of(stride, t->from + n);
+    for (int64_t r = 0; r < t->chunk->count; r++) {
+        float *to = hs + (t->chunk->first + r) * step;
+        for (int64_t n = 0; n < lanes; n++) to[place[n]] = ((const float *)(out + r))[n];
     }
 }
 
@@ -201,7 +197,7 @@ static void compute_tile(const Kernels *k, const Layer *layer, const Stage *s, c
     const int64_t step = step_of(s->m);
     f32x16 out[CHUNK];
     const float *in = (s->is_up ? scratch->xs : scratch->hs) + t->chunk->first * step;
-    k->tile(s->m, t->w, &t->bias, in, step, t->chunk->count, ahead, out, decoded);
+    k->tile(s->m, t->w, t->bias, in, step, t->chunk->count, ahead, out, decoded);
     if (!s->is_up) return put_down(k, s, t, out, call);
     k->activate(&layer->activation, (int)s->gated, out, t->chunk->count);
     put_up(layer, s, t, out, scratch->hs);
@@ -217,7 +213,7 @@ static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, 
     int64_t item = claim(taken);
     if (item < s->count) find_tile(s, item, tiles);
     for (int now = 0; item < s->count; now = !now) {
-        Ahead ahead = {tiles[!now].w, TILE, s->m->row_bytes};
+        Ahead ahead = {tiles[!now].w, TILE, s->m->row_bytes, bytes_of(s->m->format, 16)};
         item = claim(taken);
         if (item < s->count)
             find_tile(s, item, tiles + !now);
@@ -255,7 +251,7 @@ void moeray_forward(const Layer *layer, const Expert *const *experts, const int6
     const Stage up = stage_of(layer, 1, s.chunks, chunk_count), down = stage_of(layer, 0, s.chunks, chunk_count);
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
-        float *decoded = s.decoded + omp_get_thread_num() * decoded_floats(layer);
+        float *decoded = s.decoded + omp_get_thread_num() * decoded_floats(layer, rows);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) pack_row(k, layer, &s, call, r);
         if (layer->up.out) compute_stage(k, layer, &up, taken, &s, call, decoded);
@@ -264,9 +260,9 @@ void moeray_forward(const Layer *layer, const Expert *const *experts, const int6
     }
 }
 
-/* What this machine can do at most, for benchmarks: read `size` bytes, each thread a part; a multiple of 256 each. */
+/* What this machine can do at most, for benchmarks: read `size` bytes, each thread a part; a multiple of READ each. */
 void moeray_read(const char *data, int64_t size, int64_t threads, int64_t instructions) {
-    const int64_t part = size / threads / 256 * 256;
+    const int64_t part = size / threads / READ * READ;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     kernels_of(instructions)->read(data + omp_get_thread_num() * part, part);
 }

@@ -1,0 +1,195 @@
+"""Prefill and decode throughput of the engine with its experts in processes of their own, and where a step's time goes.
+
+A run is a batch of sequences of random tokens, sampled at temperature 1 without an end. Prefill is the time of a run of
+one token each; decode is what a longer run takes beyond that. Peers do the same runs in turn (`peers.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moeray.bench.budget import StepBudget, TimedExperts, TimedRunner, TimedSampler, median_budget
+from moeray.bench.environment import surroundings
+from moeray.bench.expert_processes import NEAR, expert_processes
+from moeray.config import Config
+from moeray.engine.engine import Engine
+from moeray.engine.trunk_runner import TrunkRunner
+from moeray.model.experts import ExpertBank
+from moeray.model.loading import ModelFiles, open_model, pick_device
+from moeray.model.trunk import ExpertRows, Trunk
+from moeray.types import ExpertId, GenerationRequest, SamplingParams
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batches` sequences at once, of `prompt` random tokens and then `output` more; `rounds` runs of each."""
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 256
+    output: int = 64
+    rounds: int = 3
+
+    def prefill_rate(self, batch: int, prefill_s: float) -> float:
+        """Prompt tokens per second."""
+        return batch * self.prompt / prefill_s
+
+    def decode_rate(self, batch: int, prefill_s: float, total_s: float) -> float:
+        """Generated tokens per second, beyond the first of each sequence."""
+        return batch * self.output / max(total_s - prefill_s, 1e-9)
+
+
+class Contender(Protocol):
+    """Something that generates: seconds for `batch` sequences of `prompt` random tokens and `output` more each."""
+
+    def run(self, batch: int, prompt: int, output: int) -> float: ...
+
+
+class OwnEngine:
+    """This project's engine over real channels. `budgets`: of the pure decode steps of the last run."""
+
+    def __init__(self, engine: Engine, runner: TimedRunner, budget: _Current) -> None:
+        self._engine = engine
+        self._runner = runner
+        self._budget = budget
+        self._ids = itertools.count()
+        self._random = random.Random(0)
+        self.budgets: list[StepBudget] = []
+
+    def run(self, batch: int, prompt: int, output: int) -> float:
+        """See `Contender`."""
+        vocab = self._runner.vocab_size
+        requests = [
+            GenerationRequest(
+                f"bench-{next(self._ids)}",
+                tuple(self._random.randrange(vocab) for _ in range(prompt)),
+                SamplingParams(max_tokens=output, temperature=1.0, seed=self._random.getrandbits(32), ignore_eos=True),
+            )
+            for _ in range(batch)
+        ]
+        self.budgets = []
+        began = time.perf_counter()
+        for request in requests:
+            self._engine.submit(request)
+        while self._engine.has_work:
+            self._step(batch)
+        return time.perf_counter() - began
+
+    def _step(self, batch: int) -> None:
+        budget = self._budget.renew()
+        began = time.perf_counter()
+        self._engine.step()
+        budget.other = time.perf_counter() - began - budget.total
+        if self._runner.decodes == batch:
+            self.budgets.append(budget)
+
+
+class _Current:
+    """The budget of the step that runs."""
+
+    def __init__(self) -> None:
+        self._budget = StepBudget()
+
+    def __call__(self) -> StepBudget:
+        return self._budget
+
+    def renew(self) -> StepBudget:
+        self._budget = StepBudget()
+        return self._budget
+
+
+@contextmanager
+def own_engine(config: Config, actors: int) -> Iterator[OwnEngine]:
+    """An engine in this process with `actors` expert processes of a thread each; 0: its experts are here too."""
+    files = open_model(config.model, config.revision, node=NEAR)
+    budget = _Current()
+    with ExitStack() as stack:
+        rows: Any
+        if actors:
+            rows = stack.enter_context(stack.enter_context(expert_processes(config, actors)).dispatcher(NEAR))
+        else:
+            rows = in_process(files, files.dtype(config.dtype))
+        device = pick_device(config.router.device)
+        trunk = Trunk.load(
+            files.checkpoint, files.family, files.weights, files.dtype(config.dtype), device, config.engine
+        )
+        runner = TimedRunner(TrunkRunner(trunk, config.engine, TimedExperts(rows, budget), ()), trunk, budget)
+        yield OwnEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
+
+
+def in_process(files: ModelFiles, dtype: torch.dtype) -> ExpertRows:
+    """All experts in this process, called directly."""
+    bank = ExpertBank(files.family, files.weights, dtype, torch.device("cpu"))
+    bank.load(ExpertId(layer, e) for layer, count in files.expert_counts().items() for e in range(count))
+
+    def rows(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        flat = ids_TK.flatten()
+        order = flat.argsort(stable=True)
+        distinct, counts = torch.unique_consecutive(flat[order], return_counts=True)
+        out_RD = torch.empty(len(flat), x_TD.shape[1], dtype=x_TD.dtype)
+        out_RD[order] = bank.forward(layer, x_TD[order // ids_TK.shape[1]], distinct.tolist(), counts.tolist())
+        return out_RD.view(*ids_TK.shape, x_TD.shape[1])
+
+    return rows
+
+
+def measure(contenders: Mapping[str, Contender], work: Workload, report: Report) -> dict[str, Any]:
+    """Run all in turn, round after round. Medians for each batch and contender, and the first one's ratio to each other
+    (of medians of the rounds' ratios, so that a machine that drifts changes little)."""
+    total = len(work.batches) * work.rounds
+    rows = []
+    for i, batch in enumerate(work.batches):
+        for contender in contenders.values():
+            contender.run(batch, work.prompt, 9)  # warm up this shape
+        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        budgets: dict[str, list[StepBudget]] = {name: [] for name in contenders}
+        for n in range(work.rounds):
+            report(f"batch {batch}", i * work.rounds + n, total)
+            for name, contender in contenders.items():
+                prefill_s = contender.run(batch, work.prompt, 1)
+                rounds[name].append((prefill_s, contender.run(batch, work.prompt, work.output + 1)))
+                budgets[name] += contender.budgets if isinstance(contender, OwnEngine) else []
+        rows.append(_row(batch, work, rounds, budgets))
+    report("done", total, total)
+    return {"workload": asdict(work), "rows": rows} | surroundings()
+
+
+def _row(
+    batch: int,
+    work: Workload,
+    rounds: Mapping[str, Sequence[tuple[float, float]]],
+    budgets: Mapping[str, list[StepBudget]],
+) -> dict[str, Any]:
+    rates = {
+        name: [(work.prefill_rate(batch, p), work.decode_rate(batch, p, t)) for p, t in times]
+        for name, times in rounds.items()
+    }
+    first = next(iter(rates))
+    row: dict[str, Any] = {"batch": batch}
+    for name, pairs in rates.items():
+        figures: dict[str, Any] = {
+            "prefill_tok_s": statistics.median(p for p, _ in pairs),
+            "decode_tok_s": statistics.median(d for _, d in pairs),
+        }
+        if budgets[name]:
+            figures["budget"] = median_budget(budgets[name])
+        if name != first:
+            figures["prefill_ratio"] = _ratio(rates[first], pairs, 0)
+            figures["decode_ratio"] = _ratio(rates[first], pairs, 1)
+        row[name] = figures
+    return row
+
+
+def _ratio(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]], which: int) -> float:
+    return statistics.median(a[which] / b[which] for a, b in zip(ours, theirs, strict=True))

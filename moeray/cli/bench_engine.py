@@ -1,0 +1,102 @@
+"""`moeray bench engine MODEL`: tokens per second, and where a step's time goes."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from typing import Any
+
+import click
+
+from moeray.cli.options import config_of, config_options
+from moeray.cli.progress import progress
+
+_DEFAULTS = {
+    # One step takes as many prompt tokens as peers' default budget does, and no prompt is found in a cache.
+    "engine__prefill_chunk": 2048, "engine__prefix_cache": False, "engine__max_context": 1024, "dtype": "bfloat16",
+    # Replicas of a node share one mapping, so every actor may host every expert, and rows can be split evenly.
+    "experts__replicas": 2,
+}  # fmt: skip
+
+
+@click.command("engine")
+@click.argument("model")
+@click.option("--actors", type=int, default=2, show_default=True, help="Expert processes; 0: experts in the engine's.")
+@click.option("--batch", "batches", default="1,8,32", show_default=True, help="Sequences at once, commas between.")
+@click.option("--prompt-tokens", type=int, default=256, show_default=True)
+@click.option("--output-tokens", type=int, default=64, show_default=True)
+@click.option("--rounds", type=int, default=3, show_default=True, help="Runs of each; medians are shown.")
+@click.option("--in-process", is_flag=True, help="Run the same engine with its experts in process too, in alternation.")
+@click.option("--against", multiple=True, metavar="PEER=PYTHON", help="vllm or transformers, run in alternation.")
+@click.option("--plot", type=click.Path(), help="Write the budgets as a PNG.")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@config_options
+def command(
+    model: str, actors: int, batches: str, prompt_tokens: int, output_tokens: int, rounds: int, in_process: bool,
+    against: tuple[str, ...], plot: str | None, output: str, config_file: str | None, **flags: Any,
+) -> None:  # fmt: skip
+    """Prefill and decode tokens per second of a real engine and real expert processes, with a budget of a step.
+
+    Sequences of random tokens are sampled at temperature 1. Peers do the same work in turn; ratios are ours to theirs.
+    """
+    from moeray.threads import wait_passively
+
+    wait_passively()
+    import torch
+
+    from moeray.bench.engine import Contender, Workload, measure, own_engine
+    from moeray.bench.peers import peer
+
+    if plot is not None:
+        from moeray.cli.plots import require_matplotlib
+
+        require_matplotlib()
+    config = config_of(model, config_file, flags, **_DEFAULTS)
+    work = Workload(tuple(int(part) for part in batches.split(",")), prompt_tokens, output_tokens, rounds)
+    threads = config.router.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    with ExitStack() as stack, progress() as report:
+        contenders: dict[str, Contender] = {"moeray": stack.enter_context(own_engine(config, actors))}
+        if in_process:
+            contenders["in process"] = stack.enter_context(own_engine(config, 0))
+        for entry in against:
+            name, _, python = entry.partition("=")
+            contenders[name] = stack.enter_context(peer(name, python, config.model, threads))
+        result = measure(contenders, work, report) | {"model": model, "actors": actors}
+    if plot is not None:
+        from moeray.cli.budget_plot import write_budgets
+
+        write_budgets(result, plot)
+    if output == "json":
+        click.echo(json.dumps(result))
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    speed = Table(title=f"tokens/s of {result['model']}; ratios are moeray's to it", title_justify="left")
+    for column in ("batch", "engine", "prefill", "decode", "prefill ratio", "decode ratio"):
+        speed.add_column(column, justify="right")
+    parts = ("step", "trunk", "gate", "dispatch", "experts", "combine", "sampling", "other")
+    budget = Table(title="a decode step, ms; tax: the part that dispatching takes", title_justify="left")
+    for column in ("batch", "engine", *parts, "tax"):
+        budget.add_column(column, justify="right")
+    for row in result["rows"]:
+        for name, figures in row.items():
+            if name == "batch":
+                continue
+            ratios = [f"{figures[key]:.2f} x" if key in figures else "" for key in ("prefill_ratio", "decode_ratio")]
+            rates = [f"{figures['prefill_tok_s']:.0f}", f"{figures['decode_tok_s']:.1f}"]
+            speed.add_row(str(row["batch"]), name, *rates, *ratios)
+            if spent := figures.get("budget"):
+                times = [f"{spent[f'{part}_ms']:.1f}" for part in parts]
+                budget.add_row(str(row["batch"]), name, *times, f"{spent['tax']:.1%}")
+    console.print(speed)
+    console.print(budget)
+    where = result["environment"]
+    console.print(f"on {where['cpu']}, {where['cores']} cores, load average {result['load_average']:.1f}")

@@ -1,0 +1,84 @@
+"""`moeray bench kernel`: how near the expert kernels come to what this machine can do."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from moeray.cli.progress import progress
+
+if TYPE_CHECKING:
+    from moeray.config import Kernel
+
+
+@click.command("kernel")
+@click.option("--formats", default="bf16,int8,fp8,mxfp4", show_default=True, help="With commas between.")
+@click.option("--kernels", default="native,torch", show_default=True, help="With commas between.")
+@click.option("--rows", default="1,2,4,8,32,256", show_default=True, help="Rows of each expert, with commas between.")
+@click.option("--threads", default=None, help="With commas between.  [default: 1 and all cores]")
+@click.option("--hidden", type=click.IntRange(32), default=1024, show_default=True)
+@click.option("--intermediate", type=click.IntRange(32), default=512, show_default=True)
+@click.option("--distinct", type=click.IntRange(1), default=8, show_default=True, help="Experts of a forward.")
+@click.option("--repeat", type=click.IntRange(1), default=15, show_default=True, help="The median is shown.")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def command(formats: str, kernels: str, rows: str, threads: str | None, output: str, **sizes: int) -> None:
+    """Experts' forwards by weight format and rows per expert, on moeray's kernels and on torch.
+
+    Beside each stand this machine's ceilings, measured in turn with it: reading memory, and multiplying in fp32.
+    """
+    from moeray.bench.kernel import KernelPlan, measure
+
+    cores = os.cpu_count() or 1
+    counts = threads or (f"1,{cores}" if cores > 1 else "1")
+    plan = KernelPlan(
+        formats=tuple(formats.split(",")),
+        kernels=cast("tuple[Kernel, ...]", tuple(kernels.split(","))),
+        rows=_numbers(rows),
+        threads=_numbers(counts),
+        **sizes,
+    )
+    with progress() as report:
+        result = measure(plan, report)
+    if output == "json":
+        click.echo(json.dumps(result))
+    else:
+        _print(result)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,8") from error
+    if min(numbers) < 1:
+        raise click.BadParameter(f"{text!r}: each number must be at least 1")
+    return numbers
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = result["plan"]
+    title = (
+        f"{plan['distinct']} experts of {plan['hidden']}x{plan['intermediate']} a forward, bf16 rows, "
+        f"{result['instructions']} kernels; medians of {plan['repeat']}"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("weights", "kernel", "rows", "threads", "ms", "GB/s", "GFLOP/s", "roofline", "error"):
+        table.add_column(column, justify="right")
+    for f in result["figures"]:
+        table.add_row(
+            f["format"], f["kernel"], str(f["rows"]), str(f["threads"]), f"{1e3 * f['seconds']:.2f}",
+            f"{f['gb_per_s']:.1f} ({f['gb_per_s'] / f['read_gb_per_s']:.0%})",
+            f"{f['gflop_per_s']:.0f} ({f['gflop_per_s'] / f['peak_gflop_per_s']:.0%})",
+            f"{f['roofline']:.0%}", f"{f['error']:.4f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print("rows: of each expert; (%): of what reading memory, or multiplying in fp32, reaches here at most")
+    console.print(f"on {result['environment']['cpu']}, {result['environment']['cores']} cores")

@@ -1,0 +1,71 @@
+"""Experts rounded to int8, kept in a folder of the node: made once, mapped by every process that hosts them.
+
+A file holds one expert's slice of one parameter. It is written beside its place and renamed, so a file that is there is
+whole, and what was made before a crash is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+
+from moeray.errors import CheckpointError
+from moeray.model.checkpoint import Checkpoint
+from moeray.model.formats import Int8, Plain, quantize_int8
+from moeray.model.safetensors_file import SafetensorsFile
+from moeray.model.slices import ExpertTensor
+
+LAYOUT = 1
+
+
+class Int8Cache:
+    """`folder` is this checkpoint's alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, cache_dir: Path) -> Int8Cache:
+        """The one for these weights: by the checkpoint's fingerprint, and for a local folder its files' times, since
+        they may be written anew under the same names."""
+        digest = hashlib.sha256(checkpoint.fingerprint.encode())
+        if checkpoint.source.folder is not None:
+            for path in sorted(checkpoint.source.folder.glob("*.safetensors")):
+                digest.update(f"\n{path.name} {path.stat().st_mtime_ns}".encode())
+        return cls(cache_dir / f"int8-{LAYOUT}" / digest.hexdigest()[:32])
+
+    def expert(self, name: str, expert: int, transposed: bool, read: Callable[[], ExpertTensor]) -> ExpertTensor:
+        """The int8 form of what `read` gives, made where it is not there yet; that itself where it is not dense.
+
+        `transposed`: whether that is [inputs, outputs]. Raises CheckpointError when the folder cannot be written.
+        """
+        path = self._folder / f"{name}.{expert}.safetensors"
+        if not path.is_file():
+            tensor = read()
+            if not all(isinstance(part, Plain) for part in tensor.parts):
+                return tensor
+            self._make(path, tensor, transposed)
+        file = SafetensorsFile.open(path)
+        return ExpertTensor((Int8(file.tensor("weight"), file.tensor("scale"), transposed),))
+
+    def _make(self, path: Path, tensor: ExpertTensor, transposed: bool) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / "lock"):
+                if path.is_file():
+                    return  # another process was first
+                dense = tensor.dense(torch.float32)
+                weight_OI, scale_O = quantize_int8(dense.t() if transposed else dense)
+                save_file({"weight": weight_OI.contiguous(), "scale": scale_O}, path.with_suffix(".part"))
+                os.replace(path.with_suffix(".part"), path)
+        except OSError as error:
+            raise CheckpointError(
+                f"the int8 form of the experts cannot be kept in {self._folder} ({error}); free space there, or set "
+                "cache_dir or experts.quantization: none"
+            ) from error

@@ -1,0 +1,118 @@
+"""Forwards of several routers at one actor."""
+
+import threading
+
+import pytest
+import torch
+
+from moeray.actors.rows import RowServer, compute
+from moeray.metrics import Recorder
+from moeray.model.experts import ExpertBank
+from moeray.model.loading import open_model
+from moeray.types import ExpertId
+from moeray.wire.frame import Frame, Op
+from tests.checkpoints import make_tiny
+
+CPU = torch.device("cpu")
+KINDS = [(torch.float32, "torch"), (torch.bfloat16, "native")]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_tiny("mixtral", tmp_path_factory.mktemp("rows") / "m")
+
+
+def bank_of(path, dtype, kernel):
+    files = open_model(str(path), None, node="rows-test")
+    bank = ExpertBank(files.family, files.weights, dtype, CPU, kernel)
+    bank.load(ExpertId(layer, e) for layer in range(2) for e in range(8))
+    return bank
+
+
+def frames(dtype, count=3, layer=0):
+    """Of different sizes, with experts in common and each with some of its own."""
+    generator = torch.Generator().manual_seed(count)
+    for n in range(count):
+        tokens, experts = 2 + 3 * n, [n, n + 1, 5]
+        index = torch.randint(tokens, (7,), generator=generator)
+        x_UD = torch.randn(tokens, 64, generator=generator).to(dtype)
+        yield Frame(Op.FORWARD, n, layer, meta={"experts": experts, "counts": [2, 4, 1]}, tensors=(x_UD, index))
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), KINDS)
+def test_what_runs_as_one_gives_what_each_gives_alone(path, dtype, kernel):
+    bank = bank_of(path, dtype, kernel)
+    rows = [(bank.hold(0, f.meta["experts"]), f.meta["experts"], f.meta["counts"], *f.tensors) for f in frames(dtype)]
+    together = compute(rows, CPU)
+    for row, out_RD in zip(rows, together, strict=True):
+        (alone,) = compute([row], CPU)
+        if kernel == "native":  # a row's bits do not depend on its neighbours
+            assert torch.equal(out_RD, alone)
+        assert torch.allclose(out_RD, alone, rtol=1e-4, atol=1e-4)
+
+
+class Counted:
+    """A bank that says how often its experts run, and keeps the first run waiting for `gate`."""
+
+    def __init__(self, bank) -> None:
+        self._bank = bank
+        self.begun, self.gate = threading.Semaphore(0), threading.Event()
+
+    def hold(self, layer, experts):
+        held = self._bank.hold(layer, experts)
+        self.begun.release()
+        return held
+
+
+def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
+    """A forward of layer 1 keeps the actor busy while three of layer 0 and one of layer 1 arrive."""
+    import moeray.actors.rows as rows
+
+    started, go, sizes = threading.Event(), threading.Event(), []
+
+    def slow(batch, device):
+        sizes.append(len(batch))
+        started.set()
+        assert go.wait(20)
+        return compute(batch, device)
+
+    monkeypatch.setattr(rows, "compute", slow)
+    bank = Counted(bank_of(path, torch.float32, "torch"))
+    server = RowServer("experts-0", CPU, Recorder())
+    server.serve(bank)
+    answers = {}
+
+    def ask(name, frame):
+        answers[name] = server.answer(frame)
+
+    threads = [threading.Thread(target=ask, args=("first", next(frames(torch.float32, 1, layer=1))))]
+    threads[0].start()
+    assert started.wait(20)
+    late = [*frames(torch.float32), next(frames(torch.float32, 1, layer=1))]
+    threads += [threading.Thread(target=ask, args=(n, frame)) for n, frame in enumerate(late)]
+    for thread in threads[1:]:
+        thread.start()
+    for _ in threads:
+        assert bank.begun.acquire(timeout=20)
+    while len(server._waiting) < len(late):  # each is in the list a moment after it has its weights
+        threading.Event().wait(0.001)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(sizes) == [1, 1, 3]
+    assert {name: frame.op for name, frame in answers.items()} == dict.fromkeys(["first", 0, 1, 2, 3], Op.RESULT)
+    assert server.in_flight == 0
+    assert server.tally.report().forwards == 5
+    served = server.tally.rows()
+    assert served[ExpertId(0, 5)] == 3
+    assert sum(served.values()) == 35
+
+
+@pytest.mark.parametrize("experts", [[1, 1, 5], [5, 5, 5]])
+def test_an_expert_that_is_named_twice_is_refused(path, experts):
+    server = RowServer("experts-0", CPU, Recorder())
+    server.serve(bank_of(path, torch.float32, "torch"))
+    frame = next(frames(torch.float32))
+    frame.meta["experts"] = experts
+    answer = server.answer(frame)
+    assert (answer.op, answer.meta["kind"]) == (Op.ERROR, "failed")

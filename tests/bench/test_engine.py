@@ -1,0 +1,71 @@
+"""The benchmark of the engine, as a user runs it, and its arithmetic."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moeray.bench.budget import PARTS, StepBudget, median_budget
+from moeray.bench.engine import Workload
+from moeray.bench.peers import peer
+from moeray.errors import MoerayError
+from tests.checkpoints import make_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny("granitemoe", tmp_path_factory.mktemp("bench") / "tiny")
+
+
+def bench(*args):
+    command = [sys.executable, "-m", "moeray.cli.main", "bench", "engine", *map(str, args), "--output", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_run_against_the_same_engine_in_process_and_a_peer(model, tmp_path):
+    result = bench(
+        model, "--batch", "1,3", "--rounds", "2", "--prompt-tokens", 9, "--output-tokens", 5, "--in-process",
+        "--against", f"transformers={sys.executable}", "--plot", tmp_path / "budget.png",
+    )  # fmt: skip
+    assert [row["batch"] for row in result["rows"]] == [1, 3]
+    assert result["environment"]["cores"] > 0
+    for row in result["rows"]:
+        ours, near, other = row["moeray"], row["in process"], row["transformers"]
+        for figures in (ours, near, other):
+            assert figures["prefill_tok_s"] > 0
+            assert figures["decode_tok_s"] > 0
+        parts = ours["budget"]
+        assert 0 < parts["tax"] < 1
+        assert parts["step_ms"] > max(parts[f"{part}_ms"] for part in PARTS)
+        assert all(parts[f"{part}_ms"] > 0 for part in PARTS)
+        assert near["budget"]["dispatch_ms"] == 0
+        assert near["decode_ratio"] > 0
+        assert "budget" not in other
+    assert (tmp_path / "budget.png").stat().st_size > 1000
+
+
+def test_medians_of_a_budget():
+    steps = [StepBudget(trunk=0.004, dispatch=0.001), StepBudget(trunk=0.002, dispatch=0.002), StepBudget(trunk=0.001)]
+    figures = median_budget(steps)
+    assert figures["trunk_ms"] == 2.0
+    assert figures["step_ms"] == 4.0
+    assert figures["tax"] == 0.2
+
+
+def test_decode_counts_the_tokens_beyond_the_first():
+    work = Workload(prompt=100, output=50)
+    assert work.prefill_rate(8, 2.0) == 400
+    assert work.decode_rate(8, 2.0, 6.0) == 100
+
+
+def test_an_unknown_peer_is_named():
+    with pytest.raises(MoerayError, match="no such peer"), peer("llama", sys.executable, "m", 1):
+        pass
+
+
+def test_a_peer_that_ends_is_an_error_and_not_a_wait(tmp_path):
+    with pytest.raises(MoerayError, match="ended"), peer("transformers", sys.executable, str(tmp_path / "none"), 1):
+        pass
