@@ -54,8 +54,10 @@ INLINE void FN(dots)(const int format, const int heads, const float *q, int64_t 
 
 INLINE void FN(score)(const int format, const int heads, const Attention *a, Work *w, int64_t h) {
     const int64_t width = whole(a->k_size);
-    for (int n = 0; n < KEYS; n += 16 / heads)
+    for (int n = 0; n < KEYS; n += 16 / heads) {
+        for (int i = n; h == 0 && i < n + 16 / heads; i++) fetch(w->next_keys[i], bytes_of(a->format, a->k_size));
         FN(dots)(format, heads, w->q + h * width, width, w->keys + n, width, w->scores + h * KEYS + n);
+    }
 }
 
 /* -- values -------------------------------------------------------------------------------------------------------- */
@@ -87,6 +89,7 @@ INLINE void FN(mixed)(const int format, const int heads, const Attention *a, con
                       float *out) {
     const int64_t width = whole(a->v_size);
     int64_t d = 0;
+    for (int64_t n = 0; h == 0 && n < count; n++) fetch(w->next_values[n], bytes_of(a->format, a->v_size));
     for (; d + 4 * SUMS <= width; d += 4 * SUMS)
         FN(mix)(format, heads, SUMS / 4, w, h, d, count, out + h * width, width);
     for (; d < width; d += 16) FN(mix)(format, heads, 1, w, h, d, count, out + h * width, width);
@@ -140,9 +143,11 @@ static void FN(take)(const Attention *a, const Part *part, int64_t from, int64_t
     const int64_t group = part->head / (a->heads / a->groups), k_width = whole(a->k_size), v_width = whole(a->v_size);
     for (int64_t n = 0; n < count; n++) {
         const int64_t i = from - part->from + n, slot = w->slots[i];
-        if (i + AHEAD < part->to - part->from) fetch(a, w->slots[i + AHEAD], group);
+        const int64_t next = w->slots[i + KEYS < part->to - part->from ? i + KEYS : i];
         w->keys[n] = key_at(a, slot, group);
         w->values[n] = value_at(a, slot, group);
+        w->next_keys[n] = key_at(a, next, group);
+        w->next_values[n] = value_at(a, next, group);
         if (!decoded) continue;
         float *k = w->k + n * k_width, *v = a->v == a->k ? k : w->v + n * v_width;
         FN(unpack)(a->format, w->keys[n], a->k_size, 1, k);
@@ -150,7 +155,7 @@ static void FN(take)(const Attention *a, const Part *part, int64_t from, int64_t
         w->keys[n] = (const char *)k;
         w->values[n] = (const char *)v;
     }
-    for (int64_t n = count; n < KEYS; n++) w->keys[n] = w->keys[count - 1];
+    for (int64_t n = count; n < KEYS; n++) w->keys[n] = w->next_keys[n] = w->keys[count - 1];
 }
 
 /* One tile for queries [h, h + heads). */
