@@ -20,7 +20,12 @@ from moeray.model.latent import is_latent
 Product = Callable[[Tensor], Tensor]
 
 # Names under which transformers' modules keep layers that multiply the same tensor, in the order in which they do.
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+)
 
 _PACKED_FOR = 8  # rows for which oneDNN chooses its layout; decoding is what to be fast for
 

@@ -42,7 +42,7 @@ def test_tokens_equal_transformers(family, tmp_path):
 
 
 @pytest.mark.parametrize("kernel", ["native", "torch"])
-@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "phimoe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3"])
 def test_every_kernel_of_the_trunk_gives_these_tokens(family, kernel, tmp_path):
     """Plain, with sinks and windows, with a mask's window alone, with latents."""
     if kernel == "native" and not kernels.available():
