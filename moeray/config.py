@@ -21,6 +21,7 @@ from moeray.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Kernel = Literal["auto", "native", "torch"]
+LinearKernel = Literal["auto", "native", "onednn", "torch"]
 Quantization = Literal["none", "int8"]
 
 _T = TypeVar("_T")
@@ -191,7 +192,8 @@ class EngineConfig:
     `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`.
 
     `attention`: what computes the attention of decoding sequences: `native`, moeray's kernel in C (fp32 and bf16 on the
-    CPU), `torch`, or `auto`, the kernel where it can.
+    CPU), `torch`, or `auto`, the kernel where it can. `linear`: what computes the trunk's linear layers: `native`,
+    `onednn` (packed weights, bf16 on the CPU), `torch`, or `auto`, which goes by dtype, device and CPU.
     """
 
     max_context: int = 0
@@ -205,6 +207,7 @@ class EngineConfig:
     kv_cache_bytes: int = 4 << 30
     prefix_cache: bool = True
     attention: Kernel = "auto"
+    linear: LinearKernel = "auto"
 
     def __post_init__(self) -> None:
         for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):

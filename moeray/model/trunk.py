@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeray.config import EngineConfig, Kernel
+from moeray.config import EngineConfig, Kernel, LinearKernel
 from moeray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeray.model import attention, kernels
 from moeray.model.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from moeray.model.family import Family, is_experts, model_class, without_experts
 from moeray.model.kernels import combine
 from moeray.model.kernels.attention import DTYPES as NATIVE_DTYPES
 from moeray.model.latent import is_latent, keep_latents
+from moeray.model.linears import choose_linear, use_linear
 from moeray.model.paged import Decodes, PagedCache, PassThroughCache, Span, Step, attending
 from moeray.model.slices import WeightMap
 
@@ -99,6 +100,7 @@ class Trunk:
         """Read the trunk's tensors and no others. Raises CheckpointError, ConfigError, UnsupportedModelError."""
         engine = config or EngineConfig()
         native = attends_natively(engine.attention, dtype, device)
+        linear = choose_linear(engine.linear, dtype, device)
         trunk_class = without_experts(model_class(checkpoint.config))
         model, info = trunk_class.from_pretrained(
             None,
@@ -123,7 +125,7 @@ class Trunk:
         trunk = cls(model.eval().requires_grad_(False), family, dtype, device)
         trunk.cache.native = native
         trunk._use(attention.NAME, EXPERTS)
-        trunk.verify()
+        trunk.verify(linear)
         return trunk
 
     @torch.inference_mode()
@@ -150,24 +152,27 @@ class Trunk:
                 config._experts_implementation = experts_name
 
     @torch.inference_mode()
-    def verify(self) -> None:
+    def verify(self, linear: LinearKernel = "torch") -> None:
         """Run a few tokens through the paged, packed path and through transformers' own attention, and compare.
 
         Whatever a family hides (state outside the cache, tokens that see their neighbours in a packed batch, an
         attention that ignores the interface) shows here, before any request is served. The experts are replaced by
-        a smooth function of their input and their weights. It also learns what each layer keeps.
+        a smooth function of their input and their weights. It also learns what each layer keeps. Before ours, not
+        before transformers', the linear layers are made to compute with `linear`.
         Raises UnsupportedModelError.
         """
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.vocab_size, (21,), generator=generator).to(self.device)
         first, second = ids[:12], ids[12:]
-        alone = self._trial([(first, 0, 12)], self.cache)
+        self._trial([(first, 0, 12)], self.cache)  # first of all, since a family that is refused may fail otherwise
         self._use("eager", EXPERTS)
         try:
             with dispatching(_stand_in):
                 reference = self.model(input_ids=first.unsqueeze(0), use_cache=False).logits[0]
         finally:
             self._use(attention.NAME, EXPERTS)
+        use_linear(self.model, linear)
+        alone = self._trial([(first, 0, 12)], self.cache)
         self._compare(alone, reference, "its attention does not go through transformers' attention interface")
         layers = self.family.config.num_hidden_layers
         if len(self.cache.kept) != layers:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moeray.model import kernels
 from tests.checkpoints import FAMILIES, FURTHER_FAMILIES, make_tiny
 from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
 
@@ -38,6 +39,21 @@ def test_tokens_equal_transformers(family, tmp_path):
         ours = [tokens_of(outputs) for outputs in system.generate(prompts, GREEDY24)]
     for prompt, tokens in zip(prompts, ours, strict=True):
         assert tokens == reference(model, prompt), f"{family}, prompt of {len(prompt)} tokens"
+
+
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss", "phimoe", "deepseek_v2", "deepseek_v3"])
+def test_every_kernel_of_the_trunk_gives_these_tokens(family, kernel, tmp_path):
+    """Plain, with sinks and windows, with a mask's window alone, with latents."""
+    if kernel == "native" and not kernels.available():
+        pytest.skip("the kernels were not compiled")
+    path = make_tiny(family, tmp_path / family)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = prompts_of(model.config.vocab_size)
+    config = tiny_config(path, engine__prefill_chunk=16, engine__attention=kernel, engine__linear=kernel)
+    with LocalSystem(config) as system:
+        ours = [tokens_of(outputs) for outputs in system.generate(prompts, GREEDY24)]
+    assert ours == [reference(model, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,6 @@
 enum {
     KEYS = 32,  /* keys that are decoded and scored at once */
     PART = 256, /* keys of a sequence that one thread works on */
-    AHEAD = 32, /* keys by which memory is asked before it is read */
     HEADS = 16, /* queries that it works on */
 };
 #define LOWEST -3.0e38f /* less than any score; minus infinity would give NaN as a difference */
@@ -42,6 +41,7 @@ typedef struct {
 typedef struct {
     float *q, *k, *v, scores[HEADS * KEYS], fade[HEADS];
     int64_t slots[PART];
+    const char *keys[KEYS], *values[KEYS], *next_keys[KEYS], *next_values[KEYS];
 } Work;
 
 typedef struct {
@@ -68,10 +68,9 @@ static const char *value_at(const Attention *a, int64_t slot, int64_t group) {
     return (const char *)a->v + slot * a->v_slot + group * a->v_head;
 }
 
-static void fetch(const Attention *a, int64_t slot, int64_t group) {
-    const char *k = key_at(a, slot, group), *v = value_at(a, slot, group);
-    for (int64_t d = 0; d < bytes_of(a->format, a->k_size); d += 64) __builtin_prefetch(k + d);
-    for (int64_t d = 0; v != k && d < bytes_of(a->format, a->v_size); d += 64) __builtin_prefetch(v + d);
+/* Asks for memory that is read a tile later. */
+static inline void fetch(const char *from, int64_t bytes) {
+    for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(from + d, 0, 2);
 }
 
 #define FN(name) name##_portable

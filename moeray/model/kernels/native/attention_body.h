@@ -27,66 +27,72 @@ INLINE void FN(unpack)(int64_t format, const char *from, int64_t count, float sc
 /* -- scores -------------------------------------------------------------------------------------------------------- */
 
 /* 16 scores: of `heads` queries with 16 / heads keys, those of a query side by side. */
-INLINE void FN(dots)(const int heads, const float *q, int64_t q_step, const float *k, int64_t k_step, int64_t width,
-                     float *scores) {
-    const int keys = 16 / heads, at_once = SUMS / heads > keys ? keys : SUMS / heads;
+INLINE void FN(dots)(const int format, const int heads, const float *q, int64_t q_step, const char *const *keys,
+                     int64_t width, float *scores) {
+    const int count = 16 / heads, at_once = SUMS / heads > count ? count : SUMS / heads;
     f32x16 sums[16];
-    for (int n = 0; n < keys; n += at_once) {
+    for (int n = 0; n < count; n += at_once) {
         f32x16 own[SUMS];
         UNROLL
         for (int i = 0; i < heads * at_once; i++) own[i] = (f32x16){0};
         for (int64_t d = 0; d < width; d += 16)
             UNROLL
             for (int j = 0; j < at_once; j++) {
-                f32x16 key = LOAD(f32x16, k + (n + j) * k_step + d);
+                f32x16 key = FN(load)(format, keys[n + j], d);
                 UNROLL
                 for (int h = 0; h < heads; h++) own[h * at_once + j] += LOAD(f32x16, q + h * q_step + d) * key;
             }
         UNROLL
         for (int h = 0; h < heads; h++)
             UNROLL
-            for (int j = 0; j < at_once; j++) sums[h * keys + n + j] = own[h * at_once + j];
+            for (int j = 0; j < at_once; j++) sums[h * count + n + j] = own[h * at_once + j];
     }
     f32x16 all = FN(sums_of)(sums);
     UNROLL
-    for (int h = 0; h < heads; h++) memcpy(scores + h * KEYS, (float *)&all + h * keys, 4 * keys);
+    for (int h = 0; h < heads; h++) memcpy(scores + h * KEYS, (float *)&all + h * count, 4 * count);
 }
 
-INLINE void FN(score)(const int heads, const float *q, int64_t q_step, const float *k, int64_t k_step, int64_t width,
-                      float *scores) {
-    for (int n = 0; n < KEYS; n += 16 / heads)
-        FN(dots)(heads, q, q_step, k + n * k_step, k_step, width, scores + n);
+INLINE void FN(score)(const int format, const int heads, const Attention *a, Work *w, int64_t h) {
+    const int64_t width = whole(a->k_size);
+    for (int n = 0; n < KEYS; n += 16 / heads) {
+        for (int i = n; h == 0 && i < n + 16 / heads; i++) fetch(w->next_keys[i], bytes_of(a->format, a->k_size));
+        FN(dots)(format, heads, w->q + h * width, width, w->keys + n, width, w->scores + h * KEYS + n);
+    }
 }
 
 /* -- values -------------------------------------------------------------------------------------------------------- */
 
-/* out = out * fade + p V for `heads` queries and `vectors` vectors of the value. */
-INLINE void FN(mix)(const int heads, const int vectors, const float *p, const float *v, int64_t v_step, int64_t count,
-                    const float *fade, float *out, int64_t out_step) {
+/* out = out * fade + p V for `heads` queries and `vectors` vectors of the value from d on. */
+INLINE void FN(mix)(const int format, const int heads, const int vectors, const Work *w, int64_t h0, int64_t d,
+                    int64_t count, float *out, int64_t width) {
+    const float *p = w->scores + h0 * KEYS;
     f32x16 sums[16];
     UNROLL
     for (int h = 0; h < heads; h++)
         UNROLL
-        for (int j = 0; j < vectors; j++) sums[h * vectors + j] = LOAD(f32x16, out + h * out_step + 16 * j) * fade[h];
+        for (int j = 0; j < vectors; j++)
+            sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
     for (int64_t n = 0; n < count; n++)
         UNROLL
         for (int j = 0; j < vectors; j++) {
-            f32x16 value = LOAD(f32x16, v + n * v_step + 16 * j);
+            f32x16 value = FN(load)(format, w->values[n], d + 16 * j);
             UNROLL
             for (int h = 0; h < heads; h++) sums[h * vectors + j] += value * p[h * KEYS + n];
         }
     UNROLL
     for (int h = 0; h < heads; h++)
         UNROLL
-        for (int j = 0; j < vectors; j++) memcpy(out + h * out_step + 16 * j, &sums[h * vectors + j], 64);
+        for (int j = 0; j < vectors; j++) memcpy(out + h * width + d + 16 * j, &sums[h * vectors + j], 64);
 }
 
-INLINE void FN(mixed)(const int heads, const float *p, const float *v, int64_t v_step, int64_t width, int64_t count,
-                      const float *fade, float *out, int64_t out_step) {
+INLINE void FN(mixed)(const int format, const int heads, const Attention *a, const Work *w, int64_t h, int64_t count,
+                      float *out) {
+    const int64_t width = whole(a->v_size);
     int64_t d = 0;
+    for (int64_t n = 0; h == 0 && n < count; n++) fetch(w->next_values[n], bytes_of(a->format, a->v_size));
     for (; d + 4 * SUMS <= width; d += 4 * SUMS)
-        FN(mix)(heads, SUMS / 4, p, v + d, v_step, count, fade, out + d, out_step);
-    for (; d < width; d += 16) FN(mix)(heads, 1, p, v + d, v_step, count, fade, out + d, out_step);
+        FN(mix)(format, heads, SUMS / 4, w, h, d, count, out + h * width, width);
+    for (; d < width; d += 16) FN(mix)(format, heads, 1, w, h, d, count, out + h * width, width);
 }
 
 /* -- softmax ------------------------------------------------------------------------------------------------------- */
@@ -132,43 +138,64 @@ INLINE void FN(soften)(float softcap, int64_t count, float *scores, f32x16 *most
 
 /* -- a part -------------------------------------------------------------------------------------------------------- */
 
+/* A tile of `count` keys and values, where they lie or, decoded, in `w`; the last one again where there are no more. */
+static void FN(take)(const Attention *a, const Part *part, int64_t from, int64_t count, int decoded, Work *w) {
+    const int64_t group = part->head / (a->heads / a->groups), k_width = whole(a->k_size), v_width = whole(a->v_size);
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t i = from - part->from + n, slot = w->slots[i];
+        const int64_t next = w->slots[i + KEYS < part->to - part->from ? i + KEYS : i];
+        w->keys[n] = key_at(a, slot, group);
+        w->values[n] = value_at(a, slot, group);
+        w->next_keys[n] = key_at(a, next, group);
+        w->next_values[n] = value_at(a, next, group);
+        if (!decoded) continue;
+        float *k = w->k + n * k_width, *v = a->v == a->k ? k : w->v + n * v_width;
+        FN(unpack)(a->format, w->keys[n], a->k_size, 1, k);
+        if (v != k) FN(unpack)(a->format, w->values[n], a->v_size, 1, v); /* else a value is the beginning of its key */
+        w->keys[n] = (const char *)k;
+        w->values[n] = (const char *)v;
+    }
+    for (int64_t n = count; n < KEYS; n++) w->keys[n] = w->next_keys[n] = w->keys[count - 1];
+}
+
+/* One tile for queries [h, h + heads). */
+INLINE void FN(tile)(const int format, const int heads, const Attention *a, Work *w, int64_t h, int64_t count,
+                     f32x16 *most, f32x16 *sum, float *out) {
+    FN(score)(format, heads, a, w, h);
+    for (int i = 0; i < heads; i++)
+        FN(soften)(a->softcap, count, w->scores + (h + i) * KEYS, most + h + i, sum + h + i, w->fade + h + i);
+    FN(mixed)(format, heads, a, w, h, count, out);
+}
+
+INLINE void FN(tiles)(const int format, const Attention *a, const Part *part, int64_t count, Work *w, f32x16 *most,
+                      f32x16 *sum) {
+    int64_t h = 0;
+    for (; h + 4 <= part->heads; h += 4) FN(tile)(format, 4, a, w, h, count, most, sum, part->out);
+    for (; h + 2 <= part->heads; h += 2) FN(tile)(format, 2, a, w, h, count, most, sum, part->out);
+    for (; h < part->heads; h++) FN(tile)(format, 1, a, w, h, count, most, sum, part->out);
+}
+
 /* Up to HEADS queries of one key/value head over keys [from, to) of one sequence. */
 static void FN(attend)(const Attention *a, Part *part, Work *w) {
-    const int64_t heads = part->heads, k_width = whole(a->k_size), v_width = whole(a->v_size);
-    const int64_t group = part->head / (a->heads / a->groups);
+    const int64_t heads = part->heads, k_width = whole(a->k_size);
     const char *q = (const char *)a->q + part->sequence * a->q_row + part->head * a->q_head;
+    /* For more than 4 queries keys are decoded once; only whole vectors can be read where they lie. */
+    const int decoded = heads > 4 || k_width != a->k_size || whole(a->v_size) != a->v_size;
     f32x16 most[HEADS], sum[HEADS];
     for (int64_t h = 0; h < heads; h++) {
         FN(unpack)(a->format, q + h * a->q_head, a->k_size, a->scale, w->q + h * k_width);
         most[h] = SPLAT(LOWEST);
         sum[h] = SPLAT(0);
     }
-    memset(part->out, 0, heads * v_width * 4);
+    memset(part->out, 0, heads * whole(a->v_size) * 4);
     find(a, a->tables + part->sequence * a->table_width, part->from, part->to, w->slots);
     for (int64_t from = part->from; from < part->to; from += KEYS) {
         const int64_t count = part->to - from < KEYS ? part->to - from : KEYS;
-        const float *v = w->k;
-        int64_t v_step = k_width;
-        for (int64_t n = 0; n < count; n++) {
-            const int64_t i = from - part->from + n, slot = w->slots[i];
-            if (i + AHEAD < part->to - part->from) fetch(a, w->slots[i + AHEAD], group);
-            FN(unpack)(a->format, key_at(a, slot, group), a->k_size, 1, w->k + n * k_width);
-            if (a->v == a->k) continue; /* a value is the beginning of its key */
-            FN(unpack)(a->format, value_at(a, slot, group), a->v_size, 1, w->v + n * v_width);
-        }
-        if (a->v != a->k) v = w->v, v_step = v_width;
-        int64_t h = 0;
-        for (; h + 4 <= heads; h += 4) FN(score)(4, w->q + h * k_width, k_width, w->k, k_width, k_width, w->scores + h * KEYS);
-        for (; h + 2 <= heads; h += 2) FN(score)(2, w->q + h * k_width, k_width, w->k, k_width, k_width, w->scores + h * KEYS);
-        for (; h < heads; h++) FN(score)(1, w->q + h * k_width, k_width, w->k, k_width, k_width, w->scores + h * KEYS);
-        for (h = 0; h < heads; h++) FN(soften)(a->softcap, count, w->scores + h * KEYS, most + h, sum + h, w->fade + h);
-        h = 0;
-        for (; h + 4 <= heads; h += 4)
-            FN(mixed)(4, w->scores + h * KEYS, v, v_step, v_width, count, w->fade + h, part->out + h * v_width, v_width);
-        for (; h + 2 <= heads; h += 2)
-            FN(mixed)(2, w->scores + h * KEYS, v, v_step, v_width, count, w->fade + h, part->out + h * v_width, v_width);
-        for (; h < heads; h++)
-            FN(mixed)(1, w->scores + h * KEYS, v, v_step, v_width, count, w->fade + h, part->out + h * v_width, v_width);
+        FN(take)(a, part, from, count, decoded, w);
+        if (decoded || a->format == F32)
+            FN(tiles)(F32, a, part, count, w, most, sum);
+        else
+            FN(tiles)(BF16, a, part, count, w, most, sum);
     }
     for (int64_t h = 0; h < heads; h++) {
         part->most[h] = most[h][0];

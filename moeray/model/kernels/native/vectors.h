@@ -2,6 +2,9 @@
 
 INLINE f32x16 FN(load)(int64_t format, const void *x, int64_t k) {
     if (format == F32) return LOAD(f32x16, (const float *)x + k);
+#if defined(__AVX512F__) /* which compilers do not make of the lines below */
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(LOAD(__m256i, (const uint16_t *)x + k)), 16);
+#endif
     return (f32x16)(__builtin_convertvector(LOAD(u16x16, (const uint16_t *)x + k), u32x16) << 16);
 }
 
