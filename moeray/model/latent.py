@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeray.model.kernels import NativeLinears
+
 _PARTS = ("expand_kv", "kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -34,6 +36,14 @@ class Latent:
         self._nope = int(module.qk_nope_head_dim)
         self._weight: nn.Parameter = module.kv_b_proj.weight
         self._expand = module.expand_kv
+        self._absorb: NativeLinears | None = None
+        self._values: NativeLinears | None = None
+
+    def use_native(self) -> None:
+        """Multiply with the kernels; the key's part of the weight is kept a second time, transposed for them."""
+        up_HDR = self._up_H().detach()
+        self._absorb = NativeLinears(up_HDR[:, : self._nope].mT.contiguous())
+        self._values = NativeLinears(up_HDR[:, self._nope :])
 
     def _up_H(self) -> Tensor:
         return self._weight.view(-1, self._nope + self.v_size, self.rank)
@@ -41,12 +51,14 @@ class Latent:
     def absorb(self, q_THD: Tensor) -> Tensor:
         """Queries [T, H, N + P] -> queries of latents [T, H, R + P]."""
         q_HTN = q_THD[..., : self._nope].transpose(0, 1)
-        q_HTR = q_HTN @ self._up_H()[:, : self._nope]
+        q_HTR = q_HTN @ self._up_H()[:, : self._nope] if self._absorb is None else self._absorb(q_HTN)
         return torch.cat((q_HTR.transpose(0, 1), q_THD[..., self._nope :]), dim=-1)
 
     def values(self, out_THR: Tensor) -> Tensor:
         """Sums of latents [T, H, R] -> sums of values [T, H, V]."""
-        return (out_THR.transpose(0, 1) @ self._up_H()[:, self._nope :].mT).transpose(0, 1)
+        out_HTR = out_THR.transpose(0, 1)
+        out_HTV = out_HTR @ self._up_H()[:, self._nope :].mT if self._values is None else self._values(out_HTR)
+        return out_HTV.transpose(0, 1)
 
     def expand(self, kept_T1D: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache keeps, [T, 1, R + P] -> keys [T, H, N + P] and values [T, H, V]."""

@@ -8,6 +8,7 @@ Shapes: T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from moeray.config import LinearKernel
 from moeray.errors import ConfigError
 from moeray.model import kernels
-from moeray.model.latent import is_latent
 
 Product = Callable[[Tensor], Tensor]
 
@@ -57,14 +57,18 @@ def use_linear(model: nn.Module, kernel: LinearKernel) -> None:
     """Make the model's linear layers compute with `kernel`."""
     if kernel == "torch":
         return
-    absorbed = {module.kv_b_proj for module in model.modules() if is_latent(module)}  # read by model.latent too
+    absorbed: list[Any] = [module for module in model.modules() if hasattr(module, "moeray_latent")]
+    if kernel == "native":
+        for attention in absorbed:
+            attention.moeray_latent.use_native()
+    read = {attention.kv_b_proj for attention in absorbed}  # by model.latent too
     joined: set[nn.Module] = set()
     for layers in _same_input(model):
         _join(layers, kernel)
         joined |= set(layers)
     for module in model.modules():
         if type(module) is nn.Linear and module not in joined:
-            keep = kernel == "native" or module in absorbed or _is_tied(model, module)
+            keep = kernel == "native" or module in read or _is_tied(model, module)
             module.forward = _product(module.weight, module.bias, kernel)  # type: ignore[method-assign,assignment]
             if not keep:
                 _release(module)

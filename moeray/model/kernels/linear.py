@@ -44,6 +44,21 @@ class NativeLinear:
         return y_TO.view(*x_TI.shape[:-1], self.out_features)
 
 
+class NativeLinears:
+    """A linear layer for each of H heads, in one call: weight [H, O, I] float on the CPU, its rows contiguous."""
+
+    def __init__(self, weight_HOI: Tensor) -> None:
+        self._heads = [NativeLinear(weight_OI) for weight_OI in weight_HOI]
+        self._pointers = [head._pointer for head in self._heads]
+
+    def __call__(self, x_HTI: Tensor) -> Tensor:
+        """x [H, T, I] -> [H, T, O] of its dtype."""
+        count, rows, inputs = x_HTI.shape
+        layer, outputs = self._heads[0]._layer, self._heads[0].out_features
+        y = forward(layer, self._pointers, [rows] * count, x_HTI.reshape(-1, inputs), outputs, None)
+        return y.view(count, rows, outputs)
+
+
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """One product; for a layer that is called again, keep a `NativeLinear`."""
     return NativeLinear(weight_OI, bias_O)(x_TI)
