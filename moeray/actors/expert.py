@@ -129,7 +129,7 @@ class ExpertActor:
             self._bank = ExpertBank(
                 files.family, files.weights, files.dtype(config.dtype), self._device, config.experts.kernel
             )
-            self._rows.serve(self._bank)
+            self._rows.use(self._bank)
             self._revision = files.checkpoint.source.revision
         elif revision not in (None, self._revision):
             raise PlacementError(
@@ -199,7 +199,10 @@ class ExpertActor:
                 if self._cores is not kept and self._cores is not None:
                     kept = self._cores
                     kept.keep()
-                channel.send(self._answer(frame))
+                if frame.op is Op.FORWARD:
+                    self._rows.serve(frame, channel.send)
+                else:
+                    channel.send(self._answer(frame))
             except ChannelClosedError:
                 return
             except WireError as error:
@@ -212,9 +215,7 @@ class ExpertActor:
         if frame.op is Op.STATS:
             self._heard()
             return Frame(Op.STATS, frame.id, meta=report_tree(self._report()))
-        if frame.op is not Op.FORWARD:
-            raise WireError(f"an expert actor takes FORWARD, STATS and PING frames, not {frame.op.name}")
-        return self._rows.answer(frame)
+        raise WireError(f"an expert actor takes FORWARD, STATS and PING frames, not {frame.op.name}")
 
     # -- what it says of itself -----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class RowServer:
         self._in_flight = 0
         self.tally = Tally()
 
-    def serve(self, bank: ExpertBank) -> None:
+    def use(self, bank: ExpertBank) -> None:
         """Compute with the experts of this bank from now on."""
         self._bank = bank
 
@@ -74,21 +75,27 @@ class RowServer:
         with self._idle:
             return self._idle.wait_for(lambda: self._in_flight == 0, timeout)
 
-    def answer(self, frame: Frame) -> Frame:
-        """The RESULT of a FORWARD, or an ERROR of kind `not_hosted` (with the experts that are not), `out_of_memory`
-        or `failed`."""
+    def serve(self, frame: Frame, send: Callable[[Frame], None]) -> None:
+        """Send the RESULT of a FORWARD, or an ERROR of kind `not_hosted` (with the experts that are not),
+        `out_of_memory` or `failed`. A router waits for it, so counting comes after. Raises what `send` does."""
         with self._idle:
             self._in_flight += 1
         try:
-            return self._answer(frame)
-        except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
-            return Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error))
+            try:
+                forward = self._forward(frame)
+            except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
+                send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
+                return
+            assert forward.out_RD is not None
+            meta = {"compute_s": forward.took, "queue_s": forward.began - forward.arrived}
+            send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (forward.out_RD,)))
+            self._count(forward)
         finally:
             with self._idle:
                 self._in_flight -= 1
                 self._idle.notify_all()
 
-    def _answer(self, frame: Frame) -> Frame:
+    def _forward(self, frame: Frame) -> _Forward:
         experts, counts = _checked(frame)
         if self._bank is None:
             raise PlacementError("this actor hosts no experts yet")
@@ -98,14 +105,14 @@ class RowServer:
         self._run(forward)
         if forward.error is not None:
             raise forward.error
-        assert forward.out_RD is not None
+        return forward
+
+    def _count(self, forward: _Forward) -> None:
         waited = forward.began - forward.arrived
-        self.tally.add(frame.layer, experts, counts, waited, forward.took)
-        self._recorder.add("moeray_expert_rows_total", sum(counts), actor=self._actor_id)
+        self.tally.add(forward.layer, forward.experts, forward.counts, waited, forward.took)
+        self._recorder.add("moeray_expert_rows_total", sum(forward.counts), actor=self._actor_id)
         self._recorder.add("moeray_expert_busy_seconds_total", forward.took, actor=self._actor_id)
         self._recorder.observe("moeray_expert_service_seconds", forward.took)
-        meta = {"compute_s": forward.took, "queue_s": waited}
-        return Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (forward.out_RD,))
 
     def _run(self, forward: _Forward) -> None:
         """Compute it, with all of its layer that wait by then; or find that another thread has."""

@@ -103,6 +103,7 @@ class Dispatcher:
         self._clock = clock
         self._balancer = Balancer()
         self._ids = itertools.count(1)
+        self._uncounted: list[tuple[_Sent, float]] = []
         self._orphans = 0
         self._abandoned = False
         self.slowest_compute_s = 0.0
@@ -128,6 +129,7 @@ class Dispatcher:
         self._links.sweep()
         try:
             self._send_rows(work, None)
+            self._count()
             while work.sent or work.waiting:
                 if work.sent:
                     self._gather(work)
@@ -245,11 +247,18 @@ class Dispatcher:
         if not isinstance(compute_s, float):
             raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
         out_RD.index_copy_(0, torch.from_numpy(share.rows_R), rows_RD)
+        self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
         took = self._clock() - sent.at
         self._links.answered(share.actor_id, work.layer, share.experts, share.rows_R.size, took)
-        self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
-        self._recorder.observe("moeray_dispatch_seconds", took, hop=sent.channel.kind)
-        self._recorder.add("moeray_dispatch_rows_total", share.rows_R.size, hop=sent.channel.kind)
+        self._uncounted.append((sent, took))
+
+    def _count(self) -> None:
+        """Record what has come, at a moment when there is nothing to do but wait."""
+        for sent, took in self._uncounted:
+            hop = sent.channel.kind
+            self._recorder.observe("moeray_dispatch_seconds", took, hop=hop)
+            self._recorder.add("moeray_dispatch_rows_total", sent.share.rows_R.size, hop=hop)
+        self._uncounted.clear()
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 
@@ -313,6 +322,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Close every channel."""
+        self._count()
         self._links.close()
 
 

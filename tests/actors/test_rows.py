@@ -79,11 +79,11 @@ def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
     monkeypatch.setattr(rows, "compute", slow)
     bank = Counted(bank_of(path, torch.float32, "torch"))
     server = RowServer("experts-0", CPU, Recorder())
-    server.serve(bank)
+    server.use(bank)
     answers = {}
 
     def ask(name, frame):
-        answers[name] = server.answer(frame)
+        server.serve(frame, lambda answer: answers.update({name: answer}))
 
     threads = [threading.Thread(target=ask, args=("first", next(frames(torch.float32, 1, layer=1))))]
     threads[0].start()
@@ -111,8 +111,10 @@ def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
 @pytest.mark.parametrize("experts", [[1, 1, 5], [5, 5, 5]])
 def test_an_expert_that_is_named_twice_is_refused(path, experts):
     server = RowServer("experts-0", CPU, Recorder())
-    server.serve(bank_of(path, torch.float32, "torch"))
+    server.use(bank_of(path, torch.float32, "torch"))
     frame = next(frames(torch.float32))
     frame.meta["experts"] = experts
-    answer = server.answer(frame)
+    answers = []
+    server.serve(frame, answers.append)
+    (answer,) = answers
     assert (answer.op, answer.meta["kind"]) == (Op.ERROR, "failed")

@@ -49,13 +49,13 @@ class NativeLinears:
 
     def __init__(self, weight_HOI: Tensor) -> None:
         self._heads = [NativeLinear(weight_OI) for weight_OI in weight_HOI]
-        self._pointers = [head._pointer for head in self._heads]
+        self._addresses = [head._address for head in self._heads]
 
     def __call__(self, x_HTI: Tensor) -> Tensor:
         """x [H, T, I] -> [H, T, O] of its dtype."""
         count, rows, inputs = x_HTI.shape
         layer, outputs = self._heads[0]._layer, self._heads[0].out_features
-        y = forward(layer, self._pointers, [rows] * count, x_HTI.reshape(-1, inputs), outputs, None)
+        y = forward(layer, self._addresses, [rows] * count, x_HTI.reshape(-1, inputs), outputs, None)
         return y.view(count, rows, outputs)
 
 
