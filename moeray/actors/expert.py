@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,13 +17,11 @@ from moeray.actors.cores import Cores, claim
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
-from moeray.config import default_cache_dir
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.experts import ExpertBank
-from moeray.model.int8 import Int8Cache
-from moeray.model.loading import ModelFiles, open_model, pick_device
+from moeray.model.loading import open_model, pick_device
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
@@ -140,13 +137,6 @@ class ExpertActor:
             if self._state is Lifecycle.STARTING:
                 self._state = self._state.advance(Lifecycle.READY)
         return self._bank
-
-    def _new_bank(self, files: ModelFiles) -> ExpertBank:
-        config, int8 = self._spec.config, None
-        if config.experts.quantization == "int8" and self._device.type == "cpu":
-            int8 = Int8Cache.of(files.checkpoint, Path(config.cache_dir) if config.cache_dir else default_cache_dir())
-        dtype = files.dtype(config.dtype)
-        return ExpertBank(files.family, files.weights, dtype, self._device, config.experts.kernel, int8)
 
     def _weigh(self, bank: ExpertBank) -> int:
         self._recorder.set("moeray_expert_weight_bytes", bank.nbytes, actor=self._spec.actor_id)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from moeray.bench.budget import StepBudget, TimedExperts, TimedRunner, TimedSampler, median_budget
 from moeray.bench.environment import surroundings
-from moeray.bench.expert_processes import NEAR, expert_processes
+from moeray.bench.expert_processes import FAR, NEAR, expert_processes
 from moeray.config import Config
+from moeray.dispatch.dispatcher import Dispatcher
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
-from moeray.model.experts import ExpertBank
-from moeray.model.loading import ModelFiles, open_model, pick_device
+from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.model.trunk import ExpertRows, Trunk
 from moeray.types import ExpertId, GenerationRequest, SamplingParams
 
@@ -109,28 +109,38 @@ class _Current:
         return self._budget
 
 
-@contextmanager
-def own_engine(config: Config, actors: int) -> Iterator[OwnEngine]:
-    """An engine in this process with `actors` expert processes of a thread each; 0: its experts are here too."""
+def own_engine(config: Config, rows: ExpertRows | Dispatcher) -> OwnEngine:
+    """An engine in this process; `rows` reaches its experts."""
     files = open_model(config.model, config.revision, node=NEAR)
-    budget = _Current()
+    dtype, device, budget = files.dtype(config.dtype), pick_device(config.router.device), _Current()
+    trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, device, config.engine)
+    runner = TimedRunner(TrunkRunner(trunk, config.engine, TimedExperts(rows, budget), ()), trunk, budget)
+    return OwnEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
+
+
+@contextmanager
+def own_engines(
+    config: Config, actors: int, *, grpc: bool = False, local: bool = False
+) -> Iterator[dict[str, OwnEngine]]:
+    """Engines by name: `moeray` with `actors` expert processes of a thread each (0: with its experts in this process);
+    `grpc`: another that reaches the same processes over gRPC, as from another node; `local`: one with its experts here.
+    """
     with ExitStack() as stack:
-        rows: Any
+        engines = {}
         if actors:
-            rows = stack.enter_context(stack.enter_context(expert_processes(config, actors)).dispatcher(NEAR))
-        else:
-            rows = in_process(files, files.dtype(config.dtype))
-        device = pick_device(config.router.device)
-        trunk = Trunk.load(
-            files.checkpoint, files.family, files.weights, files.dtype(config.dtype), device, config.engine
-        )
-        runner = TimedRunner(TrunkRunner(trunk, config.engine, TimedExperts(rows, budget), ()), trunk, budget)
-        yield OwnEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
+            processes = stack.enter_context(expert_processes(config, actors))
+            engines["moeray"] = own_engine(config, stack.enter_context(processes.dispatcher(NEAR)))
+            if grpc:
+                engines["over gRPC"] = own_engine(config, stack.enter_context(processes.dispatcher(FAR)))
+        if local or not actors:
+            engines["in process" if actors else "moeray"] = own_engine(config, in_process(config))
+        yield engines
 
 
-def in_process(files: ModelFiles, dtype: torch.dtype) -> ExpertRows:
+def in_process(config: Config) -> ExpertRows:
     """All experts in this process, called directly."""
-    bank = ExpertBank(files.family, files.weights, dtype, torch.device("cpu"))
+    files = open_model(config.model, config.revision, node=NEAR)
+    bank = open_bank(files, config, torch.device("cpu"))
     bank.load(ExpertId(layer, e) for layer, count in files.expert_counts().items() for e in range(count))
 
     def rows(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:

@@ -28,13 +28,14 @@ _DEFAULTS = {
 @click.option("--output-tokens", type=int, default=64, show_default=True)
 @click.option("--rounds", type=int, default=3, show_default=True, help="Runs of each; medians are shown.")
 @click.option("--in-process", is_flag=True, help="Run the same engine with its experts in process too, in alternation.")
+@click.option("--grpc", is_flag=True, help="Run it over gRPC too, as between nodes, in alternation.")
 @click.option("--against", multiple=True, metavar="PEER=PYTHON", help="vllm or transformers, run in alternation.")
 @click.option("--plot", type=click.Path(), help="Write the budgets as a PNG.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options
 def command(
     model: str, actors: int, batches: str, prompt_tokens: int, output_tokens: int, rounds: int, in_process: bool,
-    against: tuple[str, ...], plot: str | None, output: str, config_file: str | None, **flags: Any,
+    grpc: bool, against: tuple[str, ...], plot: str | None, output: str, config_file: str | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Prefill and decode tokens per second of a real engine and real expert processes, with a budget of a step.
 
@@ -45,7 +46,7 @@ def command(
     wait_passively()
     import torch
 
-    from moeray.bench.engine import Contender, Workload, measure, own_engine
+    from moeray.bench.engine import Contender, Workload, measure, own_engines
     from moeray.bench.peers import peer
 
     if plot is not None:
@@ -57,9 +58,8 @@ def command(
     threads = config.router.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     with ExitStack() as stack, progress() as report:
-        contenders: dict[str, Contender] = {"moeray": stack.enter_context(own_engine(config, actors))}
-        if in_process:
-            contenders["in process"] = stack.enter_context(own_engine(config, 0))
+        own = stack.enter_context(own_engines(config, actors, grpc=grpc, local=in_process))
+        contenders: dict[str, Contender] = dict(own)
         for entry in against:
             name, _, python = entry.partition("=")
             contenders[name] = stack.enter_context(peer(name, python, config.model, threads))

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from moeray.config import DType
+from moeray.config import Config, DType, default_cache_dir
 from moeray.errors import CheckpointError, ConfigError
 from moeray.model.checkpoint import Checkpoint, resolve
+from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
+from moeray.model.int8 import Int8Cache
 from moeray.model.slices import WeightMap
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,15 @@ def open_model(model: str, revision: str | None, *, node: str) -> ModelFiles:
     weights = WeightMap.build(family.full, checkpoint, family.expert_counts())
     log.info("opened %s: %s, %d MoE layers", model, checkpoint.config.model_type, len(family.layers))
     return ModelFiles(checkpoint, family, weights)
+
+
+def open_bank(files: ModelFiles, config: Config, device: torch.device) -> ExpertBank:
+    """An empty bank for experts as the config wants them. Raises ConfigError where `experts.kernel` cannot be had."""
+    int8 = None
+    if config.experts.quantization == "int8" and device.type == "cpu":
+        int8 = Int8Cache.of(files.checkpoint, Path(config.cache_dir) if config.cache_dir else default_cache_dir())
+    dtype = files.dtype(config.dtype)
+    return ExpertBank(files.family, files.weights, dtype, device, config.experts.kernel, int8)
 
 
 def pick_device(asked: str) -> torch.device:

@@ -27,14 +27,14 @@ def bench(*args):
 
 def test_a_run_against_the_same_engine_in_process_and_a_peer(model, tmp_path):
     result = bench(
-        model, "--batch", "1,3", "--rounds", "2", "--prompt-tokens", 9, "--output-tokens", 5, "--in-process",
+        model, "--batch", "1,3", "--rounds", "2", "--prompt-tokens", 9, "--output-tokens", 5, "--in-process", "--grpc",
         "--against", f"transformers={sys.executable}", "--plot", tmp_path / "budget.png",
     )  # fmt: skip
     assert [row["batch"] for row in result["rows"]] == [1, 3]
     assert result["environment"]["cores"] > 0
     for row in result["rows"]:
-        ours, near, other = row["moeray"], row["in process"], row["transformers"]
-        for figures in (ours, near, other):
+        ours, near, far, other = (row[name] for name in ("moeray", "in process", "over gRPC", "transformers"))
+        for figures in (ours, near, far, other):
             assert figures["prefill_tok_s"] > 0
             assert figures["decode_tok_s"] > 0
         parts = ours["budget"]
@@ -43,6 +43,7 @@ def test_a_run_against_the_same_engine_in_process_and_a_peer(model, tmp_path):
         assert all(parts[f"{part}_ms"] > 0 for part in PARTS)
         assert near["budget"]["dispatch_ms"] == 0
         assert near["decode_ratio"] > 0
+        assert far["budget"]["dispatch_ms"] > 0
         assert "budget" not in other
     assert (tmp_path / "budget.png").stat().st_size > 1000
 
