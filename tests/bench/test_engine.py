@@ -25,10 +25,10 @@ def bench(*args):
     return json.loads(done.stdout)
 
 
-def test_a_run_against_the_same_engine_in_process_and_a_peer(model, tmp_path):
+def test_a_run_against_the_same_engine_in_process_and_a_peer(model):
     result = bench(
         model, "--batch", "1,3", "--rounds", "2", "--prompt-tokens", 9, "--output-tokens", 5, "--in-process", "--grpc",
-        "--against", f"transformers={sys.executable}", "--plot", tmp_path / "budget.png",
+        "--against", f"transformers={sys.executable}",
     )  # fmt: skip
     assert [row["batch"] for row in result["rows"]] == [1, 3]
     assert result["environment"]["cores"] > 0
@@ -45,6 +45,14 @@ def test_a_run_against_the_same_engine_in_process_and_a_peer(model, tmp_path):
         assert near["decode_ratio"] > 0
         assert far["budget"]["dispatch_ms"] > 0
         assert "budget" not in other
+
+
+def test_budgets_as_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from moeray.cli.budget_plot import write_budgets
+
+    budget = median_budget([StepBudget(0.004, 0.001, 0.002, 0.003, 0.001, 0.001, 0.001)])
+    write_budgets({"rows": [{"batch": 1, "moeray": {"budget": budget}, "vllm": {}}]}, tmp_path / "budget.png")
     assert (tmp_path / "budget.png").stat().st_size > 1000
 
 
