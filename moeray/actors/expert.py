@@ -21,7 +21,7 @@ from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.metrics import Recorder, Snapshot
 from moeray.model.experts import ExpertBank
-from moeray.model.loading import open_model, pick_device
+from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
@@ -123,9 +123,7 @@ class ExpertActor:
         if self._bank is None:
             config = self._spec.config
             files = open_model(config.model, revision or config.revision, node=self._node_id)
-            self._bank = ExpertBank(
-                files.family, files.weights, files.dtype(config.dtype), self._device, config.experts.kernel
-            )
+            self._bank = open_bank(files, config, self._device)
             self._rows.use(self._bank)
             self._revision = files.checkpoint.source.revision
         elif revision not in (None, self._revision):

@@ -17,8 +17,7 @@ from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.environment import environment
 from moeray.bench.expert_processes import FAR, NEAR, ExpertProcesses, expert_processes
 from moeray.config import Config, load_config
-from moeray.model.experts import ExpertBank
-from moeray.model.loading import open_model
+from moeray.model.loading import open_bank, open_model
 from moeray.types import ExpertId
 
 
@@ -48,7 +47,7 @@ def _row(processes: ExpertProcesses, shape: Shape, tokens: int, repeat: int) -> 
 def _in_process(config: Config, shape: Shape, actors: int, x_TD: Tensor, ids_TK: Tensor, repeat: int) -> float:
     """The same experts by direct calls, on as many threads as the actors have together."""
     files = open_model(config.model, None, node=NEAR)
-    bank = ExpertBank(files.family, files.weights, torch.bfloat16, torch.device("cpu"))
+    bank = open_bank(files, config, torch.device("cpu"))
     bank.load(ExpertId(layer, expert) for layer in range(shape.layers) for expert in range(shape.experts))
     flat = ids_TK.flatten()
     order = flat.argsort(stable=True)

@@ -34,9 +34,10 @@ def model(tmp_path_factory):
 
 class Started:
     def __init__(self, model, **kwargs) -> None:
-        self.config = tiny_config(model, control__orphan_s=kwargs.pop("orphan_s", 600.0))
+        actor = {key: kwargs.pop(key) for key in ("on_stop", "clock") if key in kwargs}
+        self.config = tiny_config(model, control__orphan_s=kwargs.pop("orphan_s", 600.0), **kwargs)
         spec = ActorSpec("experts-0", "experts", "cpu", 1, self.config, b"token", "e5t")
-        self.actor = ExpertActor(spec, NODE, **kwargs)
+        self.actor = ExpertActor(spec, NODE, **actor)
         self.report, self.address = self.actor.start()
 
     @contextmanager
@@ -266,3 +267,21 @@ def test_a_reservoir_is_a_fair_sample():
     p50, p99 = reservoir.quantiles()
     assert p50 == pytest.approx(0.5, abs=0.1)
     assert p99 == pytest.approx(0.99, abs=0.02)
+
+
+def test_an_actor_keeps_its_experts_as_the_config_says(tmp_path):
+    """int8 experts take about half the memory, and answer almost as the others do."""
+    model = make_tiny("mixtral", tmp_path / "m", dtype=torch.bfloat16)
+    x_TD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    answers, sizes = [], []
+    for quantization in ("none", "int8"):
+        started = Started(
+            model, dtype="bfloat16", experts__quantization=quantization, cache_dir=str(tmp_path / "cache")
+        )
+        sizes.append(started.actor.host([(0, 0), (0, 1)]))
+        with started.channel() as channel:
+            answers.append(ask(channel, x_TD, [0, 1]).tensors[0].float().clone())
+        started.actor.stop()
+    assert 0.4 < sizes[1] / sizes[0] < 0.7
+    error = float((answers[1] - answers[0]).norm() / answers[0].norm())
+    assert 0.004 < error < 0.05
