@@ -72,6 +72,7 @@ class ElasticRun:
         self._kept: dict[str, Tally] = {}
         self._tallies: list[Tally] = []
         self._next: _Next | None = None
+        self._looked = 0.0
         hosts = self._hosts(self._members.serving(0.0))
         self._placement = Placement()
         self._placement = self._place({}, hosts, {})
@@ -124,7 +125,9 @@ class ElasticRun:
         if self.settings.autoscale:
             self._decide(now)
         self._change(now)
-        if self._next is None:
+        look = now - self._looked >= self.settings.window_s  # as often as the live keeper of the placement
+        if look and self._next is None:
+            self._looked = now
             self._move(now, look=True)
         self._refresh(now)
 

@@ -32,8 +32,10 @@ def settle(current: Wish, wishes: Sequence[Wish], shrink_votes: int) -> Wish:
         routers = _settle(current.routers, votes, patient)
     replicas = {}
     for expert in {**current.replicas, **wishes[-1].replicas}:
-        votes = [wish.replicas.get(expert, 0) for wish in recent]
-        if settled := _settle(current.replicas.get(expert, 0), votes, patient):
+        had, newest = current.replicas.get(expert, 0), wishes[-1].replicas.get(expert, 0)
+        # Only what may shrink needs the history, which is long and has many experts.
+        votes = [wish.replicas.get(expert, 0) for wish in recent] if newest < had and patient else [newest]
+        if settled := _settle(had, votes, patient):
             replicas[expert] = settled
     return Wish(actors, routers, replicas, wishes[-1].reasons)
 
