@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Protocol
 
 from moeray.actors.client import RouterClient
@@ -144,7 +143,7 @@ class SystemBackend:
     async def _describe(self, info: SystemInfo) -> ModelInfo:
         folder = await asyncio.to_thread(lambda: resolve(info.model, info.revision, node=self._node_id).metadata_dir())
         return ModelInfo(
-            name=self._config.serve.model_name or Path(info.model).name,
+            name=self._config.served_model_name,
             created=int(time.time()),
             max_context=info.max_context,
             vocab_size=info.vocab_size,
