@@ -1,4 +1,4 @@
-"""What becomes of a router's requests, as vLLM counts it: latencies and lengths, ends, and objectives kept or missed."""
+"""What becomes of a router's requests, as vLLM counts it: latencies, lengths and ends, and the objectives missed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What expert actors and routers say of themselves, as they travel and as decisions read them.
 
 Counts are cumulative since the actor's start, so that a report that got lost loses nothing; an actor that starts again
-has another `incarnation`. `at`: when it was made, in seconds of a clock of the actor's own; `metrics`: what its recorder
-holds.
+has another `incarnation`. `at`: when it was made, in seconds of a clock of the actor's own; `metrics`: what the actor's
+recorder holds.
 """
 
 from __future__ import annotations
