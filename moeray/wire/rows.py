@@ -1,0 +1,129 @@
+"""The two messages of which a step sends thousands: a layer's rows for an actor, and their outputs.
+
+On the wire they are frames like any other, with ops FORWARD and RESULT. Between two layers a step's weights push
+everything out of the caches, so that each thing which is touched costs more than the work that it does: these are
+written in one call from where their rows lie, and read without making tensors. Without the compiled part
+(`native/rows.c`) they go as ordinary frames.
+
+Shapes: T tokens, U those that are sent, R rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeray.compiled import compiled
+from moeray.wire.frame import CODES, DTYPES, Frame, Header, Limits, Op, Tensors, aligned
+
+native = compiled("moeray.wire._native")
+_OPS = {int(op): op for op in (Op.FORWARD, Op.RESULT)}
+
+
+class Forward(NamedTuple):
+    """Rows for an expert actor: those of `counts[i]` tokens for each `experts[i]`, one expert after the other.
+
+    x_TD is contiguous. `tokens`: which of them are sent, [U]; `token_of_row`: each row's place among these, [R]; both
+    the bytes of int64 numbers.
+    """
+
+    id: int
+    layer: int
+    epoch: int
+    experts: list[int]
+    counts: list[int]
+    x_TD: Tensor
+    tokens: bytes
+    token_of_row: bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        x_TD = self.x_TD
+        return aligned(len(self.tokens) // 8 * x_TD.shape[1] * x_TD.itemsize) + aligned(len(self.token_of_row))
+
+    def frame(self) -> Frame:
+        """The message as an ordinary frame."""
+        x_UD = self.x_TD[torch.from_numpy(np.frombuffer(self.tokens, np.int64).copy())]
+        token_of_row_R = torch.from_numpy(np.frombuffer(self.token_of_row, np.int64).copy())
+        meta = {"experts": self.experts, "counts": self.counts}
+        return Frame(Op.FORWARD, self.id, self.layer, self.epoch, meta, (x_UD, token_of_row_R))
+
+    def write(self, out: bytearray, ring: memoryview | None, where: int, most: int) -> int | None:
+        """Write the message to `out`, but for its payload where there is room in the `ring` (at `where`). Its size, or
+        None where it does not fit, or its header is longer than `most`."""
+        assert native is not None
+        x_TD = self.x_TD
+        size: int | None = native.write_forward(
+            out, ring, where, most, self.id, self.layer, self.epoch, self.experts, self.counts,
+            CODES[x_TD.dtype], x_TD.data_ptr(), x_TD.shape[1], self.tokens, self.token_of_row,
+        )  # fmt: skip
+        return size
+
+
+class Result(NamedTuple):
+    """The outputs of a forward: [rows, width] of `dtype` at the beginning of `memory`, which is at `address`."""
+
+    id: int
+    layer: int
+    epoch: int
+    compute_s: float
+    queue_s: float
+    dtype: torch.dtype
+    memory: memoryview
+    address: int
+    rows: int
+    width: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return aligned(self.rows * self.width * self.dtype.itemsize)
+
+    def frame(self) -> Frame:
+        """The message as an ordinary frame."""
+        out_R = torch.frombuffer(self.memory, dtype=self.dtype, count=self.rows * self.width)
+        meta = {"compute_s": self.compute_s, "queue_s": self.queue_s}
+        return Frame(Op.RESULT, self.id, self.layer, self.epoch, meta, (out_R.view(self.rows, self.width),))
+
+    def write(self, out: bytearray, ring: memoryview | None, where: int, most: int) -> int | None:
+        """As `Forward.write`."""
+        assert native is not None
+        size: int | None = native.write_result(
+            out, ring, where, most, self.id, self.layer, self.epoch, self.compute_s, self.queue_s,
+            CODES[self.dtype], self.address, self.rows, self.width,
+        )  # fmt: skip
+        return size
+
+
+def read_header(memory: memoryview, start: int, end: int, limits: Limits) -> Header | None:
+    """The header of a FORWARD or RESULT that lies whole in bytes [start, end) of the memory, within the limits.
+
+    None for anything else, right or wrong: `frame.unpack_header` tells.
+    """
+    if native is None:
+        return None
+    found = native.read_rows(memory, start, end, limits.max_header_bytes, limits.max_payload_bytes)
+    return None if found is None else Header(_OPS[found[0]], *found[1:])
+
+
+def put_rows(tensors: Sequence[Tensor], rows: bytes, out_RD: Tensor) -> bool:
+    """Copy the rows of a RESULT to their places in out_RD (contiguous); `rows`: where each belongs, int64 as bytes.
+
+    False, and nothing is copied, where the tensors are not one of so many rows and of out_RD's width and dtype.
+    """
+    count, width = len(rows) // 8, out_RD.shape[1]
+    if native is None or not isinstance(tensors, Tensors):
+        rows_RD = tensors[0] if len(tensors) == 1 else None
+        if rows_RD is None or rows_RD.shape != (count, width) or rows_RD.dtype != out_RD.dtype:
+            return False
+        out_RD.index_copy_(0, torch.from_numpy(np.frombuffer(rows, np.int64).copy()), rows_RD)
+        return True
+    spans = tensors.spans
+    if len(spans) != 1 or spans[0][:2] != (CODES[out_RD.dtype], [count, width]):
+        return False
+    row_bytes = width * out_RD.itemsize
+    native.put_rows(tensors.memory, tensors.start, rows, out_RD.data_ptr(), out_RD.shape[0], row_bytes)
+    return True
