@@ -68,7 +68,7 @@ class _Work:
     layer: int
     x_TD: Tensor
     ids_TK: Tensor
-    out_RD: Tensor
+    out_TKD: Tensor
     began: float
     sent: list[_Sent] = field(default_factory=list)
     waiting: list[Ints] = field(default_factory=list)
@@ -128,9 +128,8 @@ class Dispatcher:
         failed.
         """
         home_TD, home_ids_TK = x_TD.cpu().contiguous(), ids_TK.cpu().contiguous()
-        tokens, top_k = home_ids_TK.shape
-        out_RD = home_TD.new_empty(tokens * top_k, home_TD.shape[1])
-        work = _Work(layer, home_TD, home_ids_TK, out_RD, self._clock())
+        out_TKD = home_TD.new_empty(*home_ids_TK.shape, home_TD.shape[1])
+        work = _Work(layer, home_TD, home_ids_TK, out_TKD, self._clock())
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
@@ -144,7 +143,7 @@ class Dispatcher:
         finally:
             self._orphans = 0
             self.seconds_total += self._clock() - work.began
-        return out_RD.view(tokens, top_k, -1).to(x_TD.device)
+        return out_TKD if home_TD is x_TD else out_TKD.to(x_TD.device)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -250,15 +249,15 @@ class Dispatcher:
 
     def _take(self, work: _Work, sent: _Sent, frame: Frame) -> None:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
-        share, out_RD = sent.share, work.out_RD
+        share, out_TKD = sent.share, work.out_TKD
         compute_s = frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
             raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
-        if frame.op is not Op.RESULT or not put_rows(frame.tensors, share.rows, out_RD):
+        if frame.op is not Op.RESULT or not put_rows(frame.tensors, share.rows, out_TKD):
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
         took = self._clock() - sent.at
-        rows, row_bytes = share.size, out_RD.shape[1] * out_RD.itemsize
+        rows, row_bytes = share.size, out_TKD.shape[2] * out_TKD.itemsize
         self._links.answered(share.actor_id, work.layer, share.experts, rows, took)
         sent_bytes = len(share.tokens) // 8 * row_bytes + len(share.token_of_row)
         self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)

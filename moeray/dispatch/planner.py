@@ -50,9 +50,7 @@ class Planner:
             return self.plan_again(now, replicas, ids_TK.numpy(), None)
         return Plan([Share(self._actors[actor], *rest) for actor, *rest in shares], [], NO_ROWS)
 
-    def plan_again(
-        self, now: Usable, replicas: Mapping[int, Sequence[str]], ids_TK: Ints, rows_R: Ints | None
-    ) -> Plan:
+    def plan_again(self, now: Usable, replicas: Mapping[int, Sequence[str]], ids_TK: Ints, rows_R: Ints | None) -> Plan:
         """Only `rows_R` (None: all), among these replicas."""
         if now is not self._now:
             self._renew(now)
@@ -65,7 +63,8 @@ class Planner:
 
     def _renew(self, now: Usable) -> None:
         known = dict(zip(self._actors, memoryview(self._carry).cast("d"), strict=True))
-        self._actors = sorted({actor for layer in now.replicas.values() for actors in layer.values() for actor in actors})
+        experts = (actors for layer in now.replicas.values() for actors in layer.values())
+        self._actors = sorted({actor for actors in experts for actor in actors})
         self._carry = bytearray(np.array([known.get(actor, 0.0) for actor in self._actors]).tobytes())
         self._now, self._tables = now, {}
 

@@ -112,7 +112,7 @@ Span = tuple[int, list[int], int, int]
 class Tensors(Sequence[torch.Tensor]):
     """Those of a received frame, made when they are asked for: views of `memory` from byte `start` on."""
 
-    __slots__ = ("memory", "start", "spans")
+    __slots__ = ("memory", "spans", "start")
 
     def __init__(self, memory: memoryview, start: int, spans: list[Span]) -> None:
         self.memory = memory

@@ -5,7 +5,7 @@ everything out of the caches, so that each thing which is touched costs more tha
 written in one call from where their rows lie, and read without making tensors. Without the compiled part
 (`native/rows.c`) they go as ordinary frames.
 
-Shapes: T tokens, U those that are sent, R rows, D hidden size.
+Shapes: T tokens, U those that are sent, K experts a token, R rows, D hidden size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moeray.compiled import compiled
-from moeray.wire.frame import CODES, DTYPES, Frame, Header, Limits, Op, Tensors, aligned
+from moeray.wire.frame import CODES, Frame, Header, Limits, Op, Tensors, aligned
 
 native = compiled("moeray.wire._native")
 _OPS = {int(op): op for op in (Op.FORWARD, Op.RESULT)}
@@ -109,21 +109,22 @@ def read_header(memory: memoryview, start: int, end: int, limits: Limits) -> Hea
     return None if found is None else Header(_OPS[found[0]], *found[1:])
 
 
-def put_rows(tensors: Sequence[Tensor], rows: bytes, out_RD: Tensor) -> bool:
-    """Copy the rows of a RESULT to their places in out_RD (contiguous); `rows`: where each belongs, int64 as bytes.
+def put_rows(tensors: Sequence[Tensor], rows: bytes, out_TKD: Tensor) -> bool:
+    """Copy the rows of a RESULT to their places among the T * K of out_TKD (contiguous); `rows`: where each belongs,
+    int64 as bytes.
 
-    False, and nothing is copied, where the tensors are not one of so many rows and of out_RD's width and dtype.
+    False, and nothing is copied, where the tensors are not one of so many rows and of out's width and dtype.
     """
-    count, width = len(rows) // 8, out_RD.shape[1]
+    count, width = len(rows) // 8, out_TKD.shape[2]
     if native is None or not isinstance(tensors, Tensors):
         rows_RD = tensors[0] if len(tensors) == 1 else None
-        if rows_RD is None or rows_RD.shape != (count, width) or rows_RD.dtype != out_RD.dtype:
+        if rows_RD is None or rows_RD.shape != (count, width) or rows_RD.dtype != out_TKD.dtype:
             return False
-        out_RD.index_copy_(0, torch.from_numpy(np.frombuffer(rows, np.int64).copy()), rows_RD)
+        out_TKD.view(-1, width).index_copy_(0, torch.from_numpy(np.frombuffer(rows, np.int64).copy()), rows_RD)
         return True
     spans = tensors.spans
-    if len(spans) != 1 or spans[0][:2] != (CODES[out_RD.dtype], [count, width]):
+    if len(spans) != 1 or spans[0][:2] != (CODES[out_TKD.dtype], [count, width]):
         return False
-    row_bytes = width * out_RD.itemsize
-    native.put_rows(tensors.memory, tensors.start, rows, out_RD.data_ptr(), out_RD.shape[0], row_bytes)
+    out_rows, row_bytes = out_TKD.shape[0] * out_TKD.shape[1], width * out_TKD.itemsize
+    native.put_rows(tensors.memory, tensors.start, rows, out_TKD.data_ptr(), out_rows, row_bytes)
     return True
