@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
 from moeray.model.kernels import available
 from moeray.model.kernels.experts import NativeExpert, NativeLayer, UnsupportedByKernelError
+from moeray.model.kernels.native import CALL_FORMATS, Block
 from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 
@@ -107,23 +108,26 @@ class ExpertBank:
         self._device = device
         self._int8 = int8
         self._kernels = _LayerKernels(family, dtype, device, kernel)
-        self._lock = threading.Lock()  # guards the table, never held while weights are read
-        self._experts: dict[ExpertId, _Expert] = {}
+        self._lock = threading.Lock()  # held for a change, never while weights are read
+        self._layers: dict[int, Mapping[int, _Expert]] = {}  # each layer's experts: replaced, never changed
 
     def load(self, experts: Iterable[ExpertId], progress: Callable[[int], None] = lambda done: None) -> None:
         """Map the experts' slices. `progress` gets the number loaded so far. Raises CheckpointError."""
         for done, expert in enumerate(sorted(experts), start=1):
-            if expert not in self._experts:
+            if expert.expert not in self._of(expert.layer):
                 loaded = self._load(expert)
                 with self._lock:
-                    self._experts[expert] = loaded
+                    self._layers[expert.layer] = {**self._of(expert.layer), expert.expert: loaded}
             progress(done)
 
     def forget(self, experts: Iterable[ExpertId]) -> None:
         """Host these no more; those that are not hosted are passed over."""
         with self._lock:
-            for expert in experts:
-                self._experts.pop(expert, None)
+            for layer, gone in _by_layer(experts).items():
+                self._layers[layer] = {e: held for e, held in self._of(layer).items() if e not in gone}
+
+    def _of(self, layer: int) -> Mapping[int, _Expert]:
+        return self._layers.get(layer, {})
 
     def _load(self, expert: ExpertId) -> _Expert:
         moe = self._family.layers[expert.layer]
@@ -147,18 +151,18 @@ class ExpertBank:
     @property
     def hosted(self) -> frozenset[ExpertId]:
         with self._lock:
-            return frozenset(self._experts)
+            return frozenset(ExpertId(layer, expert) for layer, experts in self._layers.items() for expert in experts)
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of the hosted experts."""
         with self._lock:
-            return sum(expert.nbytes for expert in self._experts.values())
+            return sum(expert.nbytes for experts in self._layers.values() for expert in experts.values())
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of a layer's experts that are not hosted."""
-        with self._lock:
-            return [expert for expert in experts if ExpertId(layer, expert) not in self._experts]
+        hosted = self._of(layer)
+        return [expert for expert in experts if expert not in hosted]
 
     def forward(self, layer: int, x_RD: Tensor, experts: list[int], counts: list[int]) -> Tensor:
         """Rows sorted by expert -> each expert's output, in the same order [R, D].
@@ -170,16 +174,21 @@ class ExpertBank:
 
     def hold(self, layer: int, experts: list[int]) -> HeldExperts:
         """These experts' weights, also where they are forgotten meanwhile. Raises PlacementError as `forward`."""
-        with self._lock:
-            found = [self._experts.get(ExpertId(layer, expert)) for expert in experts]
-        held = [expert for expert in found if expert is not None]
-        if len(held) < len(experts):
+        hosted = self._of(layer)
+        try:
+            held = {expert: hosted[expert] for expert in experts}
+        except KeyError as missing:
             raise PlacementError(
-                f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
-            )
-        return HeldExperts(
-            self._family.layers.get(layer), self._kernels.of(layer), dict(zip(experts, held, strict=True))
-        )
+                f"expert {missing} of layer {layer} is not hosted here; the sender's epoch is stale"
+            ) from None
+        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), held)
+
+
+def _by_layer(experts: Iterable[ExpertId]) -> dict[int, set[int]]:
+    layers: dict[int, set[int]] = {}
+    for layer, expert in experts:
+        layers.setdefault(layer, set()).add(expert)
+    return layers
 
 
 class _LayerKernels:
@@ -227,33 +236,48 @@ class _LayerKernels:
         self._warned = True
 
 
-@dataclass(frozen=True)
-class HeldExperts:
+class HeldExperts(NamedTuple):
     """The weights of one forward."""
 
-    _moe: ExpertsLayer | None
-    _native: NativeLayer | None
-    _experts: dict[int, _Expert]
+    moe: ExpertsLayer | None
+    kernel: NativeLayer | None
+    experts: Mapping[int, _Expert]
 
     @torch.inference_mode()
     def __call__(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         """As `ExpertBank.forward`, for the experts that are held."""
-        if self._moe is None or not self._experts:
+        if self.moe is None or not self.experts:
             return x_RD.new_empty(0, x_RD.shape[-1])
-        experts = list(self._experts.values())
-        native = [expert.native for expert in experts if expert.native is not None]
-        if self._native is not None and len(native) == len(experts):
-            return self._native.forward(native, x_RD, counts)
-        act = self._moe.activate
-        pieces = zip(experts, torch.split(x_RD, counts), strict=True)
+        native = self._native()
+        if self.kernel is not None and native is not None:
+            return self.kernel.forward(native, x_RD, counts)
+        act = self.moe.activate
+        pieces = zip(self.experts.values(), torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
+
+    def compute_at(self, x: Block, index: int, counts: list[int], out: int, threads: int) -> bool:
+        """The same without tensors: a row of x for each of the int64 numbers at `index`; outputs go to `out`.
+
+        False, and nothing is done, where the kernels do not compute these experts or x's dtype.
+        Raises ValueError for rows of another width than the layer's.
+        """
+        native = self._native()
+        if self.kernel is None or not native or x.dtype not in CALL_FORMATS:
+            return False
+        self.kernel.compute_at(native, x, index, counts, out, threads)
+        return True
+
+    def _native(self) -> list[NativeExpert] | None:
+        """All of them as the kernels see them, if they do."""
+        native = [expert.native for expert in self.experts.values() if expert.native is not None]
+        return native if len(native) == len(self.experts) else None
 
     def with_those_of(self, others: Iterable[HeldExperts]) -> HeldExperts:
         """All of them, in the experts' order; those of one layer of one bank."""
-        experts = dict(self._experts)
+        experts = dict(self.experts)
         for other in others:
-            experts |= other._experts
-        return replace(self, _experts=dict(sorted(experts.items())))
+            experts |= other.experts
+        return self._replace(experts=dict(sorted(experts.items())))
 
 
 def out_of_memory(error: BaseException) -> bool:

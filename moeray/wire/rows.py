@@ -11,16 +11,18 @@ Shapes: T tokens, U those that are sent, K experts a token, R rows, D hidden siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeray.compiled import compiled
-from moeray.wire.frame import CODES, Frame, Header, Limits, Op, Tensors, aligned
+from moeray.errors import WireError
+from moeray.wire.frame import CODES, DTYPES, Frame, Header, Limits, Op, Tensors, aligned
 
 native = compiled("moeray.wire._native")
+_INT64 = CODES[torch.int64]
 _OPS = {int(op): op for op in (Op.FORWARD, Op.RESULT)}
 
 
@@ -128,3 +130,60 @@ def put_rows(tensors: Sequence[Tensor], rows: bytes, out_TKD: Tensor) -> bool:
     out_rows, row_bytes = out_TKD.shape[0] * out_TKD.shape[1], width * out_TKD.itemsize
     native.put_rows(tensors.memory, tensors.start, rows, out_TKD.data_ptr(), out_rows, row_bytes)
     return True
+
+
+class Given(NamedTuple):
+    """Where the tensors of a received FORWARD lie: `tokens` rows of `width` numbers of `dtype` at the address `x`, and
+    each row's token, int64 [rows], at `token_of_row`. Valid as long as its frame's tensors are."""
+
+    x: int
+    tokens: int
+    width: int
+    dtype: torch.dtype
+    token_of_row: int
+    rows: int
+
+
+def check_forward(frame: Frame) -> Given | None:
+    """Where a FORWARD's tensors lie, if that is a channel's memory and the compiled part is there.
+
+    Raises WireError unless its experts and counts go with each other and with the row index, and that with the tokens.
+    """
+    experts, counts, tensors = frame.meta.get("experts"), frame.meta.get("counts"), frame.tensors
+    if type(experts) is not list or type(counts) is not list:
+        raise WireError("a FORWARD frame names no experts and counts")
+    found = None
+    if native is None or not isinstance(tensors, Tensors):
+        fits = _fits(experts, counts, tensors)
+    else:
+        found = _find(experts, counts, tensors)
+        fits = found is not None
+    if not fits:
+        raise WireError("a FORWARD frame's experts, counts and row index do not fit its tensors")
+    return found
+
+
+def _find(experts: list[Any], counts: list[Any], tensors: Tensors) -> Given | None:
+    assert native is not None
+    if len(tensors) != 2:
+        return None
+    (code, x_shape, _, x_at), (index_code, index_shape, _, index_at) = tensors.spans
+    if len(x_shape) != 2 or len(index_shape) != 1 or index_code != _INT64:
+        return None
+    (tokens, width), (rows,) = x_shape, index_shape
+    memory = native.forward_memory(experts, counts, tensors.memory, tensors.start + index_at, rows, tokens)
+    if memory is None:
+        return None
+    at = memory + tensors.start
+    return Given(at + x_at, tokens, width, DTYPES[code], at + index_at, rows)
+
+
+def _fits(experts: list[Any], counts: list[Any], tensors: Sequence[Tensor]) -> bool:
+    if len(tensors) != 2 or len(experts) != len(counts) or not all(type(n) is int for n in (*experts, *counts)):
+        return False
+    if len(set(experts)) != len(experts) or not all(n > 0 for n in counts):
+        return False
+    x_UD, index = tensors
+    if x_UD.dim() != 2 or index.dtype != torch.int64 or index.shape != (sum(counts),):
+        return False
+    return len(index) == 0 or bool(index.min() >= 0 and index.max() < len(x_UD))

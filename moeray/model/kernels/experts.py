@@ -14,7 +14,20 @@ from torch import Tensor
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import MXFP4_GROUP, Fp8Block, Int8, Mxfp4, Plain, StoredWeight, float_scales
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import Activation, Expert, Format, Instructions, Layer, Matrix, Outputs, forward
+from moeray.model.kernels.native import (
+    CALL_FORMATS,
+    Activation,
+    Block,
+    Expert,
+    Format,
+    Instructions,
+    Layer,
+    Matrix,
+    Outputs,
+    best_instructions,
+    forward,
+    run,
+)
 from moeray.model.slices import ExpertTensor
 
 _TANH_GELU = (2 * math.sqrt(2 / math.pi), 0.044715)  # 1 + tanh z = 2 sigmoid(2 z)
@@ -39,6 +52,7 @@ class NativeLayer:
         self._moe = moe
         self._activation = native_activation(moe)
         self._layer: Layer | None = None
+        self._address = self._inputs = 0
 
     def expert(self, up: ExpertTensor, down: ExpertTensor, biases: dict[str, Tensor]) -> NativeExpert:
         """`biases`: parameter name -> fp32 bias. Raises UnsupportedByKernelError for weights that lie otherwise, or
@@ -48,11 +62,13 @@ class NativeLayer:
         downs = [_stored(part, moe.is_transposed) for part in down.parts]
         if len(downs) != 1 or (len(ups) > 1 and up.cat_dim != (1 if moe.is_transposed else 0)):
             raise UnsupportedByKernelError("its weights lie in pieces")
+        if downs[0].matrix.outputs != ups[0].matrix.inputs:
+            raise UnsupportedByKernelError("its outputs are not as many as its inputs")
         gate_outputs, up_outputs = _up_outputs(moe, ups, downs[0].matrix.inputs, biases.get(moe.up_name))
         expert = Expert(gate_outputs, up_outputs, _outputs(downs[0], biases.get("down_proj"), 0, 1))
         layer = Layer(ups[0].matrix, downs[0].matrix, self._activation, bool(moe.module.has_gate))
         if self._layer is None:
-            self._layer = layer
+            self._layer, self._address, self._inputs = layer, ctypes.addressof(layer), layer.up.inputs
         elif bytes(layer) != bytes(self._layer):
             raise UnsupportedByKernelError("its weights are stored in another form than those of the layer's others")
         kept = [t for s in (*ups, *downs) for t in (s.data, s.scale) if t is not None]
@@ -66,8 +82,25 @@ class NativeLayer:
         instructions: Instructions | None = None,
     ) -> Tensor:
         """Rows sorted by expert -> each expert's output, [R, D] of x's dtype."""
-        assert self._layer is not None, "the layer has experts"
-        return forward(self._layer, [e.address for e in experts], counts, x_RD, self._layer.down.outputs, instructions)
+        layer = self._layer
+        assert layer is not None, "the layer has experts"
+        self._check_width(x_RD.shape[1])
+        return forward(layer, [e.address for e in experts], counts, x_RD, layer.down.outputs, instructions)
+
+    def compute_at(
+        self, experts: Sequence[NativeExpert], x: Block, index: int, counts: list[int], out: int, threads: int
+    ) -> None:
+        """The same from memory to memory: a row of x for each of the int64 numbers at `index`; x's dtype is one of
+        CALL_FORMATS, and that of the outputs."""
+        self._check_width(x.width)
+        run(
+            self._address, [e.address for e in experts], counts, x.address, index, out, CALL_FORMATS[x.dtype], threads,
+            best_instructions(),
+        )  # fmt: skip
+
+    def _check_width(self, width: int) -> None:
+        if width != self._inputs:
+            raise ValueError(f"rows of {width} numbers do not go with experts of {self._inputs} inputs")
 
 
 @dataclass(frozen=True)

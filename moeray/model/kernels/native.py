@@ -7,7 +7,7 @@ import threading
 from ctypes import Structure, c_float, c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,14 @@ class Layer(Structure):
 
 class Expert(Structure):
     _fields_ = [("gate", Outputs), ("up", Outputs), ("down", Outputs)]
+
+
+class Block(NamedTuple):
+    """Rows of `width` numbers that lie in memory one after the other."""
+
+    address: int
+    width: int
+    dtype: torch.dtype
 
 
 def available() -> bool:
@@ -139,10 +147,10 @@ class Scratch:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-        skipped = -self.memory.ctypes.data % ALIGNMENT
-        self.memory = self.memory[skipped : skipped + nbytes]
-        self.address: int = self.memory.ctypes.data
+        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        skipped = -memory.ctypes.data % ALIGNMENT
+        self.memory = memory[skipped : skipped + nbytes].data
+        self.address: int = memory.ctypes.data + skipped
 
 
 class _Kept(threading.local):

@@ -315,49 +315,73 @@ static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t cou
 
 /* -- rows in memory ------------------------------------------------------------------------------------------------ */
 
-/* Whether `count` experts are distinct; those of a plan are in order. */
-static int distinct(PyObject *experts) {
-    const Py_ssize_t count = PyList_GET_SIZE(experts);
+/* The list's numbers, to be freed; NULL where it holds something else. */
+static int64_t *numbers(PyObject *list) {
+    const Py_ssize_t size = PyList_GET_SIZE(list);
+    int64_t *values = PyMem_New(int64_t, size + 1);
+    for (Py_ssize_t i = 0; values && i < size; i++) {
+        PyObject *item = PyList_GET_ITEM(list, i);
+        int unfit = !PyLong_CheckExact(item);
+        values[i] = unfit ? 0 : PyLong_AsLongLongAndOverflow(item, &unfit);
+        if (!unfit) continue;
+        PyMem_Free(values);
+        return NULL;
+    }
+    return values;
+}
+
+/* Those of a plan are in order. */
+static int distinct(const int64_t *values, Py_ssize_t count) {
     for (Py_ssize_t i = 1; i < count; i++) {
-        const int64_t expert = number(PyList_GET_ITEM(experts, i));
-        if (expert > number(PyList_GET_ITEM(experts, i - 1))) continue;
-        for (Py_ssize_t j = 0; j < i; j++)
-            if (number(PyList_GET_ITEM(experts, j)) == expert) return 0;
+        if (values[i] > values[i - 1]) continue;
+        for (Py_ssize_t j = 0; j < count; j++)
+            if (j != i && values[j] == values[i]) return 0;
     }
     return 1;
 }
 
-/* Whether distinct experts have counts above 0 that sum to `rows`. */
-static int counts_fit(PyObject *experts, PyObject *counts, int64_t rows) {
-    if (PyList_GET_SIZE(experts) != PyList_GET_SIZE(counts)) return 0;
-    int64_t sum = 0;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(counts) && sum <= rows; i++) {
-        const int64_t count = number(PyList_GET_ITEM(counts, i));
-        if (count <= 0 || count > rows) return 0;
-        sum += count;
+/* All above 0, with that sum. */
+static int sum_to(const int64_t *counts, Py_ssize_t size, int64_t rows) {
+    for (Py_ssize_t i = 0; i < size; i++) {
+        if (counts[i] <= 0 || counts[i] > rows) return 0;
+        rows -= counts[i];
     }
-    return sum == rows && distinct(experts);
+    return rows == 0;
 }
 
-static const char FITS_USAGE[] = "forward_fits(experts, counts, memory, at, rows, tokens)";
+static int lists_fit(PyObject *experts, PyObject *counts, int64_t rows) {
+    const Py_ssize_t size = PyList_GET_SIZE(experts);
+    if (size != PyList_GET_SIZE(counts)) return 0;
+    int64_t *names = numbers(experts), *sizes = numbers(counts);
+    const int fit = names && sizes && distinct(names, size) && sum_to(sizes, size, rows);
+    PyMem_Free(names);
+    PyMem_Free(sizes);
+    return fit;
+}
 
-/* Whether experts and counts of a FORWARD that was read go with its row index, int64 [rows] at byte `at`, and that with
-   its number of tokens. */
-static PyObject *forward_fits(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+static const char FORWARD_MEMORY_USAGE[] = "forward_memory(experts, counts, memory, at, rows, tokens)";
+
+/* Where the memory is, if experts and counts of a FORWARD go with its row index, int64 [rows] at byte `at`, and that
+   with its number of tokens; else None. */
+static PyObject *forward_memory(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!wants(count == 6 && PyList_Check(args[0]) && PyList_Check(args[1]), FITS_USAGE)) return NULL;
+    if (!wants(count == 6 && PyList_Check(args[0]) && PyList_Check(args[1]), FORWARD_MEMORY_USAGE)) return NULL;
     const int64_t at = number(args[3]), rows = number(args[4]), tokens = number(args[5]);
     Py_buffer memory;
     if (PyErr_Occurred() || PyObject_GetBuffer(args[2], &memory, PyBUF_SIMPLE)) return NULL;
-    int fit = wants(at >= 0 && rows >= 0 && rows <= (memory.len - at) / 8, FITS_USAGE);
-    fit = fit && counts_fit(args[0], args[1], rows);
-    for (int64_t r = 0; fit && r < rows; r++) {
-        int64_t token;
-        memcpy(&token, (const char *)memory.buf + at + 8 * r, sizeof token);
-        fit = token >= 0 && token < tokens;
+    PyObject *found = NULL;
+    /* An empty index lies nowhere, and its place may be behind the memory's end. */
+    if (wants(at >= 0 && rows >= 0 && (!rows || rows <= (memory.len - at) / 8), FORWARD_MEMORY_USAGE)) {
+        int fit = lists_fit(args[0], args[1], rows);
+        for (int64_t r = 0; fit && r < rows; r++) {
+            int64_t token;
+            memcpy(&token, (const char *)memory.buf + at + 8 * r, sizeof token);
+            fit = token >= 0 && token < tokens;
+        }
+        found = fit ? PyLong_FromVoidPtr(memory.buf) : Py_NewRef(Py_None);
     }
     PyBuffer_Release(&memory);
-    return PyErr_Occurred() ? NULL : PyBool_FromLong(fit);
+    return found;
 }
 
 static const char PUT_USAGE[] = "put_rows(memory, at, rows, out, out_rows, row_bytes)";
@@ -384,26 +408,12 @@ static PyObject *put_rows(PyObject *self, PyObject *const *args, Py_ssize_t coun
     Py_RETURN_NONE;
 }
 
-/* address(memory, at): where its byte `at` lies. */
-static PyObject *address(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!wants(count == 2, "address(memory, at)")) return NULL;
-    const int64_t at = number(args[1]);
-    Py_buffer memory;
-    if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &memory, PyBUF_SIMPLE)) return NULL;
-    PyObject *found = wants(at >= 0 && at <= memory.len, "address(memory, at)")
-                          ? PyLong_FromVoidPtr((char *)memory.buf + at) : NULL;
-    PyBuffer_Release(&memory);
-    return found;
-}
-
 static PyMethodDef methods[] = {
     {"write_forward", (PyCFunction)(void (*)(void))write_forward, METH_FASTCALL, FORWARD_USAGE},
     {"write_result", (PyCFunction)(void (*)(void))write_result, METH_FASTCALL, RESULT_USAGE},
     {"read_rows", (PyCFunction)(void (*)(void))read_rows, METH_FASTCALL, READ_USAGE},
-    {"forward_fits", (PyCFunction)(void (*)(void))forward_fits, METH_FASTCALL, FITS_USAGE},
+    {"forward_memory", (PyCFunction)(void (*)(void))forward_memory, METH_FASTCALL, FORWARD_MEMORY_USAGE},
     {"put_rows", (PyCFunction)(void (*)(void))put_rows, METH_FASTCALL, PUT_USAGE},
-    {"address", (PyCFunction)(void (*)(void))address, METH_FASTCALL, NULL},
     {NULL},
 };
 
