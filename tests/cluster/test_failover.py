@@ -78,7 +78,7 @@ def test_the_death_of_an_expert_actor(running, number):
 
 
 def test_a_scrape_does_not_wait_for_an_actor_that_hangs(running):
-    run, live, calm = running
+    run, live, _ = running
     victim = run(live.rows("expert"))[0]
 
     async def scrape_twice():
