@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from moeray.dispatch.hops import Hop
+from moeray.dispatch.hops import MANY, Hop
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Ints, Plan, Share
 from moeray.dispatch.planner import Planner
@@ -134,7 +134,7 @@ class Dispatcher:
         self._links.sweep()
         try:
             self._send_rows(work, None)
-            self._count()
+            self.count(MANY)  # while the layer waits, there is nothing else to do
             while work.sent or work.waiting:
                 if work.sent:
                     self._gather(work)
@@ -262,10 +262,10 @@ class Dispatcher:
         sent_bytes = len(share.tokens) // 8 * row_bytes + len(share.token_of_row)
         self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)
 
-    def _count(self) -> None:
-        """Record what has come, at a moment when there is nothing to do but wait."""
+    def count(self, least: int = 1) -> None:
+        """Record what has come, of a hop where it is so much. Any thread may call it."""
         for hop in self._hops.values():
-            hop.record()
+            hop.record(least)
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 
@@ -329,7 +329,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Close every channel."""
-        self._count()
+        self.count()
         self._links.close()
 
 

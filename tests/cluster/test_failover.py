@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
+import httpx
 import pytest
 import ray
 import torch
 
 from moeray.bench.checkpoint import Shape, write_random_moe
 from tests.cluster.live import Live, is_whole, kill, live_system
+from tests.scraping import samples, total
 from tests.systems import tiny_config
 
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
+TOKENS = "moeray_generation_tokens_total"
 POOR = {"control__warm_pool": 1, "experts__min_actors": 1, "experts__max_actors": 4, "router__max_actors": 2}
 RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3}
 
 
 @pytest.fixture(scope="module")
 def ray_here():
-    ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR")
+    system_config = {"metrics_report_interval_ms": 1000}
+    ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR", _system_config=system_config)
     yield
     ray.shutdown()
 
@@ -37,6 +42,8 @@ def running(request, ray_here, tmp_path_factory):
     model = write_random_moe(SHAPE, folder / "moe", torch.float32)
     config = tiny_config(
         model, experts__num_cpus=0.1, router__num_cpus=0.1, control__audit_log=str(folder / "audit.jsonl"),
+        metrics__ray=True,
+        serve__model_name=f"moe-{request.param_index}",
         **request.param,
     )  # fmt: skip
     with asyncio.Runner() as runner:
@@ -49,10 +56,21 @@ def running(request, ray_here, tmp_path_factory):
 
 
 async def survives(live: Live, calm: list[list[int]], disturb) -> None:
-    """The same tokens during and after the disturbance, and everything is there again in the end."""
-    assert await live.all_tokens(disturb) == calm
+    """The same tokens during and after the disturbance, and everything is there again in the end. What was counted
+    before is counted still, throughout."""
+
+    async def scraped_disturb() -> None:
+        await live.scrape()
+        answer = disturb()
+        if asyncio.iscoroutine(answer):
+            await answer
+
+    assert await live.all_tokens(scraped_disturb) == calm
+    await live.scrape()
     await live.whole()
+    before = total(await live.scrape(), TOKENS)
     assert await live.all_tokens() == calm
+    assert total(await live.scrape(), TOKENS) == before + sum(map(len, calm))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
@@ -61,6 +79,25 @@ def test_the_death_of_an_expert_actor(running, number):
     victim = run(live.rows("expert"))[0]
     run(survives(live, calm, lambda: kill(victim, number)))
     assert victim["actor"] not in {row["actor"] for row in run(live.whole())["actors"]}
+
+
+def test_a_scrape_does_not_wait_for_an_actor_that_hangs(running):
+    run, live, _ = running
+    victim = run(live.rows("expert"))[0]
+
+    async def scrape_twice():
+        kill(victim, signal.SIGSTOP)
+        began = time.monotonic()
+        for _ in range(2):
+            found = await live.scrape()
+            assert total(found, "moeray_expert_rows_total", actor=victim["actor"]) > 0
+        return time.monotonic() - began
+
+    try:
+        assert run(scrape_twice()) < 2.5  # a hung actor is given up after 3 s at the earliest
+    finally:
+        kill(victim)
+    run(live.whole())
 
 
 def test_the_death_of_every_expert_actor(running):
@@ -119,3 +156,20 @@ def test_draining_an_actor_moves_its_work_first(running, kind):
     run(survives(live, calm, lambda: live.ask("drain", victim, 120.0)))
     status = run(live.until(lambda s: victim not in {row["actor"] for row in s["actors"]}))
     assert ("lost", victim) not in {(d["event"], d.get("actor")) for d in status["decisions"]}
+
+
+def test_rays_agent_has_the_series_too_and_counts_nothing_twice(running):
+    """Behind all these deaths: each controller tells what came on top of the one before it."""
+    run, live, _ = running
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+
+    name = live.backend.model.name
+
+    async def repeated():
+        async with httpx.AsyncClient(timeout=30.0) as http, asyncio.timeout(60):
+            while True:
+                found = samples((await http.get(url)).content)
+                if any(sample == f"ray_{TOKENS}" and ("model_name", name) in labels for sample, labels in found):
+                    return total(found, f"ray_{TOKENS}", model_name=name)
+
+    assert 0 < run(repeated()) <= total(run(live.scrape()), TOKENS)
