@@ -109,7 +109,6 @@ def _variable(variable: Variable) -> Json:
         "name": variable.name,
         "label": variable.label,
         "datasource": DATASOURCE,
-        "definition": variable.query,
         "query": variable.query,
         "refresh": 2,
         "sort": 3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,8 +73,8 @@ def panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
         "gridPos": {"x": x, "y": y, "w": panel.width, "h": panel.height},
         "targets": [_target(panel, query, chr(ord("A") + i)) for i, query in enumerate(panel.queries)],
         "fieldConfig": {"defaults": _defaults(panel), "overrides": _overrides(panel)},
-        "options": _OPTIONS[panel.kind],
-        **({"transformations": _MATRIX} if panel.kind == "matrix" else {}),
+        "options": deepcopy(_OPTIONS[panel.kind]),
+        **({"transformations": deepcopy(_MATRIX)} if panel.kind == "matrix" else {}),
         **({"repeat": panel.repeat, "repeatDirection": "h", "maxPerRow": 4} if panel.repeat else {}),
     }
 
@@ -181,7 +182,7 @@ _OPTIONS: dict[str, Json] = {
         "legend": {"displayMode": "list", "placement": "bottom", "showLegend": False, "calcs": []},
     },
     "matrix": {
-        "frameIndex": 0, "showHeader": True, "cellHeight": "sm", "footer": {"show": False, "reducer": []}, "sortBy": [],
+        "frameIndex": 0, "showHeader": True, "cellHeight": "sm", "sortBy": [],
     },
     "heatmap": {
         "calculate": False, "cellGap": 1, "rowsFrame": {"layout": "auto"}, "showValue": "never",

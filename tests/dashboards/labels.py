@@ -35,27 +35,27 @@ class Scope:
     def _of(self, node: promql.Expr) -> set[str]:
         return getattr(self, f"_{type(node).__name__}")(node)
 
-    def _VectorSelector(self, node: promql.VectorSelector) -> set[str]:  # noqa: N802
+    def _VectorSelector(self, node: promql.VectorSelector) -> set[str]:
         if node.name not in self.series:
             raise LookupError(f"there is no metric {node.name}")
         labels = self.series[node.name]
         _exist({matcher.name for matcher in node.matchers.matchers}, labels, node.name)
         return labels
 
-    def _MatrixSelector(self, node: promql.MatrixSelector) -> set[str]:  # noqa: N802
+    def _MatrixSelector(self, node: promql.MatrixSelector) -> set[str]:
         return self._of(node.vector_selector)
 
-    def _SubqueryExpr(self, node: promql.SubqueryExpr) -> set[str]:  # noqa: N802
+    def _SubqueryExpr(self, node: promql.SubqueryExpr) -> set[str]:
         return self._of(node.expr)
 
     _ParenExpr = _UnaryExpr = _SubqueryExpr
 
-    def _NumberLiteral(self, node: promql.NumberLiteral) -> set[str]:  # noqa: N802
+    def _NumberLiteral(self, node: promql.NumberLiteral) -> set[str]:
         return set()
 
     _StringLiteral = _NumberLiteral
 
-    def _AggregateExpr(self, node: promql.AggregateExpr) -> set[str]:  # noqa: N802
+    def _AggregateExpr(self, node: promql.AggregateExpr) -> set[str]:
         inner = self._of(node.expr)
         if node.modifier is None:
             return set()
@@ -63,7 +63,7 @@ class Scope:
         _exist(named, inner, node.prettify())
         return named if node.modifier.type == promql.AggModifierType.By else inner - named
 
-    def _Call(self, node: promql.Call) -> set[str]:  # noqa: N802
+    def _Call(self, node: promql.Call) -> set[str]:
         labels = set().union(*(self._of(arg) for arg in node.args))
         if node.func.name == "histogram_quantile":
             _exist({"le"}, labels, node.prettify())
@@ -73,13 +73,19 @@ class Scope:
             return labels | {node.args[1].val}
         return labels
 
-    def _BinaryExpr(self, node: promql.BinaryExpr) -> set[str]:  # noqa: N802
-        sides = [self._of(node.lhs), self._of(node.rhs)]
+    def _BinaryExpr(self, node: promql.BinaryExpr) -> set[str]:
+        left, right = self._of(node.lhs), self._of(node.rhs)
+        if promql.NumberLiteral in (type(node.lhs), type(node.rhs)):
+            return left | right
         matching = node.modifier.matching if node.modifier is not None else None
-        if matching is not None:
-            for side in sides:
-                _exist(set(matching.labels), side, node.prettify())
-        return sides[0] or sides[1]
+        if matching is None:
+            if left != right:
+                raise LookupError(f"{node.prettify()}: one side has {sorted(left)}, the other {sorted(right)}")
+            return left
+        for side in (left, right):
+            _exist(set(matching.labels), side, node.prettify())
+        one_to_one = node.modifier.card == promql.VectorMatchCardinality.OneToOne
+        return set(matching.labels) if one_to_one else left
 
 
 def _exist(named: set[str], labels: set[str], where: str) -> None:

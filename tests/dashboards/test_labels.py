@@ -18,6 +18,9 @@ from tests.dashboards.labels import Scope, placeholders
         ("max by (job) (max_over_time((moeray_replicas)[1h:15s])) * 2", {"job"}),
         ("moeray:kept * on (job) group_left () moeray:kept", {"job"}),
         ("max by (job) (up) == 0", {"job"}),
+        ("moeray_actors_desired / on (job, group) moeray_actor_seconds_total", {"job", "group"}),
+        ("moeray_actors and on (group) moeray_actors_desired", {"kind", "group", "state", "job", "instance"}),
+        ("1e6 * (sum(moeray_replicas) or vector(0)) / (sum(moeray_placement_epoch) > 0)", set()),
     ],
 )
 def test_labels_of_an_expression(expression, labels):
@@ -37,6 +40,7 @@ def test_labels_of_an_expression(expression, labels):
         ("moeray_replicas / on (group) moeray_actors_desired", "group"),
         ("histogram_quantile(0.9, rate(moeray_dispatch_seconds_sum[1m]))", "le"),
         ("moeray:unknown", "moeray:unknown"),
+        ("moeray_actors_desired / sum(moeray_replicas)", "one side has"),
     ],
 )
 def test_what_does_not_exist_is_found(expression, names):
