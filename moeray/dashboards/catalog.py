@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from moeray.dashboards.autoscaling import AUTOSCALING
@@ -25,9 +24,7 @@ def write_dashboards(folder: Path, datasource: str = "") -> list[Path]:
     return paths
 
 
-def questions(dashboard: Dashboard) -> Iterator[str]:
-    """The lines of a Markdown table: the panels, and what each answers."""
-    yield "| panel | answers |"
-    yield "| --- | --- |"
-    for panel in dashboard.panels:
-        yield f"| {panel.title} | {panel.description} |"
+def questions(dashboard: Dashboard) -> str:
+    """A Markdown table of the panels, and what each answers."""
+    rows = (f"| {panel.title} | {panel.description} |" for panel in dashboard.panels)
+    return "\n".join(("| panel | what it answers |", "| --- | --- |", *rows))

@@ -89,8 +89,8 @@ def test_panels_lie_in_the_grid_side_by_side(name):
 @each
 def test_every_panel_says_what_it_answers(name):
     readme = (ROOT / "dashboards" / "README.md").read_text(encoding="utf-8")
-    for line in questions(BY_NAME[name]):
-        assert line in readme, "put `python -m moeray.dashboards.catalog` into dashboards/README.md"
+    table = questions(BY_NAME[name])
+    assert table in readme, f"put this into dashboards/README.md:\n{table}"
 
 
 @pytest.mark.skipif(not SCHEMA.exists(), reason=f"Grafana's schema is not at {SCHEMA}")
