@@ -60,6 +60,6 @@ class Backend(Protocol):
         """The running system as JSON-able data: actors, experts, load."""
         ...
 
-    async def metrics(self) -> bytes:
-        """Every actor's series in Prometheus' text format."""
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """(all series of the system, their content type), as the HTTP header `accept` asks. Raises NotReadyError."""
         ...
