@@ -34,6 +34,7 @@ class Prometheus:
     """Its HTTP API. Raises MoerayError where it does not answer, or refuses a query."""
 
     def __init__(self, url: str) -> None:
+        self.url = url
         self._client = httpx.Client(base_url=url.rstrip("/"), timeout=30.0)
 
     def __enter__(self) -> Prometheus:
@@ -48,7 +49,9 @@ class Prometheus:
             answer = self._client.post(f"/api/v1/{path}", data=parameters)
             body = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise MoerayError(f"no Prometheus answers at {self._client.base_url}: {error}; is the URL right?") from error
+            raise MoerayError(
+                f"no Prometheus at {self._client.base_url}: {error}; start it, or correct the URL"
+            ) from error
         if body["status"] != "success":
             raise MoerayError(f"Prometheus refuses {parameters.get('query', path)!r}: {body['error']}")
         return body["data"]
@@ -91,17 +94,17 @@ class Viewer:
             "__rate_interval": f"{max(self.step + self.scrape_s, 4 * self.scrape_s):.0f}s",
             "__range": f"{self.seconds:.0f}s",
         }
-        return re.sub(r"\$(\w+)", lambda match: {**self.chosen, **own}[match[1]], text)
+        return re.sub(r"\$([a-z_]\w*)", lambda match: {**self.chosen, **own}[match[1]], text)
 
     def lines(self, panel: Panel) -> list[Line]:
         """The series of a panel; an instant one has one point each."""
-        return [line for query in panel.queries for line in self._answers(query, panel.instant)]
+        return [line for query in panel.queries for line in self.answers(query, panel.instant)]
 
     def marks(self, annotation: Annotation) -> list[float]:
         """The moments of an annotation."""
-        return sorted({at for line in self._answers(Query(annotation.expr), False) for at, _ in line.points})
+        return sorted({at for line in self.answers(Query(annotation.expr), False) for at, _ in line.points})
 
-    def _answers(self, query: Query, instant: bool) -> Iterator[Line]:
+    def answers(self, query: Query, instant: bool) -> Iterator[Line]:
         expr = self.filled(query.expr)
         if instant:
             found = self.prometheus.ask("query", query=expr, time=self.end)["result"]

@@ -118,7 +118,7 @@ def _draw_bars(axes: Any, panel: Panel, lines: list[Line]) -> None:
 
 
 def _finish_lines(axes: Any, panel: Panel, lines: list[Line]) -> None:
-    from matplotlib.dates import DateFormatter
+    from matplotlib.dates import AutoDateLocator, DateFormatter
 
     for line in lines:
         if line.bound:
@@ -127,8 +127,8 @@ def _finish_lines(axes: Any, panel: Panel, lines: list[Line]) -> None:
         axes.axhline(value, color=color, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, panel.axis_max or max(axes.get_ylim()[1], 1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: shown(value, panel.unit, None))
+    axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
-    axes.xaxis.get_major_locator().set_params(maxticks=6) if hasattr(axes.xaxis.get_major_locator(), "maxticks") else None
     axes.grid(color=FAINT, linewidth=0.4)
 
 
@@ -190,7 +190,8 @@ def _draw_heatmap(axes: Any, panel: Panel, lines: list[Line]) -> None:
 
 
 _DRAW: dict[str, Callable[[Any, Panel, list[Line]], None]] = {
-    "lines": _draw_lines, "bars": _draw_bars, "bargauge": _draw_gauges, "matrix": _draw_matrix, "heatmap": _draw_heatmap,
+    "lines": _draw_lines, "bars": _draw_bars, "bargauge": _draw_gauges, "matrix": _draw_matrix,
+    "heatmap": _draw_heatmap,
 }  # fmt: skip
 _STYLE = {
     "figure.facecolor": BACK, "text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT,

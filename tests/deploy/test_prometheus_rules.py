@@ -52,6 +52,7 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do_and_is_tried_both_ways(ru
     assert rule["annotations"].keys() == {"summary", "description"}
     fires = {bool(case["exp_alerts"]) for case in cases() if case["alertname"] == rule["alert"]}
     assert fires == {True, False}
+    assert f"`{rule['alert']}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def test_recording_rules_read_only_what_was_recorded_before():
