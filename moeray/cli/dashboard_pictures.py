@@ -65,7 +65,7 @@ def _draw_panel(
     height = panel.height / units - 2 * gap
     back = figure.add_axes((*box, height), facecolor=PANEL, xticks=[], yticks=[])
     back.text(0.012 * COLUMNS / panel.width, 1 - 0.45 / panel.height, panel.title.replace("$", ""), va="center")
-    inner = (box[0] + 0.032, box[1] + 2.6 * height / panel.height, box[2] - 0.04, height * (1 - 3.8 / panel.height))
+    inner = (box[0] + 0.032, box[1] + 2.0 * height / panel.height, box[2] - 0.04, height * (1 - 3.2 / panel.height))
     lines = viewer.lines(panel)
     if not lines:
         back.text(0.5, 0.5, "No data", ha="center", va="center", fontsize=12, color="#8e8e99")
@@ -99,10 +99,15 @@ def _draw_stat(axes: Any, panel: Panel, lines: list[Line]) -> None:
 
 def _draw_lines(axes: Any, panel: Panel, lines: list[Line]) -> None:
     own = [line for line in lines if not line.bound]
+    below: dict[datetime, float] = {}
     for line, color in zip(own, _cycle(), strict=False):
-        axes.plot(*_xy(line), color=color, linewidth=1.1, label=_label(line, panel))
-        if panel.stacked or len(own) == 1:
-            axes.fill_between(*_xy(line), color=color, alpha=0.12, linewidth=0)
+        times, values = _xy(line)
+        base = [below.get(at, 0.0) if panel.stacked else 0.0 for at in times]
+        tops = [low + value for low, value in zip(base, values, strict=True)]
+        axes.plot(times, tops, color=color, linewidth=1.1, label=_label(line, panel))
+        if panel.stacked or len(lines) == 1:
+            axes.fill_between(times, base, tops, color=color, alpha=0.2, linewidth=0)
+        below |= dict(zip(times, tops, strict=True))
     _finish_lines(axes, panel, lines)
 
 
@@ -148,7 +153,7 @@ def _draw_legend(axes: Any) -> None:
         labels = [*labels[: MOST_LEGENDS - 1], f"and {len(labels) - MOST_LEGENDS + 1} more"]
     columns = 3 if len(labels) > 4 else 2
     axes.legend(
-        handles[: len(labels)], labels, loc="upper left", bbox_to_anchor=(-0.08, -0.12), ncols=columns, fontsize=7,
+        handles[: len(labels)], labels, loc="upper left", bbox_to_anchor=(-0.08, -0.11), ncols=columns, fontsize=7,
         frameon=False, handlelength=1.2, columnspacing=1.0, labelspacing=0.25, borderpad=0,
     )  # fmt: skip
 

@@ -69,7 +69,13 @@ ACTORS = Row(
             (
                 Query(gauge("moeray_actors_desired", ("group",), where=IN_GROUP), "{{group}} wanted"),
                 Query(gauge("moeray_actors", ("group",), where=f'{IN_GROUP}, state="ready"'), "{{group}} ready"),
-                Query(gauge("moeray_actors_limit", ("group", "bound"), where=IN_GROUP), "{{group}} {{bound}}", True),
+                *(
+                    Query(
+                        gauge("moeray_actors_limit", ("group",), where=f'{IN_GROUP}, bound="{bound}"'),
+                        f"{bound}_actors", True,
+                    )
+                    for bound in ("max", "min")
+                ),
             ),
             unit="none", width=24, repeat="group",
         ),

@@ -20,7 +20,7 @@ _PLUGIN = {
 class Query:
     """An expression and the legend of its series (`{{label}}` stands for a label's value).
 
-    `bound`: an objective or a limit, drawn as a dashed line.
+    `bound`: an objective or a limit, drawn as a dashed line; its legend is a plain word.
     """
 
     expr: str
@@ -128,10 +128,10 @@ def _custom(panel: Panel) -> Json:
         return {"hideFrom": {"legend": False, "tooltip": False, "viz": False}, "scaleDistribution": {"type": "linear"}}
     if panel.plugin != "timeseries":
         return {}
-    bars = panel.kind == "bars"
+    bars, bounded = panel.kind == "bars", any(query.bound for query in panel.queries)
     return {
         "drawStyle": "bars" if bars else "line",
-        "fillOpacity": 60 if bars else 25 if panel.stacked else 8,
+        "fillOpacity": 60 if bars else 25 if panel.stacked else 0 if bounded else 8,
         "lineWidth": 1,
         "showPoints": "never",
         "spanNulls": False,
@@ -142,23 +142,20 @@ def _custom(panel: Panel) -> Json:
 
 def _overrides(panel: Panel) -> list[Json]:
     if panel.kind == "matrix":
-        row_names = [
-            {"id": "custom.cellOptions", "value": {"type": "auto"}}, {"id": "unit", "value": "none"},
-            {"id": "displayName", "value": "layer"},
-        ]  # fmt: skip
-        return [{"matcher": {"id": "byName", "options": "layer\\expert"}, "properties": row_names}]
+        return [_override(["layer\\expert"], [("custom.cellOptions", {"type": "auto"})])]
     dashed = [
-        {"id": "custom.lineStyle", "value": {"fill": "dash", "dash": [8, 6]}},
-        {"id": "custom.fillOpacity", "value": 0},
-        {"id": "custom.stacking", "value": {"mode": "none", "group": "A"}},
-        {"id": "custom.drawStyle", "value": "line"},
-        {"id": "color", "value": {"mode": "fixed", "fixedColor": "semi-dark-orange"}},
+        ("custom.lineStyle", {"fill": "dash", "dash": [8, 6]}),
+        ("custom.stacking", {"mode": "none", "group": "A"}),
+        ("color", {"mode": "fixed", "fixedColor": "semi-dark-orange"}),
     ]
-    return [
-        {"matcher": {"id": "byFrameRefID", "options": chr(ord("A") + i)}, "properties": dashed}
-        for i, query in enumerate(panel.queries)
-        if query.bound
-    ]
+    return [_override([query.legend], dashed) for query in panel.queries if query.bound]
+
+
+def _override(names: list[str], properties: list[tuple[str, Json]]) -> Json:
+    return {
+        "matcher": {"id": "byNames", "options": {"mode": "include", "names": names}},
+        "properties": [{"id": name, "value": value} for name, value in properties],
+    }
 
 
 _LAST = {"calcs": ["lastNotNull"], "fields": "", "values": False}
