@@ -18,6 +18,7 @@ class _Commands(click.Group):
     _modules: ClassVar[dict[str, str]] = {
         "bench": "bench",
         "chaos": "chaos",
+        "dashboards": "dashboards",
         "demo": "demo",
         "drain": "drain",
         "generate": "generate",
