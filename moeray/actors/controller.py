@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from moeray.actors.adoption import Found, adopt
 from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
+from moeray.actors.console import Console, moment, picture
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
@@ -67,6 +68,7 @@ class Controller:
         self._fleet: FleetKeeper | None = None
         self._places: PlacementKeeper | None = None
         self._overview = Overview(self._config)
+        self._console = Console(self._see, lambda: self._overview.merged(self._snapshot()))
         self._next_decision = 0.0
         self._next_look = 0.0
         self._orphaned: dict[str, int] = {}
@@ -283,6 +285,21 @@ class Controller:
         assert self._places is not None
         node = self._cluster.node_id
         return standing(self._config, node, self._roster, self._autoscaler, self._places, self._audit)
+
+    def console(self) -> dict[str, Any]:
+        """What the endpoint's live page shows, as plain data; gathered once a second at most, however many ask."""
+        return self._console.look()
+
+    def _see(self) -> dict[str, Any]:
+        state = self.state()
+        seen: dict[str, Any] = {"status": state["status"], "detail": state["detail"]}
+        places = self._places
+        if places is None or self._stopped:
+            return seen
+        taken = self._loop.ask(
+            lambda: moment(self._config, self._standing(), self._roster, self._autoscaler, places, self._audit)
+        )
+        return seen | picture(taken)
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""

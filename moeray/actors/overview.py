@@ -64,7 +64,6 @@ class Overview:
         load: Iterable[tuple[int, int, int]],
     ) -> bytes:  # fmt: skip
         """Every actor's registry and the controller's own, in Prometheus' text format."""
-        snapshots: list[Snapshot] = [s for s in _gather(actors, "metrics").values() if s is not None]
         own = Recorder()
         own.set("moeray_placement_epoch", standing.get("epoch", 0))
         for group, count in standing.get("wanted", {}).items():
@@ -77,7 +76,11 @@ class Overview:
             own.set("moeray_actors", count, kind=kind, state=state)
         for layer, expert, rows in load:
             own.add("moeray_expert_load_rows_total", rows, layer=layer, expert=expert)
-        return exposition(merge([*snapshots, own.snapshot()]))
+        return exposition(merge([self.merged(actors), own.snapshot()]))
+
+    def merged(self, actors: Mapping[str, Actor]) -> Snapshot:
+        """The registries of these actors, added up."""
+        return merge(snapshot for snapshot in _gather(actors, "metrics").values() if snapshot is not None)
 
 
 def _gather(actors: Mapping[str, Actor], method: str) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class Backend(Protocol):
         """The running system as JSON-able data: actors, experts, load."""
         ...
 
+    async def console(self) -> dict[str, Any]:
+        """What the live page shows of the running system, as JSON-able data."""
+        ...
+
     async def metrics(self) -> bytes:
         """Every actor's series in Prometheus' text format."""
         ...

@@ -71,6 +71,7 @@ class EchoBackend:
     held: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     closed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     open: int = 0
+    looks: int = 0
     most_open: int = 0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -109,6 +110,12 @@ class EchoBackend:
 
     async def status(self) -> dict[str, Any]:
         return {"epoch": 7, "actors": []}
+
+    async def console(self) -> dict[str, Any]:
+        self.looks += 1
+        if self.refuse is not None:
+            raise self.refuse
+        return {"status": "ready", "detail": "ready", "epoch": 7}
 
     async def metrics(self) -> bytes:
         return b"# TYPE moeray_actors gauge\nmoeray_actors 3.0\n"
