@@ -12,7 +12,7 @@ from typing import Any
 from moeray.actors.audit import Audit
 from moeray.actors.autoscaler import Autoscaler
 from moeray.actors.decisions import told
-from moeray.actors.figures import LATENCY_S, Reading, figures
+from moeray.actors.figures import LATENCY_S, Sample, figures
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
@@ -38,7 +38,7 @@ class Console:
         self._read = read
         self._clock = clock
         self._lock = threading.Lock()
-        self._readings: deque[Reading] = deque()
+        self._samples: deque[Sample] = deque()
         self._picture: dict[str, Any] = {}
         self._until = float("-inf")
 
@@ -51,10 +51,10 @@ class Console:
             return self._picture
 
     def _figures(self) -> dict[str, float | None]:
-        self._readings.append(Reading.of(self._clock(), self._read()))
-        while self._readings[0].at < self._readings[-1].at - LATENCY_S:
-            self._readings.popleft()
-        return figures(self._readings)
+        self._samples.append(Sample.of(self._clock(), self._read()))
+        while self._samples[0].at < self._samples[-1].at - LATENCY_S:
+            self._samples.popleft()
+        return figures(self._samples)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _BAD = {"lost", "no_room", "start_failed"}
-_GOOD = {"ready"}
 _PLANS = {
     "first": "Place the experts",
     "repair": "Repair the placement",
@@ -16,9 +15,9 @@ _PLANS = {
 
 
 def told(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry as `at` (unix seconds), `event`, a sentence (`text`) and a `tone`: good, bad or plain."""
+    """An entry as `at` (unix seconds), `event`, a sentence (`text`) and a `tone`, bad or plain."""
     ended_badly = entry["event"] == "plan_ended" and entry["result"] != "done"
-    tone = "bad" if entry["event"] in _BAD or ended_badly else "good" if entry["event"] in _GOOD else "plain"
+    tone = "bad" if entry["event"] in _BAD or ended_badly else "plain"
     return {"at": entry["at"], "event": entry["event"], "text": sentence(entry), "tone": tone}
 
 

@@ -1,4 +1,4 @@
-"""Throughput and latency of late, from readings of the merged metrics: differences of counters and of histograms."""
+"""Throughput and latency of late, from samples of the merged metrics: differences of counters and of histograms."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _WATCHED = frozenset((*_RATES.values(), *_LATENCIES.values(), _RUNNING, _WAITING
 
 
 @dataclass(frozen=True)
-class Reading:
+class Sample:
     """All actors' metrics, merged, at one time (seconds of any one clock): those that the figures are made of."""
 
     at: float
     metrics: Snapshot
 
     @classmethod
-    def of(cls, at: float, metrics: Snapshot) -> Reading:
+    def of(cls, at: float, metrics: Snapshot) -> Sample:
         return cls(at, {name: series for name, series in metrics.items() if name in _WATCHED})
 
 
-def figures(readings: Sequence[Reading]) -> dict[str, float | None]:
-    """The newest of `readings` (in order of time, at least one) held against those before it.
+def figures(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """The newest of `samples` (in order of time, at least one) held against those before it.
 
     Tokens per second; `ttft_p50_s` and the like in seconds; requests running and waiting; the fullest router's part of
-    its KV cache. None where nothing can be said: a rate needs two readings, a latency some requests.
+    its KV cache. None where nothing can be said: a rate needs two samples, a latency some requests.
     """
-    now, last = readings[-1], readings[-1].metrics
-    recent = _first_within(readings, RATE_S)
-    before = _first_within(readings, LATENCY_S).metrics
+    now, last = samples[-1], samples[-1].metrics
+    recent = _first_within(samples, RATE_S)
+    before = _first_within(samples, LATENCY_S).metrics
     out: dict[str, float | None] = {}
     for name, metric in _RATES.items():
         gained = _total(last, metric) - _total(recent.metrics, metric)
@@ -76,10 +76,10 @@ def quantile(q: float, bounds: Sequence[float], counts: Sequence[float]) -> floa
     return bounds[-1]
 
 
-def _first_within(readings: Sequence[Reading], seconds: float) -> Reading:
-    """The oldest reading that is at most so old."""
-    newest = readings[-1]
-    return next(reading for reading in readings if reading.at >= newest.at - seconds)
+def _first_within(samples: Sequence[Sample], seconds: float) -> Sample:
+    """The oldest sample that is at most so old."""
+    newest = samples[-1]
+    return next(sample for sample in samples if sample.at >= newest.at - seconds)
 
 
 def _total(metrics: Snapshot, name: str) -> float:

@@ -27,8 +27,8 @@ STEPS_S = 2.0
 """Time constant of what is known of a router's steps: it must not lag behind the actors that serve them."""
 LATE_S = 600.0
 """Time constant of how many requests were late: long enough for one in a hundred to be seen."""
-RECENT_REPORTS = 3
-"""So many of an actor's last reports are what it does at present, for people who watch."""
+RECENT_S = 3.0
+"""What an actor does at present, for people who watch: the mean of its last reports over so many seconds."""
 _FADED = 0.1
 """Fewer tokens than this are a memory of what was long ago."""
 
@@ -55,7 +55,7 @@ class _Expert:
     served: float = 0.0
     served_busy_s: float = 0.0
     waits: deque[tuple[float, float]] = field(default_factory=deque)
-    recent: deque[tuple[float, NDArray[np.int64], Vector]] = field(default_factory=lambda: deque(maxlen=RECENT_REPORTS))
+    recent: deque[tuple[float, NDArray[np.int64], Vector]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class LoadBook:
         forget = math.exp(-busy / MEMORY_S)
         actor.served = forget * actor.served + float(delta.sum())
         actor.served_busy_s = forget * actor.served_busy_s + busy
-        actor.recent.append((span, actor.numbers, delta))
+        self._remember(actor, span, delta)
         self._wait(actor, report, now)
         self._count(actor.numbers, delta, since, now)
 
@@ -206,6 +206,11 @@ class LoadBook:
             grown = 2 * len(self._number) - len(self._rows)
             self._rows = np.append(self._rows, np.zeros(grown))
             self._buckets = np.pad(self._buckets, ((0, 0), (0, grown)))
+
+    def _remember(self, actor: _Expert, span: float, delta: Vector) -> None:
+        actor.recent.append((span, actor.numbers, delta))
+        while sum(seconds for seconds, _, _ in actor.recent) - actor.recent[0][0] >= RECENT_S:
+            actor.recent.popleft()
 
     def _wait(self, actor: _Expert, report: ExpertReport, now: float) -> None:
         while actor.waits and (actor.waits[-1][1] <= report.queue_wait_p99_s):

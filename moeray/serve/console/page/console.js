@@ -80,7 +80,7 @@ function show({ endpoint, model, system, error }) {
 
 function draw(system) {
   seenAt = system.at;
-  tiles.show(system.at, system.figures);
+  if (system.figures) tiles.show(system.at, system.figures);
   if (!system.layers) return;
   facts(system);
   heatmap.show(system.layers);
@@ -103,10 +103,10 @@ function summary({ layers, replicas, skew }) {
   const rate = layers.reduce((sum, row) => sum + row.rates.reduce((a, b) => a + b, 0), 0);
   return [
     `${count(experts, "expert")} in ${count(layers.length, "layer")}`,
-    count(replicas, "replica"),
+    replicas === experts ? "" : count(replicas, "replica"),
     `${number(rate)} rows/s`,
-    `max/mean of the worst layer ${skew.toFixed(2)}`,
-  ].join(" · ");
+    rate ? `worst layer's max/mean ${skew.toFixed(2)}` : "",
+  ].filter(Boolean).join(" · ");
 }
 
 function loading(endpoint) {

@@ -23,8 +23,9 @@ export function duration(seconds) {
   return [String(Math.round(seconds * 1000)), "ms"];
 }
 
+/** 0.417 -> ["42", "%"]; something is never shown as nothing. */
 export function percent(part) {
-  return `${Math.round(part * 100)} %`;
+  return [part > 0 && part < 0.01 ? "<1" : String(Math.round(part * 100)), "%"];
 }
 
 /** 1 -> "1 actor", 2 -> "2 actors". */
@@ -34,5 +35,5 @@ export function count(amount, what) {
 
 /** Unix seconds as the reader's time of day. */
 export function clock(at) {
-  return new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  return new Date(at * 1000).toLocaleTimeString([], { timeStyle: "medium", hourCycle: "h23" });
 }

@@ -6,7 +6,7 @@ import { count, number } from "./format.js";
 const EASE_MS = 260;
 const GAMMA = 0.75; // below 1: little load is seen beside much
 const HEIGHT = 340; // what the cells share, in CSS pixels, within the bounds of one cell
-const CELL = { least: 2, most: 22 };
+const CELL = { least: 2, most: 24 };
 const AXIS = { left: 30, bottom: 20 };
 const STILL = matchMedia("(prefers-reduced-motion: reduce)");
 const DARK = matchMedia("(prefers-color-scheme: dark)");
@@ -25,6 +25,7 @@ export class Heatmap {
   #frame = 0;
   #before = 0;
   #colours = [];
+  #ratio = 0;
 
   /** `page`: canvas, tip, spoken, scale, scaleHigh, legendReplicas, legendMissing. */
   constructor(page) {
@@ -76,7 +77,7 @@ export class Heatmap {
     this.#before = now;
     const peak = this.#target.reduce((most, rate) => Math.max(most, rate), 1);
     let left = Math.abs(peak - this.#top) / peak;
-    this.#top += (peak > this.#top ? part : part / 8) * (peak - this.#top); // the scale rises at once, and falls slowly
+    this.#top += (peak > this.#top ? part : part / 4) * (peak - this.#top); // the scale rises at once, and falls slowly
     for (let i = 0; i < this.#target.length; i += 1) {
       const away = this.#target[i] - this.#shown[i];
       this.#shown[i] += part * away;
@@ -112,11 +113,11 @@ export class Heatmap {
     if (!this.#rows) return;
     const { canvas } = this.page;
     const width = canvas.clientWidth;
-    const ratio = devicePixelRatio || 1;
+    this.#ratio = devicePixelRatio;
     this.#cell = Math.max(CELL.least, Math.min(CELL.most, Math.floor(HEIGHT / this.#rows)));
     canvas.style.height = `${this.#rows * this.#cell + AXIS.bottom}px`;
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round((this.#rows * this.#cell + AXIS.bottom) * ratio);
+    canvas.width = Math.round(width * this.#ratio);
+    canvas.height = Math.round((this.#rows * this.#cell + AXIS.bottom) * this.#ratio);
     this.#draw();
   }
 
@@ -127,10 +128,10 @@ export class Heatmap {
 
   #draw() {
     if (!this.#rows) return;
+    if (this.#ratio !== devicePixelRatio) return this.#resize(); // another screen, or another zoom
     const { canvas } = this.page;
-    const ratio = devicePixelRatio || 1;
     const draw = canvas.getContext("2d");
-    draw.setTransform(ratio, 0, 0, ratio, 0, 0);
+    draw.setTransform(this.#ratio, 0, 0, this.#ratio, 0, 0);
     draw.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
     this.#layers.forEach((row, place) => this.#column(draw, place, row.rates.length));
     this.#axes(draw);

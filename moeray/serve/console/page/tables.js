@@ -93,7 +93,7 @@ class Row {
       this.experts.before(this.does);
       for (const unused of this.ofExpert) unused.remove();
     }
-    this.does.textContent = `${number(actor.running)} running, KV cache ${percent(actor.kv_usage)}`;
+    this.does.textContent = `${number(actor.running)} running, KV cache ${percent(actor.kv_usage).join(" ")}`;
   }
 }
 
@@ -110,7 +110,7 @@ class Bar {
 
   show(part) {
     this.fill.style.width = `${100 * part}%`;
-    this.text.textContent = percent(part);
+    this.text.textContent = percent(part).join(" ");
   }
 }
 

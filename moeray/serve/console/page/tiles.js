@@ -5,7 +5,6 @@ import { DASH, duration, number, percent } from "./format.js";
 const SPAN_S = 120;
 const HIGH = 36;
 
-const seconds = (value) => duration(value);
 const per = (value, unit) => [number(value), value === null ? "" : unit];
 
 const TILES = [
@@ -19,15 +18,15 @@ const TILES = [
     title: "To the first token",
     line: "ttft_p50_s",
     second: "ttft_p95_s",
-    value: (f) => seconds(f.ttft_p50_s),
-    more: (f) => `p95 ${seconds(f.ttft_p95_s).join(" ")}`,
+    value: (f) => duration(f.ttft_p50_s),
+    more: (f) => `p95 ${duration(f.ttft_p95_s).join(" ")}`,
   },
   {
     title: "Between tokens",
     line: "tpot_p50_s",
     second: "tpot_p95_s",
-    value: (f) => seconds(f.tpot_p50_s),
-    more: (f) => `p95 ${seconds(f.tpot_p95_s).join(" ")}`,
+    value: (f) => duration(f.tpot_p50_s),
+    more: (f) => `p95 ${duration(f.tpot_p95_s).join(" ")}`,
   },
   {
     title: "Requests running",
@@ -40,7 +39,7 @@ const TILES = [
     title: "KV cache in use",
     line: "kv_usage",
     least: 1,
-    value: (f) => percent(f.kv_usage).split(" "),
+    value: (f) => percent(f.kv_usage),
     more: () => "of the fullest router",
   },
 ];
