@@ -26,6 +26,7 @@ from moeray.cluster.resources import Request, check_fits, for_experts, for_route
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError
 from moeray.logs import setup_logging
+from moeray.recorder import Reading
 from moeray.threads import PASSIVE
 
 log = logging.getLogger(__name__)
@@ -191,8 +192,8 @@ class ControllerProcess:
                 self.stop()
                 ray.kill(ray.get_runtime_context().current_actor)  # and not started again
 
-    def renew(self, config: Config) -> dict[str, Any]:
-        """Keep the system alive for another lease; its state.
+    def renew(self, config: Config, reading: Reading | None = None) -> dict[str, Any]:
+        """Keep the system alive for another lease; its state. `reading`: what the caller has counted.
 
         `config` is the caller's: a system that failed to start gives way to one with another config (status "gone"),
         one that lives with another model does not: MoerayError.
@@ -206,6 +207,8 @@ class ControllerProcess:
                 "stop it, or choose another serve.name"
             )
         self._renewed = time.monotonic()
+        if reading is not None:
+            self._controller.hear(reading)
         return state
 
     def call(self, method: str, *args: Any) -> Any:
