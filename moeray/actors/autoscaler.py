@@ -81,6 +81,16 @@ class Autoscaler:
         """Layer -> max/mean of what its actors really served."""
         return self._book.skew_observed(self._clock())
 
+    # -- for people ------------------------------------------------------------------------------------------------
+
+    def recent(self) -> tuple[Mapping[ExpertId, float], Mapping[str, float]]:
+        """Rows per second of the last seconds, by expert and by actor."""
+        return self._book.recent()
+
+    def busy(self) -> Mapping[str, float]:
+        """The part of the last window that each expert actor computed, 0 to 1."""
+        return self._book.busy(self._clock())
+
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def seen(self, placement: Placement) -> PolicyInput:

@@ -19,6 +19,7 @@ from moeray.actors.accounts import Accounts, Statement, remember
 from moeray.actors.adoption import Found, adopt
 from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
+from moeray.actors.console import Console, Moment, moment
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
@@ -74,6 +75,7 @@ class Controller:
         self._fleet: FleetKeeper | None = None
         self._places: PlacementKeeper | None = None
         self._overview = Overview(self._config)
+        self._console = Console(self.state, self._moment)
         self._metrics = ControllerMetrics(self._config)
         self._accounts: Accounts | None = None
         self._next_decision = 0.0
@@ -311,6 +313,20 @@ class Controller:
         assert self._places is not None
         node = self._cluster.node_id
         return standing(self._config, node, self._roster, self._autoscaler, self._places, self._audit)
+
+    def console(self) -> dict[str, Any]:
+        """What the endpoint's live page shows, as plain data; gathered once a second at most, however many ask."""
+        return self._console.look()
+
+    def _moment(self) -> Moment | None:
+        places, accounts = self._places, self._accounts
+        if places is None or accounts is None or self._stopped:
+            return None
+        return self._loop.ask(
+            lambda: moment(
+                self._config, self._standing(), self._roster, self._autoscaler, places, self._audit, accounts.counted()
+            )
+        )
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""

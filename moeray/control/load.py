@@ -27,6 +27,8 @@ STEPS_S = 2.0
 """Time constant of what is known of a router's steps: it must not lag behind the actors that serve them."""
 LATE_S = 600.0
 """Time constant of how many requests were late: long enough for one in a hundred to be seen."""
+RECENT_S = 3.0
+"""What an actor does at present, for people who watch: the mean of its last reports over so many seconds."""
 _FADED = 0.1
 """Fewer tokens than this are a memory of what was long ago."""
 
@@ -37,7 +39,8 @@ _Key = TypeVar("_Key")
 @dataclass
 class _Expert:
     """One expert actor. `rows` (the last counts) and `decayed` (the window's sum) go with `ids`, `gone` are the counts
-    of experts no longer reported; `busy_s` and `time_s` decay with the window, `served` and its time slowly."""
+    of experts no longer reported; `busy_s` and `time_s` decay with the window, `served` and its time slowly; `recent`:
+    the last reports' seconds, experts' numbers and new rows."""
 
     incarnation: str
     since: float
@@ -52,6 +55,7 @@ class _Expert:
     served: float = 0.0
     served_busy_s: float = 0.0
     waits: deque[tuple[float, float]] = field(default_factory=deque)
+    recent: deque[tuple[float, NDArray[np.int64], Vector]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ class LoadBook:
         forget = math.exp(-busy / MEMORY_S)
         actor.served = forget * actor.served + float(delta.sum())
         actor.served_busy_s = forget * actor.served_busy_s + busy
+        self._remember(actor, span, delta)
         self._wait(actor, report, now)
         self._count(actor.numbers, delta, since, now)
 
@@ -201,6 +206,11 @@ class LoadBook:
             grown = 2 * len(self._number) - len(self._rows)
             self._rows = np.append(self._rows, np.zeros(grown))
             self._buckets = np.pad(self._buckets, ((0, 0), (0, grown)))
+
+    def _remember(self, actor: _Expert, span: float, delta: Vector) -> None:
+        actor.recent.append((span, actor.numbers, delta))
+        while sum(seconds for seconds, _, _ in actor.recent) - actor.recent[0][0] >= RECENT_S:
+            actor.recent.popleft()
 
     def _wait(self, actor: _Expert, report: ExpertReport, now: float) -> None:
         while actor.waits and (actor.waits[-1][1] <= report.queue_wait_p99_s):
@@ -242,6 +252,19 @@ class LoadBook:
         self._advance(now)
         rates = self._rows / self._time_s if self._time_s > 0 else self._rows
         return dict(zip(self._number, rates[: len(self._number)].tolist(), strict=True))
+
+    def recent(self) -> tuple[dict[ExpertId, float], dict[str, float]]:
+        """Rows per second of each expert and of each actor in its last reports: what people see move.
+
+        An actor's rate is the mean over the time of its own reports, so that it does not matter when one asks.
+        """
+        experts, actors = np.zeros(len(self._rows)), {}
+        for actor_id, actor in self._experts.items():
+            span = sum(seconds for seconds, _, _ in actor.recent)
+            actors[actor_id] = sum(float(rows.sum()) for _, _, rows in actor.recent) / span if span else 0.0
+            for _, numbers, rows in actor.recent if span else ():
+                experts[numbers] += rows / span
+        return dict(zip(self._number, experts[: len(self._number)].tolist(), strict=True)), actors
 
     def peak(self, now: float) -> dict[ExpertId, float]:
         """Rows per second of each expert in the sliding window's busiest second."""

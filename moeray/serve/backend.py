@@ -60,6 +60,10 @@ class Backend(Protocol):
         """The running system as JSON-able data: actors, experts, load."""
         ...
 
+    async def console(self) -> dict[str, Any]:
+        """What the live page shows of the running system, as JSON-able data."""
+        ...
+
     async def metrics(self, accept: str) -> tuple[bytes, str]:
         """(all series of the system, their content type), as the HTTP header `accept` asks. Raises NotReadyError."""
         ...

@@ -18,6 +18,8 @@ from moeray.serve.backend import Backend, ModelInfo
 from moeray.serve.body import read_json
 from moeray.serve.chat import chat_events, plain_chat
 from moeray.serve.completions import completion_events, plain_completion
+from moeray.serve.console.page import page_routes
+from moeray.serve.console.state import ConsoleState
 from moeray.serve.context import RequestContext
 from moeray.serve.counting import RequestCounts
 from moeray.serve.errors import (
@@ -52,6 +54,7 @@ def create_app(backend: Backend, config: Config, recorder: Recorder | None = Non
     app = FastAPI(title="moeray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoint = Endpoint(backend, config)
     app.state.endpoint = endpoint
+    app.include_router(page_routes())
     app.include_router(_open_routes(endpoint))
     app.include_router(_key_routes(endpoint, config))
     install_handlers(app)
@@ -70,6 +73,7 @@ def _open_routes(endpoint: Endpoint) -> APIRouter:
 def _key_routes(endpoint: Endpoint, config: Config) -> APIRouter:
     routes = APIRouter(dependencies=[Depends(require_key(config.serve.api_key))])
     routes.add_api_route("/status", endpoint.status, methods=["GET"])
+    routes.add_api_route("/console/state", endpoint.console_state, methods=["GET"])
     routes.add_api_route("/v1/models", endpoint.models, methods=["GET"])
     routes.add_api_route("/v1/models/{model_id:path}", endpoint.model, methods=["GET"])
     routes.add_api_route("/v1/completions", endpoint.completions, methods=["POST"])
@@ -84,6 +88,7 @@ class Endpoint:
         self._backend = backend
         self._config = config
         self._encoders = EncoderCache(config.chat_template)
+        self._console = ConsoleState(backend)
 
     async def warm_up(self) -> None:
         """Load the tokenizer of a ready backend now. Raises CheckpointError, ConfigError or ApiError."""
@@ -104,6 +109,10 @@ class Endpoint:
 
     async def status(self) -> Response:
         return JSONResponse(await self._backend.status())
+
+    async def console_state(self) -> Response:
+        state = await self._console.read()
+        return Response(state, headers={"Cache-Control": "no-store"}, media_type="application/json")
 
     async def models(self) -> Response:
         listing = ModelList(object="list", data=[_card(self._ready_model())])

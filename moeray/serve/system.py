@@ -169,6 +169,9 @@ class SystemBackend:
     async def status(self) -> dict[str, Any]:
         return dict(await self._controller.call("status"))
 
+    async def console(self) -> dict[str, Any]:
+        return dict(await self._controller.call("console"))
+
     async def call(self, method: str, *args: Any) -> Any:
         """Ask the controller anything that it answers."""
         return await self._controller.call(method, *args)
