@@ -69,7 +69,8 @@ class Ledger:
         Of the old lines those are kept whose custom_id is in `failed` then. Afterwards both files may be written.
         """
         draft = self._errors.with_name(f".{self._errors.name}.new")
-        with _writing(self._errors):
+        with _writing(self._errors), ExitStack() as failed:
+            failed.callback(draft.unlink, missing_ok=True)
             with draft.open("wb") as file:
                 yield file.write
                 for raw, entry in _refusals(self._errors):
