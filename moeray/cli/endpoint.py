@@ -15,8 +15,8 @@ import ray
 from ray import serve
 
 from moeray.cli.progress import phases, progress
-from moeray.cli.session import connect_ray, stop_controller
-from moeray.cluster.ray import find_controller, start_controller
+from moeray.cli.session import connect_ray
+from moeray.cluster.ray import find_controller, start_controller, stop_controller
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.logs import setup_logging

@@ -16,6 +16,7 @@ class _Commands(click.Group):
     """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
 
     _modules: ClassVar[dict[str, str]] = {
+        "batch": "batch",
         "bench": "bench",
         "chaos": "chaos",
         "dashboards": "dashboards",

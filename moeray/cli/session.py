@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from moeray.config import Config
@@ -12,10 +14,14 @@ from moeray.logs import setup_logging
 from moeray.serve.system import SystemBackend
 
 START_TIMEOUT_S = 1800.0
+LOOK_S = 0.25
+
+Show = Callable[[str], None]
+"""Takes a line of progress."""
 
 
 @asynccontextmanager
-async def local_system(config: Config) -> AsyncIterator[SystemBackend]:
+async def local_system(config: Config, show: Show | None = None) -> AsyncIterator[SystemBackend]:
     """Every actor in this process."""
     from moeray.serve.local import NODE, LocalPort
 
@@ -23,7 +29,7 @@ async def local_system(config: Config) -> AsyncIterator[SystemBackend]:
     backend = SystemBackend(config, port, NODE)
     backend.start()
     try:
-        await backend.ready(START_TIMEOUT_S)
+        await _ready(backend, show)
         yield backend
     finally:
         await backend.close()
@@ -31,11 +37,11 @@ async def local_system(config: Config) -> AsyncIterator[SystemBackend]:
 
 
 @asynccontextmanager
-async def ray_system(config: Config) -> AsyncIterator[SystemBackend]:
+async def ray_system(config: Config, show: Show | None = None) -> AsyncIterator[SystemBackend]:
     """Ray actors, in the cluster that RAY_ADDRESS names, else in one on this machine."""
     import ray
 
-    from moeray.cluster.ray import start_controller
+    from moeray.cluster.ray import start_controller, stop_controller
     from moeray.serve.app import RayPort
 
     connect_ray()
@@ -43,11 +49,47 @@ async def ray_system(config: Config) -> AsyncIterator[SystemBackend]:
     controller = start_controller(config)
     backend.start()
     try:
-        await backend.ready(START_TIMEOUT_S)
+        await _ready(backend, show)
         yield backend
     finally:
         await backend.close()
         await asyncio.to_thread(stop_controller, controller)
+
+
+@asynccontextmanager
+async def attached_system(config: Config, patience_s: float) -> AsyncIterator[SystemBackend]:
+    """The system that runs as `config.serve.name`, whose config this must be; it is neither started nor stopped.
+
+    `patience_s`: for so long a request waits for a router.
+    """
+    import ray
+
+    from moeray.cluster.ray import find_controller
+    from moeray.serve.app import RayPort
+
+    port = RayPort(config, partial(find_controller, config.serve.name))
+    patient = replace(config, serve=replace(config.serve, request_timeout_s=patience_s))
+    backend = SystemBackend(patient, port, ray.get_runtime_context().get_node_id())
+    backend.start()
+    try:
+        await _ready(backend)
+        yield backend
+    finally:
+        await backend.close()
+
+
+async def _ready(backend: SystemBackend, show: Show | None = None) -> None:
+    """Wait until the system serves; `show` gets each new line of what it is doing meanwhile. Raises MoerayError."""
+    ready = asyncio.ensure_future(backend.ready(START_TIMEOUT_S))
+    last = ""
+    try:
+        while not (await asyncio.wait({ready}, timeout=LOOK_S))[0]:
+            if show and (detail := backend.state.detail) != last:
+                show(detail)
+                last = detail
+        await ready
+    finally:
+        ready.cancel()
 
 
 def connect_ray(**options: Any) -> None:
@@ -57,14 +99,6 @@ def connect_ray(**options: Any) -> None:
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
     setup_logging()
-
-
-def stop_controller(controller: Any) -> None:
-    """Stop every actor of the system, then the controller itself."""
-    import ray
-
-    ray.get(controller.stop.remote(), timeout=120.0)
-    ray.kill(controller)
 
 
 def attach(name: str, address: str | None) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as global_state
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from moeray.actors.controller import Controller
 from moeray.actors.hosting import ActorHandle
@@ -24,7 +24,7 @@ from moeray.actors.spec import ActorSpec, model_fingerprint
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
-from moeray.errors import MoerayError
+from moeray.errors import MoerayError, SystemAbsentError
 from moeray.logs import setup_logging
 from moeray.recorder import Reading
 from moeray.threads import PASSIVE
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "moeray"
 LEASE_S = 60.0
+FAREWELL_S = 10.0
 LOOKUP_S = 30.0
 # Threads that wait must not spin on a core that another actor needs.
 _ENV = PASSIVE | {"TOKENIZERS_PARALLELISM": "false"}
@@ -175,6 +176,7 @@ class ControllerProcess:
         self._controller = Controller(config, RayCluster(config.serve.name))
         self._renewed = time.monotonic()
         self._ended = threading.Event()
+        self._stopping = threading.Lock()
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
         self._starter.start()
         threading.Thread(target=self._watch, name="controller-lease", daemon=True).start()
@@ -190,7 +192,12 @@ class ControllerProcess:
             if time.monotonic() - self._renewed > LEASE_S:
                 log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
                 self.stop()
-                ray.kill(ray.get_runtime_context().current_actor)  # and not started again
+        time.sleep(FAREWELL_S)  # whoever asked for the stop ends this actor, unless they died meanwhile
+        ray.kill(ray.get_runtime_context().current_actor)  # and not started again
+
+    def config(self) -> Config:
+        """The config that the system runs with."""
+        return self._config
 
     def renew(self, config: Config, reading: Reading | None = None) -> dict[str, Any]:
         """Keep the system alive for another lease; its state. `reading`: what the caller has counted.
@@ -215,8 +222,10 @@ class ControllerProcess:
         return getattr(self._controller, method)(*args)
 
     def stop(self) -> None:
-        self._ended.set()
-        self._controller.stop()
+        """End every actor; whoever asks while that is under way waits for it too."""
+        with self._stopping:
+            self._controller.stop()
+            self._ended.set()
 
 
 def controller_name(system: str) -> str:
@@ -242,11 +251,14 @@ def start_controller(config: Config) -> Any:
 
 
 def find_controller(system: str, timeout: float = LOOKUP_S) -> Any:
-    """The handle of a running controller. Raises MoerayError when there is none, or Ray does not answer in time."""
+    """The handle of a running controller.
+
+    Raises SystemAbsentError when there is none, another MoerayError when Ray does not answer in time.
+    """
     try:
         return _look_up(controller_name(system)).result(timeout)
     except ValueError:
-        raise MoerayError(
+        raise SystemAbsentError(
             f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
         ) from None
     except (FutureTimeoutError, RayError) as error:
@@ -269,9 +281,26 @@ def _look_up(name: str) -> Future[Any]:
     return answer
 
 
+def stop_controller(controller: Any, timeout: float = 120.0) -> None:
+    """Stop every actor of the system, then the controller itself; one that is gone has been stopped by others."""
+    with suppress(ActorDiedError):
+        ray.get(controller.stop.remote(), timeout=timeout)
+    ray.kill(controller)
+
+
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:
     """One call to a controller, with its own error. Raises MoerayError."""
+    return _answer(controller.call.remote(method, *args), timeout)
+
+
+def running_config(controller: Any, timeout: float = 60.0) -> Config:
+    """The config that a running system was started with. Raises MoerayError."""
+    config: Config = _answer(controller.config.remote(), timeout)
+    return config
+
+
+def _answer(call: Any, timeout: float) -> Any:
     try:
-        return unwrapped(controller.call.remote(method, *args).future(), "the controller").result(timeout)
+        return unwrapped(call.future(), "the controller").result(timeout)
     except FutureTimeoutError:
         raise MoerayError(f"the controller has not answered for {timeout:g} s; ask again") from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -30,14 +31,16 @@ CALL_TIMEOUT_S = 60.0
 
 
 class RayPort:
-    """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run.
+    """Implements `ControllerPort` over the controller's Ray actor, which `find` gives: by default it is started where
+    it does not run.
 
     The handle is kept for as long as the actor lives (restarts included): a call over it goes from process to process,
     while a lookup asks Ray's GCS, which may be away.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, find: Callable[[], Any] | None = None) -> None:
         self._config = config
+        self._find = find or partial(start_controller, config)
         self._lookup: asyncio.Future[Any] | None = None
 
     async def renew(self, reading: Reading) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class RayPort:
     async def _actor(self) -> Any:
         """One lookup at a time, whoever waits for it: without a GCS it holds its thread for as long as Ray retries."""
         if self._lookup is None or (self._lookup.done() and (self._lookup.cancelled() or self._lookup.exception())):
-            self._lookup = asyncio.ensure_future(asyncio.to_thread(start_controller, self._config))
+            self._lookup = asyncio.ensure_future(asyncio.to_thread(self._find))
         return await asyncio.shield(self._lookup)
 
 
