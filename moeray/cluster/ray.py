@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from moeray.actors.controller import Controller
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import ActorSpec, model_fingerprint
+from moeray.cluster.ray_metrics import RayMetrics
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
@@ -177,6 +178,7 @@ class ControllerProcess:
         self._renewed = time.monotonic()
         self._ended = threading.Event()
         self._stopping = threading.Lock()
+        self._ray_metrics = RayMetrics(self._controller.series) if config.metrics.ray else None
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
         self._starter.start()
         threading.Thread(target=self._watch, name="controller-lease", daemon=True).start()
@@ -224,6 +226,8 @@ class ControllerProcess:
     def stop(self) -> None:
         """End every actor; whoever asks while that is under way waits for it too."""
         with self._stopping:
+            if self._ray_metrics is not None:
+                self._ray_metrics.close()
             self._controller.stop()
             self._ended.set()
 
