@@ -8,21 +8,21 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 from moeray.actors.controller_metrics import CONTROLLER, ControllerMetrics
+from moeray.actors.expert_load import EXPERT_LOAD, by_expert, by_layer
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.roster import Roster
 from moeray.config import MetricsConfig
 from moeray.control.ledger import Books, Ledger
 from moeray.control.reports import ExpertReport, Report
-from moeray.recorder import Labels, Reading, Snapshot
+from moeray.recorder import Reading, Snapshot
 from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)
 
-EXPERT_LOAD = "moeray_expert_load_rows_total"
 COPIES = 3
 """So many actors keep the books for the next controller."""
 REMEMBER_S = 0.5
@@ -43,34 +43,33 @@ class Accounts:
         self._own = own
         self._ledger = Ledger(books)
         self._lived_until: float | None = None
-        self._key = _expert if sum(experts.values()) <= config.max_expert_series else _layer
         self._load = config.expert_load
-        if self._load and self._key is _layer:
+        self._summed = sum(experts.values()) > config.max_expert_series
+        if self._load and self._summed:
             log.warning(
                 "the model has %d experts, more than metrics.max_expert_series (%d): their load is counted by layer",
                 sum(experts.values()), config.max_expert_series,
             )  # fmt: skip
-        known = (ExpertId(layer, expert) for layer, count in experts.items() for expert in range(count))
-        self._zero: Snapshot = {EXPERT_LOAD: {self._key(expert): 0 for expert in known}} if self._load else {}
+        known = {ExpertId(layer, expert): 0 for layer, count in experts.items() for expert in range(count)}
+        self._zero = self._bounded({EXPERT_LOAD: by_expert(known)} if self._load else {})
 
     def take(self, reading: Reading) -> None:
         """A reading of an actor that is gone would be counted twice, so it is left."""
         if reading.guest or self._roster.get(reading.source):
-            self._ledger.take(reading, time.monotonic())
+            values = self._bounded(reading.values)
+            self._ledger.take(replace(reading, values=values), time.monotonic())
 
     def report(self, report: Report) -> None:
         """An actor's report, with the load of its experts."""
         values = dict(report.metrics)
         if self._load and isinstance(report, ExpertReport):
-            values[EXPERT_LOAD] = self._series(report.rows)
+            values[EXPERT_LOAD] = by_expert(report.rows)
         self.take(Reading(report.actor_id, report.incarnation, report.at, values))
 
-    def _series(self, rows: Mapping[ExpertId, int]) -> dict[Labels, int]:
-        series: dict[Labels, int] = {}
-        for expert, count in rows.items():
-            key = self._key(expert)
-            series[key] = series.get(key, 0) + count
-        return series
+    def _bounded(self, values: Snapshot) -> Snapshot:
+        if not self._summed or EXPERT_LOAD not in values:
+            return values
+        return {**values, EXPERT_LOAD: by_layer(values[EXPERT_LOAD])}
 
     def tick(self, now: float) -> None:
         """Actors have lived on, those that are gone are closed, and what the controller counts is told."""
@@ -90,16 +89,6 @@ class Accounts:
         actors = (*self._roster.routers(), *self._roster.experts())
         keepers = [actor.handle for actor in actors if actor.report and actor.handle]
         return [self._zero, *self._ledger.parts()], self._ledger.books(time.time()), keepers[:COPIES]
-
-
-@cache
-def _expert(expert: ExpertId) -> Labels:
-    return str(expert.layer), str(expert.expert)
-
-
-@cache
-def _layer(expert: ExpertId) -> Labels:
-    return str(expert.layer), "all"
 
 
 def remember(books: Books, keepers: Collection[ActorHandle]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from moeray.actors.cores import Cores, claim
 from moeray.actors.expert_figures import ExpertFigures
+from moeray.actors.expert_load import EXPERT_LOAD, by_expert
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
@@ -58,6 +59,7 @@ class ExpertActor:
         self._books: Books | None = None
         self._loading = threading.Lock()
         self._moving = threading.Lock()
+        self._telling = threading.Lock()  # what is told later is never less
         self._state = Lifecycle.STARTING
         self._leaving = False
         self._bank: ExpertBank | None = None
@@ -208,8 +210,9 @@ class ExpertActor:
     # -- what it says of itself -----------------------------------------------------------------------------------
 
     def _report(self) -> ExpertReport:
-        at, metrics = self._read()
-        served = self._rows.tally.report()
+        with self._telling:
+            at, metrics = self._read()
+            served = self._rows.tally.report()
         (wait_p50_s, wait_p99_s), (service_p50_s, service_p99_s) = served.waits_s, served.services_s
         return ExpertReport(
             self._spec.actor_id,
@@ -280,7 +283,11 @@ class ExpertActor:
     def metrics(self) -> Reading:
         """All that this actor counts."""
         self._heard()
-        return Reading(self._spec.actor_id, self._incarnation, *self._read())
+        with self._telling:
+            at, values = self._read()
+            rows = self._rows.tally.rows()
+        load = {EXPERT_LOAD: by_expert(rows)} if self._spec.config.metrics.expert_load else {}
+        return Reading(self._spec.actor_id, self._incarnation, at, {**values, **load})
 
     def _read(self) -> tuple[float, Snapshot]:
         bank, totals = self._bank, self._rows.tally.totals()

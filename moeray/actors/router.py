@@ -292,6 +292,8 @@ class RouterActor:
         return Reading(self._spec.actor_id, self._incarnation, *self._read())
 
     def _read(self) -> tuple[float, Snapshot]:
+        if self._dispatcher:
+            self._dispatcher.count()
         self._memory.update()
         self._engine_figures.update(self._loop.stats())
         return self._recorder.read()

@@ -134,7 +134,7 @@ class Dispatcher:
         self._links.sweep()
         try:
             self._send_rows(work, None)
-            self._count()
+            self.count()
             while work.sent or work.waiting:
                 if work.sent:
                     self._gather(work)
@@ -259,8 +259,8 @@ class Dispatcher:
         sent_bytes = share.tokens_U.size * row_bytes + share.token_of_row_R.nbytes
         self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)
 
-    def _count(self) -> None:
-        """Record what has come, at a moment when there is nothing to do but wait."""
+    def count(self) -> None:
+        """Record what has come: while a layer waits, there is nothing else to do. Any thread may call it."""
         for hop in self._hops.values():
             hop.record()
 
@@ -326,7 +326,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Close every channel."""
-        self._count()
+        self.count()
         self._links.close()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from contextlib import suppress
+
 from moeray.recorder import Recorder
 
 
@@ -13,18 +16,21 @@ class Hop:
         self._rows = recorder.counter("moeray_dispatch_rows_total", hop=kind)
         self._sent = recorder.counter("moeray_dispatch_bytes_total", hop=kind, direction="sent")
         self._received = recorder.counter("moeray_dispatch_bytes_total", hop=kind, direction="received")
-        self._noted: list[tuple[float, int, int, int]] = []
+        self._noted: deque[tuple[float, int, int, int]] = deque()
 
     def note(self, took_s: float, rows: int, sent: int, received: int) -> None:
         """A forward was answered: its rows, the bytes of its tensors and of their outputs."""
         self._noted.append((took_s, rows, sent, received))
 
     def record(self) -> None:
-        """Count what was noted."""
-        if self._noted:
-            took, rows, sent, received = zip(*self._noted, strict=True)
+        """Count what was noted. Any thread may call it."""
+        noted = []
+        with suppress(IndexError):
+            while True:
+                noted.append(self._noted.popleft())
+        if noted:
+            took, rows, sent, received = zip(*noted, strict=True)
             self._seconds.observe_all(took)
             self._rows.add(sum(rows))
             self._sent.add(sum(sent))
             self._received.add(sum(received))
-            self._noted.clear()
