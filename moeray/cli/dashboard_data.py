@@ -46,7 +46,7 @@ class Prometheus:
     def ask(self, path: str, **parameters: Any) -> Any:
         """The `data` of an answer of `/api/v1/`."""
         try:
-            answer = self._client.post(f"/api/v1/{path}", data=parameters)
+            answer = self._client.get(f"/api/v1/{path}", params=parameters)
             body = answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise MoerayError(
@@ -73,9 +73,9 @@ class Viewer:
     scrape_s: float = 15.0
     chosen: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def step(self) -> float:
-        return max(self.scrape_s, self.seconds / POINTS)
+    def step(self, at_least: float = 0.0) -> float:
+        """Seconds between two points."""
+        return max(self.scrape_s, self.seconds / POINTS, at_least)
 
     def choose(self, dashboard: Dashboard) -> None:
         """Set the variables: the first value of each, or all of them where the dashboard offers that."""
@@ -88,29 +88,30 @@ class Viewer:
                 raise MoerayError(f"Prometheus has no value for {variable.query}: does it scrape a running moeray?")
             self.chosen.setdefault(variable.name, values[0])
 
-    def filled(self, text: str) -> str:
+    def filled(self, text: str, step: float = 0.0) -> str:
         """The text with the variables' values, and Grafana's own."""
         own = {
-            "__rate_interval": f"{max(self.step + self.scrape_s, 4 * self.scrape_s):.0f}s",
+            "__rate_interval": f"{max(self.step(step) + self.scrape_s, 4 * self.scrape_s):.0f}s",
             "__range": f"{self.seconds:.0f}s",
         }
         return re.sub(r"\$([a-z_]\w*)", lambda match: {**self.chosen, **own}[match[1]], text)
 
     def lines(self, panel: Panel) -> list[Line]:
         """The series of a panel; an instant one has one point each."""
-        return [line for query in panel.queries for line in self.answers(query, panel.instant)]
+        return [line for query in panel.queries for line in self.answers(query, panel.instant, panel.step_s)]
 
     def marks(self, annotation: Annotation) -> list[float]:
         """The moments of an annotation."""
-        return sorted({at for line in self.answers(Query(annotation.expr), False) for at, _ in line.points})
+        return sorted({at for line in self.answers(Query(annotation.expr)) for at, _ in line.points})
 
-    def answers(self, query: Query, instant: bool) -> Iterator[Line]:
-        expr = self.filled(query.expr)
+    def answers(self, query: Query, instant: bool = False, step: float = 0.0) -> Iterator[Line]:
+        """The series of one query, with points at least `step` seconds apart."""
+        expr, step = self.filled(query.expr, step), self.step(step)
         if instant:
             found = self.prometheus.ask("query", query=expr, time=self.end)["result"]
         else:
             begin = self.end - self.seconds
-            found = self.prometheus.ask("query_range", query=expr, start=begin, end=self.end, step=self.step)["result"]
+            found = self.prometheus.ask("query_range", query=expr, start=begin, end=self.end, step=step)["result"]
         for series in found:
             values = series["values"] if "values" in series else [series["value"]]
             points = tuple((float(at), float(value)) for at, value in values)

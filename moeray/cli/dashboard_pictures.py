@@ -64,7 +64,12 @@ def _draw_panel(
     box = (x / COLUMNS + gap, 1 - (y + panel.height) / units + gap, panel.width / COLUMNS - 2 * gap)
     height = panel.height / units - 2 * gap
     back = figure.add_axes((*box, height), facecolor=PANEL, xticks=[], yticks=[])
-    back.text(0.012 * COLUMNS / panel.width, 1 - 0.45 / panel.height, panel.title.replace("$", ""), va="center")
+    back.text(
+        0.012 * COLUMNS / panel.width,
+        1 - 0.45 / panel.height,
+        viewer.filled(panel.title).replace(".*", "all groups"),
+        va="center",
+    )
     inner = (box[0] + 0.032, box[1] + 2.0 * height / panel.height, box[2] - 0.04, height * (1 - 3.2 / panel.height))
     lines = viewer.lines(panel)
     if not lines:
@@ -141,7 +146,7 @@ def _draw_marks(axes: Any, viewer: Viewer, marks: list[tuple[str, float]]) -> No
     """Of marks that follow each other at every step, the first."""
     shown_at: dict[str, float] = {}
     for color, at in marks:
-        if at - shown_at.get(color, 0.0) > 1.5 * viewer.step:
+        if at - shown_at.get(color, 0.0) > 1.5 * viewer.step():
             axes.axvline(_time(at), color=color, linewidth=0.9, linestyle=(0, (3, 2)), alpha=0.8)
         shown_at[color] = at
     axes.set_xlim(_time(viewer.end - viewer.seconds), _time(viewer.end))

@@ -57,6 +57,11 @@ class Panel:
         return self.kind in ("bargauge", "matrix")
 
     @property
+    def step_s(self) -> float:
+        """The least time between two points: bars of events are not to overlap."""
+        return 60.0 if self.kind == "bars" else 0.0
+
+    @property
     def plugin(self) -> str:
         """Grafana's name of the kind."""
         return _PLUGIN[self.kind]
@@ -75,6 +80,7 @@ def panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
         "fieldConfig": {"defaults": _defaults(panel), "overrides": _overrides(panel)},
         "options": deepcopy(_OPTIONS[panel.kind]),
         **({"transformations": deepcopy(_MATRIX)} if panel.kind == "matrix" else {}),
+        **({"interval": f"{panel.step_s:g}s"} if panel.step_s else {}),
         **({"repeat": panel.repeat, "repeatDirection": "h", "maxPerRow": 4} if panel.repeat else {}),
     }
 

@@ -139,7 +139,7 @@ def silent_panels(prometheus: Prometheus) -> list[str]:
         viewer.choose(dashboard)
         for panel in dashboard.panels:
             for query in panel.queries:
-                lines = viewer.answers(query, panel.instant)
+                lines = viewer.answers(query, panel.instant, panel.step_s)
                 if not any(math.isfinite(value) for line in lines for _, value in line.points):
                     silent.append(f"{dashboard.name}: {panel.title}: {viewer.filled(query.expr)}")
     return silent
