@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from moeray.config import Config
@@ -64,12 +63,10 @@ async def attached_system(config: Config, patience_s: float) -> AsyncIterator[Sy
     """
     import ray
 
-    from moeray.cluster.ray import find_controller
-    from moeray.serve.app import RayPort
+    from moeray.serve.app import AttachedPort
 
-    port = RayPort(config, partial(find_controller, config.serve.name))
     patient = replace(config, serve=replace(config.serve, request_timeout_s=patience_s))
-    backend = SystemBackend(patient, port, ray.get_runtime_context().get_node_id())
+    backend = SystemBackend(patient, AttachedPort(config), ray.get_runtime_context().get_node_id())
     backend.start()
     try:
         await _ready(backend)

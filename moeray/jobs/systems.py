@@ -20,9 +20,10 @@ from moeray.errors import MoerayError, SystemAbsentError
 def running(name: str) -> Config | None:
     """The config of the system that runs under `name`; None where there is none. Raises MoerayError."""
     try:
-        return running_config(find_controller(name))
+        controller = find_controller(name)
     except SystemAbsentError:
         return None
+    return None if ask(controller, "state")["status"] == "stopping" else running_config(controller)
 
 
 def check_model(asked: Config, served: Config) -> None:

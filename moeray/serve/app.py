@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 import ray
@@ -14,7 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
-from moeray.cluster.ray import start_controller
+from moeray.cluster.ray import find_controller, start_controller
 from moeray.config import Config, load_config
 from moeray.errors import ConfigError, MoerayError
 from moeray.logs import setup_logging
@@ -31,25 +30,19 @@ CALL_TIMEOUT_S = 60.0
 
 
 class RayPort:
-    """Implements `ControllerPort` over the controller's Ray actor, which `find` gives: by default it is started where
-    it does not run.
+    """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run.
 
     The handle is kept for as long as the actor lives (restarts included): a call over it goes from process to process,
     while a lookup asks Ray's GCS, which may be away.
     """
 
-    def __init__(self, config: Config, find: Callable[[], Any] | None = None) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._find = find or partial(start_controller, config)
         self._lookup: asyncio.Future[Any] | None = None
 
     async def renew(self, reading: Reading) -> dict[str, Any]:
         state = dict(await self._ask("renew", self._config, reading, timeout=RENEW_TIMEOUT_S))
-        if state["status"] == "gone":
-            actor, self._lookup = await self._actor(), None
-            await asyncio.to_thread(ray.kill, actor)
-            return {"status": "loading", "detail": "starting again with a new config", "info": None}
-        return state
+        return await self._replace(state["detail"]) if state["status"] == "gone" else state
 
     async def call(self, method: str, *args: Any) -> Any:
         return await self._ask("call", method, *args, timeout=CALL_TIMEOUT_S)
@@ -72,11 +65,30 @@ class RayPort:
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise ControllerLostError(f"the controller does not answer: {_line(error)[:300]}") from error
 
+    async def _replace(self, failure: str) -> dict[str, Any]:
+        """End a system that failed with another config, so that the next look-up starts one with ours."""
+        actor, self._lookup = await self._actor(), None
+        await asyncio.to_thread(ray.kill, actor)
+        return {"status": "loading", "detail": "starting again with a new config", "info": None}
+
+    def _find(self) -> Any:
+        return start_controller(self._config)
+
     async def _actor(self) -> Any:
         """One lookup at a time, whoever waits for it: without a GCS it holds its thread for as long as Ray retries."""
         if self._lookup is None or (self._lookup.done() and (self._lookup.cancelled() or self._lookup.exception())):
             self._lookup = asyncio.ensure_future(asyncio.to_thread(self._find))
         return await asyncio.shield(self._lookup)
+
+
+class AttachedPort(RayPort):
+    """The same for a system of others, whose config this is: it is never started here, nor replaced."""
+
+    async def _replace(self, failure: str) -> dict[str, Any]:
+        return {"status": "failed", "detail": failure, "info": None}
+
+    def _find(self) -> Any:
+        return find_controller(self._config.serve.name)
 
 
 def _line(error: Exception) -> str:

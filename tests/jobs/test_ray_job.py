@@ -161,13 +161,13 @@ def test_a_job_that_is_killed_is_submitted_again_and_takes_its_system_over(clust
     log = kill_and_resubmit(cluster, tmp_path, 200, "--concurrency", "16")
     assert "that an earlier run has left" in log
     assert "lines, 0 errors" in log  # plain lines of progress
-    assert systems() == set()
+    assert not any("-batch-" in name for name in systems())
 
 
 @pytest.mark.slow
 def test_a_thousand_lines(cluster, tmp_path):
     kill_and_resubmit(cluster, tmp_path, 1000)
-    assert systems() == set()
+    assert not any("-batch-" in name for name in systems())
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_job_uses_the_system_that_runs_and_leaves_it_as_it_is(cluster, served,
     assert status is JobStatus.SUCCEEDED, log
     assert "with the config that it has" in log
     assert len(answers(output)) == 40
-    assert systems() == {SERVED}
+    assert not any("-batch-" in name for name in systems())
     after = ask(find_controller(SERVED), "status")
     assert [row["pid"] for row in after["actors"]] == [row["pid"] for row in before["actors"]]
     assert after["status"] == "ready"
