@@ -54,12 +54,6 @@ class WatchedBackend:
                 self._tally.generated += len(output.token_ids)
                 yield output
 
-    async def status(self) -> dict[str, object]:
-        return await self._backend.status()
-
-    async def metrics(self) -> bytes:
-        return await self._backend.metrics()
-
 
 class BatchJob:
     """Used once, on one event loop. `concurrency`: sequences in flight, and lines held in memory, at most.

@@ -56,6 +56,10 @@ class Backend(Protocol):
         """
         ...
 
+
+class ObservedBackend(Backend, Protocol):
+    """One that also tells of the system behind it."""
+
     async def status(self) -> dict[str, Any]:
         """The running system as JSON-able data: actors, experts, load."""
         ...

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from moeray.config import Config
 from moeray.recorder import Recorder
 from moeray.serve.auth import require_key
-from moeray.serve.backend import Backend, ModelInfo
+from moeray.serve.backend import ModelInfo, ObservedBackend
 from moeray.serve.body import read_json
 from moeray.serve.calls import CHAT_COMPLETIONS, COMPLETIONS, Calls
 from moeray.serve.console.page import page_routes
@@ -28,7 +28,7 @@ log = logging.getLogger("moeray.serve")
 GENERATING = ((COMPLETIONS, "POST"), (CHAT_COMPLETIONS, "POST"))
 
 
-def create_app(backend: Backend, config: Config, recorder: Recorder | None = None) -> FastAPI:
+def create_app(backend: ObservedBackend, config: Config, recorder: Recorder | None = None) -> FastAPI:
     """The ASGI app over `backend`, which may still be loading: until it is ready every /v1 call is answered by 503.
 
     `recorder` counts its HTTP requests, for a backend that tells the controller of them.
@@ -67,7 +67,7 @@ def _key_routes(endpoint: Endpoint, config: Config) -> APIRouter:
 class Endpoint:
     """The routes' handlers."""
 
-    def __init__(self, backend: Backend, config: Config) -> None:
+    def __init__(self, backend: ObservedBackend, config: Config) -> None:
         self._backend = backend
         self._config = config
         self._calls = Calls(backend, config.chat_template)

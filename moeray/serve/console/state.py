@@ -11,7 +11,7 @@ from typing import Any
 
 from moeray import __version__
 from moeray.errors import MoerayError
-from moeray.serve.backend import Backend
+from moeray.serve.backend import ObservedBackend
 
 log = logging.getLogger("moeray.serve")
 
@@ -24,7 +24,7 @@ ANSWER_S = 3.0
 class ConsoleState:
     """The state as JSON. One question to the controller is under way at a time, and only while a page asks."""
 
-    def __init__(self, backend: Backend, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, backend: ObservedBackend, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
