@@ -64,12 +64,8 @@ def _draw_panel(
     box = (x / COLUMNS + gap, 1 - (y + panel.height) / units + gap, panel.width / COLUMNS - 2 * gap)
     height = panel.height / units - 2 * gap
     back = figure.add_axes((*box, height), facecolor=PANEL, xticks=[], yticks=[])
-    back.text(
-        0.012 * COLUMNS / panel.width,
-        1 - 0.45 / panel.height,
-        viewer.filled(panel.title).replace(".*", "all groups"),
-        va="center",
-    )
+    title = viewer.filled(panel.title).replace(".*", "all groups")
+    back.text(0.012 * COLUMNS / panel.width, 1 - 0.45 / panel.height, title, va="center")
     inner = (box[0] + 0.032, box[1] + 2.0 * height / panel.height, box[2] - 0.04, height * (1 - 3.2 / panel.height))
     lines = viewer.lines(panel)
     if not lines:

@@ -149,7 +149,7 @@ def _custom(panel: Panel) -> Json:
 def _overrides(panel: Panel) -> list[Json]:
     if panel.kind == "matrix":
         return [_override(["layer\\expert"], [("custom.cellOptions", {"type": "auto"})])]
-    dashed = [
+    dashed: list[tuple[str, Json]] = [
         ("custom.lineStyle", {"fill": "dash", "dash": [8, 6]}),
         ("custom.stacking", {"mode": "none", "group": "A"}),
         ("color", {"mode": "fixed", "fixedColor": "semi-dark-orange"}),
