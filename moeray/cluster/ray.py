@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from moeray.actors.controller import Controller
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import ActorSpec, model_fingerprint
+from moeray.cluster.ray_metrics import RayMetrics
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
@@ -175,6 +176,10 @@ class ControllerProcess:
         self._controller = Controller(config, RayCluster(config.serve.name))
         self._renewed = time.monotonic()
         self._ended = threading.Event()
+        self._ray_metrics: RayMetrics | None = None
+        if config.metrics.ray:
+            resumed = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+            self._ray_metrics = RayMetrics(self._controller.series, resumed)
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
         self._starter.start()
         threading.Thread(target=self._watch, name="controller-lease", daemon=True).start()
@@ -216,6 +221,8 @@ class ControllerProcess:
 
     def stop(self) -> None:
         self._ended.set()
+        if self._ray_metrics is not None:
+            self._ray_metrics.close()
         self._controller.stop()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moeray.dispatch.balance import Balancer
-from moeray.dispatch.hops import Hop
+from moeray.dispatch.hops import MANY, Hop
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Ints, Share, plan_rows
 from moeray.dispatch.view import PlacementView, Usable
@@ -134,7 +134,7 @@ class Dispatcher:
         self._links.sweep()
         try:
             self._send_rows(work, None)
-            self.count()
+            self.count(MANY)  # while the layer waits, there is nothing else to do
             while work.sent or work.waiting:
                 if work.sent:
                     self._gather(work)
@@ -259,10 +259,10 @@ class Dispatcher:
         sent_bytes = share.tokens_U.size * row_bytes + share.token_of_row_R.nbytes
         self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)
 
-    def count(self) -> None:
-        """Record what has come: while a layer waits, there is nothing else to do. Any thread may call it."""
+    def count(self, least: int = 1) -> None:
+        """Record what has come, of a hop where it is so much. Any thread may call it."""
         for hop in self._hops.values():
-            hop.record()
+            hop.record(least)
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 

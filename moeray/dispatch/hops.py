@@ -1,4 +1,4 @@
-"""What a dispatcher counts of each hop. Noting is cheap; it is recorded when there is nothing to do but wait."""
+"""What a dispatcher counts of each hop: noted as it comes, and recorded many at a time or when somebody reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import deque
 from contextlib import suppress
 
 from moeray.recorder import Recorder
+
+MANY = 64
 
 
 class Hop:
@@ -22,11 +24,13 @@ class Hop:
         """A forward was answered: its rows, the bytes of its tensors and of their outputs."""
         self._noted.append((took_s, rows, sent, received))
 
-    def record(self) -> None:
-        """Count what was noted. Any thread may call it."""
+    def record(self, least: int = 1) -> None:
+        """Count what was noted, if that are so many. Any thread may call it."""
+        if len(self._noted) < least:
+            return
         noted = []
-        with suppress(IndexError):
-            while True:
+        with suppress(IndexError):  # another thread took the last
+            while self._noted:
                 noted.append(self._noted.popleft())
         if noted:
             took, rows, sent, received = zip(*noted, strict=True)
