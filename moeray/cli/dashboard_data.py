@@ -49,9 +49,7 @@ class Prometheus:
             answer = self._client.get(f"/api/v1/{path}", params=parameters)
             body = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise MoerayError(
-                f"no Prometheus at {self._client.base_url}: {error}; start it, or correct the URL"
-            ) from error
+            raise MoerayError(f"no Prometheus at {self.url}: {error}; start it, or correct the URL") from error
         if body["status"] != "success":
             raise MoerayError(f"Prometheus refuses {parameters.get('query', path)!r}: {body['error']}")
         return body["data"]

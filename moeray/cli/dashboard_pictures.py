@@ -64,12 +64,8 @@ def _draw_panel(
     box = (x / COLUMNS + gap, 1 - (y + panel.height) / units + gap, panel.width / COLUMNS - 2 * gap)
     height = panel.height / units - 2 * gap
     back = figure.add_axes((*box, height), facecolor=PANEL, xticks=[], yticks=[])
-    back.text(
-        0.012 * COLUMNS / panel.width,
-        1 - 0.45 / panel.height,
-        viewer.filled(panel.title).replace(".*", "all groups"),
-        va="center",
-    )
+    title = viewer.filled(panel.title).replace(".*", "all groups")
+    back.text(0.012 * COLUMNS / panel.width, 1 - 0.45 / panel.height, title, va="center")
     inner = (box[0] + 0.032, box[1] + 2.0 * height / panel.height, box[2] - 0.04, height * (1 - 3.2 / panel.height))
     lines = viewer.lines(panel)
     if not lines:
@@ -172,19 +168,18 @@ def _draw_gauges(axes: Any, panel: Panel, lines: list[Line]) -> None:
 
 
 def _draw_matrix(axes: Any, panel: Panel, lines: list[Line]) -> None:
-    layers = sorted({int(line.labels["layer"]) for line in lines})
-    experts = sorted({int(line.labels["expert"]) for line in lines})
+    layers, experts = (sorted({line.labels[name] for line in lines}) for name in ("layer", "expert"))
     cells = [[math.nan] * len(experts) for _ in layers]
     for line in lines:
-        cells[layers.index(int(line.labels["layer"]))][experts.index(int(line.labels["expert"]))] = line.last
+        cells[layers.index(line.labels["layer"])][experts.index(line.labels["expert"])] = line.last
     axes.imshow(cells, aspect="auto", cmap="RdYlBu_r")
-    axes.set_xticks(range(len(experts)), [f"expert {e}" if len(experts) <= 16 else str(e) for e in experts])
-    axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers])
+    axes.set_xticks(range(len(experts)), experts)
+    axes.set_yticks(range(len(layers)), layers)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     if len(experts) <= 16:
         for y, row in enumerate(cells):
             for x, value in enumerate(row):
-                axes.text(x, y, shown(value, panel.unit, 0), ha="center", va="center", color="black", fontsize=9)
+                axes.text(x, y, shown(value, panel.unit, 0), ha="center", va="center", color="black", fontsize=8)
 
 
 def _draw_heatmap(axes: Any, panel: Panel, lines: list[Line]) -> None:

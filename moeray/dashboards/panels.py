@@ -197,13 +197,6 @@ _OPTIONS: dict[str, Json] = {
 }  # fmt: skip
 
 _MATRIX: list[Json] = [
-    {
-        "id": "convertFieldType",
-        "options": {
-            "fields": {},
-            "conversions": [{"targetField": name, "destinationType": "number"} for name in ("layer", "expert")],
-        },
-    },
     *({"id": "sortBy", "options": {"fields": {}, "sort": [{"field": name}]}} for name in ("expert", "layer")),
     {"id": "groupingToMatrix", "options": {"rowField": "layer", "columnField": "expert", "valueField": "Value"}},
 ]

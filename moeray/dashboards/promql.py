@@ -49,9 +49,10 @@ def mean(name: str, by: Labels = (), *, where: str = "") -> str:
 
 
 def padded(expression: str, label: str) -> str:
-    """The label's numbers with leading zeros, up to three digits: series are sorted as text."""
+    """The label's numbers with leading zeros, up to three digits: series are sorted as text. Words stay as they are."""
     for digits in (1, 2):
-        expression = f'label_replace({expression}, "{label}", "{"0" * (3 - digits)}$1", "{label}", "({"." * digits})")'
+        zeros, numbers = "0" * (3 - digits), "[0-9]" * digits
+        expression = f'label_replace({expression}, "{label}", "{zeros}$1", "{label}", "({numbers})")'
     return expression
 
 

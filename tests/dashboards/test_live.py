@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from moeray.cli.dashboard_data import Prometheus, Viewer
+from moeray.dashboards.autoscaling import AUTOSCALING
 from moeray.dashboards.catalog import DASHBOARDS
 from moeray.errors import MoerayError
 from moeray.metrics import METRICS
@@ -93,12 +94,14 @@ def endpoint(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def prometheus(endpoint, tmp_path_factory) -> Iterator[Prometheus]:
-    """A Prometheus with the shipped config, but that it asks this endpoint, every second."""
+    """A Prometheus with the shipped config, but that it asks this endpoint, every second, and by two names: as if there
+    were two ingress replicas."""
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     config = yaml.safe_load((SHIPPED / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] = {"scrape_interval": f"{SCRAPE_S:.0f}s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(SHIPPED / pattern) for pattern in config["rule_files"]]
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [endpoint.removeprefix("http://")]
+    served = httpx.URL(endpoint).port
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{served}", f"localhost:{served}"]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -167,6 +170,16 @@ def test_what_is_scraped_is_what_the_table_says(prometheus):
         family = name if name in METRICS else name.rsplit("_", 1)[0]
         found.setdefault(family, set()).add(frozenset(labels) - {"__name__", "job", "instance", "le"})
     assert found == {name: {frozenset(spec.labels)} for name, spec in METRICS.items()}
+
+
+def test_copies_of_several_endpoints_are_not_added_up(endpoint, prometheus):
+    wanted = httpx.get(f"{endpoint}/status", timeout=30.0).json()["wanted"]
+    panel = next(panel for panel in AUTOSCALING.panels if panel.title == "Actors wanted")
+    viewer = Viewer(prometheus, time.time(), 60.0, SCRAPE_S)
+    viewer.choose(AUTOSCALING)
+    (line,) = viewer.lines(panel)
+    assert line.last == sum(wanted.values())
+    assert value(prometheus, "sum(moeray_actors_desired)") == 2 * line.last
 
 
 @pytest.mark.parametrize(
