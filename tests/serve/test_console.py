@@ -61,7 +61,7 @@ def test_there_is_nothing_else(http, path):
 
 def test_every_module_that_is_imported_is_there(http):
     imported = set()
-    for name in ("console.js", "chat.js", "heatmap.js", "tables.js", "tiles.js", "api.js", "format.js"):
+    for name in ("console.js", "chat.js", "heatmap.js", "tables.js", "tiles.js", "api.js", "format.js", "palette.js"):
         imported |= set(re.findall(r'from "\./([^"]+)"', http.get(f"/console/{name}").text))
     assert imported
     assert all(http.get(f"/console/{name}").status_code == 200 for name in imported)

@@ -2,12 +2,13 @@
 // expert. Rates move evenly from one picture to the next.
 
 import { count, number } from "./format.js";
+import { Palette } from "./palette.js";
 
 const EASE_MS = 260;
-const GAMMA = 0.75; // below 1: little load is seen beside much
+const HOT = 8; // times the mean: what has more is as hot as can be, so that a few leave the others their shades
 const HEIGHT = 340; // what the cells share, in CSS pixels, within the bounds of one cell
-const CELL = { least: 2, most: 24 };
-const AXIS = { left: 30, bottom: 20 };
+const CELL = { least: 2, most: 24, apart: 5 }; // smaller than `apart`, they are drawn without gaps, as one picture
+const AXIS = { left: 30, top: 5, bottom: 20 };
 const STILL = matchMedia("(prefers-reduced-motion: reduce)");
 const DARK = matchMedia("(prefers-color-scheme: dark)");
 
@@ -24,15 +25,15 @@ export class Heatmap {
   #cursor = null;
   #frame = 0;
   #before = 0;
-  #colours = [];
+  #palette = null;
   #ratio = 0;
 
   /** `page`: canvas, tip, spoken, scale, scaleHigh, legendReplicas, legendMissing. */
   constructor(page) {
     this.page = page;
-    this.#readColours();
+    this.#dress();
     DARK.addEventListener("change", () => {
-      this.#readColours();
+      this.#dress();
       this.#draw();
     });
     new ResizeObserver(() => this.#resize()).observe(page.canvas.parentElement);
@@ -75,7 +76,7 @@ export class Heatmap {
   #step(now) {
     const part = STILL.matches ? 1 : 1 - Math.exp(-Math.min(100, now - this.#before) / EASE_MS);
     this.#before = now;
-    const peak = this.#target.reduce((most, rate) => Math.max(most, rate), 1);
+    const peak = this.#peak();
     let left = Math.abs(peak - this.#top) / peak;
     this.#top += (peak > this.#top ? part : part / 4) * (peak - this.#top); // the scale rises at once, and falls slowly
     for (let i = 0; i < this.#target.length; i += 1) {
@@ -87,26 +88,17 @@ export class Heatmap {
     this.#frame = left > 0.004 ? requestAnimationFrame((next) => this.#step(next)) : 0;
   }
 
-  // -- drawing --------------------------------------------------------------------------------------------------
-
-  #readColours() {
-    const style = getComputedStyle(document.documentElement);
-    const stops = [0, 1, 2, 3, 4].map((i) => rgb(style.getPropertyValue(`--heat-${i}`)));
-    this.#colours = Array.from({ length: 256 }, (_, i) => blend(stops, i / 255));
-    this.ink = style.getPropertyValue("--heat-ink");
-    this.muted = style.getPropertyValue("--muted");
-    this.panel = style.getPropertyValue("--panel");
-    this.bad = style.getPropertyValue("--bad");
-    const scale = this.page.scale.getContext("2d");
-    const width = this.page.scale.width;
-    for (let x = 0; x < width; x += 1) {
-      scale.fillStyle = this.#colour((x / (width - 1)) * this.#top);
-      scale.fillRect(x, 0, 1, this.page.scale.height);
-    }
+  #peak() {
+    const total = this.#target.reduce((sum, rate) => sum + rate, 0);
+    const most = this.#target.reduce((max, rate) => Math.max(max, rate), 0);
+    return Math.max(1, Math.min(most, (HOT * total) / this.#target.length));
   }
 
-  #colour(rate) {
-    return this.#colours[Math.round(255 * Math.min(1, rate / this.#top) ** GAMMA)];
+  // -- drawing --------------------------------------------------------------------------------------------------
+
+  #dress() {
+    this.#palette = new Palette();
+    this.#palette.paintScale(this.page.scale);
   }
 
   #resize() {
@@ -115,15 +107,20 @@ export class Heatmap {
     const width = canvas.clientWidth;
     this.#ratio = devicePixelRatio;
     this.#cell = Math.max(CELL.least, Math.min(CELL.most, Math.floor(HEIGHT / this.#rows)));
-    canvas.style.height = `${this.#rows * this.#cell + AXIS.bottom}px`;
+    const height = AXIS.top + this.#rows * this.#cell + AXIS.bottom;
+    canvas.style.height = `${height}px`;
     canvas.width = Math.round(width * this.#ratio);
-    canvas.height = Math.round((this.#rows * this.#cell + AXIS.bottom) * this.#ratio);
+    canvas.height = Math.round(height * this.#ratio);
     this.#draw();
   }
 
   /** Left edge of a layer's column, in whole pixels. */
   #x(place) {
     return AXIS.left + Math.round((place * (this.page.canvas.clientWidth - AXIS.left)) / this.#layers.length);
+  }
+
+  #y(expert) {
+    return AXIS.top + expert * this.#cell;
   }
 
   #draw() {
@@ -133,38 +130,59 @@ export class Heatmap {
     const draw = canvas.getContext("2d");
     draw.setTransform(this.#ratio, 0, 0, this.#ratio, 0, 0);
     draw.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
-    this.#layers.forEach((row, place) => this.#column(draw, place, row.rates.length));
-    this.#axes(draw);
-    if (this.#cursor) this.#outline(draw);
-    this.page.scaleHigh.textContent = number(this.#top);
+    if (this.#cell < CELL.apart) this.#drawTogether(draw);
+    else this.#layers.forEach((row, place) => this.#drawColumn(draw, place, row.rates.length));
+    this.#drawMarks(draw);
+    this.#drawAxes(draw);
+    if (this.#cursor) this.#drawCursor(draw);
+    this.page.scaleHigh.textContent = number(this.#top) + (this.#shown.some((rate) => rate > 1.01 * this.#top) ? "+" : "");
   }
 
-  #column(draw, place, experts) {
-    const x = this.#x(place);
-    const width = this.#x(place + 1) - x;
-    const gap = Math.min(width, this.#cell) > 4 ? 1 : 0;
-    const round = gap && Math.min(width, this.#cell) > 9 ? 2 : 0;
-    for (let expert = 0; expert < experts; expert += 1) {
-      const index = this.#offsets[place] + expert;
-      const y = expert * this.#cell;
-      draw.fillStyle = this.#colour(this.#shown[index]);
-      if (round) {
-        draw.beginPath();
-        draw.roundRect(x, y, width - gap, this.#cell - gap, round);
-        draw.fill();
-      } else {
-        draw.fillRect(x, y, width - gap, this.#cell - gap);
+  #shade(index) {
+    return this.#palette.shade(this.#shown[index] / this.#top);
+  }
+
+  /** A pixel for each expert, enlarged: thousands of cells at once. */
+  #drawTogether(draw) {
+    const pixels = new ImageData(this.#layers.length, this.#rows);
+    this.#layers.forEach((row, place) => {
+      for (let expert = 0; expert < row.rates.length; expert += 1) {
+        const shade = this.#palette.shades[this.#shade(this.#offsets[place] + expert)];
+        pixels.data.set([...shade, 255], 4 * (expert * this.#layers.length + place));
       }
-      const held = this.#replicas[index];
-      if (held > this.#usual || held === 0) this.#mark(draw, x + (width - gap) / 2, y + (this.#cell - gap) / 2, held);
+    });
+    const small = new OffscreenCanvas(this.#layers.length, this.#rows);
+    small.getContext("2d").putImageData(pixels, 0, 0);
+    draw.imageSmoothingEnabled = false;
+    draw.drawImage(small, AXIS.left, AXIS.top, this.page.canvas.clientWidth - AXIS.left, this.#rows * this.#cell);
+  }
+
+  #drawColumn(draw, place, experts) {
+    const x = this.#x(place);
+    const width = this.#x(place + 1) - x - 1;
+    const height = this.#cell - 1;
+    for (let expert = 0; expert < experts; expert += 1) {
+      draw.fillStyle = this.#palette.names[this.#shade(this.#offsets[place] + expert)];
+      draw.beginPath();
+      draw.roundRect(x, this.#y(expert), width, height, Math.min(width, height) > 9 ? 2 : 0);
+      draw.fill();
     }
+  }
+
+  #drawMarks(draw) {
+    this.#layers.forEach((row, place) => {
+      const x = (this.#x(place) + this.#x(place + 1) - 1) / 2;
+      row.replicas.forEach((held, expert) => {
+        if (held === 0 || held > this.#usual) this.#mark(draw, x, this.#y(expert) + (this.#cell - 1) / 2, held);
+      });
+    });
   }
 
   /** An expert with more replicas than others have, or with none. */
   #mark(draw, x, y, held) {
     const size = Math.max(1, Math.min(3, this.#cell / 4));
-    draw.fillStyle = held ? this.panel : this.bad;
-    draw.strokeStyle = this.ink;
+    draw.fillStyle = held ? this.#palette.panel : this.#palette.bad;
+    draw.strokeStyle = this.#palette.ink;
     draw.beginPath();
     if (held) draw.arc(x, y, size, 0, 2 * Math.PI);
     else draw.rect(x - size, y - size, 2 * size, 2 * size);
@@ -172,37 +190,37 @@ export class Heatmap {
     if (this.#cell > 6) draw.stroke();
   }
 
-  #axes(draw) {
-    draw.fillStyle = this.muted;
-    draw.font = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
+  #drawAxes(draw) {
+    draw.fillStyle = this.#palette.muted;
+    draw.font = this.#palette.font;
     draw.textAlign = "right";
     draw.textBaseline = "middle";
-    for (const expert of ticks(this.#rows, this.#cell, 18)) {
-      draw.fillText(String(expert), AXIS.left - 7, (expert + 0.5) * this.#cell);
+    for (const expert of ticks(this.#rows, this.#cell, 22)) {
+      draw.fillText(String(expert), AXIS.left - 7, this.#y(expert) + this.#cell / 2);
     }
     draw.textAlign = "center";
     draw.textBaseline = "alphabetic";
-    const y = this.#rows * this.#cell + 14;
+    const y = this.#y(this.#rows) + 14;
     const width = (this.page.canvas.clientWidth - AXIS.left) / this.#layers.length;
     for (const place of ticks(this.#layers.length, width, 26)) {
       draw.fillText(String(this.#layers[place].layer), (this.#x(place) + this.#x(place + 1)) / 2, y);
     }
   }
 
-  #outline(draw) {
+  #drawCursor(draw) {
     const [place, expert] = this.#cursor;
-    draw.strokeStyle = this.ink;
+    const x = this.#x(place);
+    draw.strokeStyle = this.#palette.ink;
     draw.lineWidth = 1.5;
-    draw.strokeRect(
-      this.#x(place) - 0.5, expert * this.#cell - 0.5, this.#x(place + 1) - this.#x(place), Math.max(3, this.#cell),
-    );
+    draw.strokeRect(x - 0.5, this.#y(expert) - 0.5, this.#x(place + 1) - x, Math.max(3, this.#cell));
   }
 
   // -- looking closer -------------------------------------------------------------------------------------------
 
   #point(event) {
     const width = (this.page.canvas.clientWidth - AXIS.left) / this.#layers.length;
-    this.#choose(Math.floor((event.offsetX - AXIS.left) / width), Math.floor(event.offsetY / this.#cell));
+    const expert = Math.floor((event.offsetY - AXIS.top) / this.#cell);
+    this.#choose(Math.floor((event.offsetX - AXIS.left) / width), expert);
   }
 
   #key(event) {
@@ -247,7 +265,7 @@ export class Heatmap {
     const x = canvas.offsetLeft + this.#x(place);
     const right = x + tip.offsetWidth + 40 > canvas.parentElement.clientWidth;
     tip.style.left = `${right ? x - tip.offsetWidth - 8 : x + this.#x(1) - AXIS.left + 8}px`;
-    tip.style.top = `${canvas.offsetTop + Math.min(expert * this.#cell, canvas.clientHeight - tip.offsetHeight - 4)}px`;
+    tip.style.top = `${canvas.offsetTop + Math.min(this.#y(expert), canvas.clientHeight - tip.offsetHeight - 4)}px`;
   }
 }
 
@@ -255,16 +273,4 @@ export class Heatmap {
 function ticks(amount, size, room) {
   const every = [1, 2, 5, 10, 20, 25, 50, 100].find((step) => step * size >= room) ?? 200;
   return Array.from({ length: Math.ceil(amount / every) }, (_, i) => i * every);
-}
-
-function rgb(hex) {
-  const value = parseInt(hex.trim().slice(1), 16);
-  return [value >> 16, (value >> 8) & 255, value & 255];
-}
-
-function blend(stops, part) {
-  const place = part * (stops.length - 1);
-  const low = Math.min(Math.floor(place), stops.length - 2);
-  const mixed = stops[low].map((from, i) => Math.round(from + (place - low) * (stops[low + 1][i] - from)));
-  return `rgb(${mixed.join(" ")})`;
 }
