@@ -357,6 +357,19 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """`expert_load`: rows by (layer, expert); a model with more experts than `max_expert_series` has them by layer,
+    under the expert `all`. `ray`: also repeat every series to Ray's metrics agents, as `ray_moeray_*`."""
+
+    expert_load: bool = True
+    max_expert_series: int = 20_000
+    ray: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_expert_series >= 0, "metrics.max_expert_series", "must be 0 or more")
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole tree. `model` is a local folder or a hub id."""
 
@@ -372,6 +385,7 @@ class Config:
     wire: WireConfig = field(default_factory=WireConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
         known = [group.name for group in self.experts.resolved()] + ["router"]
@@ -381,6 +395,11 @@ class Config:
                 "control.schedule.group",
                 f"no group is named {entry.group!r}; there are {', '.join(known)}",
             )
+
+    @property
+    def served_model_name(self) -> str:
+        """What the endpoint and the metrics call the model."""
+        return self.serve.model_name or Path(self.model).name
 
 
 def default_cache_dir() -> Path:

@@ -57,6 +57,10 @@ class QueueFullError(MoerayError):
         self.retry_after_s = retry_after_s
 
 
+class NotReadyError(MoerayError):
+    """The system is not there yet, or no longer; another attempt may find it."""
+
+
 class RouterLostError(MoerayError):
     """The router that held the request is gone and no other took it over."""
 

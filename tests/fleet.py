@@ -20,6 +20,7 @@ from moeray.config import Config
 from moeray.control.eplb import place
 from moeray.control.placement import Host, Placement
 from moeray.model.loading import eos_token_ids, open_model
+from moeray.recorder import Reading
 from moeray.serve.errors import ControllerLostError
 from moeray.types import Address
 from moeray.wire.channel import Channel, Identity, connect
@@ -155,7 +156,7 @@ class FleetPort:
         self.silent = threading.Event()
         self.asked_in_vain = asyncio.Event()
 
-    async def renew(self) -> dict[str, Any]:
+    async def renew(self, reading: Reading) -> dict[str, Any]:
         if self.silent.is_set():
             self.asked_in_vain.set()
             raise ControllerLostError("the controller does not answer: the test says so")
@@ -167,4 +168,4 @@ class FleetPort:
 
 def generated(router: RouterActor) -> float:
     """Tokens that a router has generated."""
-    return float(router.metrics().get("moeray_generation_tokens_total", {}).get((), 0.0))
+    return float(sum(router.metrics().values["moeray_generation_tokens_total"].values()))

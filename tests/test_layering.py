@@ -8,7 +8,7 @@ import moeray
 ROOT = Path(moeray.__file__).parent
 
 # Each room may import the rooms named, and always the leaves.
-LEAVES = {"config", "types", "errors", "metrics", "logs", "threads"}
+LEAVES = {"config", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads"}
 ALLOWED = {
     "model": set(),
     "wire": set(),

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from moeray.actors.fleet_keeper import FleetKeeper
@@ -16,6 +17,7 @@ from moeray.actors.roster import Actor, Calls, Roster
 from moeray.actors.spec import ActorReport
 from moeray.config import Config, ExpertGroupConfig
 from moeray.control.fleet import Phase
+from moeray.control.ledger import Books, newer
 from moeray.control.placement import Placement
 from moeray.errors import MoerayError
 from moeray.types import Address, ExpertId
@@ -34,6 +36,11 @@ class Found:
     revision: str | None
     actors: tuple[tuple[ActorHandle, Mapping[str, Any]], ...]
     config: Config
+
+    @property
+    def books(self) -> Books | None:
+        """The newest copy of what the last controller had counted."""
+        return reduce(newer, (says.get("books") for _, says in self.actors), None)
 
     def enter(self, roster: Roster, loop: Loop, fleet: FleetKeeper, places: PlacementKeeper) -> Placement:
         """Put the actors into the roster as ready, watch them, and hold the placement that they hold."""

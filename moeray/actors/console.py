@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.control.fleet import Phase
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, RouterReport
-from moeray.metrics import Snapshot
+from moeray.recorder import Snapshot
 from moeray.types import ExpertId
 
 DECISIONS = 24
@@ -28,14 +28,14 @@ KEEP_S = 0.9
 
 
 class Console:
-    """Any thread may look. `see` draws the picture of the moment, `read` reads all actors' metrics."""
+    """Any thread may look. `state`: status and detail; `take`: the moment, None where there is nothing to be seen."""
 
     def __init__(
-        self, see: Callable[[], dict[str, Any]], read: Callable[[], Snapshot],
+        self, state: Callable[[], Mapping[str, Any]], take: Callable[[], Moment | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._see = see
-        self._read = read
+        self._state = state
+        self._take = take
         self._clock = clock
         self._lock = threading.Lock()
         self._samples: deque[Sample] = deque()
@@ -43,15 +43,22 @@ class Console:
         self._until = float("-inf")
 
     def look(self) -> dict[str, Any]:
-        """The picture with `at` (unix seconds) and `figures`; those who look at the same time get the same one."""
+        """The picture, `at` a moment in unix seconds; those who look at the same time get the same one."""
         with self._lock:
             if self._clock() >= self._until:
-                self._picture = self._see() | {"at": round(time.time(), 3), "figures": self._figures()}
+                self._picture = self._draw()
                 self._until = self._clock() + KEEP_S
             return self._picture
 
-    def _figures(self) -> dict[str, float | None]:
-        self._samples.append(Sample.of(self._clock(), self._read()))
+    def _draw(self) -> dict[str, Any]:
+        state, taken = self._state(), self._take()
+        drawn = {"at": round(time.time(), 3), "status": state["status"], "detail": state["detail"]}
+        if taken is None:
+            return drawn
+        return {**drawn, **taken.facts, "layers": layers(taken.placement, taken.rates), "figures": self._figures(taken)}
+
+    def _figures(self, taken: Moment) -> dict[str, float | None]:
+        self._samples.append(Sample.of(self._clock(), taken.counted))
         while self._samples[0].at < self._samples[-1].at - LATENCY_S:
             self._samples.popleft()
         return figures(self._samples)
@@ -59,16 +66,20 @@ class Console:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is taken on the controller's loop, which has more to do: `picture` draws the rest of it elsewhere."""
+    """What is taken on the controller's loop, which has more to do: the rest of the picture is drawn elsewhere.
+
+    `rates`: rows per second of each expert; `counted`: what `merge` adds up to the system's metrics.
+    """
 
     facts: Mapping[str, Any]
     placement: Placement
     rates: Mapping[ExpertId, float]
+    counted: Sequence[Snapshot]
 
 
 def moment(
     config: Config, standing: Mapping[str, Any], roster: Roster, autoscaler: Autoscaler, places: PlacementKeeper,
-    audit: Audit,
+    audit: Audit, counted: Sequence[Snapshot],
 ) -> Moment:  # fmt: skip
     """How the system stands: its groups and actors, what each expert serves, and what was decided last."""
     experts, actors = autoscaler.recent()
@@ -80,12 +91,7 @@ def moment(
         "actors": _actors(roster, places, actors, autoscaler.busy()),
         "decisions": [told(entry) for entry in list(audit.recent)[: -DECISIONS - 1 : -1]],
     }
-    return Moment(facts, places.placement, experts)
-
-
-def picture(taken: Moment) -> dict[str, Any]:
-    """The moment as plain data."""
-    return {**taken.facts, "layers": layers(taken.placement, taken.rates)}
+    return Moment(facts, places.placement, experts, counted)
 
 
 def layers(placement: Placement, rates: Mapping[ExpertId, float]) -> list[dict[str, Any]]:

@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
+from moeray.actors.accounts import Accounts, Statement, remember
 from moeray.actors.adoption import Found, adopt
 from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
-from moeray.actors.console import Console, moment, picture
+from moeray.actors.console import Console, Moment, moment
+from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
@@ -26,11 +29,15 @@ from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import SystemInfo
 from moeray.actors.standing import dry_run, standing
+from moeray.actors.watch import Loss
 from moeray.config import Config
 from moeray.control.fleet import Phase
+from moeray.control.ledger import merge
 from moeray.control.reports import Report, RouterReport
-from moeray.errors import MoerayError
+from moeray.errors import MoerayError, NotReadyError
+from moeray.exposition import exposition
 from moeray.model.loading import eos_token_ids, open_model
+from moeray.recorder import Reading, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +75,9 @@ class Controller:
         self._fleet: FleetKeeper | None = None
         self._places: PlacementKeeper | None = None
         self._overview = Overview(self._config)
-        self._console = Console(self._see, lambda: self._overview.merged(self._snapshot()))
+        self._console = Console(self.state, self._moment)
+        self._metrics = ControllerMetrics(self._config)
+        self._accounts: Accounts | None = None
         self._next_decision = 0.0
         self._next_look = 0.0
         self._orphaned: dict[str, int] = {}
@@ -107,15 +116,19 @@ class Controller:
         fleet.revision = files.checkpoint.source.revision
         shape = ModelShape(files.expert_counts(), files.expert_bytes(), files.weights.trunk_bytes())
         places = PlacementKeeper(
-            config, self._roster, self._audit, shape, self._autoscaler, self._autoscaler.wanted, self._cannot_place
-        )
+            config, self._roster, self._audit, shape, self._autoscaler, self._autoscaler.wanted, self._cannot_place,
+            self._metrics,
+        )  # fmt: skip
         self._phase = "starting actors"
         self._audit.write("controller", system=self._system, model=config.model, adopted=found is not None)
-        self._loop.ask(lambda: self._begin(places, found))
+        books = found.books if found else None
+        accounts = Accounts(config.metrics, self._roster, self._metrics, shape.experts, books)
+        self._loop.ask(lambda: self._begin(places, accounts, found))
         self._await_ready()
 
-    def _begin(self, places: PlacementKeeper, found: Found | None) -> None:
+    def _begin(self, places: PlacementKeeper, accounts: Accounts, found: Found | None) -> None:
         assert self._fleet is not None
+        self._accounts = accounts
         if found is not None:
             placement = found.enter(self._roster, self._loop, self._fleet, places)
             self._autoscaler.adopt(placement)
@@ -150,17 +163,22 @@ class Controller:
         self._replan()
         self._look_ready()
 
-    def on_lost(self, actor: Actor, reason: str) -> None:
+    def on_lost(self, actor: Actor, why: Loss, detail: str) -> None:
+        self._metrics.lost(actor.group, why)
         if not self._ready.done():
             self._early_losses += 1
             if self._early_losses > EARLY_LOSSES:
-                self._ready.set_exception(MoerayError(f"{actor.actor_id} died while the system started: {reason}"))
+                self._ready.set_exception(MoerayError(f"{actor.actor_id} died while the system started: {detail}"))
         if self._places is None:
             return
         self._forget(actor)
         self._places.on_lost(actor)
         self._reconcile()
         self._look_ready()
+
+    def on_reading(self, actor: Actor, reading: Reading) -> None:
+        if self._accounts is not None:
+            self._accounts.take(reading)
 
     def on_left(self, actor: Actor) -> None:
         assert self._places is not None
@@ -179,6 +197,8 @@ class Controller:
 
     def on_report(self, actor: Actor, report: Report) -> None:
         self._autoscaler.fold(report)
+        if self._accounts is not None:
+            self._accounts.report(report)
         if isinstance(report, RouterReport) and self._places is not None:
             orphaned = self._orphaned.get(actor.actor_id, 0) + 1 if report.orphans else 0
             self._orphaned[actor.actor_id] = orphaned
@@ -191,6 +211,8 @@ class Controller:
             return
         now = time.monotonic()
         assert self._fleet is not None
+        assert self._accounts is not None
+        self._accounts.tick(now)
         if now >= self._next_look:
             self._next_look = now + self._config.control.report_s
             self._fleet.look_at_nodes()
@@ -198,7 +220,11 @@ class Controller:
             self._next_decision = now + self._config.control.interval_s
             self._decide()
         for router in self._places.late_routers():
-            self._fleet.lose(router, f"it did not acknowledge a placement within {self._config.control.lease_s:g} s")
+            self._fleet.lose(
+                router,
+                Loss.UNACKNOWLEDGED,
+                f"it did not acknowledge a placement within {self._config.control.lease_s:g} s",
+            )
         self._reconcile()
         self._replan()
         self._reconcile(refill=self._places.change is None)
@@ -208,9 +234,11 @@ class Controller:
 
     def _decide(self) -> None:
         assert self._places is not None
+        before = self._autoscaler.wanted()
         decision = self._autoscaler.decide(self._places.placement)
         if decision is not None:
             wish, seen = decision
+            self._metrics.decided(before, self._autoscaler.wanted())
             self._audit.write("decision", **wish_tree(wish), inputs=summary(seen))
 
     def _reconcile(self, refill: bool = False) -> None:
@@ -290,27 +318,45 @@ class Controller:
         """What the endpoint's live page shows, as plain data; gathered once a second at most, however many ask."""
         return self._console.look()
 
-    def _see(self) -> dict[str, Any]:
-        state = self.state()
-        seen: dict[str, Any] = {"status": state["status"], "detail": state["detail"]}
-        places = self._places
-        if places is None or self._stopped:
-            return seen
-        taken = self._loop.ask(
-            lambda: moment(self._config, self._standing(), self._roster, self._autoscaler, places, self._audit)
+    def _moment(self) -> Moment | None:
+        places, accounts = self._places, self._accounts
+        if places is None or accounts is None or self._stopped:
+            return None
+        return self._loop.ask(
+            lambda: moment(
+                self._config, self._standing(), self._roster, self._autoscaler, places, self._audit, accounts.counted()
+            )
         )
-        return seen | picture(taken)
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""
         known = list(self._places.placement.replicas) if self._places else []
         return self._overview.load(self._snapshot(), known)
 
-    def metrics(self) -> bytes:
-        """Every actor's registry and the controller's own, in Prometheus' text format."""
-        standing = self._loop.ask(self._standing) if self._places is not None and not self._stopped else {}
-        changes = dict(self._places.counts) if self._places else {}
-        return self._overview.metrics(self._snapshot(), standing, changes, self.load())
+    def metrics(self, accept: str = "", reading: Reading | None = None) -> tuple[bytes, str]:
+        """(every series of the system as text, its content type); `accept` is an HTTP header, `reading` the asking
+        endpoint's own. Raises NotReadyError while a system is being taken over: a scrape that fails is no reset.
+        """
+        return exposition(self.series(reading), accept)
+
+    def series(self, reading: Reading | None = None) -> Snapshot:
+        """Every series of the system, up to this moment. Raises NotReadyError as `metrics` does."""
+        if self._accounts is None or self._stopped:
+            raise NotReadyError(f"nothing is counted yet: the system is {self.state()['detail']}")
+        told = [*self._overview.readings(self._snapshot()), *([reading] if reading else [])]
+        parts, books, keepers = self._loop.ask(lambda: self._statement(told))
+        remember(books, keepers)
+        return merge(parts)
+
+    def _statement(self, told: Sequence[Reading]) -> Statement:
+        assert self._accounts is not None
+        assert self._places is not None
+        return self._accounts.statement(told, self._standing(), self._places.placement.actors())
+
+    def hear(self, reading: Reading) -> None:
+        """An endpoint tells what it has counted."""
+        if self._accounts is not None:
+            self._loop.post(partial(self._accounts.take, reading))
 
     def _snapshot(self) -> Mapping[str, Actor]:
         return {actor.actor_id: actor for actor in self._roster}
@@ -330,7 +376,9 @@ class Controller:
         """Set the number of a group's actors (`router` for the routers). Raises ConfigError beyond its limits."""
 
         def run() -> dict[str, int]:
+            before = self._autoscaler.wanted()
             self._autoscaler.scale(group, count)
+            self._metrics.decided(before, self._autoscaler.wanted())
             self._audit.write("scale", group=group, actors=count, by="hand")
             self._reconcile()
             self._replan()
@@ -374,7 +422,7 @@ class Controller:
 
     def _ask(self, question: Callable[[], _T]) -> _T:
         if not self._ready.done() or self._error is not None or self._stopped:
-            raise MoerayError(f"the system is {self._phase}; try again when it is ready")
+            raise NotReadyError(f"the system is {self._phase}; try again when it is ready")
         return self._loop.ask(question)
 
     # -- stop -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""An engine's counters in the three forms that a router tells them in: a report, a status row, a metrics snapshot."""
+"""An engine's counters in the three forms that a router tells them in: a report, a status row, metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from moeray.control.reports import RouterReport
 from moeray.engine.engine import EngineStats
-from moeray.metrics import Recorder, Snapshot
+from moeray.recorder import Recorder
 
 
 def with_stats(report: RouterReport, stats: EngineStats | None) -> RouterReport:
@@ -41,16 +41,28 @@ def status_of(stats: EngineStats | None) -> dict[str, Any]:
     }
 
 
-def metrics_of(actor_id: str, recorder: Recorder, stats: EngineStats | None) -> Snapshot:
-    """What the recorder holds, with the engine's gauges and counters."""
-    if stats is None:
-        return recorder.snapshot()
-    recorder.set("moeray_num_requests_running", stats.running, actor=actor_id)
-    recorder.set("moeray_num_requests_waiting", stats.waiting, actor=actor_id)
-    recorder.set("moeray_kv_cache_usage_ratio", stats.kv_cache_usage_ratio, actor=actor_id)
-    counters = {
-        "moeray_prompt_tokens_total": stats.prompt_tokens,
-        "moeray_prefix_cache_hit_tokens_total": stats.prefix_hit_tokens,
-        "moeray_preemptions_total": stats.preemptions,
-    }
-    return recorder.snapshot() | {name: {(): float(value)} for name, value in counters.items()}
+class EngineFigures:
+    """The engine's counts in a router's recorder, brought up to date when somebody reads it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._running = recorder.gauge("moeray_num_requests_running")
+        self._waiting = recorder.gauge("moeray_num_requests_waiting")
+        self._kv_usage = recorder.gauge("moeray_kv_cache_usage_ratio")
+        self._prompt_tokens = recorder.counter("moeray_prompt_tokens_total")
+        self._generation_tokens = recorder.counter("moeray_generation_tokens_total")
+        self._prefix_queries = recorder.counter("moeray_prefix_cache_queries_total")
+        self._prefix_hits = recorder.counter("moeray_prefix_cache_hits_total")
+        self._preemptions = recorder.counter("moeray_num_preemptions_total")
+
+    def update(self, stats: EngineStats | None) -> None:
+        """Without an engine all stays 0."""
+        if stats is None:
+            return
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._kv_usage.set(stats.kv_cache_usage_ratio)
+        self._prompt_tokens.raise_to(stats.prompt_tokens)
+        self._generation_tokens.raise_to(stats.generation_tokens)
+        self._prefix_queries.raise_to(stats.prefix_query_tokens)
+        self._prefix_hits.raise_to(stats.prefix_hit_tokens)
+        self._preemptions.raise_to(stats.preemptions)

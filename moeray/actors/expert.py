@@ -14,14 +14,17 @@ import psutil
 import torch
 
 from moeray.actors.cores import Cores, claim
+from moeray.actors.expert_figures import ExpertFigures
+from moeray.actors.expert_load import EXPERT_LOAD, by_expert
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.control.ledger import Books, newer
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
-from moeray.metrics import Recorder, Snapshot
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model, pick_device
+from moeray.recorder import Reading, Recorder, Snapshot
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
@@ -50,10 +53,13 @@ class ExpertActor:
         self._node_id = node_id
         self._device = pick_device(spec.device)
         self._incarnation = new_incarnation()
-        self._recorder = Recorder()
-        self._rows = RowServer(spec.actor_id, self._device, self._recorder)
+        self._recorder = Recorder(kind="expert", group=spec.group, actor=spec.actor_id)
+        self._figures = ExpertFigures(self._recorder)
+        self._rows = RowServer(self._device, self._recorder)
+        self._books: Books | None = None
         self._loading = threading.Lock()
         self._moving = threading.Lock()
+        self._telling = threading.Lock()  # what is told later is never less
         self._state = Lifecycle.STARTING
         self._leaving = False
         self._bank: ExpertBank | None = None
@@ -102,7 +108,7 @@ class ExpertActor:
             bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
             if self._cores is None and self._spec.threads and self._pins:
                 self._cores = claim(self._spec.threads, machine_dir() / "cores")
-            return self._weigh(bank)
+            return bank.nbytes
 
     def unhost(self, experts: Sequence[tuple[int, int]]) -> int:
         """Forget the weights of `experts`; stored bytes of those left. Rows being computed finish, later ones are told
@@ -114,7 +120,7 @@ class ExpertActor:
             self._bank.forget(ExpertId(*expert) for expert in experts)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # the GPU's other actors can have it
-            return self._weigh(self._bank)
+            return self._bank.nbytes
 
     def _open(self, revision: str | None) -> ExpertBank:
         with self._moving:
@@ -135,10 +141,6 @@ class ExpertActor:
             if self._state is Lifecycle.STARTING:
                 self._state = self._state.advance(Lifecycle.READY)
         return self._bank
-
-    def _weigh(self, bank: ExpertBank) -> int:
-        self._recorder.set("moeray_expert_weight_bytes", bank.nbytes, actor=self._spec.actor_id)
-        return bank.nbytes
 
     def leave(self) -> None:
         """This process was told to end soon (SIGTERM, a spot notice): say so in every report, and serve on until the
@@ -208,7 +210,9 @@ class ExpertActor:
     # -- what it says of itself -----------------------------------------------------------------------------------
 
     def _report(self) -> ExpertReport:
-        served = self._rows.tally.report()
+        with self._telling:
+            at, metrics = self._read()
+            served = self._rows.tally.report()
         (wait_p50_s, wait_p99_s), (service_p50_s, service_p99_s) = served.waits_s, served.services_s
         return ExpertReport(
             self._spec.actor_id,
@@ -223,6 +227,8 @@ class ExpertActor:
             self._bank.nbytes if self._bank else 0,
             self._rows.in_flight,
             self._leaving,
+            at,
+            metrics,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -245,6 +251,7 @@ class ExpertActor:
             "state": self._state.value,
             "leaving": self._leaving,
             "incarnation": self._incarnation,
+            "books": self._books,
         }
 
     def status(self) -> dict[str, Any]:
@@ -273,9 +280,24 @@ class ExpertActor:
         self._heard()
         return [(*key, count) for key, count in sorted(self._rows.tally.rows().items())]
 
-    def metrics(self) -> Snapshot:
+    def metrics(self) -> Reading:
+        """All that this actor counts."""
         self._heard()
-        return self._recorder.snapshot()
+        with self._telling:
+            at, values = self._read()
+            rows = self._rows.tally.rows()
+        load = {EXPERT_LOAD: by_expert(rows)} if self._spec.config.metrics.expert_load else {}
+        return Reading(self._spec.actor_id, self._incarnation, at, {**values, **load})
+
+    def _read(self) -> tuple[float, Snapshot]:
+        bank, totals = self._bank, self._rows.tally.totals()
+        self._figures.update(*totals, bank.nbytes if bank else 0, len(bank.hosted) if bank else 0)
+        return self._recorder.read()
+
+    def remember(self, books: Books) -> None:
+        """Keep what the controller has counted, for the next controller."""
+        self._heard()
+        self._books = newer(self._books, books)
 
 
 def _free_bytes(device: torch.device) -> int:

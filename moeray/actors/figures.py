@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeray.metrics import METRICS, Snapshot
+from moeray.control.ledger import merge
+from moeray.metrics import METRICS
+from moeray.recorder import Snapshot
 
 RATE_S = 5.0
 """Rates are means over so many seconds."""
@@ -32,8 +34,10 @@ class Sample:
     metrics: Snapshot
 
     @classmethod
-    def of(cls, at: float, metrics: Snapshot) -> Sample:
-        return cls(at, {name: series for name, series in metrics.items() if name in _WATCHED})
+    def of(cls, at: float, parts: Iterable[Snapshot]) -> Sample:
+        """`merge` adds the parts up to the system's metrics."""
+        watched = ({name: series for name, series in part.items() if name in _WATCHED} for part in parts)
+        return cls(at, merge(watched))
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, float | None]:

@@ -14,12 +14,13 @@ from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.roster import ROUTER, Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, ActorSpec
-from moeray.actors.watch import Watcher
+from moeray.actors.watch import Loss, Watcher
 from moeray.config import Config, ExpertGroupConfig
 from moeray.control.fleet import Phase, fleet_steps
 from moeray.control.placement import Placement
 from moeray.control.reports import Report, RouterReport
 from moeray.errors import MoerayError
+from moeray.recorder import Reading
 from moeray.types import Address
 from moeray.wire.channel import connect
 
@@ -36,7 +37,9 @@ class FleetEvents(Protocol):
 
     def on_ready(self, actor: Actor) -> None: ...
 
-    def on_lost(self, actor: Actor, reason: str) -> None: ...
+    def on_lost(self, actor: Actor, why: Loss, detail: str) -> None: ...
+
+    def on_reading(self, actor: Actor, reading: Reading) -> None: ...
 
     def on_left(self, actor: Actor) -> None: ...
 
@@ -218,7 +221,7 @@ class FleetKeeper:
             lambda address: connect(address, identity, self._config.wire, timeout=self._config.control.silence_s),
             self._config.control,
             lambda actor_id, report: post(lambda: self._on_report(actor, report)),
-            lambda actor_id, reason: post(lambda: self.lose(actor, reason)),
+            lambda actor_id, why, detail: post(lambda: self.lose(actor, why, detail)),
         )
 
     def _on_report(self, actor: Actor, report: Report) -> None:
@@ -242,19 +245,19 @@ class FleetKeeper:
             if accused is None:
                 continue
             if reason == "out_of_memory":
-                self.lose(accused, "out of memory")
+                self.lose(accused, Loss.OUT_OF_MEMORY, "out of memory")
             elif accused.watcher:
                 self._suspects.add(actor_id)
                 accused.watcher.probe()
 
-    def lose(self, actor: Actor, reason: str) -> None:
+    def lose(self, actor: Actor, why: Loss, detail: str) -> None:
         """The actor is gone or must be: forget it, end what may be left of it, tell the one who holds the placement."""
         if self._roster.get(actor.actor_id) is not actor:
             return
-        log.warning("actor %s is lost: %s", actor.actor_id, reason)
-        self._audit.write("lost", actor=actor.actor_id, reason=reason, node=actor.node_id)
-        self._discard(actor.actor_id, reason)
-        self._events.on_lost(actor, reason)
+        log.warning("actor %s is lost: %s", actor.actor_id, detail)
+        self._audit.write("lost", actor=actor.actor_id, reason=detail, node=actor.node_id)
+        self._discard(actor.actor_id, detail)
+        self._events.on_lost(actor, why, detail)
 
     # -- leaving --------------------------------------------------------------------------------------------------
 
@@ -296,7 +299,12 @@ class FleetKeeper:
                 log.warning("actor %s leaves with work in flight: %s", actor.actor_id, error or "it took too long")
             if actor.watcher:
                 actor.watcher.close()
+            calls.put("metrics", then=read)  # nothing more will happen to it: this is all that it has counted
             calls.put("stop", then=stopped)
+
+        def read(reading: Reading | None, error: Exception | None) -> None:
+            if reading is not None and self._roster.get(actor.actor_id) is actor:
+                self._events.on_reading(actor, reading)
 
         calls.put(method, *args, then=drained)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
@@ -14,12 +13,14 @@ from moeray.actors.roster import Actor
 from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.errors import MoerayError
-from moeray.metrics import Recorder, Snapshot, exposition, merge
+from moeray.recorder import Reading
 from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 5.0
+READ_S = 0.5
+"""How long a scrape waits for actors: of one that hangs, its last report holds."""
 
 
 class Overview:
@@ -59,34 +60,15 @@ class Overview:
                 totals[ExpertId(layer, expert)] = totals.get(ExpertId(layer, expert), 0) + count
         return [(*expert, count) for expert, count in sorted(totals.items())]
 
-    def metrics(
-        self, actors: Mapping[str, Actor], standing: Mapping[str, Any], changes: Mapping[tuple[str, str], int],
-        load: Iterable[tuple[int, int, int]],
-    ) -> bytes:  # fmt: skip
-        """Every actor's registry and the controller's own, in Prometheus' text format."""
-        own = Recorder()
-        own.set("moeray_placement_epoch", standing.get("epoch", 0))
-        for group, count in standing.get("wanted", {}).items():
-            own.set("moeray_actors_desired", count, group=group)
-        for layer, value in standing.get("skew", {}).items():
-            own.set("moeray_layer_skew_ratio", value, layer=layer)
-        for (kind, result), count in changes.items():
-            own.add("moeray_plans_total", count, kind=kind, result=result)
-        for (kind, state), count in Counter((row["kind"], row["state"]) for row in self.rows(actors)).items():
-            own.set("moeray_actors", count, kind=kind, state=state)
-        for layer, expert, rows in load:
-            own.add("moeray_expert_load_rows_total", rows, layer=layer, expert=expert)
-        return exposition(merge([self.merged(actors), own.snapshot()]))
-
-    def merged(self, actors: Mapping[str, Actor]) -> Snapshot:
-        """The registries of these actors, added up."""
-        return merge(snapshot for snapshot in _gather(actors, "metrics").values() if snapshot is not None)
+    def readings(self, actors: Mapping[str, Actor]) -> list[Reading]:
+        """What those who answer at once have counted up to now."""
+        return [reading for reading in _gather(actors, "metrics", READ_S).values() if reading is not None]
 
 
-def _gather(actors: Mapping[str, Actor], method: str) -> dict[str, Any]:
+def _gather(actors: Mapping[str, Actor], method: str, answer_s: float = ANSWER_S) -> dict[str, Any]:
     """Ask every actor at once; None for those that are not there yet, do not answer in time or are gone."""
     futures = {name: actor.handle.call(method) for name, actor in actors.items() if actor.handle and actor.report}
-    until = time.monotonic() + ANSWER_S
+    until = time.monotonic() + answer_s
     answers: dict[str, Any] = dict.fromkeys(actors)
     for actor_id, future in futures.items():
         try:

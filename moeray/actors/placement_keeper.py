@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moeray.actors.audit import Audit
+from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.hosts import hosts_of, shares_of
 from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.config import Config
@@ -58,7 +59,7 @@ class PlacementKeeper:
     def __init__(
         self, config: Config, roster: Roster, audit: Audit, model: ModelShape, source: LoadSource,
         wanted: Callable[[], Mapping[str, int]], on_failure: Callable[[MoerayError], None],
-        clock: Callable[[], float] = time.monotonic,
+        metrics: ControllerMetrics, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._config = config
         self._roster = roster
@@ -67,13 +68,11 @@ class PlacementKeeper:
         self._source = source
         self._wanted = wanted
         self._on_failure = on_failure
+        self._metrics = metrics
         self._clock = clock
         self.placement = Placement()
         self.replicas: Mapping[ExpertId, int] = {}
         self.change: Change | None = None
-        self.counts: dict[tuple[str, str], int] = {}
-        """Changes so far by (kind, result)."""
-        self.moved = 0
         self._proposal: Proposal | None = None
         self._planned: object = None
         self._looked_at_skew = 0.0
@@ -174,7 +173,6 @@ class PlacementKeeper:
             hosts={actor: len(held) for actor, held in diff.host.items()},
             drops={actor: len(held) for actor, held in diff.drop.items()},
         )  # fmt: skip
-        self.moved += diff.moves
         routers = [router.actor_id for router in self._roster.routers(Phase.READY, Phase.LEAVING)]
         self.change, instructions = reconcile.begin(proposal.target, diff.host, diff.drop, routers)
         self._carry_out(instructions)
@@ -192,7 +190,7 @@ class PlacementKeeper:
                 case reconcile.Host(actor_id, experts):
                     self._host(actor_id, experts)
                 case Unhost(actor_id, experts):
-                    self._call(actor_id, "unhost", [tuple(e) for e in experts])
+                    self._unhost(actor_id, experts)
                 case Publish(placement):
                     self.publish(placement)
         if self.change is not None and self.change.ended:
@@ -202,7 +200,7 @@ class PlacementKeeper:
         assert self._proposal is not None
         kind = self._proposal.kind
         self.change = None
-        self.counts[kind, change.step.value] = self.counts.get((kind, change.step.value), 0) + 1
+        self._metrics.planned(kind, change.step.value)
         self._audit.write(
             "plan_ended", kind=kind, result=change.step.value, epoch=change.target.epoch, error=change.error
         )
@@ -220,9 +218,15 @@ class PlacementKeeper:
             return
 
         def hosted(_: Any, error: Exception | None) -> None:
+            if error is None:
+                self._metrics.mapped(len(experts))
             self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
 
         actor.calls.put("host", [tuple(expert) for expert in experts], then=hosted)
+
+    def _unhost(self, actor_id: str, experts: Sequence[ExpertId]) -> None:
+        self._call(actor_id, "unhost", [tuple(expert) for expert in experts])
+        self._metrics.dropped(len(experts))
 
     def _call(self, actor_id: str, method: str, *args: Any) -> None:
         actor = self._roster.get(actor_id)

@@ -13,11 +13,14 @@ from typing import Any
 import psutil
 
 from moeray.actors.callers import Callers
-from moeray.actors.engine_figures import metrics_of, status_of, with_stats
+from moeray.actors.engine_figures import EngineFigures, status_of, with_stats
+from moeray.actors.memory import Memory
 from moeray.actors.observers import Losses, Observers
+from moeray.actors.request_figures import RequestFigures
 from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
 from moeray.actors.step_loop import StepLoop
 from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.control.ledger import Books, newer
 from moeray.control.objectives import Objectives
 from moeray.control.placement import Placement
 from moeray.control.reports import RouterReport, report_tree
@@ -26,9 +29,9 @@ from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.errors import MoerayError, WireError
-from moeray.metrics import Recorder, Snapshot
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
+from moeray.recorder import Reading, Recorder, Snapshot
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
 
@@ -65,10 +68,15 @@ class RouterActor:
         self._lifecycle = threading.Lock()
         self._incarnation = new_incarnation()
         self._leaving = False
-        self._recorder = Recorder()
+        self._recorder = Recorder(
+            model_name=spec.config.served_model_name, kind="router", group=spec.group, actor=spec.actor_id
+        )
+        self._memory = Memory(self._recorder)
+        self._engine_figures = EngineFigures(self._recorder)
+        self._requests = RequestFigures(self._recorder, Objectives.of(spec.config.control))
+        self._books: Books | None = None
         self._identity = spec.identity(node_id)
-        objectives = Objectives.of(spec.config.control)
-        self._loop = StepLoop(spec.actor_id, self._recorder, objectives, self._stop_itself)
+        self._loop = StepLoop(spec.actor_id, self._recorder, self._requests, self._stop_itself)
         self._observers = Observers(self._report)
         self._callers = Callers(self._loop, self._observers, self._heard)
         folder = runtime_dir(node_id, spec.system)
@@ -111,7 +119,8 @@ class RouterActor:
             on_loss=self._observers.lose,
             on_orphans=self._observers.push,
         )
-        runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files))
+        combined = self._recorder.histogram("moeray_combine_seconds").observe
+        runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files), combined)
         self._revision = files.checkpoint.source.revision
         self._facts = {
             "max_context": runner.max_context,
@@ -176,6 +185,7 @@ class RouterActor:
             "facts": self._facts,
             "placement": placement,
             "addresses": {actor: asdict(where) for actor, where in addresses.items()},
+            "books": self._books,
         }
 
     def drain(self, timeout: float, migrate: bool = False) -> bool:
@@ -245,16 +255,19 @@ class RouterActor:
     # -- what it is doing -----------------------------------------------------------------------------------------
 
     def _report(self, lost: Losses) -> dict[str, Any]:
+        at, metrics = self._read()
         report = RouterReport(
             self._spec.actor_id,
             self._incarnation,
             epoch=self._view.epoch,
             expert_s=self._dispatcher.seconds_total if self._dispatcher else 0.0,
-            requests=self._loop.ended,
-            late=self._loop.late,
+            requests=self._requests.ended,
+            late=self._requests.late,
             orphans=self._dispatcher.orphans if self._dispatcher else 0,
             lost=lost,
             leaving=self._leaving,
+            at=at,
+            metrics=metrics,
         )
         return report_tree(with_stats(report, self._loop.stats()))
 
@@ -273,6 +286,19 @@ class RouterActor:
         }
         return own | status_of(self._loop.stats())
 
-    def metrics(self) -> Snapshot:
+    def metrics(self) -> Reading:
+        """All that this router counts."""
         self._heard()
-        return metrics_of(self._spec.actor_id, self._recorder, self._loop.stats())
+        return Reading(self._spec.actor_id, self._incarnation, *self._read())
+
+    def _read(self) -> tuple[float, Snapshot]:
+        if self._dispatcher:
+            self._dispatcher.count()
+        self._memory.update()
+        self._engine_figures.update(self._loop.stats())
+        return self._recorder.read()
+
+    def remember(self, books: Books) -> None:
+        """Keep what the controller has counted, for the next controller."""
+        self._heard()
+        self._books = newer(self._books, books)

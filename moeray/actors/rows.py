@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moeray.actors.tally import Tally
 from moeray.errors import MoerayError, PlacementError, WireError
-from moeray.metrics import Recorder
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
+from moeray.recorder import Recorder
 from moeray.wire.frame import Frame, Op
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,11 @@ class RowServer:
     Those of one layer that wait at the same time (of several routers) run as one, so that weights are read once.
     """
 
-    def __init__(self, actor_id: str, device: torch.device, recorder: Recorder) -> None:
-        self._actor_id = actor_id
+    def __init__(self, device: torch.device, recorder: Recorder) -> None:
         self._device = device
-        self._recorder = recorder
+        self._wait = recorder.histogram("moeray_expert_queue_wait_seconds")
+        self._service = recorder.histogram("moeray_expert_service_seconds")
+        self._batch = recorder.histogram("moeray_expert_batch_rows")
         self._bank: ExpertBank | None = None
         self._compute = threading.Lock()
         self._queued = threading.Lock()  # guards the list
@@ -110,9 +111,9 @@ class RowServer:
     def _count(self, forward: _Forward) -> None:
         waited = forward.began - forward.arrived
         self.tally.add(forward.layer, forward.experts, forward.counts, waited, forward.took)
-        self._recorder.add("moeray_expert_rows_total", sum(forward.counts), actor=self._actor_id)
-        self._recorder.add("moeray_expert_busy_seconds_total", forward.took, actor=self._actor_id)
-        self._recorder.observe("moeray_expert_service_seconds", forward.took)
+        self._wait.observe(waited)
+        self._service.observe(forward.took)
+        self._batch.observe(sum(forward.counts))
 
     def _run(self, forward: _Forward) -> None:
         """Compute it, with all of its layer that wait by then; or find that another thread has."""

@@ -33,6 +33,7 @@ def standing(
         "hot_experts": [[*expert, count] for expert, count in sorted(places.replicas.items())],
         "replicas": sum(len(held) for held in placement.replicas.values()),
         "without_replica": sum(not held for held in placement.replicas.values()),
+        "without_spare": sum(len(held) < 2 for held in placement.replicas.values()),
         "fewest_replicas": min((len(held) for held in placement.replicas.values()), default=0),
         "replicas_wanted": min(config.experts.replicas, actors),
         "changing": places.change is not None,

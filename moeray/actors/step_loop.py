@@ -12,10 +12,10 @@ from typing import Any
 
 from moeray.actors.messages import error_tree, output_tree, request_from
 from moeray.actors.outbox import Outbox
-from moeray.control.objectives import Objectives
+from moeray.actors.request_figures import Life, RequestFigures
 from moeray.engine.engine import Engine, EngineStats
 from moeray.errors import MoerayError, RouterLostError
-from moeray.metrics import Recorder
+from moeray.recorder import Recorder
 from moeray.types import FinishReason, TokenOutput
 from moeray.wire.frame import Frame, Op
 
@@ -26,14 +26,9 @@ Event = Callable[[], None]
 
 @dataclass
 class _Request:
-    """Times are of time.monotonic."""
-
     outbox: Outbox
     attempt: int
-    arrived: float
-    first_token: float | None = None
-    last_token: float | None = None
-    tokens: int = 0
+    life: Life
 
 
 class StepLoop:
@@ -43,12 +38,12 @@ class StepLoop:
     thread when it dies of a bug.
     """
 
-    def __init__(self, actor_id: str, recorder: Recorder, objectives: Objectives, on_death: Callable[[], None]) -> None:
+    def __init__(
+        self, actor_id: str, recorder: Recorder, figures: RequestFigures, on_death: Callable[[], None]
+    ) -> None:
         self._actor_id = actor_id
-        self._recorder = recorder
-        self._objectives = objectives
-        self.ended = self.late = 0
-        """Requests that ended with all their tokens, and those of them that missed an objective."""
+        self._step_seconds = recorder.histogram("moeray_step_seconds")
+        self._figures = figures
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._requests: dict[str, _Request] = {}
@@ -147,7 +142,9 @@ class StepLoop:
         except MoerayError as error:
             outbox.put(Frame(Op.ERROR, frame.id, meta=error_tree(request_id, attempt, error)))
             return
-        self._requests[request_id] = _Request(outbox, request.attempt, time.monotonic())
+        done = len(request.output_ids)
+        life = Life(time.monotonic(), len(request.prompt_ids), done, resumed=done > 0)
+        self._requests[request_id] = _Request(outbox, request.attempt, life)
         outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
 
     def _abort_if(self, request_id: str, fits: Callable[[_Request], bool]) -> None:
@@ -155,7 +152,7 @@ class StepLoop:
         request = self._requests.get(request_id)
         if request is not None and fits(request):
             if self._engine.abort(request_id):
-                self._recorder.add("moeray_request_total", 1, reason=FinishReason.ABORT.value)
+                self._figures.aborted()
             self._forget(request_id)
 
     def _abort_all(self, fits: Callable[[_Request], bool]) -> None:
@@ -169,13 +166,16 @@ class StepLoop:
 
     def _step(self) -> list[TokenOutput]:
         assert self._engine is not None
-        began = time.perf_counter()
+        began = time.monotonic()
         try:
             outputs = self._engine.step()
         except (MoerayError, RuntimeError) as error:
             log.exception("the step failed; its requests end with an error")
             return self._fail_all(str(error))
-        self._recorder.observe("moeray_step_seconds", time.perf_counter() - began)
+        self._step_seconds.observe(time.monotonic() - began)
+        for request_id in self._engine.take_begun():
+            if request := self._requests.get(request_id):
+                self._figures.began(request.life, began)
         return outputs
 
     def _fail_all(self, message: str) -> list[TokenOutput]:
@@ -193,33 +193,12 @@ class StepLoop:
             if request is None or request.attempt != output.attempt:
                 continue
             by_outbox.setdefault(request.outbox, []).append(output_tree(output))
-            self._note(output, request, now)
+            if output.token_ids:
+                self._figures.token(request.life, len(output.token_ids), now)
             if output.finish_reason is not None:
+                self._figures.end(request.life, output.finish_reason, now)
                 ended.append(output.request_id)
         for outbox, trees in by_outbox.items():
             outbox.put(Frame(Op.STEP, meta={"outputs": trees}))
         for request_id in ended:  # only now: a drain that finds no request left sends what is in the outboxes
             self._forget(request_id)
-
-    def _note(self, output: TokenOutput, request: _Request, now: float) -> None:
-        if output.token_ids:
-            self._recorder.add("moeray_generation_tokens_total", len(output.token_ids))
-            request.tokens += len(output.token_ids)
-            if request.last_token is None:
-                request.first_token = now
-                self._recorder.observe("moeray_time_to_first_token_seconds", now - request.arrived)
-            else:
-                self._recorder.observe("moeray_time_per_output_token_seconds", now - request.last_token)
-            request.last_token = now
-        if output.finish_reason is not None:
-            self._recorder.add("moeray_request_total", 1, reason=output.finish_reason.value)
-            self._recorder.observe("moeray_e2e_request_latency_seconds", now - request.arrived)
-            self._judge(output.finish_reason, request, now)
-
-    def _judge(self, finish: FinishReason, request: _Request, now: float) -> None:
-        """Count whether the request kept to the objectives."""
-        if finish in (FinishReason.ERROR, FinishReason.ABORT) or request.first_token is None:
-            return
-        self.ended += 1
-        since = request.arrived
-        self.late += self._objectives.late(request.first_token - since, now - since, request.tokens)

@@ -76,6 +76,11 @@ class Tally:
         with self._lock:
             return dict(self._rows)
 
+    def totals(self) -> tuple[int, int, float]:
+        """Rows, forwards and busy seconds so far."""
+        with self._lock:
+            return sum(self._rows.values()), self._forwards, self._busy_s
+
     def report(self) -> Served:
         """Everything, and the quantiles begin anew."""
         with self._lock:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from enum import StrEnum
 from time import monotonic
 
 from moeray.config import ControlConfig
 from moeray.control.reports import Report, report_from
-from moeray.errors import ChannelTimeoutError, WireError
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.types import Address
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
@@ -24,8 +25,19 @@ PROBE_S = 1.0
 _SLICE_S = 0.25
 
 
+class Loss(StrEnum):
+    """Why an actor was lost. `ERROR`: it speaks, and says what no actor would."""
+
+    CLOSED = "closed"
+    SILENT = "silent"
+    OUT_OF_MEMORY = "out_of_memory"
+    UNACKNOWLEDGED = "unacknowledged"
+    ERROR = "error"
+
+
 class Watcher:
-    """Owns a channel to the actor and the thread that reads it. `on_lost` is called once at most."""
+    """Owns a channel to the actor and the thread that reads it. `on_lost(actor, why, detail)` is called
+    once at most."""
 
     def __init__(
         self,
@@ -33,7 +45,7 @@ class Watcher:
         connect: Callable[[Address], Channel],
         settings: ControlConfig,
         on_report: Callable[[str, Report], None],
-        on_lost: Callable[[str, str], None],
+        on_lost: Callable[[str, Loss, str], None],
     ) -> None:
         self._address = address
         self._connect = connect
@@ -67,7 +79,7 @@ class Watcher:
                 channel.close()
         except WireError as error:
             if not self._closing.is_set():
-                self._on_lost(self._address.actor_id, str(error))
+                self._on_lost(self._address.actor_id, _loss(error), str(error))
 
     def _watch(self, channel: Channel) -> None:
         next_poll = monotonic()
@@ -87,7 +99,7 @@ class Watcher:
             frame = channel.recv(timeout)
         except ChannelTimeoutError:
             if self._asked is not None and monotonic() - self._asked > self._limit_s:
-                raise WireError(f"silent for {self._limit_s:g} s") from None
+                raise ChannelTimeoutError(f"silent for {self._limit_s:g} s") from None
             return
         if frame.op is not Op.STATS:
             raise WireError(f"answered with a {frame.op.name} frame instead of a report")
@@ -98,3 +110,9 @@ class Watcher:
         except (KeyError, TypeError, ValueError) as error:
             raise WireError(f"sent a report that cannot be read ({error!r})") from error
         self._on_report(self._address.actor_id, report)
+
+
+def _loss(error: WireError) -> Loss:
+    if isinstance(error, ChannelTimeoutError):
+        return Loss.SILENT
+    return Loss.CLOSED if isinstance(error, ChannelClosedError) else Loss.ERROR

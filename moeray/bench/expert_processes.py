@@ -20,8 +20,8 @@ from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.errors import MoerayError
 from moeray.logs import setup_logging
-from moeray.metrics import Recorder
 from moeray.model.loading import open_model
+from moeray.recorder import Recorder
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import connect
 

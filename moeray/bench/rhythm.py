@@ -80,7 +80,8 @@ class Rhythms:
     async def _figures(self) -> dict[str, float]:
         """Prometheus' samples by name, labels added up."""
         totals: dict[str, float] = {}
-        for line in bytes(await self._system.call("metrics")).decode().splitlines():
+        text, _ = await self._system.call("metrics")
+        for line in text.decode().splitlines():
             if not line.startswith("#"):
                 sample, value = line.rsplit(" ", 1)
                 name = sample.partition("{")[0]

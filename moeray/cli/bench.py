@@ -12,7 +12,7 @@ class _Benchmarks(click.Group):
     """Imported when they are called."""
 
     _names: ClassVar[tuple[str, ...]] = (
-        "calibrate", "dispatch", "engine", "grow", "kernel", "plan", "replay", "serve", "skew",
+        "calibrate", "dispatch", "engine", "grow", "kernel", "metrics", "plan", "replay", "serve", "skew",
     )  # fmt: skip
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -21,11 +21,13 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from moeray.actors.controller import Controller
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import ActorSpec, model_fingerprint
+from moeray.cluster.ray_metrics import RayMetrics
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError
 from moeray.logs import setup_logging
+from moeray.recorder import Reading
 from moeray.threads import PASSIVE
 
 log = logging.getLogger(__name__)
@@ -174,6 +176,7 @@ class ControllerProcess:
         self._controller = Controller(config, RayCluster(config.serve.name))
         self._renewed = time.monotonic()
         self._ended = threading.Event()
+        self._ray_metrics = RayMetrics(self._controller.series) if config.metrics.ray else None
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
         self._starter.start()
         threading.Thread(target=self._watch, name="controller-lease", daemon=True).start()
@@ -191,8 +194,8 @@ class ControllerProcess:
                 self.stop()
                 ray.kill(ray.get_runtime_context().current_actor)  # and not started again
 
-    def renew(self, config: Config) -> dict[str, Any]:
-        """Keep the system alive for another lease; its state.
+    def renew(self, config: Config, reading: Reading | None = None) -> dict[str, Any]:
+        """Keep the system alive for another lease; its state. `reading`: what the caller has counted.
 
         `config` is the caller's: a system that failed to start gives way to one with another config (status "gone"),
         one that lives with another model does not: MoerayError.
@@ -206,6 +209,8 @@ class ControllerProcess:
                 "stop it, or choose another serve.name"
             )
         self._renewed = time.monotonic()
+        if reading is not None:
+            self._controller.hear(reading)
         return state
 
     def call(self, method: str, *args: Any) -> Any:
@@ -213,6 +218,8 @@ class ControllerProcess:
 
     def stop(self) -> None:
         self._ended.set()
+        if self._ray_metrics is not None:
+            self._ray_metrics.close()
         self._controller.stop()
 
 

@@ -1,7 +1,8 @@
 """What expert actors and routers say of themselves, as they travel and as decisions read them.
 
 Counts are cumulative since the actor's start, so that a report that got lost loses nothing; an actor that starts again
-has another `incarnation`.
+has another `incarnation`. `at`: when it was made, in seconds of a clock of the actor's own; `metrics`: what the actor's
+recorder holds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from moeray.recorder import Snapshot, snapshot_from, snapshot_tree
 from moeray.types import ExpertId
 
 
@@ -33,6 +35,8 @@ class ExpertReport:
     memory_bytes: int = 0
     in_flight: int = 0
     leaving: bool = False
+    at: float = 0.0
+    metrics: Snapshot = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class RouterReport:
     orphans: int = 0
     lost: tuple[tuple[str, str], ...] = ()
     leaving: bool = False
+    at: float = 0.0
+    metrics: Snapshot = field(default_factory=dict)
 
 
 Report = ExpertReport | RouterReport
@@ -76,7 +82,7 @@ Report = ExpertReport | RouterReport
 
 def report_tree(report: Report) -> dict[str, Any]:
     """Plain data for a frame; `report_from` is the inverse."""
-    tree = {f.name: getattr(report, f.name) for f in fields(report)}
+    tree = {f.name: getattr(report, f.name) for f in fields(report)} | {"metrics": snapshot_tree(report.metrics)}
     if isinstance(report, ExpertReport):
         return tree | {"kind": "expert", "rows": [[*expert, count] for expert, count in report.rows.items()]}
     return tree | {"kind": "router", "lost": [list(pair) for pair in report.lost]}
@@ -84,7 +90,7 @@ def report_tree(report: Report) -> dict[str, Any]:
 
 def report_from(tree: Mapping[str, Any]) -> Report:
     """Raises KeyError, TypeError or ValueError for a tree that is no report."""
-    plain = {key: value for key, value in tree.items() if key != "kind"}
+    plain = {key: value for key, value in tree.items() if key != "kind"} | {"metrics": snapshot_from(tree["metrics"])}
     if tree["kind"] == "expert":
         rows = {ExpertId(layer, expert): count for layer, expert, count in tree["rows"]}
         return ExpertReport(**plain | {"rows": rows})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moeray.dispatch.balance import Balancer
+from moeray.dispatch.hops import MANY, Hop
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Ints, Share, plan_rows
 from moeray.dispatch.view import PlacementView, Usable
@@ -29,7 +30,7 @@ from moeray.errors import (
     PlacementError,
     WireError,
 )
-from moeray.metrics import Recorder
+from moeray.recorder import Recorder
 from moeray.types import ExpertId
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
@@ -40,6 +41,10 @@ RETRY_S = 1.0
 """Rows that wait in vain for so long try the replicas that were given up once more."""
 LEAST_READ_S = 0.1
 """What an answer may take to be read, also where its actor's deadline passed while another's was read."""
+
+HOPS = ("unix", "grpc")
+RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
+"""Why rows are sent again."""
 
 OnLoss = Callable[[str, str], None]
 
@@ -96,14 +101,14 @@ class Dispatcher:
     ) -> None:
         self._view = view
         self._links = Links(view, connect)
-        self._recorder = recorder
+        self._hops = {kind: Hop(recorder, kind) for kind in HOPS}
+        self._retries = {why: recorder.counter("moeray_dispatch_retries_total", reason=why) for why in RETRIES}
         self._deadline_s = deadline_s
         self._on_loss = on_loss
         self._on_orphans = on_orphans
         self._clock = clock
         self._balancer = Balancer()
         self._ids = itertools.count(1)
-        self._uncounted: list[tuple[_Sent, float]] = []
         self._orphans = 0
         self._abandoned = False
         self.slowest_compute_s = 0.0
@@ -129,7 +134,7 @@ class Dispatcher:
         self._links.sweep()
         try:
             self._send_rows(work, None)
-            self._count()
+            self.count(MANY)  # while the layer waits, there is nothing else to do
             while work.sent or work.waiting:
                 if work.sent:
                     self._gather(work)
@@ -184,7 +189,7 @@ class Dispatcher:
             if channel is not None and not channel.closed and not isinstance(error, ChannelTimeoutError):
                 raise
             self._lose(share.actor_id, _reason(error), str(error))
-            self._recorder.add("moeray_dispatch_retries_total", share.rows_R.size, reason=_reason(error))
+            self._retries[_reason(error)].add(share.rows_R.size)
             return False
         return True
 
@@ -250,15 +255,14 @@ class Dispatcher:
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
         took = self._clock() - sent.at
         self._links.answered(share.actor_id, work.layer, share.experts, share.rows_R.size, took)
-        self._uncounted.append((sent, took))
+        row_bytes, rows = out_RD.shape[1] * out_RD.element_size(), share.rows_R.size
+        sent_bytes = share.tokens_U.size * row_bytes + share.token_of_row_R.nbytes
+        self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)
 
-    def _count(self) -> None:
-        """Record what has come, at a moment when there is nothing to do but wait."""
-        for sent, took in self._uncounted:
-            hop = sent.channel.kind
-            self._recorder.observe("moeray_dispatch_seconds", took, hop=hop)
-            self._recorder.add("moeray_dispatch_rows_total", sent.share.rows_R.size, hop=hop)
-        self._uncounted.clear()
+    def count(self, least: int = 1) -> None:
+        """Record what has come, of a hop where it is so much. Any thread may call it."""
+        for hop in self._hops.values():
+            hop.record(least)
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 
@@ -269,7 +273,7 @@ class Dispatcher:
         rows_R = np.concatenate([item.share.rows_R for item in lost])
         if self._links.holds(sent.share.actor_id, sent.channel):
             self._lose(sent.share.actor_id, reason, message)
-        self._recorder.add("moeray_dispatch_retries_total", rows_R.size, reason=reason)
+        self._retries[reason].add(rows_R.size)
         if self._clock() >= work.began + 2 * self._deadline_s:
             raise PlacementError(
                 f"no actor answered for expert {sent.share.experts[0]} of layer {work.layer} within "
@@ -295,7 +299,7 @@ class Dispatcher:
                     f"{share.actor_id}: {message}; the actor's log has the cause"
                 )
         work.failed.update(dict.fromkeys(share.experts, share.actor_id))
-        self._recorder.add("moeray_dispatch_retries_total", share.rows_R.size, reason="failed")
+        self._retries["failed"].add(share.rows_R.size)
 
     def _await_replicas(self, work: _Work) -> None:
         """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""
@@ -322,7 +326,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Close every channel."""
-        self._count()
+        self.count()
         self._links.close()
 
 

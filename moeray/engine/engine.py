@@ -78,6 +78,10 @@ class Engine:
         """End a request and free its blocks now; False when it is not here."""
         return self._scheduler.abort(request_id)
 
+    def take_begun(self) -> list[str]:
+        """The requests whose first step has begun since this was last asked."""
+        return self._scheduler.take_begun()
+
     def step(self) -> list[TokenOutput]:
         """Compute one batch and return what came of it.
 

@@ -61,6 +61,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
         self._ended: list[TokenOutput] = []  # over before they began; told by `take_ended`
+        self._begun: list[str] = []  # admitted for the first time; told by `take_begun`
         self._by_id: dict[str, Sequence] = {}
         self.preemptions = 0
         self.prompt_tokens = 0
@@ -134,6 +135,11 @@ class Scheduler:
         """The ends of requests that needed no step, each told once."""
         ended, self._ended = self._ended, []
         return ended
+
+    def take_begun(self) -> list[str]:
+        """The ids of requests that were admitted for the first time, each told once."""
+        begun, self._begun = self._begun, []
+        return begun
 
     def abort(self, request_id: str, keep_prefix: bool = True) -> bool:
         """End a request and free its blocks now; False when it is not here.
@@ -225,6 +231,7 @@ class Scheduler:
         self._running.append(self._waiting.popleft())
         seq.status = Status.RUNNING
         if seq.cached_tokens is None:  # not when it comes back from preemption and finds its own blocks again
+            self._begun.append(seq.request_id)
             seq.cached_tokens = min(seq.num_computed, seq.num_prompt)
             self.prefix_query_tokens += seq.num_prompt
             self.prefix_hit_tokens += seq.cached_tokens

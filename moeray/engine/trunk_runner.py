@@ -14,7 +14,7 @@ from moeray.engine.runner import PackedBatch, pack
 from moeray.engine.scheduler import Batch
 from moeray.errors import ConfigError
 from moeray.model.paged import Decodes, Span, Step
-from moeray.model.trunk import ExpertRows, Trunk
+from moeray.model.trunk import ExpertRows, Seconds, Trunk, unheard
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,11 @@ class TrunkRunner:
     """Implements `Runner`. Owned by the step loop."""
 
     def __init__(
-        self, trunk: Trunk, config: EngineConfig, expert_rows: ExpertRows, eos_token_ids: tuple[int, ...]
-    ) -> None:
+        self, trunk: Trunk, config: EngineConfig, expert_rows: ExpertRows, eos_token_ids: tuple[int, ...],
+        on_combine: Seconds = unheard,
+    ) -> None:  # fmt: skip
         self._trunk = trunk
+        self._on_combine = on_combine
         self._block_size = config.block_size
         self._expert_rows = expert_rows
         self.eos_token_ids = eos_token_ids
@@ -66,6 +68,7 @@ class TrunkRunner:
             self._step(packed),
             packed.sample_index_S.to(device),
             self._expert_rows,
+            self._on_combine,
         )
 
     def _step(self, packed: PackedBatch) -> Step:

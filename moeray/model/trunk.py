@@ -6,6 +6,7 @@ Shapes: T tokens of a step (several sequences packed), D hidden size, K experts 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,17 +36,26 @@ EXPERTS = "moeray_dispatched"
 ExpertRows = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, x [T, D], expert ids [T, K]) -> each chosen expert's output, unweighted [T, K, D]."""
 
+Seconds = Callable[[float], None]
+"""Takes a duration."""
+
 _expert_rows: ContextVar[ExpertRows] = ContextVar("moeray_expert_rows")
+_on_combine: ContextVar[Seconds] = ContextVar("moeray_on_combine")
+
+
+def unheard(seconds: float) -> None:
+    """Nobody wants to know."""
 
 
 @contextmanager
-def dispatching(expert_rows: ExpertRows) -> Iterator[None]:
-    """Within the block, the modules' experts are `expert_rows`."""
-    token = _expert_rows.set(expert_rows)
+def dispatching(expert_rows: ExpertRows, on_combine: Seconds = unheard) -> Iterator[None]:
+    """Within the block, the modules' experts are `expert_rows`; `on_combine` hears how long each layer's sum took."""
+    rows_token, combine_token = _expert_rows.set(expert_rows), _on_combine.set(on_combine)
     try:
         yield
     finally:
-        _expert_rows.reset(token)
+        _expert_rows.reset(rows_token)
+        _on_combine.reset(combine_token)
 
 
 def _experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -53,9 +63,12 @@ def _experts(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     x_TD = x.reshape(-1, x.shape[-1])
     ids_TK = ids.reshape(x_TD.shape[0], -1)
     rows_TKD = _expert_rows.get()(module.moeray_layer, x_TD, ids_TK)
+    began = time.perf_counter()
     if module.has_post_expert_norm:
         rows_TKD = module.post_expert_norm(rows_TKD)
-    return combine(rows_TKD, weights.reshape(ids_TK.shape)).to(x.dtype).reshape(x.shape)
+    out = combine(rows_TKD, weights.reshape(ids_TK.shape)).to(x.dtype).reshape(x.shape)
+    _on_combine.get()(time.perf_counter() - began)
+    return out
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
@@ -130,10 +143,11 @@ class Trunk:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, expert_rows: ExpertRows
-    ) -> Tensor:
+        self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, expert_rows: ExpertRows,
+        on_combine: Seconds = unheard,
+    ) -> Tensor:  # fmt: skip
         """One step over packed sequences: logits [S, V] of the rows `sample_index_S`, in the trunk's dtype."""
-        with attending(step), dispatching(expert_rows):
+        with attending(step), dispatching(expert_rows, on_combine):
             out = self.model(
                 input_ids=token_ids_T.unsqueeze(0),
                 position_ids=position_ids_T.unsqueeze(0),

@@ -17,6 +17,7 @@ from moeray.cluster.ray import start_controller
 from moeray.config import Config, load_config
 from moeray.errors import ConfigError, MoerayError
 from moeray.logs import setup_logging
+from moeray.recorder import Reading, Recorder
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.openai import create_app
 from moeray.serve.system import SystemBackend
@@ -39,8 +40,8 @@ class RayPort:
         self._config = config
         self._lookup: asyncio.Future[Any] | None = None
 
-    async def renew(self) -> dict[str, Any]:
-        state = dict(await self._ask("renew", self._config, timeout=RENEW_TIMEOUT_S))
+    async def renew(self, reading: Reading) -> dict[str, Any]:
+        state = dict(await self._ask("renew", self._config, reading, timeout=RENEW_TIMEOUT_S))
         if state["status"] == "gone":
             actor, self._lookup = await self._actor(), None
             await asyncio.to_thread(ray.kill, actor)
@@ -89,7 +90,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         node_id = ray.get_runtime_context().get_node_id()
-        backend = SystemBackend(self._config, RayPort(self._config), node_id)
+        recorder = Recorder()
+        backend = SystemBackend(self._config, RayPort(self._config), node_id, recorder)
 
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -100,7 +102,7 @@ class Ingress:
             await asyncio.gather(warming, return_exceptions=True)
             await backend.close()
 
-        app = create_app(backend, self._config)
+        app = create_app(backend, self._config, recorder)
         app.router.lifespan_context = lifespan
         return app
 

@@ -64,6 +64,6 @@ class Backend(Protocol):
         """What the live page shows of the running system, as JSON-able data."""
         ...
 
-    async def metrics(self) -> bytes:
-        """Every actor's series in Prometheus' text format."""
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """(all series of the system, their content type), as the HTTP header `accept` asks. Raises NotReadyError."""
         ...

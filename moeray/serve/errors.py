@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostError
+from moeray.errors import MoerayError, NotReadyError, QueueFullError, RequestError, RouterLostError
 
 log = logging.getLogger("moeray.serve")
 
@@ -91,6 +91,8 @@ def reply_for(error: Exception) -> ErrorReply:
             return ErrorReply(503, str(error), code="router_lost", headers=_retry_after(ROUTER_LOST_RETRY_S))
         case ControllerLostError():
             return ErrorReply(503, str(error), code="controller_lost", headers=_retry_after(LOADING_RETRY_S))
+        case NotReadyError():
+            return ErrorReply(503, str(error), code="not_ready", headers=_retry_after(LOADING_RETRY_S))
         case RequestTimeoutError():
             return ErrorReply(504, str(error), code="timeout")
         case ClientGoneError():

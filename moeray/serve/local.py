@@ -10,6 +10,7 @@ from moeray.actors.controller import Controller
 from moeray.cluster.local import NODE, LocalCluster
 from moeray.config import Config
 from moeray.errors import MoerayError
+from moeray.recorder import Reading
 
 __all__ = ["NODE", "LocalPort"]
 
@@ -28,7 +29,8 @@ class LocalPort:
         except MoerayError:
             return  # `state` holds the text, and `renew` hands it on
 
-    async def renew(self) -> dict[str, Any]:
+    async def renew(self, reading: Reading) -> dict[str, Any]:
+        self._controller.hear(reading)
         return self._controller.state()
 
     async def call(self, method: str, *args: Any) -> Any:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from moeray.config import Config
+from moeray.recorder import Recorder
 from moeray.serve.auth import require_key
 from moeray.serve.backend import Backend, ModelInfo
 from moeray.serve.body import read_json
@@ -20,6 +21,7 @@ from moeray.serve.completions import completion_events, plain_completion
 from moeray.serve.console.page import page_routes
 from moeray.serve.console.state import ConsoleState
 from moeray.serve.context import RequestContext
+from moeray.serve.counting import RequestCounts
 from moeray.serve.errors import (
     LOADING_RETRY_S,
     ApiError,
@@ -37,15 +39,16 @@ from moeray.serve.tokens import Vocabulary
 
 log = logging.getLogger("moeray.serve")
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+GENERATING = (("/v1/completions", "POST"), ("/v1/chat/completions", "POST"))
 
 _Plain = Callable[[Job, Generation, Vocabulary], Coroutine[Any, Any, bytes]]
 _Events = Callable[[Job, Generation, Vocabulary], AsyncGenerator[bytes, None]]
 
 
-def create_app(backend: Backend, config: Config) -> FastAPI:
+def create_app(backend: Backend, config: Config, recorder: Recorder | None = None) -> FastAPI:
     """The ASGI app over `backend`, which may still be loading: until it is ready every /v1 call is answered by 503.
 
+    `recorder` counts its HTTP requests, for a backend that tells the controller of them.
     `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request.
     """
     app = FastAPI(title="moeray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -56,6 +59,7 @@ def create_app(backend: Backend, config: Config) -> FastAPI:
     app.include_router(_key_routes(endpoint, config))
     install_handlers(app)
     app.add_middleware(RequestContext)
+    app.add_middleware(RequestCounts, recorder or Recorder(), GENERATING)
     return app
 
 
@@ -98,8 +102,10 @@ class Endpoint:
         headers = {"Retry-After": str(LOADING_RETRY_S)} if state.status == "loading" else None
         return JSONResponse({"status": state.status, "detail": state.detail}, 503, headers)
 
-    async def metrics(self) -> Response:
-        return Response(await self._backend.metrics(), headers={"Content-Type": METRICS_TYPE})
+    async def metrics(self, request: Request) -> Response:
+        """OpenMetrics where the Accept header asks for it, else Prometheus' plain text."""
+        text, content_type = await self._backend.metrics(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
 
     async def status(self) -> Response:
         return JSONResponse(await self._backend.status())

@@ -17,6 +17,7 @@ from functools import partial
 
 from moeray.actors.client import RouterClient
 from moeray.errors import QueueFullError, RouterLostError
+from moeray.recorder import Recorder
 from moeray.types import Address, GenerationRequest, TokenOutput
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,12 @@ class _Router:
 class RouterPool:
     """Used on one event loop. `disturbed` is set when a router is lost or a request waits for one."""
 
-    def __init__(self, dial: Dial, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, dial: Dial, timeout_s: float, recorder: Recorder, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._dial = dial
         self._timeout_s = timeout_s
+        self._moved = recorder.counter("moeray_requests_moved_total")
         self._clock = clock
         self._routers: dict[Address, _Router] = {}
         self._waiting = 0
@@ -108,6 +112,7 @@ class RouterPool:
                 self._lose(router)
                 full.clear()
                 request = replace(request, attempt=request.attempt + 1)
+                self._moved.add()
                 _log_move(request, error)
             finally:
                 router.requests -= 1

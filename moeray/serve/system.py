@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, Protocol
 
 from moeray.actors.client import RouterClient
@@ -17,6 +16,7 @@ from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.model.loading import generation_defaults
 from moeray.model.source import resolve
+from moeray.recorder import Reading, Recorder
 from moeray.serve.backend import BackendState, ModelInfo
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.pool import RouterPool
@@ -35,9 +35,11 @@ FIRST_CONTACT_S = 120.0
 class ControllerPort(Protocol):
     """A way to the controller: a Ray actor, or an object of this process."""
 
-    async def renew(self) -> dict[str, Any]:
-        """Keep the system alive, and read its state. Raises ControllerLostError while the controller does not answer,
-        another MoerayError where it refuses."""
+    async def renew(self, reading: Reading) -> dict[str, Any]:
+        """Keep the system alive, tell what was counted here, and read the system's state.
+
+        Raises ControllerLostError while the controller does not answer, another MoerayError where it refuses.
+        """
         ...
 
     async def call(self, method: str, *args: Any) -> Any: ...
@@ -47,18 +49,21 @@ class SystemBackend:
     """Implements `Backend`. `start` and `close` on the event loop that uses it.
 
     A controller that does not answer disturbs no request: the routers known at last go on serving, and the follower
-    goes on asking.
+    goes on asking. What `recorder` holds is told to the controller.
     """
 
-    def __init__(self, config: Config, controller: ControllerPort, node_id: str) -> None:
+    def __init__(
+        self, config: Config, controller: ControllerPort, node_id: str, recorder: Recorder | None = None
+    ) -> None:
         self._config = config
+        self._recorder = recorder or Recorder()
         self._controller = controller
         self._node_id = node_id
         self._said = BackendState("loading", "connecting to the controller")
         self._name = f"ingress-{secrets.token_hex(4)}"
         self._identity: Identity | None = None
         self._model: ModelInfo | None = None
-        self._pool = RouterPool(self._dial, config.serve.request_timeout_s)
+        self._pool = RouterPool(self._dial, config.serve.request_timeout_s, self._recorder)
         self._follower: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._unanswered = 0
@@ -116,7 +121,7 @@ class SystemBackend:
 
     async def _look(self) -> None:
         try:
-            state = await self._controller.renew()
+            state = await self._controller.renew(self._reading())
             self._unanswered = 0
             self._said = BackendState(state["status"], state["detail"])
             if state["info"] is not None:
@@ -144,7 +149,7 @@ class SystemBackend:
     async def _describe(self, info: SystemInfo) -> ModelInfo:
         folder = await asyncio.to_thread(lambda: resolve(info.model, info.revision, node=self._node_id).metadata_dir())
         return ModelInfo(
-            name=self._config.serve.model_name or Path(info.model).name,
+            name=self._config.served_model_name,
             created=int(time.time()),
             max_context=info.max_context,
             vocab_size=info.vocab_size,
@@ -171,8 +176,13 @@ class SystemBackend:
         """Ask the controller anything that it answers."""
         return await self._controller.call(method, *args)
 
-    async def metrics(self) -> bytes:
-        return bytes(await self._controller.call("metrics"))
+    async def metrics(self, accept: str = "") -> tuple[bytes, str]:
+        text, content_type = await self._controller.call("metrics", accept, self._reading())
+        return bytes(text), str(content_type)
+
+    def _reading(self) -> Reading:
+        """What this endpoint has counted, under its own name: it comes and goes as it likes."""
+        return Reading(self._name, self._name, *self._recorder.read(), guest=True)
 
     async def close(self) -> None:
         """Stop following and close the channels; what is in flight is aborted."""

@@ -28,18 +28,18 @@ def test_experts_by_layer():
 def test_many_who_look_at_once_see_one_picture():
     now, drawn = [10.0], []
 
-    def see():
+    def state():
         drawn.append(now[0])
-        return {"n": len(drawn)}
+        return {"status": "loading", "detail": len(drawn)}
 
-    console = Console(see, dict, lambda: now[0])
+    console = Console(state, lambda: None, lambda: now[0])
     assert console.look() is console.look()
     now[0] += KEEP_S
     begin, seen = threading.Barrier(8), []
 
     def look():
         begin.wait(10)
-        seen.append(console.look()["n"])
+        seen.append(console.look()["detail"])
 
     threads = [threading.Thread(target=look) for _ in range(8)]
     for thread in threads:

@@ -58,14 +58,14 @@ def test_gauges_are_added_up_and_the_fullest_cache_is_named():
         "moeray_num_requests_waiting": {("m", "router-0"): 1.0},
         "moeray_kv_cache_usage_ratio": {("m", "router-0"): 0.25, ("m", "router-1"): 0.5},
     }
-    shown = figures([Sample.of(0.0, gauges)])
+    shown = figures([Sample.of(0.0, [gauges])])
     assert (shown["running"], shown["waiting"], shown["kv_usage"]) == (5.0, 1.0, 0.5)
     assert figures([Sample(0.0, {})])["kv_usage"] == 0.0
 
 
 def test_a_sample_keeps_what_it_needs():
-    kept = Sample.of(1.0, {TTFT: {(): histogram()}, "moeray_expert_load_rows_total": {("0", "1"): 5.0}})
-    assert set(kept.metrics) == {TTFT}
+    parts = [{TTFT: {("m",): histogram(le_0_1=n)}, "moeray_expert_load_rows_total": {("0", "1"): 5.0}} for n in (1, 2)]
+    assert Sample.of(1.0, parts).metrics == {TTFT: {("m",): histogram(le_0_1=3)}}
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moeray.actors.rows import RowServer, compute
-from moeray.metrics import Recorder
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_model
+from moeray.recorder import Recorder
 from moeray.types import ExpertId
 from moeray.wire.frame import Frame, Op
 from tests.checkpoints import make_tiny
@@ -78,7 +78,7 @@ def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
 
     monkeypatch.setattr(rows, "compute", slow)
     bank = Counted(bank_of(path, torch.float32, "torch"))
-    server = RowServer("experts-0", CPU, Recorder())
+    server = RowServer(CPU, Recorder(group="experts"))
     server.use(bank)
     answers = {}
 
@@ -110,7 +110,7 @@ def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
 
 @pytest.mark.parametrize("experts", [[1, 1, 5], [5, 5, 5]])
 def test_an_expert_that_is_named_twice_is_refused(path, experts):
-    server = RowServer("experts-0", CPU, Recorder())
+    server = RowServer(CPU, Recorder(group="experts"))
     server.use(bank_of(path, torch.float32, "torch"))
     frame = next(frames(torch.float32))
     frame.meta["experts"] = experts

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from moeray.actors.watch import Watcher
+from moeray.actors.watch import Loss, Watcher
 from moeray.config import WireConfig, load_config
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.wire.channel import Identity, Listener, connect
@@ -35,7 +35,7 @@ class Watched:
         address = self.listener.start()
         self.watcher = Watcher(
             address, lambda to: connect(to, identity("controller"), WIRE, timeout=5.0), self._config,
-            lambda name, report: self.reports.put((name, report)), lambda name, why: self.lost.put((name, why)),
+            lambda name, report: self.reports.put((name, report)), lambda *loss: self.lost.put(loss),
         )  # fmt: skip
 
     def _serve(self, channel):
@@ -84,13 +84,12 @@ def test_a_broken_channel_is_a_loss_at_once(watched):
     actor = watched(report, **{"control.silence_s": 60.0})
     actor.reports.get(timeout=10)
     actor.listener.close(5.0)
-    assert actor.lost.get(timeout=10)[0] == "experts-0"
+    assert actor.lost.get(timeout=10)[:2] == ("experts-0", Loss.CLOSED)
 
 
 def test_silence_is_a_loss(watched):
     actor = watched(lambda frame: None)
-    name, why = actor.lost.get(timeout=10)
-    assert (name, why) == ("experts-0", "silent for 0.5 s")
+    assert actor.lost.get(timeout=10) == ("experts-0", Loss.SILENT, "silent for 0.5 s")
     assert actor.reports.empty()
 
 
@@ -98,7 +97,7 @@ def test_a_suspect_that_does_not_answer_is_lost_before_its_silence_is_up(watched
     actor = watched(lambda frame: None, **{"control.silence_s": 60.0})
     assert actor.asked.acquire(timeout=10)
     actor.watcher.probe()
-    assert actor.lost.get(timeout=20)[1] == "silent for 1 s"
+    assert actor.lost.get(timeout=20)[2] == "silent for 1 s"
 
 
 def test_a_suspect_that_answers_is_asked_at_once_and_stays(watched):
@@ -111,7 +110,9 @@ def test_a_suspect_that_answers_is_asked_at_once_and_stays(watched):
 
 def test_what_is_no_report_is_a_loss(watched):
     actor = watched(lambda frame: Frame(Op.STATS, frame.id, meta={"kind": "expert", "nonsense": 1}))
-    assert "cannot be read" in actor.lost.get(timeout=10)[1]
+    _, why, detail = actor.lost.get(timeout=10)
+    assert why is Loss.ERROR
+    assert "cannot be read" in detail
 
 
 def test_nobody_there_is_a_loss(tmp_path):
@@ -122,7 +123,7 @@ def test_nobody_there_is_a_loss(tmp_path):
     listener.close(5.0)
     watcher = Watcher(
         address, lambda to: connect(to, identity("controller"), WIRE, timeout=5.0), load_config(None, {}).control,
-        lambda *_: None, lambda name, why: lost.put(name),
+        lambda *_: None, lambda name, why, detail: lost.put(name),
     )  # fmt: skip
     assert lost.get(timeout=10) == "experts-9"
     watcher.join(5.0)

@@ -109,8 +109,9 @@ def test_models_errors_and_metrics(endpoint, client):
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{endpoint[0]}/v1", api_key="wrong", max_retries=0).models.list()
     text = httpx.get(f"{endpoint[0]}/metrics", timeout=30.0).text
-    assert "moeray_generation_tokens_total" in text
-    assert 'moeray_actors{kind="expert",state="ready"} 2.0' in text
+    assert 'moeray_generation_tokens_total{model_name="tiny-moe"}' in text
+    assert 'moeray_http_requests_total{handler="/v1/completions",method="POST",status="404"} 1.0' in text
+    assert 'moeray_actors{group="experts",kind="expert",state="ready"} 2.0' in text
 
 
 def test_a_client_that_hangs_up_frees_its_blocks(endpoint, client):

@@ -19,6 +19,7 @@ from moeray.serve.app import RayPort
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.system import SystemBackend
 from moeray.types import GenerationRequest, SamplingParams
+from tests.scraping import Sample, fallen, lasting, samples
 
 _names = itertools.count()
 
@@ -33,6 +34,7 @@ class Live:
     def __init__(self, backend: SystemBackend, controller: Any) -> None:
         self.backend = backend
         self.controller = controller
+        self._scraped: dict[Sample, float] = {}
 
     async def tokens(self, prompt: tuple[int, ...], sampling: SamplingParams, after: Any = None) -> list[int]:
         """One request's tokens; `after`, an event, is set at its 4th token."""
@@ -66,6 +68,19 @@ class Live:
                     return await self.backend._controller.call(method, *args)
                 except ControllerLostError:
                     continue
+
+    async def scrape(self, within_s: float = 60.0) -> dict[Sample, float]:
+        """All samples, asked for until they are given. No counter may be less than it ever was."""
+        async with asyncio.timeout(within_s):
+            while True:
+                try:
+                    text, _ = await self.backend.metrics()
+                    break
+                except MoerayError:
+                    continue
+        before, self._scraped = self._scraped, lasting(text)
+        assert fallen(before, self._scraped) == {}
+        return samples(text)
 
     async def until(self, what: Callable[[dict[str, Any]], Any], timeout: float = 90.0) -> dict[str, Any]:
         """The status, as soon as `what` holds of it."""

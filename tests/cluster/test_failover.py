@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import pytest
 import ray
@@ -16,9 +17,11 @@ import torch
 
 from moeray.bench.checkpoint import Shape, write_random_moe
 from tests.cluster.live import Live, is_whole, kill, live_system
+from tests.scraping import total
 from tests.systems import tiny_config
 
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
+TOKENS = "moeray_generation_tokens_total"
 POOR = {"control__warm_pool": 1, "experts__min_actors": 1, "experts__max_actors": 4, "router__max_actors": 2}
 RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3}
 
@@ -49,10 +52,21 @@ def running(request, ray_here, tmp_path_factory):
 
 
 async def survives(live: Live, calm: list[list[int]], disturb) -> None:
-    """The same tokens during and after the disturbance, and everything is there again in the end."""
-    assert await live.all_tokens(disturb) == calm
+    """The same tokens during and after the disturbance, and everything is there again in the end. What was counted
+    before is counted still, throughout."""
+
+    async def scraped_disturb() -> None:
+        await live.scrape()
+        answer = disturb()
+        if asyncio.iscoroutine(answer):
+            await answer
+
+    assert await live.all_tokens(scraped_disturb) == calm
+    await live.scrape()
     await live.whole()
+    before = total(await live.scrape(), TOKENS)
     assert await live.all_tokens() == calm
+    assert total(await live.scrape(), TOKENS) == before + sum(map(len, calm))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
@@ -61,6 +75,25 @@ def test_the_death_of_an_expert_actor(running, number):
     victim = run(live.rows("expert"))[0]
     run(survives(live, calm, lambda: kill(victim, number)))
     assert victim["actor"] not in {row["actor"] for row in run(live.whole())["actors"]}
+
+
+def test_a_scrape_does_not_wait_for_an_actor_that_hangs(running):
+    run, live, _ = running
+    victim = run(live.rows("expert"))[0]
+
+    async def scrape_twice():
+        kill(victim, signal.SIGSTOP)
+        began = time.monotonic()
+        for _ in range(2):
+            found = await live.scrape()
+            assert total(found, "moeray_expert_rows_total", actor=victim["actor"]) > 0
+        return time.monotonic() - began
+
+    try:
+        assert run(scrape_twice()) < 2.5  # a hung actor is given up after 3 s at the earliest
+    finally:
+        kill(victim)
+    run(live.whole())
 
 
 def test_the_death_of_every_expert_actor(running):

@@ -74,7 +74,7 @@ def test_rows_cross_nodes_by_grpc(two_nodes, tmp_path):
         status = ask(controller, "status")
         nodes = {row["actor"]: row["node"] for row in status["actors"]}
         assert nodes["router-0"] == nodes["near-0"] != nodes["far-0"] == nodes["far-1"]
-        metrics = ask(controller, "metrics").decode()
+        metrics = ask(controller, "metrics")[0].decode()
         rows = {hop: float(_value(metrics, f'moeray_dispatch_rows_total{{hop="{hop}"}}')) for hop in ("unix", "grpc")}
         assert rows["unix"] > 0
         assert rows["grpc"] > 0

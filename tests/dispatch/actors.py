@@ -19,7 +19,7 @@ from moeray.control.placement import Placement
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.errors import ChannelClosedError
-from moeray.metrics import Recorder
+from moeray.recorder import Recorder
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel, Identity, Listener, connect
 from moeray.wire.frame import Frame, Op

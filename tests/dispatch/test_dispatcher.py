@@ -34,7 +34,7 @@ def stage(folder):
 
 
 def retries(stage, reason):
-    return stage.recorder.snapshot().get("moeray_dispatch_retries_total", {}).get((reason,), 0)
+    return stage.recorder.read()[1]["moeray_dispatch_retries_total"][reason,]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moeray.config import Config
+from moeray.exposition import exposition
 from moeray.serve.backend import BackendState, ModelInfo
 from moeray.serve.openai import create_app
 from moeray.types import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
@@ -117,8 +118,8 @@ class EchoBackend:
             raise self.refuse
         return {"status": "ready", "detail": "ready", "epoch": 7}
 
-    async def metrics(self) -> bytes:
-        return b"# TYPE moeray_actors gauge\nmoeray_actors 3.0\n"
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        return exposition({"moeray_placement_epoch": {(): 3.0}}, accept)
 
 
 def echo(request: GenerationRequest) -> tuple[tuple[int, ...], FinishReason]:

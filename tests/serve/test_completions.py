@@ -134,5 +134,5 @@ def test_health_metrics_and_status(http):
     assert http.head("/health").status_code == 200
     metrics = http.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert "moeray_actors 3.0" in metrics.text
+    assert "moeray_placement_epoch 3.0" in metrics.text
     assert http.get("/status").json()["epoch"] == 7

@@ -13,6 +13,7 @@ import pytest
 
 from moeray.cluster.local import NODE
 from moeray.errors import QueueFullError, RouterLostError
+from moeray.recorder import Recorder
 from moeray.serve.system import SystemBackend
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
 from tests.checkpoints import make_tiny
@@ -53,8 +54,10 @@ def requests(names: Sequence[str] = tuple(SAMPLINGS)) -> list[GenerationRequest]
 
 
 @asynccontextmanager
-async def backend_over(fleet: Fleet, port: FleetPort | None = None) -> AsyncIterator[SystemBackend]:
-    backend = SystemBackend(fleet.config, port or FleetPort(fleet), NODE)
+async def backend_over(
+    fleet: Fleet, port: FleetPort | None = None, recorder: Recorder | None = None
+) -> AsyncIterator[SystemBackend]:
+    backend = SystemBackend(fleet.config, port or FleetPort(fleet), NODE, recorder)
     backend.start()
     try:
         await backend.ready(60)
@@ -154,9 +157,10 @@ def test_a_router_that_dies_is_survived_by_its_streams(model, undisturbed):
 
 def test_again_and_again(model, undisturbed):
     """Each replacement dies in its turn, and the attempts are counted on."""
+    recorder = Recorder()
 
     async def run():
-        async with backend_over(fleet) as backend:
+        async with backend_over(fleet, recorder=recorder) as backend:
             asked, parts = requests(["logprobs"])[0], []
             async for output in backend.generate(asked):
                 parts.append(output)
@@ -170,6 +174,7 @@ def test_again_and_again(model, undisturbed):
         outputs = asyncio.run(run())
     assert_same(outputs, undisturbed["logprobs"])
     assert outputs[-1].attempt == 3
+    assert recorder.read()[1]["moeray_requests_moved_total"] == {(): 3}
 
 
 def test_the_survivor_takes_over(model, undisturbed):
