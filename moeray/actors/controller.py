@@ -284,6 +284,11 @@ class Controller:
         node = self._cluster.node_id
         return standing(self._config, node, self._roster, self._autoscaler, self._places, self._audit)
 
+    @property
+    def epoch(self) -> int:
+        """The placement's; 0 before there is one."""
+        return self._places.placement.epoch if self._places else 0
+
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""
         known = list(self._places.placement.replicas) if self._places else []

@@ -7,9 +7,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from moeray.actors import request_log
 from moeray.actors.messages import error_tree, output_tree, request_from
 from moeray.actors.outbox import Outbox
 from moeray.control.objectives import Objectives
@@ -25,15 +26,14 @@ Event = Callable[[], None]
 
 
 @dataclass
-class _Request:
+class _Request(request_log.Progress):
     """Times are of time.monotonic."""
 
-    outbox: Outbox
-    attempt: int
-    arrived: float
-    first_token: float | None = None
-    last_token: float | None = None
-    tokens: int = 0
+    outbox: Outbox = field(kw_only=True)
+
+    @property
+    def attempt(self) -> int:
+        return self.request.attempt
 
 
 class StepLoop:
@@ -145,9 +145,11 @@ class StepLoop:
             request = request_from(frame.meta)
             self._engine.submit(request)
         except MoerayError as error:
+            request_log.refused(request_id, str(frame.meta.get("origin", "")), error)
             outbox.put(Frame(Op.ERROR, frame.id, meta=error_tree(request_id, attempt, error)))
             return
-        self._requests[request_id] = _Request(outbox, request.attempt, time.monotonic())
+        self._requests[request_id] = _Request(request, time.monotonic(), outbox=outbox)
+        request_log.taken(request)
         outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
 
     def _abort_if(self, request_id: str, fits: Callable[[_Request], bool]) -> None:
@@ -156,6 +158,7 @@ class StepLoop:
         if request is not None and fits(request):
             if self._engine.abort(request_id):
                 self._recorder.add("moeray_request_total", 1, reason=FinishReason.ABORT.value)
+                request_log.ended(request, FinishReason.ABORT, time.monotonic())
             self._forget(request_id)
 
     def _abort_all(self, fits: Callable[[_Request], bool]) -> None:
@@ -205,6 +208,7 @@ class StepLoop:
         if output.token_ids:
             self._recorder.add("moeray_generation_tokens_total", len(output.token_ids))
             request.tokens += len(output.token_ids)
+            request.cached_tokens = output.cached_tokens
             if request.last_token is None:
                 request.first_token = now
                 self._recorder.observe("moeray_time_to_first_token_seconds", now - request.arrived)
@@ -215,6 +219,7 @@ class StepLoop:
             self._recorder.add("moeray_request_total", 1, reason=output.finish_reason.value)
             self._recorder.observe("moeray_e2e_request_latency_seconds", now - request.arrived)
             self._judge(output.finish_reason, request, now)
+            request_log.ended(request, output.finish_reason, now, output.error)
 
     def _judge(self, finish: FinishReason, request: _Request, now: float) -> None:
         """Count whether the request kept to the objectives."""

@@ -38,7 +38,7 @@ async def ray_system(config: Config) -> AsyncIterator[SystemBackend]:
     from moeray.cluster.ray import start_controller
     from moeray.serve.app import RayPort
 
-    connect_ray()
+    connect_ray(config)
     backend = SystemBackend(config, RayPort(config), ray.get_runtime_context().get_node_id())
     controller = start_controller(config)
     backend.start()
@@ -50,13 +50,15 @@ async def ray_system(config: Config) -> AsyncIterator[SystemBackend]:
         await asyncio.to_thread(stop_controller, controller)
 
 
-def connect_ray(**options: Any) -> None:
+def connect_ray(config: Config | None = None, **options: Any) -> None:
     """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder."""
     import ray
 
+    if config and config.log_format == "json":  # what other libraries say in our processes, too
+        options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
-    setup_logging()
+    setup_logging(config)
 
 
 def stop_controller(controller: Any) -> None:

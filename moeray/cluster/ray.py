@@ -169,9 +169,12 @@ class ControllerProcess:
     """
 
     def __init__(self, config: Config) -> None:
-        setup_logging(config.log_format)
         self._config = config
-        self._controller = Controller(config, RayCluster(config.serve.name))
+        cluster = RayCluster(config.serve.name)
+        self._controller = controller = Controller(config, cluster)
+        setup_logging(
+            config, actor="controller", kind="controller", node=cluster.node_id, epoch=lambda: controller.epoch
+        )
         self._renewed = time.monotonic()
         self._ended = threading.Event()
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)

@@ -41,10 +41,11 @@ _Plain = Callable[[Job, Generation, Vocabulary], Coroutine[Any, Any, bytes]]
 _Events = Callable[[Job, Generation, Vocabulary], AsyncGenerator[bytes, None]]
 
 
-def create_app(backend: Backend, config: Config) -> FastAPI:
+def create_app(backend: Backend, config: Config, *, answer_request_id: bool = True) -> FastAPI:
     """The ASGI app over `backend`, which may still be loading: until it is ready every /v1 call is answered by 503.
 
-    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request.
+    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request. `answer_request_id`: False where a
+    proxy in front sends each request's id back.
     """
     app = FastAPI(title="moeray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoint = Endpoint(backend, config)
@@ -52,7 +53,7 @@ def create_app(backend: Backend, config: Config) -> FastAPI:
     app.include_router(_open_routes(endpoint))
     app.include_router(_key_routes(endpoint, config))
     install_handlers(app)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, answer=answer_request_id)
     return app
 
 
@@ -132,7 +133,7 @@ class Endpoint:
     async def _answer(
         self, request: Request, job: Job, vocabulary: Vocabulary, plain: _Plain, events: _Events
     ) -> Response:
-        log.info("request %s is %s with %d sequences", request.state.request_id, job.id, len(job.choices))
+        log.debug("this is %s with %d sequences", job.id, len(job.choices))
         generation = Generation(self._backend, job, vocabulary)
         timeout_s = self._config.serve.request_timeout_s
         if job.stream:
