@@ -43,7 +43,7 @@ def ended(progress: Progress, reason: FinishReason, now: float, error: str | Non
     fields = _figures(progress, now)
     first = f", the first after {fields['ttft_s']} s" if "ttft_s" in fields else ""
     log.info(
-        "%s: %d prompt tokens (%d cached), %d generated%s, %s s in all%s",
+        "ended (%s): %d prompt tokens (%d cached), %d generated%s, %s s in all%s",
         reason.value, fields["prompt_tokens"], progress.cached_tokens, progress.tokens, first, fields["e2e_s"],
         f"; {error}" if error else "",
         extra={**_names(progress.request), "finish_reason": reason.value, **fields},

@@ -71,9 +71,16 @@ def stop_controller(controller: Any) -> None:
 
 def attach(name: str, address: str | None) -> Any:
     """The controller of a running system. Raises MoerayError where there is no cluster or no such system."""
+    from moeray.cluster.ray import find_controller
+
+    connect(address)
+    return find_controller(name)
+
+
+def connect(address: str | None) -> None:
+    """Connect to a cluster that runs. Raises MoerayError where there is none."""
     import ray
 
-    from moeray.cluster.ray import find_controller
     from moeray.errors import MoerayError
 
     try:
@@ -82,4 +89,3 @@ def attach(name: str, address: str | None) -> Any:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
         ) from error
-    return find_controller(name)

@@ -269,6 +269,11 @@ def _look_up(name: str) -> Future[Any]:
     return answer
 
 
+def gcs_address() -> str:
+    """`HOST:PORT` of the GCS of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:
     """One call to a controller, with its own error. Raises MoerayError."""
     try:
