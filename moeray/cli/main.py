@@ -19,6 +19,7 @@ class _Commands(click.Group):
         "bench": "bench",
         "chaos": "chaos",
         "demo": "demo",
+        "doctor": "doctor",
         "drain": "drain",
         "generate": "generate",
         "pause-autoscaling": "pause:pause",
