@@ -69,10 +69,22 @@ def _examine(model: str | None, config_file: str | None, address: str | None) ->
 
 
 def _examine_here(config: Config) -> Iterator[Finding]:
+    from moeray.cli.checks import nodes, software
+    from moeray.cli.checks.finding import fail
+
+    asked = importlib.metadata.metadata("moeray")
+    yield software.python(platform.python_version(), asked["Requires-Python"])
+    yield software.packages(importlib.metadata.requires("moeray") or (), nodes.version_of)
+    try:
+        yield from _machine(config)
+        yield from _files(config)
+    except ImportError as error:  # the checks need what moeray needs
+        yield fail("imports", str(error), "mend the packages first, then ask again")
+
+
+def _files(config: Config) -> Iterator[Finding]:
     from moeray.cli.checks import files, secrets
 
-    yield from _software(config)
-    yield from _machine(config)
     yield files.runtime_folder()
     yield files.cache_folder(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
     yield secrets.token(config.wire.token)
@@ -80,23 +92,15 @@ def _examine_here(config: Config) -> Iterator[Finding]:
     yield files.model(config.model, config.revision)
 
 
-def _software(config: Config) -> Iterator[Finding]:
-    from moeray.cli.checks import nodes, software
-    from moeray.model.kernels import native
-
-    asked = importlib.metadata.metadata("moeray")
-    yield software.python(platform.python_version(), asked["Requires-Python"])
-    yield software.packages(importlib.metadata.requires("moeray") or (), nodes.version_of)
-    instructions = native.best_instructions().name if native.available() else None
-    yield software.kernels(instructions, config.experts.kernel)
-
-
 def _machine(config: Config) -> Iterator[Finding]:
     import psutil
     import torch
 
-    from moeray.cli.checks import gather, machine, nodes
+    from moeray.cli.checks import gather, machine, nodes, software
+    from moeray.model.kernels import native
 
+    instructions = native.best_instructions().name if native.available() else None
+    yield software.kernels(instructions, config.experts.kernel)
     groups = config.experts.resolved()
     computing = sum(group.actors * group.threads for group in groups if group.device == "cpu")
     wanted = "cuda" in {config.router.device, *(group.device for group in groups)}

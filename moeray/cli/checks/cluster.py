@@ -9,7 +9,6 @@ from moeray.cli.checks.finding import Finding, fail, ok, skipped, warn
 
 Node = Mapping[str, Any]
 
-CHECKS = ("ray", "nodes", "versions", "clocks", "node GPUs", "node network")
 SKEW_S = 1.0
 _ALIKE = ("python", "ray", "moeray", "code", "torch", "transformers")
 
@@ -19,10 +18,10 @@ def examine(survey: Mapping[str, Any], here: Mapping[str, Any], wire_host: str, 
     runs). `here`: the facts of this machine."""
     if "absent" in survey:
         why = "no Ray cluster runs here; `moeray serve` starts one, `ray start --head` one that stays"
-        return [skipped("ray", why), *_skipped(CHECKS[1:], "no cluster")]
+        return [skipped("ray", why)]
     if "error" in survey:
         mend = "see RAY_ADDRESS or --address (`ray start --head` prints HOST:PORT), the network, and `ray status` there"
-        return [fail("ray", survey["error"], mend), *_skipped(CHECKS[1:], "no cluster")]
+        return [fail("ray", survey["error"], mend)]
     known = [node for node in survey["nodes"] if "error" not in node]
     return [
         ray(survey["address"], survey["nodes"]),
@@ -32,10 +31,6 @@ def examine(survey: Mapping[str, Any], here: Mapping[str, Any], wire_host: str, 
         node_gpus(known),
         network(survey["nodes"], wire_host, grpc),
     ]
-
-
-def _skipped(names: Sequence[str], why: str) -> list[Finding]:
-    return [skipped(name, why) for name in names]
 
 
 def ray(address: str, all_nodes: Sequence[Node]) -> Finding:

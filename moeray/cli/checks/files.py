@@ -11,8 +11,6 @@ from pathlib import Path
 from moeray.actors.spec import machine_dir, remove_runtime_dir, runtime_dir
 from moeray.cli.checks.finding import Finding, fail, failed_by, ok, skipped, warn
 from moeray.errors import MoerayError
-from moeray.model.loading import open_model
-from moeray.model.source import resolve
 from moeray.wire.unix_door import check_path
 
 _NODE, _SYSTEM = "doctor000000", "doctor00"
@@ -60,6 +58,9 @@ def model(name: str, revision: str | None) -> Finding:
     """A local folder's files are opened, without a weight being read; of a hub id only the description is fetched."""
     if not name:
         return skipped("model", "none was named")
+    from moeray.model.loading import open_model
+    from moeray.model.source import resolve
+
     try:
         if not Path(name).expanduser().is_dir():
             source = resolve(name, revision, node="this machine")

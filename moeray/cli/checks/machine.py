@@ -10,8 +10,7 @@ _OBJECT_STORE_BYTES = 200 << 20
 
 
 def cpu(cores: int, quota: float | None, computing: int) -> Finding:
-    """`cores` that this process may use, `quota` of a cgroup in cores; `computing`: threads of the config's experts that
-    compute at the same time, at most."""
+    """`cores` that this process may use, `quota` of a cgroup in cores; `computing`: threads of the config's experts."""
     limit = f", of which a cgroup gives {quota:g}" if quota is not None and quota < cores else ""
     what = f"{cores} cores{limit}"
     usable = min(cores, quota or cores)
@@ -27,8 +26,8 @@ def cpu(cores: int, quota: float | None, computing: int) -> Finding:
 
 
 def gpus(present: int, seen: int, build: str | None, wanted: bool) -> Finding:
-    """`present` on this machine, `seen` by torch, whose `build` is for that CUDA version (None: for CPUs); `wanted`: the
-    config asks for `cuda`."""
+    """`present` on this machine, `seen` by torch, whose `build` is for that CUDA version (None: for CPUs); `wanted`:
+    the config asks for `cuda`."""
     if seen:
         return ok("gpus", f"torch sees {seen} of {max(present, seen)}, CUDA {build}")
     if present and build is None:
@@ -80,8 +79,8 @@ def open_files(soft: int, hard: int) -> Finding:
 
 
 def port(host: str, number: int, error: str | None, holder: str | None, ours: bool) -> Finding:
-    """`error`: why the endpoint cannot listen there, None where it can; `holder`: who does, where that is known; `ours`:
-    what listens there is a moeray endpoint."""
+    """`error`: why the endpoint cannot listen there, None where it can; `holder`: who does, where that is known;
+    `ours`: what listens there is a moeray endpoint."""
     where = f"{host}:{number}"
     if error is None:
         return ok("port", f"{where} is free")

@@ -1,5 +1,8 @@
-"""What each node of a Ray cluster says of itself. Asked for by a child process, since Ray has no deadline of its own and
-ends a process that loses its cluster: `python -m moeray.cli.checks.nodes ADDRESS DESCRIPTOR` writes one JSON object."""
+"""What each node of a Ray cluster says of itself.
+
+Asked for by a child process, since Ray has no deadline of its own and ends a process that loses its cluster:
+`python -m moeray.cli.checks.nodes ADDRESS DESCRIPTOR` writes one JSON object.
+"""
 
 from __future__ import annotations
 
