@@ -413,7 +413,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         _set(tree, dotted.split("."), value)
     for dotted, variable in _ENVIRONMENT.items():
         if variable in os.environ:
-            _set_default(tree, dotted.split("."), os.environ[variable])
+            value = os.environ[variable]
+            _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
     return config_from(tree)
 
 

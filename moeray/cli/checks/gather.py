@@ -76,12 +76,8 @@ def _family(host: str) -> socket.AddressFamily:
 def holder_of(port: int) -> str | None:
     """Who listens at a port, as far as this user may know."""
     try:
-        found = [
-            c
-            for c in psutil.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr[1] == port
-        ]
-        pids = [connection.pid for connection in found if connection.pid]
+        listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        pids = [c.pid for c in listening if tuple(c.laddr)[1:2] == (port,) and c.pid]
         return f"{psutil.Process(pids[0]).name()} (pid {pids[0]})" if pids else None
     except psutil.Error:
         return None
