@@ -68,7 +68,7 @@ def _interruptible() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
@@ -76,7 +76,8 @@ def _interruptible() -> Iterator[None]:
     except BrokenPipeError:
         sys.stdout = None  # or the interpreter would flush it once more at its end
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _watch(name: str, address: str | None, output: str, interval: float) -> None:

@@ -244,7 +244,7 @@ def test_the_cache_folder(tmp_path):
 def test_the_model(tmp_path):
     check(files.model("", None), "skipped")
     tiny = make_tiny("olmoe", tmp_path / "tiny")
-    check(files.model(str(tiny), None), "ok", "olmoe, 16 experts in 2 layers")
+    check(files.model(str(tiny), None), "ok", "olmoe, 24 experts in 3 layers")
     next(tiny.glob("*.safetensors")).unlink()
     check(files.model(str(tiny), None), "fail")
     check(files.model(str(tmp_path / "none"), None), "fail", "hub id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import select
 import signal
 import subprocess
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,21 +68,20 @@ def system():
         env = os.environ | {
             "RAY_TMPDIR": folder, "MOERAY_CACHE_DIR": folder, "MOERAY_API_KEY": KEY, "MOERAY_CLUSTER_TOKEN": TOKEN,
         }  # fmt: skip
-        log = Path(folder, "log").open("w+")
+        log = Path(folder, "log")
         process = moeray(
             "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512",
             "--experts-num-cpus", "0.1", "--router-num-cpus", "0.1", "--log-format", "json", "--log-level", "debug",
-            stdout=subprocess.PIPE, stderr=log, env=env,
+            stdout=subprocess.PIPE, stderr=log.open("w"), env=env,
         )  # fmt: skip
         try:
             line = process.stdout.readline()
-            assert "serving" in line, Path(log.name).read_text()[-3000:]
+            assert "serving" in line, log.read_text()[-3000:]
             yield System(f"http://127.0.0.1:{port}", process, env)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 process.wait(60)
-            log.close()
 
 
 def test_a_request_id_is_carried_from_the_client_to_the_router_and_back(system):
@@ -149,7 +150,7 @@ class Terminal:
         self.process = moeray(
             "status", "--watch", "--interval", "0.5", stdin=theirs, stdout=theirs, stderr=theirs,
             env=env | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(theirs)
         self.seen = ""
@@ -168,8 +169,7 @@ class Terminal:
         until = time.monotonic() + 30
         while self.process.poll() is None and time.monotonic() < until:
             if select.select([self._ours], [], [], 0.1)[0]:
-                with_rest = _read(self._ours)
-                self.seen += with_rest
+                self.seen += _read(self._ours)
         return self.process.wait(1)
 
     def close(self) -> None:

@@ -21,7 +21,6 @@ import psutil
 
 from moeray.config import Config
 from moeray.errors import WireError
-from moeray.wire.ring import RingWriter
 
 SURVEY_S = 60.0
 REACH_S = 3.0
@@ -39,6 +38,8 @@ def cpu_quota(path: Path = _CGROUP_QUOTA) -> float | None:
 
 def ring_error(nbytes: int) -> str | None:
     """Why no shared memory between two actors can be made, None where it can."""
+    from moeray.wire.ring import RingWriter  # with torch, which may be what is missing
+
     try:
         RingWriter(nbytes).handed_over()
     except (OSError, WireError) as error:
