@@ -93,7 +93,9 @@ def _watch(name: str, address: str | None, output: str, interval: float) -> None
             _show_live(console, readings)
         else:
             for seen in _views(readings):
-                console.print(seen)
+                with console.capture() as text:  # by print: rich has an end of its own for a pipe that is closed
+                    console.print(seen)
+                print(text.get(), end="", flush=True)
 
 
 def _print_lines(readings: Iterator[Reading]) -> None:
