@@ -1,6 +1,7 @@
 """The config tree: frozen dataclasses, validated once. An unknown key is an error that names the nearest key.
 
-Sources, later wins: defaults, a YAML file, `MOERAY_*` environment variables for secrets, command-line flags.
+Sources, later wins: defaults, `MOERAY_*` environment variables for secrets and the log level, a YAML file,
+command-line flags.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ Quantization = Literal["none", "int8"]
 
 _T = TypeVar("_T")
 
-_SECRETS = {("wire", "token"): "MOERAY_CLUSTER_TOKEN", ("serve", "api_key"): "MOERAY_API_KEY"}
+_ENVIRONMENT = {
+    "wire.token": "MOERAY_CLUSTER_TOKEN",
+    "serve.api_key": "MOERAY_API_KEY",
+    "log_level": "MOERAY_LOG_LEVEL",
+}
 
 
 def _require(ok: bool, key: str, mend: str) -> None:
@@ -371,7 +376,11 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole tree. `model` is a local folder or a hub id."""
+    """The whole tree. `model` is a local folder or a hub id.
+
+    `log_format`, `log_level` and `log_requests` (a line for each request that ends) hold for every process of the
+    system; MOERAY_LOG_LEVEL is the level where none is given.
+    """
 
     model: str = ""
     revision: str | None = None
@@ -379,6 +388,8 @@ class Config:
     chat_template: str | None = None
     cache_dir: str | None = None
     log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_requests: bool = True
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -419,9 +430,10 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         tree = _read_yaml(Path(path))
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted.split("."), value)
-    for (room, key), variable in _SECRETS.items():
-        if variable in os.environ and isinstance(tree.setdefault(room, {}), dict):
-            tree[room].setdefault(key, os.environ[variable])
+    for dotted, variable in _ENVIRONMENT.items():
+        if variable in os.environ:
+            value = os.environ[variable]
+            _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
     return config_from(tree)
 
 
@@ -446,6 +458,14 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
     tree[keys[-1]] = value
+
+
+def _set_default(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            return  # what stands there is told with its key when the config is built
+    tree.setdefault(keys[-1], value)
 
 
 def _build(cls: type[_T], tree: Any, where: str) -> _T:

@@ -328,6 +328,11 @@ class Controller:
             )
         )
 
+    @property
+    def epoch(self) -> int:
+        """The placement's; 0 before there is one."""
+        return self._places.placement.epoch if self._places else 0
+
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""
         known = list(self._places.placement.replicas) if self._places else []

@@ -271,6 +271,7 @@ class ExpertActor:
             "loading": self._loaded,
             "weight_bytes": bank.nbytes if bank else 0,
             "rows_total": sum(self._rows.tally.rows().values()),
+            "busy_s": self._rows.tally.busy_s,
             "first_row_at": self._rows.tally.first_at,
             "queue": self._rows.in_flight,
         }

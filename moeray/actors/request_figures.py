@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from moeray.actors.life import Life
 from moeray.control.objectives import Objectives
 from moeray.recorder import Recorder
 from moeray.types import FinishReason
-
-
-@dataclass
-class Life:
-    """One request on this router. Times are of time.monotonic; `tokens` counts those of earlier attempts too, `given`
-    only those of this one. `resumed`: there are such tokens, so the first one here is not the request's first.
-    """
-
-    arrived: float
-    prompt_tokens: int
-    tokens: int = 0
-    resumed: bool = False
-    first_token: float | None = None
-    last_token: float | None = None
-    given: int = 0
 
 
 class RequestFigures:
@@ -52,7 +36,6 @@ class RequestFigures:
 
     def token(self, life: Life, count: int, now: float) -> None:
         """It got `count` tokens."""
-        life.tokens += count
         life.given += count
         if life.last_token is not None:
             self._next_token.observe(now - life.last_token)

@@ -89,6 +89,11 @@ class RouterActor:
         self._revision: str | None = None
         self._facts: dict[str, Any] = {}
 
+    @property
+    def epoch(self) -> int:
+        """Of the placement that it holds; 0 before there is one."""
+        return self._view.epoch
+
     # -- control --------------------------------------------------------------------------------------------------
 
     def start(self) -> tuple[ActorReport, Address]:

@@ -21,6 +21,7 @@ class _Commands(click.Group):
         "chaos": "chaos",
         "dashboards": "dashboards",
         "demo": "demo",
+        "doctor": "doctor",
         "drain": "drain",
         "generate": "generate",
         "pause-autoscaling": "pause:pause",

@@ -43,7 +43,7 @@ async def ray_system(config: Config, show: Show | None = None) -> AsyncIterator[
     from moeray.cluster.ray import start_controller, stop_controller
     from moeray.serve.app import RayPort
 
-    connect_ray()
+    connect_ray(config)
     backend = SystemBackend(config, RayPort(config), ray.get_runtime_context().get_node_id())
     controller = start_controller(config)
     backend.start()
@@ -89,20 +89,29 @@ async def _ready(backend: SystemBackend, show: Show | None = None) -> None:
         ready.cancel()
 
 
-def connect_ray(**options: Any) -> None:
+def connect_ray(config: Config | None = None, **options: Any) -> None:
     """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder."""
     import ray
 
+    if config and config.log_format == "json":  # what other libraries say in our processes, too
+        options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
-    setup_logging()
+    setup_logging(config)
 
 
 def attach(name: str, address: str | None) -> Any:
     """The controller of a running system. Raises MoerayError where there is no cluster or no such system."""
+    from moeray.cluster.ray import find_controller
+
+    connect(address)
+    return find_controller(name)
+
+
+def connect(address: str | None) -> None:
+    """Connect to a cluster that runs. Raises MoerayError where there is none."""
     import ray
 
-    from moeray.cluster.ray import find_controller
     from moeray.errors import MoerayError
 
     try:
@@ -111,4 +120,3 @@ def attach(name: str, address: str | None) -> Any:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
         ) from error
-    return find_controller(name)

@@ -172,9 +172,12 @@ class ControllerProcess:
     """
 
     def __init__(self, config: Config) -> None:
-        setup_logging(config.log_format)
         self._config = config
-        self._controller = Controller(config, RayCluster(config.serve.name))
+        cluster = RayCluster(config.serve.name)
+        self._controller = controller = Controller(config, cluster)
+        setup_logging(
+            config, actor="controller", kind="controller", node=cluster.node_id, epoch=lambda: controller.epoch
+        )
         self._renewed = time.monotonic()
         self._ended = threading.Event()
         self._stopping = threading.Lock()
@@ -293,6 +296,11 @@ def stop_controller(controller: Any, timeout: float = 120.0) -> None:
     with suppress(ActorDiedError):
         ray.get(controller.stop.remote(), timeout=timeout)
     ray.kill(controller)
+
+
+def gcs_address() -> str:
+    """`HOST:PORT` of the GCS of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:

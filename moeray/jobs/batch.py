@@ -14,6 +14,7 @@ from moeray.jobs.ledger import Ledger
 from moeray.jobs.lines import BatchLine, answer_line, refusal_line, seeded
 from moeray.jobs.tally import Tally
 from moeray.jobs.window import Window
+from moeray.logs import REQUEST_ID
 from moeray.serve.backend import Backend, BackendState, ModelInfo
 from moeray.serve.calls import Call, Calls
 from moeray.serve.errors import GenerationFailedError, reply_for
@@ -104,6 +105,7 @@ class BatchJob:
 
     async def _settle(self, line: BatchLine) -> None:
         request_id = uuid.uuid4().hex
+        REQUEST_ID.set(request_id)  # each line is a task of its own, and so is its context
         self._tally.in_flight += 1
         try:
             call, answer = await self._ask(line)

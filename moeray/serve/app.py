@@ -12,6 +12,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.serve.schema import LoggingConfig
 
 from moeray.cluster.ray import find_controller, start_controller
 from moeray.config import Config, load_config
@@ -100,13 +101,13 @@ class Ingress:
     """A stateless replica: HTTP in front, the routers behind. It answers 503 from the first moment on."""
 
     def __init__(self, config: Config) -> None:
-        setup_logging(config.log_format)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         node_id = ray.get_runtime_context().get_node_id()
         recorder = Recorder()
         backend = SystemBackend(self._config, RayPort(self._config), node_id, recorder)
+        setup_logging(self._config, actor=backend.name, kind="ingress", node=node_id)
 
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -117,7 +118,7 @@ class Ingress:
             await asyncio.gather(warming, return_exceptions=True)
             await backend.close()
 
-        app = create_app(backend, self._config, recorder)
+        app = create_app(backend, self._config, recorder, answer_request_id=False)  # Serve's proxy does
         app.router.lifespan_context = lifespan
         return app
 
@@ -131,6 +132,12 @@ async def warm_up(app: FastAPI, backend: SystemBackend) -> None:
         log.error("%s", error)
 
 
+def serve_logging(config: Config) -> LoggingConfig:
+    """How Serve is to write its own lines, so that they go with ours."""
+    encoding, level = config.log_format.upper(), config.log_level.upper()
+    return LoggingConfig(encoding=encoding, log_level=level, enable_access_log=config.log_requests)
+
+
 def application(config: Config) -> serve.Application:
     """The Serve application of a config."""
     deployment = serve.deployment(
@@ -140,6 +147,7 @@ def application(config: Config) -> serve.Application:
         max_ongoing_requests=100_000,  # the routers' queues are the limit, and answer 429
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=10.0,
+        logging_config=serve_logging(config),
     )
     return deployment.bind(config)
 

@@ -28,11 +28,14 @@ log = logging.getLogger("moeray.serve")
 GENERATING = ((COMPLETIONS, "POST"), (CHAT_COMPLETIONS, "POST"))
 
 
-def create_app(backend: ObservedBackend, config: Config, recorder: Recorder | None = None) -> FastAPI:
+def create_app(
+    backend: ObservedBackend, config: Config, recorder: Recorder | None = None, *, answer_request_id: bool = True
+) -> FastAPI:
     """The ASGI app over `backend`, which may still be loading: until it is ready every /v1 call is answered by 503.
 
     `recorder` counts its HTTP requests, for a backend that tells the controller of them.
-    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request.
+    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request. `answer_request_id`: False where a
+    proxy in front sends each request's id back.
     """
     app = FastAPI(title="moeray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoint = Endpoint(backend, config)
@@ -41,7 +44,7 @@ def create_app(backend: ObservedBackend, config: Config, recorder: Recorder | No
     app.include_router(_open_routes(endpoint))
     app.include_router(_key_routes(endpoint, config))
     install_handlers(app)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, answer=answer_request_id)
     app.add_middleware(RequestCounts, recorder or Recorder(), GENERATING)
     return app
 
@@ -120,7 +123,7 @@ class Endpoint:
     async def _answer(self, request: Request, path: str) -> Response:
         self._calls.model()  # before the body is read
         call = await self._calls.prepare(path, await self._body(request))
-        log.info("request %s is %s with %d sequences", request.state.request_id, call.job.id, len(call.job.choices))
+        log.debug("this is %s with %d sequences", call.job.id, len(call.job.choices))
         timeout_s = self._config.serve.request_timeout_s
         if call.job.stream:
             return EventStream(call.events(), timeout_s)

@@ -17,6 +17,7 @@ from functools import partial
 
 from moeray.actors.client import RouterClient
 from moeray.errors import QueueFullError, RouterLostError
+from moeray.logs import log_names
 from moeray.recorder import Recorder
 from moeray.types import Address, GenerationRequest, TokenOutput
 
@@ -208,9 +209,6 @@ class RouterPool:
 
 def _log_move(request: GenerationRequest, error: RouterLostError) -> None:
     log.warning(
-        "request %s goes on as attempt %d behind %d tokens: %s",
-        request.request_id,
-        request.attempt,
-        len(request.output_ids),
-        error,
-    )
+        "attempt %d goes on behind %d tokens: %s", request.attempt, len(request.output_ids), error,
+        extra=log_names(request.request_id, request.origin),
+    )  # fmt: skip

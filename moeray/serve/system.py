@@ -60,7 +60,7 @@ class SystemBackend:
         self._controller = controller
         self._node_id = node_id
         self._said = BackendState("loading", "connecting to the controller")
-        self._name = f"ingress-{secrets.token_hex(4)}"
+        self.name = f"ingress-{secrets.token_hex(4)}"
         self._identity: Identity | None = None
         self._model: ModelInfo | None = None
         self._pool = RouterPool(self._dial, config.serve.request_timeout_s, self._recorder)
@@ -137,7 +137,7 @@ class SystemBackend:
             self._said = BackendState("failed", str(error))
 
     async def _take(self, info: SystemInfo) -> None:
-        self._identity = Identity(self._name, self._node_id, model_fingerprint(self._config), info.token)
+        self._identity = Identity(self.name, self._node_id, model_fingerprint(self._config), info.token)
         self._pool.follow(info.routers)
         if self._model is None:
             self._model = await self._describe(info)
@@ -182,7 +182,7 @@ class SystemBackend:
 
     def _reading(self) -> Reading:
         """What this endpoint has counted, under its own name: it comes and goes as it likes."""
-        return Reading(self._name, self._name, *self._recorder.read(), guest=True)
+        return Reading(self.name, self.name, *self._recorder.read(), guest=True)
 
     async def close(self) -> None:
         """Stop following and close the channels; what is in flight is aborted."""
