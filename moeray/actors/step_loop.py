@@ -46,7 +46,7 @@ class StepLoop:
     def __init__(self, actor_id: str, recorder: Recorder, objectives: Objectives, on_death: Callable[[], None]) -> None:
         self._actor_id = actor_id
         self._recorder = recorder
-        self._objectives = objectives
+        self.objectives = objectives
         self.ended = self.late = 0
         """Requests that ended with all their tokens, and those of them that missed an objective."""
         self._on_death = on_death
@@ -222,4 +222,4 @@ class StepLoop:
             return
         self.ended += 1
         since = request.arrived
-        self.late += self._objectives.late(request.first_token - since, now - since, request.tokens)
+        self.late += self.objectives.late(request.first_token - since, now - since, request.tokens)

@@ -25,7 +25,10 @@ _SLICE_S = 0.25
 
 
 class Watcher:
-    """Owns a channel to the actor and the thread that reads it. `on_lost` is called once at most."""
+    """Owns a channel to the actor and the thread that reads it. `on_lost` is called once at most.
+
+    `settings` may be replaced while it runs.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class Watcher:
     ) -> None:
         self._address = address
         self._connect = connect
-        self._settings = settings
+        self.settings = settings
         self._on_report = on_report
         self._on_lost = on_lost
         self._limit_s = settings.silence_s
@@ -77,7 +80,7 @@ class Watcher:
                 self._probe.clear()
                 self._limit_s, next_poll = PROBE_S, now
             if now >= next_poll and self._asked is None:
-                self._asked, next_poll = now, now + self._settings.report_s
+                self._asked, next_poll = now, now + self.settings.report_s
                 channel.send(Frame(Op.STATS, 1))
             self._hear(channel, min(_SLICE_S, max(0.0, next_poll - now) or _SLICE_S))
 
@@ -92,7 +95,7 @@ class Watcher:
         if frame.op is not Op.STATS:
             raise WireError(f"answered with a {frame.op.name} frame instead of a report")
         if frame.id:
-            self._asked, self._limit_s = None, self._settings.silence_s
+            self._asked, self._limit_s = None, self.settings.silence_s
         try:
             report = report_from(frame.meta)
         except (KeyError, TypeError, ValueError) as error:

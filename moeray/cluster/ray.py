@@ -168,10 +168,10 @@ class ControllerProcess:
     The lease lets a crashed ingress or job leave nothing behind, and a restarted one find everything still running.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, since: float = 0.0) -> None:
         setup_logging(config.log_format)
         self._config = config
-        self._controller = Controller(config, RayCluster(config.serve.name))
+        self._controller = Controller(config, RayCluster(config.serve.name), since)
         self._renewed = time.monotonic()
         self._ended = threading.Event()
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
@@ -191,15 +191,19 @@ class ControllerProcess:
                 self.stop()
                 ray.kill(ray.get_runtime_context().current_actor)  # and not started again
 
-    def renew(self, config: Config) -> dict[str, Any]:
+    def renew(self, config: Config, since: float = 0.0) -> dict[str, Any]:
         """Keep the system alive for another lease; its state.
 
-        `config` is the caller's: a system that failed to start gives way to one with another config (status "gone"),
-        one that lives with another model does not: MoerayError.
+        `config` is the caller's, laid down at `since`: a system that runs takes one that is newer than its own, or
+        refuses it with a ConfigError; 0 is never newer. One that failed to start gives way to another config (status
+        "gone"), one that lives with another model does not: MoerayError.
         """
         state = self._controller.state()
         if config != self._config and state["status"] == "failed":
             return {"status": "gone", "detail": state["detail"], "info": None}
+        if self._controller.configure(config, since):
+            setup_logging(config.log_format)
+            self._config = config
         if model_fingerprint(config) != model_fingerprint(self._config):
             raise MoerayError(
                 f"a system named {config.serve.name!r} already serves {self._config.model} in this Ray cluster; "
@@ -220,8 +224,8 @@ def controller_name(system: str) -> str:
     return f"{system}:controller"
 
 
-def start_controller(config: Config) -> Any:
-    """The system's controller: the one that runs under `config.serve.name`, or a new one."""
+def start_controller(config: Config, since: float = 0.0) -> Any:
+    """The system's controller: the one that runs under `config.serve.name`, or a new one with this config."""
     return (
         ray.remote(ControllerProcess)
         .options(
@@ -231,10 +235,11 @@ def start_controller(config: Config) -> Any:
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,
+            resources=dict(config.control.resources),
             max_concurrency=16,
             runtime_env=_runtime_env(config),
         )
-        .remote(config)
+        .remote(config, since)
     )
 
 

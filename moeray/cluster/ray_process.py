@@ -17,6 +17,7 @@ import ray
 
 if TYPE_CHECKING:
     from moeray.actors.spec import ActorSpec
+    from moeray.config import Config
 
 _NICE = 5
 
@@ -29,9 +30,7 @@ class Process:
             _import_gently("torch", "transformers", f"moeray.actors.{kind}")
         import torch
 
-        from moeray.logs import setup_logging
-
-        setup_logging(spec.config.log_format)
+        self._log(spec.config)
         node_id = ray.get_runtime_context().get_node_id()
         # In a fork of a zygote torch was there before Ray's choice, which follows from num_cpus.
         threads = spec.threads or int(os.environ.get("OMP_NUM_THREADS", "0").partition(",")[0])
@@ -41,7 +40,14 @@ class Process:
         signal.signal(signal.SIGTERM, lambda *_: self._actor.leave())
 
     def call(self, method: str, *args: Any) -> Any:
+        if method == "configure":
+            self._log(args[0])
         return getattr(self._actor, method)(*args)
+
+    def _log(self, config: Config) -> None:
+        from moeray.logs import setup_logging
+
+        setup_logging(config.log_format)
 
 
 def _make(kind: str, spec: ActorSpec, node_id: str) -> Any:

@@ -44,13 +44,13 @@ _Events = Callable[[Job, Generation, Vocabulary], AsyncGenerator[bytes, None]]
 def create_app(backend: Backend, config: Config) -> FastAPI:
     """The ASGI app over `backend`, which may still be loading: until it is ready every /v1 call is answered by 503.
 
-    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request.
+    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request; `configure` takes a newer config.
     """
     app = FastAPI(title="moeray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoint = Endpoint(backend, config)
     app.state.endpoint = endpoint
     app.include_router(_open_routes(endpoint))
-    app.include_router(_key_routes(endpoint, config))
+    app.include_router(_key_routes(endpoint))
     install_handlers(app)
     app.add_middleware(RequestContext)
     return app
@@ -63,8 +63,8 @@ def _open_routes(endpoint: Endpoint) -> APIRouter:
     return routes
 
 
-def _key_routes(endpoint: Endpoint, config: Config) -> APIRouter:
-    routes = APIRouter(dependencies=[Depends(require_key(config.serve.api_key))])
+def _key_routes(endpoint: Endpoint) -> APIRouter:
+    routes = APIRouter(dependencies=[Depends(require_key(lambda: endpoint.api_key))])
     routes.add_api_route("/status", endpoint.status, methods=["GET"])
     routes.add_api_route("/v1/models", endpoint.models, methods=["GET"])
     routes.add_api_route("/v1/models/{model_id:path}", endpoint.model, methods=["GET"])
@@ -80,6 +80,16 @@ class Endpoint:
         self._backend = backend
         self._config = config
         self._encoders = EncoderCache(config.chat_template)
+
+    def configure(self, config: Config) -> None:
+        """Hold a newer config for the requests that come from now on."""
+        if config.chat_template != self._config.chat_template:
+            self._encoders = EncoderCache(config.chat_template)
+        self._config = config
+
+    @property
+    def api_key(self) -> str | None:
+        return self._config.serve.api_key
 
     async def warm_up(self) -> None:
         """Load the tokenizer of a ready backend now. Raises CheckpointError, ConfigError or ApiError."""

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,13 @@ class SystemBackend:
     @property
     def model(self) -> ModelInfo | None:
         return self._model
+
+    def configure(self, config: Config) -> None:
+        """Hold a newer config: the model's name and the requests' deadline from now on."""
+        self._config = config
+        self._pool.timeout_s = config.serve.request_timeout_s
+        if self._model is not None and self._model.name != _served_name(config):
+            self._model = replace(self._model, name=_served_name(config))
 
     def start(self) -> None:
         """Begin to follow the controller; returns at once."""
@@ -144,7 +152,7 @@ class SystemBackend:
     async def _describe(self, info: SystemInfo) -> ModelInfo:
         folder = await asyncio.to_thread(lambda: resolve(info.model, info.revision, node=self._node_id).metadata_dir())
         return ModelInfo(
-            name=self._config.serve.model_name or Path(info.model).name,
+            name=_served_name(self._config),
             created=int(time.time()),
             max_context=info.max_context,
             vocab_size=info.vocab_size,
@@ -177,6 +185,10 @@ class SystemBackend:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
         await self._pool.close()
+
+
+def _served_name(config: Config) -> str:
+    return config.serve.model_name or Path(config.model).name
 
 
 def _log_death(follower: asyncio.Task[None]) -> None:
