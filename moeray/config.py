@@ -298,8 +298,9 @@ class ControlConfig:
     `audit_log`: a JSONL file of every decision (None: `audit/NAME.jsonl` in the cache folder). `drain_s` bounds the
     wait for what an actor that leaves still has in flight. `warm_start`: processes without a GPU are forks of a zygote
     on their node, which has imported everything; without it each imports for seconds (needed with `image_uri`).
-    `start_s` gives a start up that takes longer, the wait for nodes and for weights from a hub included. `resources`:
-    custom Ray resources of the node that the controller itself runs on.
+    `start_s` gives a start up that takes longer, the wait for nodes and for weights from a hub included; with
+    `check_room` one is refused at once where the cluster, as it is, has no room for the actors: switch that off where
+    Ray's autoscaler adds nodes for them. `resources`: custom Ray resources of the node that the controller runs on.
     """
 
     report_s: float = 1.0
@@ -329,6 +330,7 @@ class ControlConfig:
     drain_s: float = 30.0
     warm_start: bool = True
     start_s: float = 600.0
+    check_room: bool = True
     resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

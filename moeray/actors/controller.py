@@ -89,9 +89,9 @@ class Controller:
     def _start(self) -> None:
         self._phase = "looking for running actors"
         found = adopt(self._cluster.find(), DatedConfig(self._config, self._since))
-        if found is None:
+        if found is None and self._config.control.check_room:
             self._cluster.check(self._config.experts.resolved(), self._config.router)
-        else:
+        elif found is not None:
             self._token, self._system = found.token, found.system
             self._config, self._since = found.dated.config, found.dated.since
             self._autoscaler.configure(self._config)
