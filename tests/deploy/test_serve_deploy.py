@@ -17,6 +17,7 @@ import pytest
 import ray
 import yaml
 
+from moeray.cluster.ray import LEASE_S, ask, find_controller
 from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port
 from tests.cluster.test_serve_tools import wait_until_ready
@@ -64,6 +65,11 @@ class Deployed:
                 return status
         raise AssertionError(f"it did not come to pass: {status}")
 
+    def until_replaced(self, replicas, give_up=180.0) -> None:
+        end = time.monotonic() + give_up
+        while (now := self.replicas()) & replicas or len(now) < 2:
+            assert time.monotonic() < end, f"the replicas {replicas} were not replaced: {now}"
+
     def text(self, prompt: str) -> str:
         stream = self.client.completions.create(
             model="tiny", prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True, extra_body={"ignore_eos": True}
@@ -107,7 +113,7 @@ def deployed(tmp_path_factory):
         system.user_config["control"]["autoscale"] = False
         system.user_config["experts"]["groups"][0]["num_cpus"] = 0.1
         system.deploy()
-        wait_until_ready(system.url)
+        system.statuses = wait_until_ready(system.url)
         yield system
         from ray import serve
 
@@ -127,6 +133,11 @@ def whole(status):
 
 def actors(status):
     return {row["actor"] for row in status["actors"]}
+
+
+def test_the_shipped_file_is_deployed_and_answers(deployed, expected):
+    assert 503 in deployed.statuses  # it answers while it loads
+    assert len(set(expected)) > 1
 
 
 def test_limits_change_in_place_under_live_streams(deployed, expected):
@@ -154,16 +165,16 @@ def test_moeray_status_shows_the_new_limits(deployed):
     assert "experts 3/3 (1 to 4)" in shown
 
 
+@pytest.mark.slow
 def test_actors_are_renewed_by_a_rolling_update_under_live_streams(deployed, expected):
     """Changed `args`: Serve replaces the replicas, each when its streams have ended, and the routers are renewed."""
     before, replicas = deployed.until(whole), deployed.replicas()
     deployed.args["engine"]["prefill_chunk"] = 64
+    deployed.args["serve"] = {"wait_for_system": True}
     with deployed.clients(expected):
         deployed.deploy()
         after = deployed.until(lambda s: whole(s) and "router-0" not in actors(s))
-        end = time.monotonic() + 120
-        while (now := deployed.replicas()) & replicas or len(now) < 2:
-            assert time.monotonic() < end, f"the replicas {replicas} were not replaced: {now}"
+        deployed.until_replaced(replicas)
     assert actors(before) ^ actors(after) == {"router-0", "router-1"}
 
 
@@ -181,3 +192,20 @@ def test_a_config_that_cannot_be_taken_changes_nothing(deployed, expected):
         deployed.until(lambda s: s["decisions"][-1]["event"] == "config")
     assert deployed.replicas() == replicas
     assert [deployed.text(prompt) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.slow
+def test_another_system_takes_over_from_this_one(deployed, expected):
+    """What no running system can take, under another name: nobody is refused, and the first one ends by itself."""
+    replicas = deployed.replicas()
+    deployed.args["serve"] = {"wait_for_system": True, "name": "second"}
+    deployed.args["wire"] = {"max_channels": 128}
+    with deployed.clients(expected):
+        deployed.deploy()
+        deployed.until_replaced(replicas)
+    assert "router-0" in actors(deployed.until(whole))  # it counts from 0 again
+    assert ask(find_controller("second"), "state")["status"] == "ready"
+    end = time.monotonic() + 3 * LEASE_S
+    while "moeray:controller" in {row["name"] for row in ray.util.list_named_actors(all_namespaces=True)}:
+        assert time.monotonic() < end, "the first system does not end"
+        assert [deployed.text(prompt) for prompt in PROMPTS] == expected
