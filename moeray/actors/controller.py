@@ -317,12 +317,12 @@ class Controller:
         replaced one after the other, each when another can work in its place. Raises ConfigError, and changes nothing,
         where it needs another system.
         """
-        if self._places is None or not self._ready.done() or self._stopped:
+        if since <= self._since or self._places is None or not self._ready.done() or self._stopped:
             return False
         return self._loop.ask(lambda: self._configure(config, since))
 
     def _configure(self, config: Config, since: float) -> bool:
-        if since <= self._since:
+        if since <= self._since:  # another endpoint was faster
             return False
         update = compare(self._config, config)
         other_token = config.wire.token is not None and config.wire.token.encode() != self._token
