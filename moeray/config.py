@@ -25,6 +25,11 @@ Kernel = Literal["auto", "native", "torch"]
 LinearKernel = Literal["auto", "native", "onednn", "torch"]
 Quantization = Literal["none", "int8"]
 
+ROUTER = "router"
+"""The routers' name beside those of the expert groups."""
+
+_SECONDS = ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s")
+
 _T = TypeVar("_T")
 
 _ENVIRONMENT = {
@@ -298,6 +303,9 @@ class ControlConfig:
     `audit_log`: a JSONL file of every decision (None: `audit/NAME.jsonl` in the cache folder). `drain_s` bounds the
     wait for what an actor that leaves still has in flight. `warm_start`: processes without a GPU are forks of a zygote
     on their node, which has imported everything; without it each imports for seconds (needed with `image_uri`).
+    `start_s` gives a start up that takes longer, the wait for nodes and for weights from a hub included; with
+    `check_room` one is refused at once where the cluster, as it is, has no room for the actors: switch that off where
+    Ray's autoscaler adds nodes for them. `resources`: custom Ray resources of the node that the controller runs on.
     """
 
     report_s: float = 1.0
@@ -326,9 +334,12 @@ class ControlConfig:
     audit_log: str | None = None
     drain_s: float = 30.0
     warm_start: bool = True
+    start_s: float = 600.0
+    check_room: bool = True
+    resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s"):
+        for key in _SECONDS:
             _require(getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
         for key in ("slo_ttft_s", "slo_tpot_s"):
             _require(getattr(self, key) is None or getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
@@ -345,7 +356,11 @@ class ControlConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open."""
+    """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open.
+
+    `wait_for_system`: Serve counts a replica as started once the system is ready, so that a rolling update waits for
+    it; without it a replica answers from the first moment on, with 503 while the system loads.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -355,6 +370,7 @@ class ServeConfig:
     replicas: int = 1
     max_body_bytes: int = 4 << 20
     request_timeout_s: float = 600.0
+    wait_for_system: bool = False
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, "serve.port", f"must be between 0 and 65535, got {self.port}")
@@ -399,7 +415,7 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
-        known = [group.name for group in self.experts.resolved()] + ["router"]
+        known = [group.name for group in self.experts.resolved()] + [ROUTER]
         for entry in self.control.schedule:
             _require(
                 entry.group in known,
@@ -440,6 +456,20 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 def config_from(tree: Mapping[str, Any]) -> Config:
     """Build a Config from nested plain data (what YAML or JSON gives). Raises ConfigError."""
     return _build(Config, tree, "")
+
+
+def overlay(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with nested plain data laid over it: mappings are merged, anything else (lists too) takes the place of
+    what was there. Raises ConfigError."""
+    return config_from(_merged(to_tree(config), changes))
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

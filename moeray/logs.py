@@ -45,6 +45,13 @@ def setup_logging(config: Config | None = None, **process: Field) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+def change_logging(config: Config) -> None:
+    """Go by a newer config, as the process that `setup_logging` was told of."""
+    formatter = logging.getLogger("moeray").handlers[0].formatter
+    assert isinstance(formatter, _Formatter), "setup_logging comes first"
+    setup_logging(config, **formatter.process)
+
+
 def log_names(sequence: str, origin: str) -> dict[str, object]:
     """The fields (`extra`) by which lines name a sequence: by the HTTP request that it is for, and by itself."""
     return {"request_id": origin or sequence, "sequence": sequence}
@@ -53,7 +60,7 @@ def log_names(sequence: str, origin: str) -> dict[str, object]:
 class _Formatter(logging.Formatter):
     def __init__(self, process: Mapping[str, Field]) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._process = process
+        self.process = process
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """RFC 3339 in UTC, with milliseconds."""
@@ -61,7 +68,7 @@ class _Formatter(logging.Formatter):
 
     def fields(self, record: logging.LogRecord) -> dict[str, object]:
         """Of the process, then of the request at hand, then of the record itself, which knows best."""
-        known = {name: value() if callable(value) else value for name, value in self._process.items()}
+        known = {name: value() if callable(value) else value for name, value in self.process.items()}
         known["request_id"] = REQUEST_ID.get()
         known |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
         return {name: value for name, value in known.items() if value is not None}

@@ -11,11 +11,12 @@ from moeray.types import FinishReason
 class RequestFigures:
     """Used by the step loop's thread; `ended` and `late` may be read by any.
 
-    `ended`: requests that ended with all their tokens, `late`: those of them that missed an objective.
+    `ended`: requests that ended with all their tokens, `late`: those of them that missed an objective. `objectives` may
+    be replaced at any time.
     """
 
     def __init__(self, recorder: Recorder, objectives: Objectives) -> None:
-        self._objectives = objectives
+        self.objectives = objectives
         self.ended = self.late = 0
         self._judged = recorder.counter("moeray_slo_requests_total")
         self._judged_late = recorder.counter("moeray_slo_late_requests_total")
@@ -55,7 +56,7 @@ class RequestFigures:
         self._prompt_tokens.observe(life.prompt_tokens)
         self._generation_tokens.observe(life.tokens)
         if reason not in (FinishReason.ERROR, FinishReason.ABORT) and life.first_token is not None:
-            late = self._objectives.late(life.first_token - life.arrived, now - life.arrived, life.given)
+            late = self.objectives.late(life.first_token - life.arrived, now - life.arrived, life.given)
             self.ended += 1
             self.late += late
             self._judged.add()

@@ -79,12 +79,16 @@ def _standing(status: Mapping[str, Any]) -> list[str]:
         return []
     reserve = status["reserve"]
     sizes = [
-        f"{group} {status['ready'][group]}/{count + reserve.get(group, 0)}" for group, count in status["wanted"].items()
+        "{} {}/{} ({} to {})".format(
+            group, status["ready"][group], count + reserve.get(group, 0), *status["limits"][group]
+        )
+        for group, count in status["wanted"].items()
     ]
     skew = max(status["skew"].values(), default=1.0)
     lines = [
-        f"ready/wanted: {', '.join(sizes)}; {status['replicas']} replicas, {status['without_replica']} experts without "
-        f"one; worst layer's max/mean {skew:.2f}; autoscaling {'on' if status['autoscaling'] else 'paused'}"
+        f"ready/wanted (limits): {', '.join(sizes)}; {status['replicas']} replicas, "
+        f"{status['without_replica']} experts without one; worst layer's max/mean {skew:.2f}; "
+        f"autoscaling {'on' if status['autoscaling'] else 'paused'}"
     ]
     for entry in status["decisions"][-5:]:
         what = {key: value for key, value in entry.items() if key not in ("at", "event", "inputs", "node")}

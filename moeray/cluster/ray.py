@@ -26,7 +26,7 @@ from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError, SystemAbsentError
-from moeray.logs import setup_logging
+from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading
 from moeray.threads import PASSIVE
 
@@ -171,10 +171,10 @@ class ControllerProcess:
     The lease lets a crashed ingress or job leave nothing behind, and a restarted one find everything still running.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, since: float = 0.0) -> None:
         self._config = config
         cluster = RayCluster(config.serve.name)
-        self._controller = controller = Controller(config, cluster)
+        self._controller = controller = Controller(config, cluster, since)
         setup_logging(
             config, actor="controller", kind="controller", node=cluster.node_id, epoch=lambda: controller.epoch
         )
@@ -207,15 +207,19 @@ class ControllerProcess:
         """The config that the system runs with."""
         return self._config
 
-    def renew(self, config: Config, reading: Reading | None = None) -> dict[str, Any]:
+    def renew(self, config: Config, since: float = 0.0, reading: Reading | None = None) -> dict[str, Any]:
         """Keep the system alive for another lease; its state. `reading`: what the caller has counted.
 
-        `config` is the caller's: a system that failed to start gives way to one with another config (status "gone"),
-        one that lives with another model does not: MoerayError.
+        `config` is the caller's, laid down at `since`: a system that runs takes one that is newer than its own, or
+        refuses it with a ConfigError; 0 is never newer. One that failed to start gives way to another config (status
+        "gone"), one that lives with another model does not: MoerayError.
         """
         state = self._controller.state()
         if config != self._config and state["status"] == "failed":
             return {"status": "gone", "detail": state["detail"], "info": None}
+        if self._controller.configure(config, since):
+            change_logging(config)
+            self._config = config
         if model_fingerprint(config) != model_fingerprint(self._config):
             raise MoerayError(
                 f"a system named {config.serve.name!r} already serves {self._config.model} in this Ray cluster; "
@@ -242,8 +246,8 @@ def controller_name(system: str) -> str:
     return f"{system}:controller"
 
 
-def start_controller(config: Config) -> Any:
-    """The system's controller: the one that runs under `config.serve.name`, or a new one."""
+def start_controller(config: Config, since: float = 0.0) -> Any:
+    """The system's controller: the one that runs under `config.serve.name`, or a new one with this config."""
     return (
         ray.remote(ControllerProcess)
         .options(
@@ -253,10 +257,11 @@ def start_controller(config: Config) -> Any:
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,
+            resources=dict(config.control.resources),
             max_concurrency=16,
             runtime_env=_runtime_env(config),
         )
-        .remote(config)
+        .remote(config, since)
     )
 
 

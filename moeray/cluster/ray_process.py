@@ -46,6 +46,10 @@ class Process:
         return getattr(self._actor, "epoch", None)
 
     def call(self, method: str, *args: Any) -> Any:
+        if method == "configure":
+            from moeray.logs import change_logging
+
+            change_logging(args[0])
         return getattr(self._actor, method)(*args)
 
 

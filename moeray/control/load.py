@@ -101,7 +101,7 @@ class LoadBook:
 
     def __init__(self, window_s: float, *, buckets: int = 60) -> None:
         """`window_s`: time constant of the exponential windows; `buckets`: one-second ones of the sliding window."""
-        self._window_s = window_s
+        self.window_s = window_s
         self._number: dict[ExpertId, int] = {}
         self._rows = np.zeros(0)  # decayed rows of each expert, over all actors
         self._buckets = np.zeros((buckets, 0))
@@ -137,7 +137,7 @@ class LoadBook:
         if router is None:  # what it counted before this book knew it has no known time span
             router = self._routers[report.actor_id] = _Router(report.incarnation, now, totals=totals, ends=ends)
         span = max(0.0, now - router.since)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         values = np.array([report.running, report.waiting, report.kv_usage], np.float64)
         again = router.incarnation == report.incarnation
         before = router.totals if again else 0.0
@@ -167,7 +167,7 @@ class LoadBook:
             return
         delta, busy = self._delta(actor, report)
         since, span = actor.since, max(0.0, now - actor.since)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         actor.decayed = fade * actor.decayed + delta
         actor.busy_s = fade * actor.busy_s + min(busy, span)
         actor.time_s = fade * actor.time_s + span
@@ -235,9 +235,9 @@ class LoadBook:
         if now == self._at and self._second is not None:
             return
         span = max(0.0, now - self._at)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         self._rows *= fade
-        self._time_s = fade * self._time_s + self._window_s * (1 - fade)
+        self._time_s = fade * self._time_s + self.window_s * (1 - fade)
         self._at = max(now, self._at)
         second = int(now)
         last = second if self._second is None else self._second
@@ -276,8 +276,8 @@ class LoadBook:
         """The part of the last window that each expert actor computed, 0 to 1. Silence counts as idle."""
         out = {}
         for actor_id, actor in self._experts.items():
-            fade = math.exp(-max(0.0, now - actor.since) / self._window_s)
-            time_s = fade * actor.time_s + self._window_s * (1 - fade)
+            fade = math.exp(-max(0.0, now - actor.since) / self.window_s)
+            time_s = fade * actor.time_s + self.window_s * (1 - fade)
             out[actor_id] = min(1.0, fade * actor.busy_s / time_s) if time_s > 0 else 0.0
         return out
 
@@ -289,7 +289,7 @@ class LoadBook:
         """The worst p99 queue wait of each expert actor in the last window, in seconds."""
         out = {}
         for actor_id, actor in self._experts.items():
-            while actor.waits and actor.waits[0][0] < now - self._window_s:
+            while actor.waits and actor.waits[0][0] < now - self.window_s:
                 actor.waits.popleft()
             out[actor_id] = actor.waits[0][1] if actor.waits else 0.0
         return out
@@ -300,7 +300,7 @@ class LoadBook:
 
     def _router_load(self, router: _Router, now: float) -> RouterLoad:
         span = max(0.0, now - router.since)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         time_s = fade * router.time_s + span
         means = (fade * router.sums + span * router.last) / time_s if time_s > 0 else router.last
         running, waiting, kv_usage = means.tolist()
@@ -327,7 +327,7 @@ class LoadBook:
         """Layer -> max/mean of the rows per second that each actor really served, of those that host any of it."""
         layers: dict[int, dict[str, float]] = {}
         for actor_id, actor in self._experts.items():
-            fade = math.exp(-max(0.0, now - actor.since) / self._window_s)
+            fade = math.exp(-max(0.0, now - actor.since) / self.window_s)
             for expert, rows in zip(actor.ids, actor.decayed.tolist(), strict=True):
                 served = layers.setdefault(expert.layer, {})
                 served[actor_id] = served.get(actor_id, 0.0) + fade * rows

@@ -34,15 +34,15 @@ def create_app(
     """The ASGI app over `backend`, which may still be loading: until it is ready every /v1 call is answered by 503.
 
     `recorder` counts its HTTP requests, for a backend that tells the controller of them.
-    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request. `answer_request_id`: False where a
-    proxy in front sends each request's id back.
+    `app.state.endpoint.warm_up()` loads the tokenizer ahead of the first request; its `configure` takes a newer config.
+    `answer_request_id`: False where a proxy in front sends each request's id back.
     """
     app = FastAPI(title="moeray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoint = Endpoint(backend, config)
     app.state.endpoint = endpoint
     app.include_router(page_routes())
     app.include_router(_open_routes(endpoint))
-    app.include_router(_key_routes(endpoint, config))
+    app.include_router(_key_routes(endpoint))
     install_handlers(app)
     app.add_middleware(RequestContext, answer=answer_request_id)
     app.add_middleware(RequestCounts, recorder or Recorder(), GENERATING)
@@ -56,8 +56,8 @@ def _open_routes(endpoint: Endpoint) -> APIRouter:
     return routes
 
 
-def _key_routes(endpoint: Endpoint, config: Config) -> APIRouter:
-    routes = APIRouter(dependencies=[Depends(require_key(config.serve.api_key))])
+def _key_routes(endpoint: Endpoint) -> APIRouter:
+    routes = APIRouter(dependencies=[Depends(require_key(lambda: endpoint.api_key))])
     routes.add_api_route("/status", endpoint.status, methods=["GET"])
     routes.add_api_route("/console/state", endpoint.console_state, methods=["GET"])
     routes.add_api_route("/v1/models", endpoint.models, methods=["GET"])
@@ -75,6 +75,16 @@ class Endpoint:
         self._config = config
         self._calls = Calls(backend, config.chat_template)
         self._console = ConsoleState(backend)
+
+    def configure(self, config: Config) -> None:
+        """Hold a newer config for the requests that come from now on."""
+        if config.chat_template != self._config.chat_template:
+            self._calls = Calls(self._backend, config.chat_template)
+        self._config = config
+
+    @property
+    def api_key(self) -> str | None:
+        return self._config.serve.api_key
 
     async def warm_up(self) -> None:
         """Load the tokenizer of a ready backend now. Raises CheckpointError, ConfigError or ApiError."""

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from moeray.actors.client import RouterClient
@@ -81,6 +82,13 @@ class SystemBackend:
     def model(self) -> ModelInfo | None:
         return self._model
 
+    def configure(self, config: Config) -> None:
+        """Hold a newer config: the model's name and the requests' deadline from now on."""
+        self._config = config
+        self._pool.timeout_s = config.serve.request_timeout_s
+        if self._model is not None and self._model.name != config.served_model_name:
+            self._model = replace(self._model, name=config.served_model_name)
+
     def start(self) -> None:
         """Begin to follow the controller; returns at once."""
         self._follower = asyncio.create_task(self._follow(), name="controller-follower")
@@ -121,7 +129,7 @@ class SystemBackend:
 
     async def _look(self) -> None:
         try:
-            state = await self._controller.renew(self._reading())
+            state = await self._controller.renew(self.reading())
             self._unanswered = 0
             self._said = BackendState(state["status"], state["detail"])
             if state["info"] is not None:
@@ -177,10 +185,10 @@ class SystemBackend:
         return await self._controller.call(method, *args)
 
     async def metrics(self, accept: str = "") -> tuple[bytes, str]:
-        text, content_type = await self._controller.call("metrics", accept, self._reading())
+        text, content_type = await self._controller.call("metrics", accept, self.reading())
         return bytes(text), str(content_type)
 
-    def _reading(self) -> Reading:
+    def reading(self) -> Reading:
         """What this endpoint has counted, under its own name: it comes and goes as it likes."""
         return Reading(self.name, self.name, *self._recorder.read(), guest=True)
 
