@@ -110,8 +110,8 @@ class ExpertsConfig:
     `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is
     empty.
 
-    `kernel`: what multiplies. `native` are moeray's own kernels for CPUs, `triton` those for GPUs; `auto` is the one for
-    the actor's device, except in float32 and where it cannot compute a layer, which runs on `torch` then.
+    `kernel`: what multiplies. `native` are moeray's own kernels for CPUs, `triton` those for GPUs; `auto` is the one
+    for the actor's device, except in float32 and where it cannot compute a layer, which runs on `torch` then.
     `quantization: int8` keeps dense weights as int8 with a scale for each output, made in the cache folder: half the
     memory and its traffic, somewhat less exact.
     `pin_threads`: an actor on a CPU keeps its compute threads on cores that no other actor of the machine has, as long

@@ -19,8 +19,18 @@ from torch import Tensor
 
 from moeray.model.family import ExpertsLayer
 from moeray.model.kernels.experts import KernelExpert, KernelLayer, UnsupportedByKernelError
-from moeray.model.kernels.layout import Expert, Format, Layer, Matrix
-from moeray.model.kernels.tiles import CANDIDATES, DEFAULTS, Tile, Tiles, Trial, choose, inputs_at_once, spread, tile_for
+from moeray.model.kernels.layout import Expert, Format, Layer
+from moeray.model.kernels.tiles import (
+    CANDIDATES,
+    DEFAULTS,
+    Tile,
+    Tiles,
+    Trial,
+    choose,
+    inputs_at_once,
+    spread,
+    tile_for,
+)
 from moeray.model.slices import ExpertTensor
 
 log = logging.getLogger(__name__)
@@ -72,7 +82,7 @@ class TritonLayer(KernelLayer):
         return self._run(tile_for(self._tiles, counts), addresses, x, counts).to(x_RD.dtype)
 
     def _run(self, tile: Tile, addresses: list[int], x_RD: Tensor, counts: list[int]) -> Tensor:
-        table = torch.tensor(spread(addresses, counts, tile.rows), dtype=torch.int64).to(x_RD.device)
+        table = _table(tile, addresses, counts, x_RD.device)
         return self._launches(tile, table, x_RD)
 
     def _launches(self, tile: Tile, table: Tensor, x_RD: Tensor) -> Tensor:
@@ -115,7 +125,7 @@ class TritonLayer(KernelLayer):
         from triton import TritonError
 
         counts = [rows] * len(addresses)
-        table = torch.tensor(spread(addresses, counts, tile.rows), dtype=torch.int64).to(x_RD.device)
+        table = _table(tile, addresses, counts, x_RD.device)
         x_RD = x_RD[: sum(counts)]
         try:
             out_RD = self._launches(tile, table, x_RD)  # compiles
@@ -123,6 +133,13 @@ class TritonLayer(KernelLayer):
             log.info("%s does not run on this GPU: %s", tile, error)
             return None
         return Trial(out_RD[: min(CANDIDATES)], seconds_on_gpu(lambda: self._launches(tile, table, x_RD)))
+
+
+def _table(tile: Tile, addresses: list[int], counts: list[int], device: torch.device) -> Tensor:
+    table = torch.tensor(spread(addresses, counts, tile.rows), dtype=torch.int64)
+    if device.type == "cpu":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)  # waits for nothing that the GPU has yet to do
 
 
 def _on_device(expert: Expert, kept: tuple[Tensor, ...]) -> KernelExpert:
@@ -141,7 +158,7 @@ def seconds_on_gpu(call: Callable[[], Any], repeat: int = 10) -> float:
         call()
     times = []
     for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
@@ -153,17 +170,28 @@ def seconds_on_gpu(call: Callable[[], Any], repeat: int = 10) -> float:
 def _launch(tile: Tile, form: Layer, table: Tensor, x: Tensor, y: Tensor, *, upwards: bool, biased: bool) -> None:
     from moeray.model.kernels.grouped import experts_kernel
 
-    matrix: Matrix = form.up if upwards else form.down
-    stored, scales, operand = _types(Format(matrix.format), x.dtype)
-    act = form.activation
-    grid = (len(table), -(-y.shape[1] // tile.outs))
-    experts_kernel[grid](
-        table, x, y, x.shape[1], y.shape[1], matrix.row_bytes // _itemsize(stored), matrix.scale_bytes // _itemsize(scales),
-        matrix.out_shift, matrix.in_shift, act.alpha, act.cubic, act.limit, act.shift,
-        UPWARDS=upwards, GATED=upwards and bool(form.gated), BIASED=biased, FORMAT=matrix.format, STORED=stored,
-        SCALES=scales, OPERAND=operand, ROWS=tile.rows, OUTS=tile.outs, INS=inputs_at_once(tile, matrix, x.itemsize),
-        num_warps=tile.warps, num_stages=tile.stages,
+    scalars, constants = launch_arguments(tile, form, x.dtype, upwards=upwards, biased=biased)
+    experts_kernel[len(table), -(-y.shape[1] // tile.outs)](
+        table, x, y, *scalars, **constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
+    )
+
+
+def launch_arguments(
+    tile: Tile, form: Layer, dtype: torch.dtype, *, upwards: bool, biased: bool
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """What the kernel gets beside tensors, and what it is compiled for, for inputs of `dtype`."""
+    matrix, act = form.up if upwards else form.down, form.activation
+    outputs = form.down.inputs if upwards else form.down.outputs
+    stored, scales, operand = _types(Format(matrix.format), dtype)
+    steps = matrix.row_bytes // _itemsize(stored), matrix.scale_bytes // _itemsize(scales)
+    scalars = (
+        matrix.inputs, outputs, *steps, matrix.out_shift, matrix.in_shift, act.alpha, act.cubic, act.limit, act.shift,
     )  # fmt: skip
+    return scalars, {
+        "UPWARDS": upwards, "GATED": upwards and bool(form.gated), "BIASED": biased, "FORMAT": matrix.format,
+        "STORED": stored, "SCALES": scales, "OPERAND": operand, "ROWS": tile.rows, "OUTS": tile.outs,
+        "INS": inputs_at_once(tile, matrix, dtype.itemsize),
+    }  # fmt: skip
 
 
 def _types(form: Format, dtype: torch.dtype) -> tuple[Any, Any, Any]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import MXFP4_GROUP, Fp8Block, Int8, Mxfp4, Plain, StoredWeight, float_scales
-from moeray.model.kernels.linear import DENSE
 from moeray.model.kernels.layout import Activation, Expert, Format, Layer, Matrix, Outputs
+from moeray.model.kernels.linear import DENSE
 from moeray.model.kernels.native import Instructions, forward
 from moeray.model.slices import ExpertTensor
 

@@ -36,7 +36,7 @@ def _stored_rows(outputs, out_O):
 
 @triton.jit
 def _half(bits, sign: tl.constexpr, shift: tl.constexpr):
-    """A small float as an fp16, too small by a constant factor: `sign` its sign bit, `shift` from its bits to fp16's."""
+    """A small float's bits in an fp16, too small by a constant factor: `sign` its sign bit, `shift` up to fp16's."""
     wide = bits.to(tl.uint16)
     return ((wide & sign) * (0x8000 // sign) | (wide & (sign - 1)) << shift).to(tl.float16, bitcast=True)
 
@@ -135,7 +135,21 @@ def experts_kernel(
         kept = (in_I < inputs)[:, None] & there_R[None, :]
         x_IR = tl.load(x + row_R[None, :] * inputs + in_I[:, None], mask=kept, other=0)
         sums_OR = _add(
-            sums_OR, x_IR, data, scale, row_O, seen_O, k, inputs, row_step, scale_step, out_shift, in_shift, INS, FORMAT, OPERAND,
+            sums_OR,
+            x_IR,
+            data,
+            scale,
+            row_O,
+            seen_O,
+            k,
+            inputs,
+            row_step,
+            scale_step,
+            out_shift,
+            in_shift,
+            INS,
+            FORMAT,
+            OPERAND,
         )
         if GATED:
             gate_OR = _add(

@@ -1,4 +1,4 @@
-"""How an expert's stored weights lie in memory, as every kernel reads it (kernels/native/layout.h, moe.c, grouped.py)."""
+"""How an expert's stored weights lie in memory, as all kernels read it (native/layout.h, native/moe.c, grouped.py)."""
 
 from __future__ import annotations
 
