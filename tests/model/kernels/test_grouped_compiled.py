@@ -37,8 +37,9 @@ def compiled(form, tile, capability, upwards=True, dtype=torch.bfloat16):
     scalars, constants = launch_arguments(tile, layer, dtype, upwards=upwards, biased=False)
     names, rows = experts_kernel.arg_names, {torch.bfloat16: "*bf16"}[dtype]
     types = {"tiles": "*i64", "x": rows, "y": rows} | dict.fromkeys(constants, "constexpr")
-    types |= {name: "fp32" if isinstance(s, float) else "i32" for name, s in zip(names[3:], scalars, strict=False)}
-    aligned = {"tiles", "x", "y"} | {n for n, s in zip(names[3:], scalars, strict=False) if type(s) is int and s % 16 == 0}
+    values = dict(zip(names[3:], scalars, strict=False))
+    types |= {name: "fp32" if isinstance(value, float) else "i32" for name, value in values.items()}
+    aligned = {"tiles", "x", "y"} | {n for n, value in values.items() if type(value) is int and value % 16 == 0}
     source = ASTSource(
         experts_kernel,
         {name: types[name] for name in names},
