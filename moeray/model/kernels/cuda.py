@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class TritonLayer(KernelLayer):
         """Raises UnsupportedByKernelError where none runs."""
         if device.type != "cuda":
             return DEFAULTS  # interpreted, where time says nothing
+        check_launcher()
         key = bytes(self.form)
         if key not in self._measured:
             began = time.perf_counter()
@@ -135,6 +137,18 @@ class TritonLayer(KernelLayer):
         return Trial(out_RD[: min(CANDIDATES)], seconds_on_gpu(lambda: self._launches(tile, table, x_RD)))
 
 
+def check_launcher() -> None:
+    """Have triton compile what it launches kernels with. Raises UnsupportedByKernelError."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except (RuntimeError, OSError, CalledProcessError) as error:
+        raise UnsupportedByKernelError(
+            f"triton cannot launch kernels here ({error}); it needs a GPU, a C compiler and Python's headers"
+        ) from error
+
+
 def _table(tile: Tile, addresses: list[int], counts: list[int], device: torch.device) -> Tensor:
     table = torch.tensor(spread(addresses, counts, tile.rows), dtype=torch.int64)
     if device.type == "cpu":
@@ -154,7 +168,7 @@ def _on_device(expert: Expert, kept: tuple[Tensor, ...]) -> KernelExpert:
 def seconds_on_gpu(call: Callable[[], Any], repeat: int = 10) -> float:
     """The least time of a call's launches, which must be compiled by then; replayed, so without Python's part."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
         call()
     times = []
     for _ in range(repeat):

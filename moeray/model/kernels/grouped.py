@@ -43,7 +43,8 @@ def _half(bits, sign: tl.constexpr, shift: tl.constexpr):
 
 @triton.jit
 def _mxfp4(data, scale, row_O, seen_O, k, inputs, row_step, scale_step, INS: tl.constexpr):
-    """[O, I] fp32: a byte holds two E2M1 values, the low nibble first, and a group of them shares a power of two."""
+    """[O, I] fp32: a byte holds two E2M1 values, the low nibble first, and a group of them shares a power of two (of at
+    most 2^113, where weights never come)."""
     byte_I = k // 2 + tl.arange(0, INS // 2)
     pairs = tl.load(
         data + row_O[:, None] * row_step + byte_I[None, :],

@@ -122,7 +122,7 @@ def test_every_instruction_set(form, tmp_path):
     cache = tmp_path / "cache" if form == "int8" else None
     bank, layer, hidden = bank_of(stored(form, tmp_path), torch.float32, "native", cache=cache)
     x, native = rows_for(hidden, 60).float(), bank._kernels.of(layer)
-    assert form not in ("fp8", "mxfp4") or native._layer.up.format == Format[form.upper()]
+    assert form not in ("fp8", "mxfp4") or native.form.up.format == Format[form.upper()]
     experts = [bank._experts[ExpertId(layer, e)].kernel for e in range(3)]
     sets = [i for i in Instructions if i <= best_instructions()]
     found = {i: native.forward(experts, x, [2, 28, 30], i) for i in sets}

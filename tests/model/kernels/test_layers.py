@@ -11,6 +11,8 @@ import torch
 import moeray
 from moeray.errors import ConfigError
 from moeray.model.kernels import available
+from moeray.model.kernels.cuda import check_launcher
+from moeray.model.kernels.experts import UnsupportedByKernelError
 from moeray.model.kernels.layers import choose_kernel
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -34,6 +36,13 @@ def test_what_computes(asked, dtype, device, chosen):
 def test_a_gpu_has_triton():
     pytest.importorskip("triton")
     assert choose_kernel("auto", torch.bfloat16, GPU) == choose_kernel("triton", torch.float32, GPU) == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_cannot_launch_it_says_what_it_needs():
+    pytest.importorskip("triton")
+    with pytest.raises(UnsupportedByKernelError, match=r"cannot launch kernels here .*needs a GPU, a C compiler"):
+        check_launcher()
 
 
 @pytest.mark.usefixtures("without_triton")
