@@ -51,7 +51,7 @@ def compiled(form, tile, capability, upwards=True, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(("form", "rows", "capability"), [
-    (Format.BF16, 16, 80), (Format.BF16, 16, 90), (Format.FP8, 16, 90), (Format.MXFP4, 16, 90),
+    (Format.BF16, 16, 80), (Format.FP8, 16, 90),
     *(pytest.param(form, rows, capability, marks=pytest.mark.slow)
       for form in BYTES for rows in CANDIDATES for capability in PRODUCTS),
 ])  # fmt: skip
