@@ -22,6 +22,7 @@ from moeray.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Kernel = Literal["auto", "native", "torch"]
+ExpertKernel = Literal["auto", "native", "triton", "torch"]
 LinearKernel = Literal["auto", "native", "onednn", "torch"]
 Quantization = Literal["none", "int8"]
 
@@ -119,9 +120,10 @@ class ExpertsConfig:
     `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is
     empty.
 
-    `kernel`: what multiplies on CPUs. `native` are moeray's own kernels; `auto` is those, except in float32 and where
-    they cannot compute a layer, which runs on `torch` then. `quantization: int8` keeps dense weights of CPU experts as
-    int8 with a scale for each output, in the cache folder: half the memory and its traffic, somewhat less exact.
+    `kernel`: what multiplies. `native` are moeray's own kernels for CPUs, `triton` those for GPUs; `auto` is the one
+    for the actor's device, except in float32 and where it cannot compute a layer, which runs on `torch` then.
+    `quantization: int8` keeps dense weights as int8 with a scale for each output, made in the cache folder: half the
+    memory and its traffic, somewhat less exact.
     `pin_threads`: an actor on a CPU keeps its compute threads on cores that no other actor of the machine has, as long
     as there are as many; switch it off where other programs compute on the same cores.
     """
@@ -135,7 +137,7 @@ class ExpertsConfig:
     min_actors: int | None = None
     max_actors: int | None = None
     replicas: int = 1
-    kernel: Kernel = "auto"
+    kernel: ExpertKernel = "auto"
     quantization: Quantization = "none"
     pin_threads: bool = True
     groups: tuple[ExpertGroupConfig, ...] = ()

@@ -1,11 +1,11 @@
-"""The shared object of kernels/native: found, loaded, and its structures (kernels/native/layout.h, moe.c) mirrored."""
+"""The shared object of kernels/native: found, loaded and called."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -15,21 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeray.model.kernels.layout import Format, Layer
+
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 _REBUILD = "install moeray again where there is a C compiler (pip install --force-reinstall --no-deps moeray)"
-
-
-class Format(IntEnum):
-    """How a matrix stores its weights."""
-
-    F32 = 0
-    F16 = 1
-    BF16 = 2
-    INT8 = 3
-    FP8 = 4
-    MXFP4 = 5
 
 
 class Instructions(IntEnum):
@@ -41,28 +32,6 @@ class Instructions(IntEnum):
 
 
 _CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
-
-
-class Matrix(Structure):
-    _fields_ = [(name, c_int64) for name in (
-        "format", "inputs", "outputs", "row_bytes", "scale_bytes", "out_shift", "in_shift",
-    )]  # fmt: skip
-
-
-class Outputs(Structure):
-    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("first", c_int64), ("step", c_int64)]
-
-
-class Activation(Structure):
-    _fields_ = [("alpha", c_float), ("cubic", c_float), ("limit", c_float), ("shift", c_float)]
-
-
-class Layer(Structure):
-    _fields_ = [("up", Matrix), ("down", Matrix), ("activation", Activation), ("gated", c_int64)]
-
-
-class Expert(Structure):
-    _fields_ = [("gate", Outputs), ("up", Outputs), ("down", Outputs)]
 
 
 class Call(Structure):
