@@ -23,6 +23,8 @@ from moeray.recorder import Snapshot
 from moeray.types import ExpertId
 
 DECISIONS = 24
+ANSWER_S = 2.0
+"""A loop that is busy for longer gives no picture; who looks must not queue up behind it."""
 KEEP_S = 0.9
 """A picture is shown again for so long: pages ask each second."""
 

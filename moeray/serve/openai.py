@@ -18,7 +18,7 @@ from moeray.serve.backend import Backend, ModelInfo
 from moeray.serve.body import read_json
 from moeray.serve.chat import chat_events, plain_chat
 from moeray.serve.completions import completion_events, plain_completion
-from moeray.serve.console.page import page_routes
+from moeray.serve.console.assets import page_routes
 from moeray.serve.console.state import ConsoleState
 from moeray.serve.context import RequestContext
 from moeray.serve.counting import RequestCounts
