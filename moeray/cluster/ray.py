@@ -176,7 +176,10 @@ class ControllerProcess:
         self._controller = Controller(config, RayCluster(config.serve.name))
         self._renewed = time.monotonic()
         self._ended = threading.Event()
-        self._ray_metrics = RayMetrics(self._controller.series) if config.metrics.ray else None
+        self._ray_metrics: RayMetrics | None = None
+        if config.metrics.ray:
+            resumed = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+            self._ray_metrics = RayMetrics(self._controller.series, resumed)
         self._starter = threading.Thread(target=self._start, name="controller-start", daemon=True)
         self._starter.start()
         threading.Thread(target=self._watch, name="controller-lease", daemon=True).start()

@@ -26,10 +26,15 @@ Sample = tuple[str, dict[str, str], float]
 
 
 class RayMetrics:
-    """Repeats what `series` gives each `period_s` seconds, in a thread of its own, until it is closed."""
+    """Repeats what `series` gives each `period_s` seconds, in a thread of its own, until it is closed.
 
-    def __init__(self, series: Callable[[], Snapshot], period_s: float = PERIOD_S) -> None:
+    Ray's counters are a process's, and stay when it has died. So one that goes on for another (`resumed`) tells only
+    what comes on top of what it finds: the sum over processes is the system's count.
+    """
+
+    def __init__(self, series: Callable[[], Snapshot], resumed: bool = False, period_s: float = PERIOD_S) -> None:
         self._series = series
+        self._resumed = resumed
         self._period_s = period_s
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
@@ -51,10 +56,10 @@ class RayMetrics:
             if name not in self._counters:
                 self._counters[name] = Counter(name, METRICS[name].help, METRICS[name].labels)
             key = name, tuple(labels.values())
-            if (more := value - self._told.get(key, 0.0)) > 0:
+            if (more := value - self._told.get(key, 0.0)) > 0 and not self._resumed:
                 self._counters[name].inc(more, labels)
             told[key] = value
-        self._told = told
+        self._told, self._resumed = told, False
         for kind in ("gauge", "histogram"):
             for name, labels, value in flat(snapshot, kind):
                 if name not in self._gauges:

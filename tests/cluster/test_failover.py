@@ -11,13 +11,14 @@ import os
 import signal
 import time
 
+import httpx
 import pytest
 import ray
 import torch
 
 from moeray.bench.checkpoint import Shape, write_random_moe
 from tests.cluster.live import Live, is_whole, kill, live_system
-from tests.scraping import total
+from tests.scraping import samples, total
 from tests.systems import tiny_config
 
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
@@ -28,7 +29,8 @@ RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3}
 
 @pytest.fixture(scope="module")
 def ray_here():
-    ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR")
+    system_config = {"metrics_report_interval_ms": 1000}
+    ray.init(num_cpus=8, log_to_driver=False, logging_level="ERROR", _system_config=system_config)
     yield
     ray.shutdown()
 
@@ -40,6 +42,8 @@ def running(request, ray_here, tmp_path_factory):
     model = write_random_moe(SHAPE, folder / "moe", torch.float32)
     config = tiny_config(
         model, experts__num_cpus=0.1, router__num_cpus=0.1, control__audit_log=str(folder / "audit.jsonl"),
+        metrics__ray=True,
+        serve__model_name=f"moe-{request.param_index}",
         **request.param,
     )  # fmt: skip
     with asyncio.Runner() as runner:
@@ -152,3 +156,20 @@ def test_draining_an_actor_moves_its_work_first(running, kind):
     run(survives(live, calm, lambda: live.ask("drain", victim, 120.0)))
     status = run(live.until(lambda s: victim not in {row["actor"] for row in s["actors"]}))
     assert ("lost", victim) not in {(d["event"], d.get("actor")) for d in status["decisions"]}
+
+
+def test_rays_agent_has_the_series_too_and_counts_nothing_twice(running):
+    """Behind all these deaths: each controller tells what came on top of the one before it."""
+    run, live, _ = running
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+
+    name = live.backend.model.name
+
+    async def repeated():
+        async with httpx.AsyncClient(timeout=30.0) as http, asyncio.timeout(60):
+            while True:
+                found = samples((await http.get(url)).content)
+                if any(sample == f"ray_{TOKENS}" and ("model_name", name) in labels for sample, labels in found):
+                    return total(found, f"ray_{TOKENS}", model_name=name)
+
+    assert 0 < run(repeated()) <= total(run(live.scrape()), TOKENS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import httpx
@@ -29,7 +30,7 @@ def test_a_histogram_is_flat():
     assert found["moeray_step_seconds_sum", None] == pytest.approx(0.043)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def agent():
     """Where the node's metrics agent is scraped."""
     ray.init(
@@ -58,9 +59,29 @@ def test_series_are_repeated_to_rays_agent(agent):
         assert total(found, "ray_moeray_request_success_total", model_name="m", finished_reason="stop") == 3
         recorder.counter("moeray_request_success_total", finished_reason="stop").add(2)
         recorder.gauge("moeray_placement_epoch").set(8)
-        found = scraped(agent, "ray_moeray_request_success_total", 5)
+        scraped(agent, "ray_moeray_request_success_total", 5)
         found = scraped(agent, "ray_moeray_placement_epoch", 8)
         assert total(found, "ray_moeray_step_seconds_bucket", le="0.025") == 3
         assert total(found, "ray_moeray_step_seconds_sum") == pytest.approx(0.043)
+    finally:
+        sink.close()
+
+
+def test_who_goes_on_for_another_repeats_only_what_is_new(agent):
+    recorder = Recorder(model_name="m")
+    counter = recorder.counter("moeray_request_success_total", finished_reason="length")
+    counter.add(40)
+    read = threading.Semaphore(0)
+
+    def series():
+        read.release()
+        return recorder.read()[1]
+
+    sink = RayMetrics(series, resumed=True, period_s=0.2)
+    try:
+        for _ in range(2):  # the first has been taken in when the second is asked for
+            assert read.acquire(timeout=30)
+        counter.add(2)
+        scraped(agent, "ray_moeray_request_success_total", 2)
     finally:
         sink.close()
