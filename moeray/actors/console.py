@@ -11,7 +11,7 @@ from typing import Any
 
 from moeray.actors.audit import Audit
 from moeray.actors.autoscaler import Autoscaler
-from moeray.actors.decisions import told
+from moeray.actors.decisions import story
 from moeray.actors.figures import LATENCY_S, Sample, figures
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import ROUTER, Actor, Roster
@@ -23,6 +23,8 @@ from moeray.recorder import Snapshot
 from moeray.types import ExpertId
 
 DECISIONS = 24
+ANSWER_S = 2.0
+"""A loop that is busy for longer gives no picture; who looks must not queue up behind it."""
 KEEP_S = 0.9
 """A picture is shown again for so long: pages ask each second."""
 
@@ -89,7 +91,7 @@ def moment(
         "skew": max(standing["skew"].values(), default=1.0),
         "groups": _groups(config, standing),
         "actors": _actors(roster, places, actors, autoscaler.busy()),
-        "decisions": [told(entry) for entry in list(audit.recent)[: -DECISIONS - 1 : -1]],
+        "decisions": story(audit.recent, DECISIONS),
     }
     return Moment(facts, places.placement, experts, counted)
 

@@ -19,7 +19,7 @@ from moeray.actors.accounts import Accounts, Statement, remember
 from moeray.actors.adoption import Found, adopt
 from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
-from moeray.actors.console import Console, Moment, moment
+from moeray.actors.console import ANSWER_S, Console, Moment, moment
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
@@ -333,11 +333,12 @@ class Controller:
         places, accounts = self._places, self._accounts
         if places is None or accounts is None or self._stopped:
             return None
-        return self._loop.ask(
-            lambda: moment(
-                self._config, self._standing(), self._roster, self._autoscaler, places, self._audit, accounts.counted()
-            )
-        )
+
+        def take() -> Moment:
+            counted = accounts.counted()
+            return moment(self._config, self._standing(), self._roster, self._autoscaler, places, self._audit, counted)
+
+        return self._loop.ask(take, ANSWER_S)
 
     @property
     def epoch(self) -> int:

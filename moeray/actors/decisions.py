@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _BAD = {"lost", "no_room", "start_failed"}
@@ -14,11 +14,22 @@ _PLANS = {
 }
 
 
-def told(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry as `at` (unix seconds), `event`, a sentence (`text`) and a `tone`, bad or plain."""
-    ended_badly = entry["event"] == "plan_ended" and entry["result"] != "done"
-    tone = "bad" if entry["event"] in _BAD or ended_badly else "plain"
-    return {"at": entry["at"], "event": entry["event"], "text": sentence(entry), "tone": tone}
+def story(entries: Iterable[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The newest `most` entries, newest first, each as `at` (unix seconds), `event`, a sentence (`text`) and a `tone`,
+    bad or plain. That a change was carried out goes without saying; that it was not is told."""
+    told = [entry for entry in entries if entry["event"] != "plan_ended" or _went_wrong(entry)]
+    return [
+        {"at": entry["at"], "event": entry["event"], "text": sentence(entry), "tone": _tone(entry)}
+        for entry in told[: -most - 1 : -1]
+    ]
+
+
+def _tone(entry: Mapping[str, Any]) -> str:
+    return "bad" if entry["event"] in _BAD or _went_wrong(entry) else "plain"
+
+
+def _went_wrong(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["event"] == "plan_ended" and entry["result"] != "done")
 
 
 def sentence(entry: Mapping[str, Any]) -> str:

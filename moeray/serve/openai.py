@@ -15,7 +15,7 @@ from moeray.serve.auth import require_key
 from moeray.serve.backend import ModelInfo, ObservedBackend
 from moeray.serve.body import read_json
 from moeray.serve.calls import CHAT_COMPLETIONS, COMPLETIONS, Calls
-from moeray.serve.console.page import page_routes
+from moeray.serve.console.assets import page_routes
 from moeray.serve.console.state import ConsoleState
 from moeray.serve.context import RequestContext
 from moeray.serve.counting import RequestCounts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeray.actors.decisions import sentence, told
+from moeray.actors.decisions import sentence, story
 
 INPUTS = {"groups": {"cheap": {"actors": 2}, "fast": {"actors": 1}}, "routers": [{}]}
 
@@ -65,14 +65,17 @@ def test_sentences(entry, text):
     assert sentence(entry) == text
 
 
-@pytest.mark.parametrize(
-    ("entry", "tone"),
-    [
-        ({"event": "ready", "actor": "a", "node": "n"}, "plain"),
-        ({"event": "lost", "actor": "a", "reason": "x", "node": "n"}, "bad"),
-        ({"event": "plan_ended", "kind": "scale", "result": "rolled_back", "epoch": 4, "error": "x"}, "bad"),
-    ],
-)
-def test_tones(entry, tone):
-    shown = told({"at": 1.5, **entry})
-    assert shown == {"at": 1.5, "event": entry["event"], "tone": tone, "text": sentence(entry)}
+def test_the_newest_come_first_and_what_went_well_goes_without_saying():
+    entries = [
+        {"at": 1, "event": "ready", "actor": "a", "node": "n"},
+        {"at": 2, **plan()},
+        {"at": 3, "event": "plan_ended", "kind": "scale", "result": "done", "epoch": 3, "error": None},
+        {"at": 4, "event": "lost", "actor": "a", "reason": "x", "node": "n"},
+        {"at": 5, "event": "plan_ended", "kind": "scale", "result": "rolled_back", "epoch": 4, "error": "x"},
+    ]
+    shown = story(entries, 3)
+    assert [(entry["at"], entry["event"], entry["tone"]) for entry in shown] == [
+        (5, "plan_ended", "bad"), (4, "lost", "bad"), (2, "plan", "plain")
+    ]  # fmt: skip
+    assert [entry["text"] for entry in shown] == [sentence(entries[n]) for n in (4, 3, 1)]
+    assert len(story(entries, 9)) == 4
