@@ -56,6 +56,14 @@ class Cluster:
     def ended(self, job: str) -> bool:
         return self.client.get_job_status(job).is_terminal()
 
+    def write(self, job: str, output: Path, size: int) -> None:
+        """Until the job has written so many bytes, and goes on."""
+        try:
+            grown_to(output, size, lambda: self.ended(job))
+            assert not self.ended(job), "it ended before it could be disturbed"
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its log:\n{self.client.get_job_logs(job)}") from error
+
     def wait(self, job: str) -> tuple[JobStatus, str]:
         """How the job ended, and its log."""
         until(lambda: self.ended(job), f"{job} ends")
@@ -142,7 +150,7 @@ def kill_and_resubmit(cluster: Cluster, tmp_path: Path, lines: int, *options: st
     """A job is killed half-way and submitted again: every line once. The second one's log."""
     source, output = requests(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     job = cluster.submit(source, output, *options)
-    grown_to(output, lines * 200, lambda: cluster.ended(job))
+    cluster.write(job, output, lines * 200)
     driver(output).kill()
     status, log = cluster.wait(job)
     assert status is JobStatus.FAILED, log
@@ -212,7 +220,7 @@ def test_a_job_that_is_stopped_ends_its_system(cluster, tmp_path):
     """`ray job stop` sends SIGTERM, and SIGKILL three seconds later: the system's end is asked for by then."""
     source, output = requests(tmp_path / "in.jsonl", 400), tmp_path / "out.jsonl"
     job = cluster.submit(source, output, "--concurrency", "8")
-    grown_to(output, 20_000, lambda: cluster.ended(job))
+    cluster.write(job, output, 20_000)
     subprocess.run([RAY, "job", "stop", "--address", cluster.dashboard, job], check=True, timeout=120)
     status, log = cluster.wait(job)
     assert status is JobStatus.STOPPED
@@ -226,7 +234,7 @@ def test_a_job_that_is_stopped_ends_its_system(cluster, tmp_path):
 def test_the_system_that_a_killed_job_has_left_gives_way_to_one_with_another_config(cluster, tmp_path):
     source, output = requests(tmp_path / "in.jsonl", 200), tmp_path / "out.jsonl"
     job = cluster.submit(source, output, "--concurrency", "8")
-    grown_to(output, 20_000, lambda: cluster.ended(job))
+    cluster.write(job, output, 20_000)
     driver(output).kill()
     cluster.wait(job)
     status, log = cluster.wait(cluster.submit(source, output, "--experts-actors", "3"))
