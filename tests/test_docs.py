@@ -12,7 +12,8 @@ import pytest
 from moeray.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("[md][oea][eps]*/**/README.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS += sorted(path for room in ("moeray", "deploy", "dashboards") for path in (ROOT / room).glob("**/*.md"))
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\((?!https?://)([^)#]+)")
 

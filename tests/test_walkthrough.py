@@ -27,7 +27,7 @@ ELSEWHERE = {
     "serve run moeray.serve.app:build model=MODEL": "tests/cluster/test_serve_tools.py",
     "serve deploy deploy/serve.yaml": "tests/cluster/test_serve_tools.py",
     "moeray chaos --kill any --every 5s --for 60s --streams 16": "tests/cli/test_chaos.py",
-    "prometheus --config.file deploy/prometheus/prometheus.yml": "tests/deploy/test_prometheus.py",
+    "prometheus --config.file deploy/prometheus/prometheus.yml": "tests/dashboards/test_live.py",
 }
 """Command -> what runs it, with other numbers or ports."""
 SERVE = "moeray serve MODEL"
