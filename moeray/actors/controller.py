@@ -381,7 +381,7 @@ class Controller:
     # -- another config -------------------------------------------------------------------------------------------
 
     def configure(self, config: Config, since: float) -> bool:
-        """Take a newer config while all goes on; False for one that is no newer, or while the system starts.
+        """Take a newer config while all goes on; False where it changes nothing or is no newer, and during the start.
 
         Limits, objectives and policies hold from now on. Actors that were started with what it no longer says are
         replaced one after the other, each when another can work in its place. Raises ConfigError, and changes nothing,
@@ -401,9 +401,11 @@ class Controller:
                 f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
                 "the new system starts beside the old one, which ends when no endpoint asks for it any more"
             )
+        if not update.changed:  # an endpoint was started by the same config
+            self._since = since
+            return False
         self._take(DatedConfig(_public(config), since))
-        if update.changed:
-            self._audit.write("config", changed=update.changed, renewed=update.renewed)
+        self._audit.write("config", changed=update.changed, renewed=update.renewed)
         self._reconcile()
         self._replan()
         return True

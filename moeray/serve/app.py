@@ -48,18 +48,14 @@ class RayPort:
         """Ask for the system by a newer config from now on. Raises MoerayError, and keeps the one before, where the
         system refuses it; one that does not answer at present will hear of it when it does."""
         before = self._config, self._since
-        self.lay(config, since)
+        self._config, self._since = config, since
         try:
             await self.renew(reading)
         except ControllerLostError as error:
             log.warning("the new config is not taken yet: %s", error)
         except MoerayError:
-            self.lay(*before)
+            self._config, self._since = before
             raise
-
-    def lay(self, config: Config, since: float) -> None:
-        """The config to ask for from the next question on."""
-        self._config, self._since = config, since
 
     async def renew(self, reading: Reading) -> dict[str, Any]:
         state = dict(await self._ask("renew", self._config, self._since, reading, timeout=RENEW_TIMEOUT_S))
@@ -162,7 +158,7 @@ class Ingress:
         self._use(config)
 
     async def _start(self, config: Config) -> None:
-        self._port.lay(config, time.time())
+        await self._port.configure(config, time.time(), self._backend.reading())
         self._use(config)
         self._backend.start()
         self._warming = asyncio.create_task(self._warm_up())

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -28,12 +30,13 @@ from tests.deploy.test_config import node_types
 pytestmark = pytest.mark.slow
 
 HEAD_ID = "f" * 51 + "00000"
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 IDLE_S = 5.0
 
 
 @pytest.fixture
 def autoscaled(tmp_path):
-    """The address of a cluster that has a head alone, and the worker groups that the manifest lets it add."""
+    """A cluster that has a head alone, and may add nodes of the manifest's worker groups."""
     port = free_port()
     groups = {name: node for name, node in node_types("cluster").items() if name not in ("headgroup", "experts-gpu")}
     for group in groups.values():
@@ -52,19 +55,42 @@ def autoscaled(tmp_path):
     }  # fmt: skip
     with (tmp_path / "head.log").open("w") as log:
         head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        yield f"127.0.0.1:{port}", groups
-        ray.shutdown()
-        ours = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-        for process in ours:
-            process.terminate()
-        for process in psutil.wait_procs(ours, timeout=20)[1]:
-            process.kill()
-        head.wait(20)
+        try:
+            assert is_open(port, head), (tmp_path / "head.log").read_text()[-3000:]
+            reset_ray_address()
+            address = f"127.0.0.1:{port}"
+            ray.init(address=address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR")
+            yield
+        finally:
+            ray.shutdown()
+            end(psutil.Process(head.pid))
+            head.wait(20)
+            reset_ray_address()  # or the next ray.init of this machine would look for it
+
+
+def is_open(port, head):
+    """Waits for the head's port; False where the head ends instead."""
+    pause = threading.Event()
+    while head.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        pause.wait(0.2)
+    return False
+
+
+def end(process):
+    """It and all that it started, the added nodes too."""
+    ours = [*process.children(recursive=True), process]
+    for each in ours:
+        each.terminate()
+    for each in psutil.wait_procs(ours, timeout=20)[1]:
+        each.kill()
 
 
 def autoscaling_config(groups, address):
     provider = {
-        "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+        "type": "external", "module": PROVIDER, "use_node_id_as_ip": True, "disable_node_updaters": True,
         "disable_launch_config_check": True, "launch_multiple": True, "head_node_id": HEAD_ID, "gcs_address": address,
     }  # fmt: skip
     head = {"resources": {}, "node_config": {}, "max_workers": 0}
@@ -108,10 +134,9 @@ async def wait_nodes(resource, count, give_up=120.0):
             await asyncio.sleep(0.5)
 
 
-def test_pods_follow_actors(autoscaled, tmp_path):
+@pytest.mark.usefixtures("autoscaled")
+def test_pods_follow_actors(tmp_path):
     """From a head alone: one node for the router and one for each expert actor, and none when nobody needs it."""
-    address, _ = autoscaled
-    connect(address)
     model = make_tiny("olmoe", tmp_path / "tiny")
 
     async def run():
@@ -134,14 +159,3 @@ def test_pods_follow_actors(autoscaled, tmp_path):
         await wait_nodes("router", 0)
 
     asyncio.run(run())
-
-
-def connect(address, tries=60):
-    reset_ray_address()
-    for left in reversed(range(tries)):
-        try:
-            ray.init(address=address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level="ERROR")
-            return
-        except (ConnectionError, RuntimeError):
-            if not left:
-                raise

@@ -70,6 +70,14 @@ class Deployed:
         while (now := self.replicas()) & replicas or len(now) < 2:
             assert time.monotonic() < end, f"the replicas {replicas} were not replaced: {now}"
 
+    def until_serve_says(self, words, give_up=180.0) -> None:
+        end, said = time.monotonic() + give_up, ""
+        while words not in said:
+            assert time.monotonic() < end, said
+            command = [SERVE, "status", "--name", "moeray", "--address", self.dashboard]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            said = " ".join(done.stdout.split())
+
     def text(self, prompt: str) -> str:
         stream = self.client.completions.create(
             model="tiny", prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True, extra_body={"ignore_eos": True}
@@ -192,6 +200,19 @@ def test_a_config_that_cannot_be_taken_changes_nothing(deployed, expected):
         deployed.until(lambda s: s["decisions"][-1]["event"] == "config")
     assert deployed.replicas() == replicas
     assert [deployed.text(prompt) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.slow
+def test_a_rolling_update_that_is_refused_ends_with_its_first_replica(deployed, expected):
+    dtype = deployed.args["dtype"]
+    with deployed.clients(expected):
+        deployed.args["dtype"] = "bfloat16"
+        deployed.deploy()
+        deployed.until_serve_says("cannot change dtype")
+        assert deployed.replicas(), "the others serve on"
+        deployed.args["dtype"] = dtype
+        deployed.deploy()
+        deployed.until_serve_says("status: RUNNING")
 
 
 @pytest.mark.slow
