@@ -218,6 +218,7 @@ def test_watching_through_the_controllers_death(system):
         assert {row["actor"] for row in after["actors"]} == {row["actor"] for row in first["actors"]}
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_a_table_each_time_until_its_reader_goes(system):
     process = moeray(
         "status", "--watch", "--interval", "0.5", stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=system.env
