@@ -64,7 +64,8 @@ function visible() {
   return new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 }
 
-function show({ endpoint, model, system, error }) {
+function show({ version, endpoint, model, system, error }) {
+  document.querySelector("h1").title = `moeray ${version}`;
   $("key-item").hidden = !api.hasKey;
   status(endpoint.status);
   chat.serve(SERVES.includes(endpoint.status) ? model : null, endpoint.detail || endpoint.status);
