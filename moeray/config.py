@@ -1,6 +1,7 @@
 """The config tree: frozen dataclasses, validated once. An unknown key is an error that names the nearest key.
 
-Sources, later wins: defaults, a YAML file, `MOERAY_*` environment variables for secrets, command-line flags.
+Sources, later wins: defaults, `MOERAY_*` environment variables for secrets and the log level, a YAML file,
+command-line flags.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ from moeray.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Kernel = Literal["auto", "native", "torch"]
+ExpertKernel = Literal["auto", "native", "triton", "torch"]
 LinearKernel = Literal["auto", "native", "onednn", "torch"]
 Quantization = Literal["none", "int8"]
 
+ROUTER = "router"
+"""The routers' name beside those of the expert groups."""
+
+_SECONDS = ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s")
+
 _T = TypeVar("_T")
 
-_SECRETS = {("wire", "token"): "MOERAY_CLUSTER_TOKEN", ("serve", "api_key"): "MOERAY_API_KEY"}
+_ENVIRONMENT = {
+    "wire.token": "MOERAY_CLUSTER_TOKEN",
+    "serve.api_key": "MOERAY_API_KEY",
+    "log_level": "MOERAY_LOG_LEVEL",
+}
 
 
 def _require(ok: bool, key: str, mend: str) -> None:
@@ -109,9 +120,10 @@ class ExpertsConfig:
     `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is
     empty.
 
-    `kernel`: what multiplies on CPUs. `native` are moeray's own kernels; `auto` is those, except in float32 and where
-    they cannot compute a layer, which runs on `torch` then. `quantization: int8` keeps dense weights of CPU experts as
-    int8 with a scale for each output, in the cache folder: half the memory and its traffic, somewhat less exact.
+    `kernel`: what multiplies. `native` are moeray's own kernels for CPUs, `triton` those for GPUs; `auto` is the one
+    for the actor's device, except in float32 and where it cannot compute a layer, which runs on `torch` then.
+    `quantization: int8` keeps dense weights as int8 with a scale for each output, made in the cache folder: half the
+    memory and its traffic, somewhat less exact.
     `pin_threads`: an actor on a CPU keeps its compute threads on cores that no other actor of the machine has, as long
     as there are as many; switch it off where other programs compute on the same cores.
     """
@@ -125,7 +137,7 @@ class ExpertsConfig:
     min_actors: int | None = None
     max_actors: int | None = None
     replicas: int = 1
-    kernel: Kernel = "auto"
+    kernel: ExpertKernel = "auto"
     quantization: Quantization = "none"
     pin_threads: bool = True
     groups: tuple[ExpertGroupConfig, ...] = ()
@@ -293,6 +305,9 @@ class ControlConfig:
     `audit_log`: a JSONL file of every decision (None: `audit/NAME.jsonl` in the cache folder). `drain_s` bounds the
     wait for what an actor that leaves still has in flight. `warm_start`: processes without a GPU are forks of a zygote
     on their node, which has imported everything; without it each imports for seconds (needed with `image_uri`).
+    `start_s` gives a start up that takes longer, the wait for nodes and for weights from a hub included; with
+    `check_room` one is refused at once where the cluster, as it is, has no room for the actors: switch that off where
+    Ray's autoscaler adds nodes for them. `resources`: custom Ray resources of the node that the controller runs on.
     """
 
     report_s: float = 1.0
@@ -321,9 +336,12 @@ class ControlConfig:
     audit_log: str | None = None
     drain_s: float = 30.0
     warm_start: bool = True
+    start_s: float = 600.0
+    check_room: bool = True
+    resources: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s"):
+        for key in _SECONDS:
             _require(getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
         for key in ("slo_ttft_s", "slo_tpot_s"):
             _require(getattr(self, key) is None or getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
@@ -340,7 +358,11 @@ class ControlConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open."""
+    """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open.
+
+    `wait_for_system`: Serve counts a replica as started once the system is ready, so that a rolling update waits for
+    it; without it a replica answers as soon as there is a controller, with 503 while the system loads.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -350,6 +372,7 @@ class ServeConfig:
     replicas: int = 1
     max_body_bytes: int = 4 << 20
     request_timeout_s: float = 600.0
+    wait_for_system: bool = False
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, "serve.port", f"must be between 0 and 65535, got {self.port}")
@@ -371,7 +394,11 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole tree. `model` is a local folder or a hub id."""
+    """The whole tree. `model` is a local folder or a hub id.
+
+    `log_format`, `log_level` and `log_requests` (a line for each request that ends) hold for every process of the
+    system; MOERAY_LOG_LEVEL is the level where none is given.
+    """
 
     model: str = ""
     revision: str | None = None
@@ -379,6 +406,8 @@ class Config:
     chat_template: str | None = None
     cache_dir: str | None = None
     log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_requests: bool = True
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -388,7 +417,7 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
-        known = [group.name for group in self.experts.resolved()] + ["router"]
+        known = [group.name for group in self.experts.resolved()] + [ROUTER]
         for entry in self.control.schedule:
             _require(
                 entry.group in known,
@@ -419,15 +448,30 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         tree = _read_yaml(Path(path))
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted.split("."), value)
-    for (room, key), variable in _SECRETS.items():
-        if variable in os.environ and isinstance(tree.setdefault(room, {}), dict):
-            tree[room].setdefault(key, os.environ[variable])
+    for dotted, variable in _ENVIRONMENT.items():
+        if variable in os.environ:
+            value = os.environ[variable]
+            _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
     return config_from(tree)
 
 
 def config_from(tree: Mapping[str, Any]) -> Config:
     """Build a Config from nested plain data (what YAML or JSON gives). Raises ConfigError."""
     return _build(Config, tree, "")
+
+
+def overlay(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with nested plain data laid over it: mappings are merged, anything else (lists too) takes the place of
+    what was there. Raises ConfigError."""
+    return config_from(_merged(to_tree(config), changes))
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -446,6 +490,14 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
     tree[keys[-1]] = value
+
+
+def _set_default(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            return  # what stands there is told with its key when the config is built
+    tree.setdefault(keys[-1], value)
 
 
 def _build(cls: type[_T], tree: Any, where: str) -> _T:

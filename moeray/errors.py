@@ -71,3 +71,15 @@ class TraceError(MoerayError, ValueError):
 
 class SimulationError(MoerayError):
     """A simulation cannot answer as asked: its cost file is wrong, or no number of actors meets the SLO."""
+
+
+class SystemAbsentError(MoerayError):
+    """No system of that name runs in the Ray cluster."""
+
+
+class BatchError(MoerayError, ValueError):
+    """A batch job's files cannot be used as they are; the message names the file, and the line where there is one."""
+
+
+class BatchPausedError(MoerayError):
+    """A batch job cannot go on now, and may later: every line is either written or will be asked by the next run."""

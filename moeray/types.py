@@ -91,7 +91,8 @@ class GenerationRequest:
     """One sequence to generate: what the ingress submits to a router.
 
     `output_ids` holds tokens that an earlier attempt generated; generation goes on behind them and
-    positions, penalties and `max_tokens` count them.
+    positions, penalties and `max_tokens` count them. `origin` names what the client knows, the HTTP request for one;
+    logs say it.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     output_ids: tuple[int, ...] = ()
     attempt: int = 0
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,22 @@ import pytest
 from moeray.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("[md][oea][eps]*/**/README.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCS += sorted(path for room in ("moeray", "deploy", "dashboards") for path in (ROOT / room).glob("**/*.md"))
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\((?!https?://)([^)#]+)")
+
+
+def blocks(path: Path) -> list[str]:
+    """The bash blocks of a doc, each command on one line."""
+    return [block.replace("\\\n", " ") for block in _BLOCK.findall(path.read_text())]
 
 
 def commands(path: Path) -> list[list[str]]:
     """The words of each command in the bash blocks of a doc, without comments, split at `--`, `&&` and `|`."""
     found = []
-    for block in _BLOCK.findall(path.read_text()):
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in blocks(path):
+        for line in block.splitlines():
             words = shlex.split(line, comments=True)
             while words:
                 cut = next((i for i, word in enumerate(words) if word in ("&&", "|", "--")), len(words))

@@ -10,6 +10,7 @@ ROOT = Path(moeray.__file__).parent
 # Each room may import the rooms named, and always the leaves.
 LEAVES = {"compiled", "config", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads"}
 ALLOWED = {
+    "dashboards": set(),
     "model": set(),
     "wire": set(),
     "control": set(),
@@ -19,7 +20,8 @@ ALLOWED = {
     "cluster": {"actors", "engine", "dispatch", "model", "wire", "control"},
 }
 BELOW = set(ALLOWED["cluster"]) | {"cluster"}
-ALLOWED |= {"serve": BELOW, "jobs": BELOW, "bench": BELOW, "cli": BELOW | {"serve", "jobs", "bench"}}
+ALLOWED |= {"serve": BELOW, "jobs": BELOW | {"serve"}, "bench": BELOW}
+ALLOWED["cli"] = BELOW | {"serve", "jobs", "bench", "dashboards"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -79,6 +79,10 @@ class Accounts:
         self._ledger.take(self._own.reading(), now)
         self._ledger.settle({CONTROLLER, *(actor.actor_id for actor in self._roster)}, now)
 
+    def counted(self) -> list[Snapshot]:
+        """What `merge` adds up to all that was told by now. The snapshots stay as they are."""
+        return self._ledger.parts()
+
     def statement(self, told: Collection[Reading], standing: Mapping[str, Any], hosting: Collection[str]) -> Statement:
         """All up to now. `told`: the newest readings; `standing` as the controller tells it; `hosting`: the actors that
         the placement names."""

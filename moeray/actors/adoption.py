@@ -13,12 +13,13 @@ from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.loop import Loop
 from moeray.actors.placement_keeper import PlacementKeeper
-from moeray.actors.roster import Actor, Calls, Roster
-from moeray.actors.spec import ActorReport
-from moeray.config import Config, ExpertGroupConfig
+from moeray.actors.roster import ROUTER, Actor, Calls, Roster
+from moeray.actors.spec import ActorReport, DatedConfig
+from moeray.config import ExpertGroupConfig, config_from
 from moeray.control.fleet import Phase
 from moeray.control.ledger import Books, newer
 from moeray.control.placement import Placement
+from moeray.control.update import compare
 from moeray.errors import MoerayError
 from moeray.types import Address, ExpertId
 
@@ -29,13 +30,13 @@ DESCRIBE_S = 5.0
 
 @dataclass(frozen=True)
 class Found:
-    """The running actors with what each says of itself."""
+    """The running actors with what each says of itself; `dated` is the newest config that any of them holds."""
 
     token: bytes
     system: str
     revision: str | None
     actors: tuple[tuple[ActorHandle, Mapping[str, Any]], ...]
-    config: Config
+    dated: DatedConfig
 
     @property
     def books(self) -> Books | None:
@@ -44,22 +45,49 @@ class Found:
 
     def enter(self, roster: Roster, loop: Loop, fleet: FleetKeeper, places: PlacementKeeper) -> Placement:
         """Put the actors into the roster as ready, watch them, and hold the placement that they hold."""
-        kinds = {group.name: group for group in self.config.experts.resolved()}
+        kinds = {group.name: group for group in self.dated.config.experts.resolved()}
         for handle, says in self.actors:
             roster.add(_actor(handle, says, kinds, loop))
         places.placement = placement_of([says for _, says in self.actors])
         for actor in roster:
             fleet.watch(actor)
+        fleet.configure(self.dated)
         for actor in roster.routers():
             places.publish_to(actor)
         return places.placement
 
 
-def adopt(handles: Sequence[ActorHandle], config: Config) -> Found | None:
-    """Ask the actors that were found who they are. None where none serves; those that do not fit are ended."""
-    kinds = {group.name for group in config.experts.resolved()} | {"router"}
+def adopt(handles: Sequence[ActorHandle], dated: DatedConfig) -> Found | None:
+    """Ask the actors that were found who they are. None where none serves; those that do not fit are ended.
+
+    `dated` is the config that the new controller was made with: the one before it may have taken a newer one since.
+    """
+    ready = _ask(handles)
+    if not ready:
+        return None
+    newest = max(ready, key=lambda pair: pair[1].get("epoch", 0))[1]
+    held = _newest_config(dated, [says for _, says in ready if says["system"] == newest["system"]])
+    groups = {group.name for group in held.config.experts.resolved()} | {ROUTER}
+    ours = []
+    for handle, says in ready:
+        if says["system"] == newest["system"] and says["group"] in groups:
+            ours.append((handle, says))
+        else:
+            handle.kill()
+    return Found(newest["token"], newest["system"], newest["revision"], tuple(ours), held) if ours else None
+
+
+def _newest_config(dated: DatedConfig, says: Sequence[Mapping[str, Any]]) -> DatedConfig:
+    """The newest of a system's own configs; what is left of another system is not followed."""
+    held = [DatedConfig(config_from(row["config"]), row["since"]) for row in says]
+    known = [each for each in held if not compare(dated.config, each.config).refused]
+    return max([dated, *known], key=lambda each: each.since)
+
+
+def _ask(handles: Sequence[ActorHandle]) -> list[tuple[ActorHandle, Mapping[str, Any]]]:
+    """What each actor that serves says of itself; the others are ended."""
     futures = [(handle, handle.call("describe")) for handle in handles]
-    serving: list[tuple[ActorHandle, Mapping[str, Any]]] = []
+    said: list[tuple[ActorHandle, Mapping[str, Any]]] = []
     for handle, future in futures:
         try:
             says = future.result(timeout=DESCRIBE_S)
@@ -67,18 +95,11 @@ def adopt(handles: Sequence[ActorHandle], config: Config) -> Found | None:
             log.warning("actor %s does not say who it is, so it is ended: %s", handle.actor_id, error)
             handle.kill()
             continue
-        if says["state"] != "ready" or says["group"] not in kinds:
-            handle.kill()
+        if says["state"] == "ready":
+            said.append((handle, says))
         else:
-            serving.append((handle, says))
-    if not serving:
-        return None
-    newest = max(serving, key=lambda pair: pair[1].get("epoch", 0))[1]
-    ours = tuple(pair for pair in serving if pair[1]["system"] == newest["system"])
-    for handle, says in serving:
-        if says["system"] != newest["system"]:
             handle.kill()
-    return Found(newest["token"], newest["system"], newest["revision"], ours, config)
+    return said
 
 
 def placement_of(says: Sequence[Mapping[str, Any]]) -> Placement:
@@ -102,7 +123,7 @@ def _actor(handle: ActorHandle, says: Mapping[str, Any], kinds: Mapping[str, Exp
     number = int(handle.actor_id.rpartition("-")[2])
     kind = kinds.get(says["group"]) if says["kind"] == "expert" else None
     return Actor(
-        handle.actor_id, kind, number, Phase.READY, handle, Calls(handle, loop),
+        handle.actor_id, kind, number, config_from(says["started"]), Phase.READY, handle, Calls(handle, loop),
         ActorReport(handle.actor_id, says["node"], says["pid"], says["device"], says["free_bytes"]),
         Address(**says["address"]), dict(says.get("facts", {})),
     )  # fmt: skip

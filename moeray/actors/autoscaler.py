@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 from moeray.actors.roster import ROUTER, Roster
-from moeray.config import Config, ExpertGroupConfig, RouterConfig
+from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.load import LoadBook, RouterLoad, skew
 from moeray.control.placement import Placement
@@ -22,6 +22,7 @@ from moeray.control.policy import (
     load_policies,
 )
 from moeray.control.reports import Report
+from moeray.control.update import kinds_of, wanted_after
 from moeray.control.votes import settle
 from moeray.errors import ConfigError
 from moeray.types import ExpertId
@@ -37,11 +38,23 @@ class Autoscaler:
         self._policies = load_policies(config.control.policies)
         self._book = LoadBook(config.control.window_s)
         self._history: deque[Wish] = deque(maxlen=config.control.shrink_votes)
-        self._kinds: dict[str, ExpertGroupConfig | RouterConfig] = {g.name: g for g in config.experts.resolved()}
-        self._kinds[ROUTER] = config.router
+        self._kinds = kinds_of(config)
         self.paused = not config.control.autoscale
         groups = {group.name: group.actors for group in config.experts.resolved()}
         self.wish = Wish(groups, config.router.actors)
+
+    def configure(self, config: Config) -> None:
+        """Hold a newer config: its limits and policies from now on. Raises ConfigError, and changes nothing, for a
+        policy that cannot be loaded."""
+        policies = load_policies(config.control.policies)
+        wanted = wanted_after(self.wanted(), self._config, config)
+        if config.control.autoscale != self._config.control.autoscale:
+            self.paused = not config.control.autoscale
+        self._policies, self._kinds, self._config = policies, kinds_of(config), config
+        self._book.window_s = config.control.window_s
+        self._history = deque(maxlen=config.control.shrink_votes)
+        routers = wanted.pop(ROUTER)
+        self.wish = replace(self.wish, actors=wanted, routers=routers)
 
     def adopt(self, placement: Placement) -> None:
         """Go on from what an earlier controller had scaled to: the actors that serve, and hot experts' replicas."""
@@ -80,6 +93,16 @@ class Autoscaler:
     def skews(self) -> Mapping[int, float]:
         """Layer -> max/mean of what its actors really served."""
         return self._book.skew_observed(self._clock())
+
+    # -- for people ------------------------------------------------------------------------------------------------
+
+    def recent(self) -> tuple[Mapping[ExpertId, float], Mapping[str, float]]:
+        """Rows per second of the last seconds, by expert and by actor."""
+        return self._book.recent()
+
+    def busy(self) -> Mapping[str, float]:
+        """The part of the last window that each expert actor computed, 0 to 1."""
+        return self._book.busy(self._clock())
 
     # -- deciding -------------------------------------------------------------------------------------------------
 

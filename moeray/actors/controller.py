@@ -19,6 +19,7 @@ from moeray.actors.accounts import Accounts, Statement, remember
 from moeray.actors.adoption import Found, adopt
 from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
+from moeray.actors.console import ANSWER_S, Console, Moment, moment
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle, Cluster
@@ -26,14 +27,15 @@ from moeray.actors.loop import Loop
 from moeray.actors.overview import Overview
 from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
 from moeray.actors.roster import Actor, Roster
-from moeray.actors.spec import SystemInfo
+from moeray.actors.spec import DatedConfig, SystemInfo
 from moeray.actors.standing import dry_run, standing
 from moeray.actors.watch import Loss
 from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.ledger import merge
 from moeray.control.reports import Report, RouterReport
-from moeray.errors import MoerayError, NotReadyError
+from moeray.control.update import compare
+from moeray.errors import ConfigError, MoerayError, NotReadyError
 from moeray.exposition import exposition
 from moeray.model.loading import eos_token_ids, open_model
 from moeray.recorder import Reading, Snapshot
@@ -42,7 +44,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
 EARLY_LOSSES = 3
 """So many actors may die before the system is up; one more, and the start is given up."""
@@ -57,10 +58,10 @@ class Controller:
     the next one over the same cluster takes them over.
     """
 
-    def __init__(self, config: Config, cluster: Cluster) -> None:
+    def __init__(self, config: Config, cluster: Cluster, since: float = 0.0) -> None:
         self._cluster = cluster
         self._token = config.wire.token.encode() if config.wire.token else secrets.token_bytes(32)
-        self._config = replace(config, wire=replace(config.wire, token=None))
+        self._config, self._since = _public(config), since
         self._system = secrets.token_hex(4)
         self._roster = Roster()
         self._audit = Audit(audit_path(config))
@@ -74,6 +75,7 @@ class Controller:
         self._fleet: FleetKeeper | None = None
         self._places: PlacementKeeper | None = None
         self._overview = Overview(self._config)
+        self._console = Console(self.state, self._moment)
         self._metrics = ControllerMetrics(self._config)
         self._accounts: Accounts | None = None
         self._next_decision = 0.0
@@ -96,16 +98,26 @@ class Controller:
         return self._info
 
     def _start(self) -> None:
-        config = self._config
         self._phase = "looking for running actors"
-        found = adopt(self._cluster.find(), config)
-        if found is None:
-            self._cluster.check(config.experts.resolved(), config.router)
-        else:
+        found = adopt(self._cluster.find(), DatedConfig(self._config, self._since))
+        if found is None and self._config.control.check_room:
+            self._cluster.check(self._config.experts.resolved(), self._config.router)
+        elif found is not None:
             self._token, self._system = found.token, found.system
+            self._config, self._since = found.dated.config, found.dated.since
+            self._autoscaler.configure(self._config)
+            self._metrics.configure(self._config)
+        config = self._config
         self._phase = "opening the model"
         fleet = FleetKeeper(
-            config, self._cluster, self._loop, self._roster, self._audit, self, self._token, self._system
+            DatedConfig(config, self._since),
+            self._cluster,
+            self._loop,
+            self._roster,
+            self._audit,
+            self,
+            self._token,
+            self._system,
         )
         self._fleet = fleet
         self._loop.start()
@@ -140,7 +152,8 @@ class Controller:
             self._ready.set_exception(error)
 
     def _await_ready(self) -> None:
-        until = time.monotonic() + START_TIMEOUT_S
+        limit_s = self._config.control.start_s
+        until = time.monotonic() + limit_s
         while time.monotonic() < until:
             try:
                 self._ready.result(timeout=0.5)
@@ -148,7 +161,7 @@ class Controller:
             except FutureTimeoutError:
                 self._phase = self._overview.phase(self._snapshot()) or self._phase
         raise MoerayError(
-            f"the system is still {self._phase} after {START_TIMEOUT_S:g} s; "
+            f"the system is still {self._phase} after {limit_s:g} s (control.start_s); "
             "`ray status` shows whether the cluster has room"
         )
 
@@ -312,6 +325,26 @@ class Controller:
         node = self._cluster.node_id
         return standing(self._config, node, self._roster, self._autoscaler, self._places, self._audit)
 
+    def console(self) -> dict[str, Any]:
+        """What the endpoint's live page shows, as plain data; gathered once a second at most, however many ask."""
+        return self._console.look()
+
+    def _moment(self) -> Moment | None:
+        places, accounts = self._places, self._accounts
+        if places is None or accounts is None or self._stopped:
+            return None
+
+        def take() -> Moment:
+            counted = accounts.counted()
+            return moment(self._config, self._standing(), self._roster, self._autoscaler, places, self._audit, counted)
+
+        return self._loop.ask(take, ANSWER_S)
+
+    @property
+    def epoch(self) -> int:
+        """The placement's; 0 before there is one."""
+        return self._places.placement.epoch if self._places else 0
+
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far), over all replicas; experts with none included."""
         known = list(self._places.placement.replicas) if self._places else []
@@ -344,6 +377,51 @@ class Controller:
 
     def _snapshot(self) -> Mapping[str, Actor]:
         return {actor.actor_id: actor for actor in self._roster}
+
+    # -- another config -------------------------------------------------------------------------------------------
+
+    def configure(self, config: Config, since: float) -> bool:
+        """Take a newer config while all goes on; False where it changes nothing or is no newer, and during the start.
+
+        Limits, objectives and policies hold from now on. Actors that were started with what it no longer says are
+        replaced one after the other, each when another can work in its place. Raises ConfigError, and changes nothing,
+        where it needs another system.
+        """
+        if since <= self._since or self._places is None or not self._ready.done() or self._stopped:
+            return False
+        return self._loop.ask(lambda: self._configure(config, since))
+
+    def _configure(self, config: Config, since: float) -> bool:
+        if since <= self._since:  # another endpoint was faster
+            return False
+        update = compare(self._config, config)
+        other_token = config.wire.token is not None and config.wire.token.encode() != self._token
+        if refused := [*update.refused, *(["wire.token"] if other_token else [])]:
+            raise ConfigError(
+                f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
+                "the new system starts beside the old one, which ends when no endpoint asks for it any more"
+            )
+        if not update.changed:  # an endpoint was started by the same config
+            self._since = since
+            return False
+        self._take(DatedConfig(_public(config), since))
+        self._audit.write("config", changed=update.changed, renewed=update.renewed)
+        self._reconcile()
+        self._replan()
+        return True
+
+    def _take(self, dated: DatedConfig) -> None:
+        assert self._fleet is not None
+        assert self._places is not None
+        self._autoscaler.configure(dated.config)  # may refuse it: first
+        self._config, self._since = dated.config, dated.since
+        self._metrics.configure(dated.config)
+        self._fleet.configure(dated)
+        self._places.configure(dated.config)
+
+    def refuse(self, error: str) -> None:
+        """An endpoint was given a config that nobody can take: it is written down, and shown with the decisions."""
+        self._ask(lambda: self._audit.write("config_refused", error=error))
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -426,6 +504,11 @@ class Controller:
         _end([actor.handle for actor in self._roster.routers() if actor.handle])
         _end([actor.handle for actor in self._roster.experts() if actor.handle])
         self._cluster.close()
+
+
+def _public(config: Config) -> Config:
+    """The config as actors get it: the token travels beside it."""
+    return replace(config, wire=replace(config.wire, token=None))
 
 
 def _end(handles: Sequence[ActorHandle]) -> None:

@@ -11,6 +11,7 @@ from moeray.actors.vigil import new_incarnation
 from moeray.actors.watch import Loss
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
 from moeray.control.fleet import Phase
+from moeray.control.update import kinds_of
 from moeray.recorder import Reading, Recorder
 
 CONTROLLER = "controller"
@@ -25,20 +26,28 @@ class ControllerMetrics:
     def __init__(self, config: Config) -> None:
         self._incarnation = new_incarnation()
         self._recorder = Recorder(model_name=config.served_model_name)
-        self._groups: dict[str, ExpertGroupConfig | RouterConfig] = {g.name: g for g in config.experts.resolved()}
-        self._groups[ROUTER] = config.router
-        self._say_what_holds(config)
-        for group in self._groups:
-            self.lived(group, 0.0)
-            for direction in ("up", "down"):
-                self._recorder.counter("moeray_decisions_total", group=group, direction=direction)
-            for reason in Loss:
-                self._losses(group, reason)
+        self._groups: dict[str, ExpertGroupConfig | RouterConfig] = {}
+        self.configure(config)
         for kind in PLANS:
             for result in RESULTS:
                 self._recorder.counter("moeray_plans_total", kind=kind, result=result)
         self._mapped = self._recorder.counter("moeray_migrations_total", change="mapped")
         self._dropped = self._recorder.counter("moeray_migrations_total", change="dropped")
+
+    def configure(self, config: Config) -> None:
+        """Go by a newer config. A group that it has no more may still have actors that leave."""
+        for gone in self._groups.keys() - kinds_of(config).keys():
+            self._recorder.gauge("moeray_actors_desired", group=gone).set(0)
+            for bound in ("min", "max"):
+                self._recorder.gauge("moeray_actors_limit", group=gone, bound=bound).set(0)
+        self._groups |= kinds_of(config)
+        for group in kinds_of(config):
+            self.lived(group, 0.0)
+            for direction in ("up", "down"):
+                self._recorder.counter("moeray_decisions_total", group=group, direction=direction)
+            for reason in Loss:
+                self._losses(group, reason)
+        self._say_what_holds(config)
 
     def _say_what_holds(self, config: Config) -> None:
         self._recorder.gauge("moeray_info", version=moeray.__version__, system=config.serve.name).set(1)
@@ -48,7 +57,7 @@ class ControllerMetrics:
             if seconds is not None:
                 self._recorder.gauge("moeray_slo_objective_seconds", objective=name).set(seconds)
         self._recorder.gauge("moeray_slo_attainment_objective_ratio").set(control.slo_attainment)
-        for group, kind in self._groups.items():
+        for group, kind in kinds_of(config).items():
             for bound, count in zip(("min", "max"), kind.actors_span, strict=True):
                 self._recorder.gauge("moeray_actors_limit", group=group, bound=bound).set(count)
 
@@ -69,8 +78,8 @@ class ControllerMetrics:
     def decided(self, before: Mapping[str, int], after: Mapping[str, int]) -> None:
         """The numbers that are wanted were these, and are others now."""
         for group, count in after.items():
-            if count != before[group]:
-                direction = "up" if count > before[group] else "down"
+            if count != before.get(group, 0):
+                direction = "up" if count > before.get(group, 0) else "down"
                 self._recorder.counter("moeray_decisions_total", group=group, direction=direction).add()
 
     def planned(self, kind: str, result: str) -> None:

@@ -38,6 +38,7 @@ def status_of(stats: EngineStats | None) -> dict[str, Any]:
         "queue": stats.waiting if stats else 0,
         "kv_cache_usage_ratio": stats.kv_cache_usage_ratio if stats else 0.0,
         "kv_blocks_used": stats.kv_blocks_used if stats else 0,
+        "generation_tokens": stats.generation_tokens if stats else 0,
     }
 
 

@@ -17,8 +17,9 @@ from moeray.actors.cores import Cores, claim
 from moeray.actors.expert_figures import ExpertFigures
 from moeray.actors.expert_load import EXPERT_LOAD, by_expert
 from moeray.actors.rows import RowServer
-from moeray.actors.spec import ActorReport, ActorSpec, machine_dir, remove_runtime_dir, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.config import Config, to_tree
 from moeray.control.ledger import Books, newer
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
@@ -50,6 +51,7 @@ class ExpertActor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
+        self._dated = DatedConfig(spec.config, spec.since)
         self._node_id = node_id
         self._device = pick_device(spec.device)
         self._incarnation = new_incarnation()
@@ -231,6 +233,13 @@ class ExpertActor:
             metrics,
         )
 
+    def configure(self, config: Config, since: float) -> None:
+        """Hold a newer config: what the actor was started with stays as it is, and the rest is taken from this one."""
+        self._heard()
+        self._dated = DatedConfig(config, since)
+        if self._vigil:
+            self._vigil.allow(config.control.orphan_s)
+
     def describe(self) -> dict[str, Any]:
         """Plain data from which a controller that starts again rebuilds its view of this actor; holds the token."""
         self._heard()
@@ -252,6 +261,9 @@ class ExpertActor:
             "leaving": self._leaving,
             "incarnation": self._incarnation,
             "books": self._books,
+            "started": to_tree(self._spec.config),
+            "config": to_tree(self._dated.config),
+            "since": self._dated.since,
         }
 
     def status(self) -> dict[str, Any]:
@@ -271,6 +283,7 @@ class ExpertActor:
             "loading": self._loaded,
             "weight_bytes": bank.nbytes if bank else 0,
             "rows_total": sum(self._rows.tally.rows().values()),
+            "busy_s": self._rows.tally.busy_s,
             "first_row_at": self._rows.tally.first_at,
             "queue": self._rows.in_flight,
         }

@@ -13,12 +13,13 @@ from moeray.actors.audit import Audit
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.roster import ROUTER, Actor, Calls, Roster
-from moeray.actors.spec import ActorReport, ActorSpec
+from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
 from moeray.actors.watch import Loss, Watcher
 from moeray.config import Config, ExpertGroupConfig
 from moeray.control.fleet import Phase, fleet_steps
 from moeray.control.placement import Placement
 from moeray.control.reports import Report, RouterReport
+from moeray.control.update import compare
 from moeray.errors import MoerayError
 from moeray.recorder import Reading
 from moeray.types import Address
@@ -58,10 +59,12 @@ class FleetKeeper:
     """`wanted`: actors of each group, routers included, those in reserve not; `reserve`: the warm pool, by group."""
 
     def __init__(
-        self, config: Config, cluster: Cluster, loop: Loop, roster: Roster, audit: Audit, events: FleetEvents,
+        self, dated: DatedConfig, cluster: Cluster, loop: Loop, roster: Roster, audit: Audit, events: FleetEvents,
         token: bytes, system: str, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
+        config = dated.config
         self._config = config
+        self._since = dated.since
         self._cluster = cluster
         self._loop = loop
         self._roster = roster
@@ -83,6 +86,29 @@ class FleetKeeper:
         self._launching: dict[str, Future[ActorHandle]] = {}
         # Starting and killing ask Ray's head, which may be away for a while: never on the loop.
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="controller-launch")
+
+    def configure(self, dated: DatedConfig) -> None:
+        """Hold a newer config: every actor hears of it, and those started with what it no longer says are replaced."""
+        self._config, self._since = dated.config, dated.since
+        self._kinds = {group.name: group for group in dated.config.experts.resolved()}
+        self.reserve = reserve_of(dated.config)
+        self._backoff.clear()
+        for actor in self._roster:
+            self._fit(actor)
+            if actor.watcher:
+                actor.watcher.settings = dated.config.control
+            self._tell_config(actor)
+
+    def _fit(self, actor: Actor) -> None:
+        if actor.kind is not None:
+            actor.kind = self._kinds.get(actor.group, actor.kind)
+        actor.outdated = actor.group in compare(actor.started, self._config).renewed
+
+    def _tell_config(self, actor: Actor) -> None:
+        """For what an actor reads in it, and for a controller that comes after this one."""
+        if actor.calls is not None and actor.report is not None:
+            then = _log_error(actor.actor_id, "configure")
+            actor.calls.put("configure", self._config, self._since, then=then)
 
     # -- towards the wish -----------------------------------------------------------------------------------------
 
@@ -144,12 +170,13 @@ class FleetKeeper:
 
     def _start(self, group: str) -> None:
         kind = self._kinds.get(group)
-        actor = self._roster.new(kind)
+        actor = self._roster.new(kind, self._config)
         device, threads = (
             (kind.device, kind.threads) if kind else (self._config.router.device, self._config.router.threads)
         )
         spec = ActorSpec(
-            actor.actor_id, group, device, threads, self._config, self._token, self._system, not self._short(group)
+            actor.actor_id, group, device, threads, self._config, self._token, self._system,
+            not self._short(group), self._since,
         )  # fmt: skip
         self._audit.write("start", actor=actor.actor_id, wanted=self.wanted[group], reserve=self.reserve.get(group, 0))
         future: Future[ActorHandle]
@@ -183,6 +210,8 @@ class FleetKeeper:
             return
         actor.report, actor.address = answer
         self.watch(actor)
+        if actor.started is not self._config:  # it is new, and there is a newer config already
+            self._tell_config(actor)
         assert actor.calls is not None
         method = "load_trunk" if actor.is_router else "prepare"
         actor.calls.put(method, self.revision, then=lambda facts, failure: self._on_loaded(actor, facts, failure))

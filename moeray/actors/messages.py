@@ -26,6 +26,7 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
             SamplingParams(**sampling),
             tuple(map(int, tree["output_ids"])),
             int(tree["attempt"]),
+            str(tree["origin"]),
         )
     except RequestError:
         raise

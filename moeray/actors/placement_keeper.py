@@ -78,6 +78,11 @@ class PlacementKeeper:
         self._looked_at_skew = 0.0
         self._no_room = ""
 
+    def configure(self, config: Config) -> None:
+        """Hold a newer config; the placement is thought over under it."""
+        self._config = config
+        self._planned = None
+
     # -- planning -------------------------------------------------------------------------------------------------
 
     def replan(self, force: bool = False) -> None:

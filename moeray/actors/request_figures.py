@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from moeray.actors.life import Life
 from moeray.control.objectives import Objectives
 from moeray.recorder import Recorder
 from moeray.types import FinishReason
 
 
-@dataclass
-class Life:
-    """One request on this router. Times are of time.monotonic; `tokens` counts those of earlier attempts too, `given`
-    only those of this one. `resumed`: there are such tokens, so the first one here is not the request's first.
-    """
-
-    arrived: float
-    prompt_tokens: int
-    tokens: int = 0
-    resumed: bool = False
-    first_token: float | None = None
-    last_token: float | None = None
-    given: int = 0
-
-
 class RequestFigures:
     """Used by the step loop's thread; `ended` and `late` may be read by any.
 
-    `ended`: requests that ended with all their tokens, `late`: those of them that missed an objective.
+    `ended`: requests that ended with all their tokens, `late`: those of them that missed an objective. `objectives` may
+    be replaced at any time.
     """
 
     def __init__(self, recorder: Recorder, objectives: Objectives) -> None:
-        self._objectives = objectives
+        self.objectives = objectives
         self.ended = self.late = 0
         self._judged = recorder.counter("moeray_slo_requests_total")
         self._judged_late = recorder.counter("moeray_slo_late_requests_total")
@@ -52,7 +37,6 @@ class RequestFigures:
 
     def token(self, life: Life, count: int, now: float) -> None:
         """It got `count` tokens."""
-        life.tokens += count
         life.given += count
         if life.last_token is not None:
             self._next_token.observe(now - life.last_token)
@@ -72,7 +56,7 @@ class RequestFigures:
         self._prompt_tokens.observe(life.prompt_tokens)
         self._generation_tokens.observe(life.tokens)
         if reason not in (FinishReason.ERROR, FinishReason.ABORT) and life.first_token is not None:
-            late = self._objectives.late(life.first_token - life.arrived, now - life.arrived, life.given)
+            late = self.objectives.late(life.first_token - life.arrived, now - life.arrived, life.given)
             self.ended += 1
             self.late += late
             self._judged.add()

@@ -11,13 +11,13 @@ from moeray.actors.hosting import ActorHandle
 from moeray.actors.loop import Loop
 from moeray.actors.spec import ActorReport
 from moeray.actors.watch import Watcher
-from moeray.config import ExpertGroupConfig
+from moeray.config import ROUTER as ROUTER
+from moeray.config import Config, ExpertGroupConfig
 from moeray.control.fleet import Member, Phase
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, Report, RouterReport
 from moeray.types import Address
 
-ROUTER = "router"
 BASE_BYTES = 512 << 20
 """What an actor's process needs beside its weights."""
 
@@ -58,12 +58,14 @@ class Actor:
     """One actor. `group` is an expert group's name or `router`; `kind` is None for a router.
 
     `handle` and `calls` come with its process, `report` and `address` once it listens, `facts` with a router's trunk.
+    `started`: the config that it was started with, and `outdated` says that its group is to be started anew.
     `leave_by`: when an actor that leaves must be gone, on the loop's clock; `draining`: nothing new is sent to it.
     """
 
     actor_id: str
     kind: ExpertGroupConfig | None
     order: int
+    started: Config
     phase: Phase = Phase.STARTING
     handle: ActorHandle | None = None
     calls: Calls | None = None
@@ -74,6 +76,7 @@ class Actor:
     latest: Report | None = None
     leave_by: float | None = None
     draining: bool = False
+    outdated: bool = False
     epoch: int = 0
     epoch_since: float = 0.0
 
@@ -118,10 +121,10 @@ class Roster:
     def remove(self, actor_id: str) -> Actor | None:
         return self._actors.pop(actor_id, None)
 
-    def new(self, kind: ExpertGroupConfig | None) -> Actor:
+    def new(self, kind: ExpertGroupConfig | None, config: Config) -> Actor:
         """A record for an actor that is about to be started, under a name that was never used before."""
         group = kind.name if kind else ROUTER
-        actor = Actor(f"{group}-{self._numbers.get(group, 0)}", kind, self._started)
+        actor = Actor(f"{group}-{self._numbers.get(group, 0)}", kind, self._started, config)
         self.add(actor)
         return actor
 
@@ -137,4 +140,7 @@ class Roster:
         for held in placement.replicas.values():
             for actor_id in held:
                 hosted[actor_id] = hosted.get(actor_id, 0) + 1
-        return [Member(a.actor_id, a.group, a.phase, a.node_id, hosted.get(a.actor_id, 0), a.order) for a in self]
+        return [
+            Member(a.actor_id, a.group, a.phase, a.node_id, hosted.get(a.actor_id, 0), a.order, a.outdated)
+            for a in self
+        ]

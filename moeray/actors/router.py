@@ -17,9 +17,10 @@ from moeray.actors.engine_figures import EngineFigures, status_of, with_stats
 from moeray.actors.memory import Memory
 from moeray.actors.observers import Losses, Observers
 from moeray.actors.request_figures import RequestFigures
-from moeray.actors.spec import ActorReport, ActorSpec, remove_runtime_dir, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, remove_runtime_dir, runtime_dir
 from moeray.actors.step_loop import StepLoop
 from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.config import Config, to_tree
 from moeray.control.ledger import Books, newer
 from moeray.control.objectives import Objectives
 from moeray.control.placement import Placement
@@ -60,6 +61,7 @@ class RouterActor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
+        self._dated = DatedConfig(spec.config, spec.since)
         self._node_id = node_id
         self._on_stop = on_stop
         self._clock = clock
@@ -88,6 +90,11 @@ class RouterActor:
         self._dispatcher: Dispatcher | None = None
         self._revision: str | None = None
         self._facts: dict[str, Any] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Of the placement that it holds; 0 before there is one."""
+        return self._view.epoch
 
     # -- control --------------------------------------------------------------------------------------------------
 
@@ -161,6 +168,14 @@ class RouterActor:
         self._observers.forget([actor_id])
         self._view.restore(actor_id)
 
+    def configure(self, config: Config, since: float) -> None:
+        """Hold a newer config: what the actor was started with stays as it is, and the rest is taken from this one."""
+        self._heard()
+        self._dated = DatedConfig(config, since)
+        self._requests.objectives = Objectives.of(config.control)
+        if self._vigil:
+            self._vigil.allow(config.control.orphan_s)
+
     def describe(self) -> dict[str, Any]:
         """All that a restarted controller needs to take this router over, as plain data."""
         self._heard()
@@ -182,6 +197,9 @@ class RouterActor:
             "state": self._state.value,
             "epoch": self._view.epoch,
             "incarnation": self._incarnation,
+            "started": to_tree(self._spec.config),
+            "config": to_tree(self._dated.config),
+            "since": self._dated.since,
             "facts": self._facts,
             "placement": placement,
             "addresses": {actor: asdict(where) for actor, where in addresses.items()},
@@ -245,7 +263,6 @@ class RouterActor:
             self._on_stop()
 
     def _orphaned(self) -> None:
-        log.warning("no controller was heard of for %g s; this router stops", self._spec.config.control.orphan_s)
         self._stop_itself()
 
     def _heard(self) -> None:

@@ -17,10 +17,20 @@ from moeray.wire.channel import Identity
 
 
 @dataclass(frozen=True)
+class DatedConfig:
+    """A config and when it was laid down, in unix seconds: of several, the newest holds. 0: by nobody who may change a
+    system that runs."""
+
+    config: Config
+    since: float = 0.0
+
+
+@dataclass(frozen=True)
 class ActorSpec:
     """Common to expert actors and routers. `token` is the cluster's; `system` names this start of moeray.
 
-    `background`: nobody waits for this actor, so its start is to leave the processor to those that serve.
+    `since`: when the config was laid down, see `DatedConfig`. `background`: nobody waits for this actor, so its start
+    is to leave the processor to those that serve.
     """
 
     actor_id: str
@@ -31,6 +41,7 @@ class ActorSpec:
     token: bytes = field(repr=False)
     system: str
     background: bool = False
+    since: float = 0.0
 
     def identity(self, node_id: str) -> Identity:
         return Identity(self.actor_id, node_id, model_fingerprint(self.config), self.token)

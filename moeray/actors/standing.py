@@ -13,6 +13,7 @@ from moeray.actors.roster import Roster
 from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.plan import plan_diff
+from moeray.control.update import kinds_of
 
 
 def standing(
@@ -22,12 +23,15 @@ def standing(
     placement, wanted = places.placement, autoscaler.wanted()
     ready = dict.fromkeys(wanted, 0)
     for actor in roster:
-        ready[actor.group] += actor.phase is Phase.READY
+        if actor.group in ready:  # else its group has gone from the config, and it leaves
+            ready[actor.group] += actor.phase is Phase.READY
     actors = sum(autoscaler.wish.actors.values())
     return {
         "epoch": placement.epoch,
         "controller": {"node": node, "pid": os.getpid()},
         "wanted": wanted,
+        "limits": {name: list(kind.actors_span) for name, kind in kinds_of(config).items()},
+        "outdated": sorted(actor.actor_id for actor in roster if actor.outdated),
         "reserve": reserve_of(config),
         "ready": ready,
         "hot_experts": [[*expert, count] for expert, count in sorted(places.replicas.items())],

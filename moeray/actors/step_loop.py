@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moeray.actors import request_log
+from moeray.actors.life import Life
 from moeray.actors.messages import error_tree, output_tree, request_from
 from moeray.actors.outbox import Outbox
-from moeray.actors.request_figures import Life, RequestFigures
+from moeray.actors.request_figures import RequestFigures
 from moeray.engine.engine import Engine, EngineStats
 from moeray.errors import MoerayError, RouterLostError
 from moeray.recorder import Recorder
@@ -27,8 +29,11 @@ Event = Callable[[], None]
 @dataclass
 class _Request:
     outbox: Outbox
-    attempt: int
     life: Life
+
+    @property
+    def attempt(self) -> int:
+        return self.life.request.attempt
 
 
 class StepLoop:
@@ -140,11 +145,11 @@ class StepLoop:
             request = request_from(frame.meta)
             self._engine.submit(request)
         except MoerayError as error:
+            request_log.refused(request_id, str(frame.meta.get("origin", "")), error)
             outbox.put(Frame(Op.ERROR, frame.id, meta=error_tree(request_id, attempt, error)))
             return
-        done = len(request.output_ids)
-        life = Life(time.monotonic(), len(request.prompt_ids), done, resumed=done > 0)
-        self._requests[request_id] = _Request(outbox, request.attempt, life)
+        self._requests[request_id] = _Request(outbox, Life(request, time.monotonic()))
+        request_log.taken(request)
         outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
 
     def _abort_if(self, request_id: str, fits: Callable[[_Request], bool]) -> None:
@@ -153,6 +158,7 @@ class StepLoop:
         if request is not None and fits(request):
             if self._engine.abort(request_id):
                 self._figures.aborted()
+                request_log.ended(request.life, FinishReason.ABORT, time.monotonic())
             self._forget(request_id)
 
     def _abort_all(self, fits: Callable[[_Request], bool]) -> None:
@@ -194,9 +200,11 @@ class StepLoop:
                 continue
             by_outbox.setdefault(request.outbox, []).append(output_tree(output))
             if output.token_ids:
+                request.life.cached_tokens = output.cached_tokens
                 self._figures.token(request.life, len(output.token_ids), now)
             if output.finish_reason is not None:
                 self._figures.end(request.life, output.finish_reason, now)
+                request_log.ended(request.life, output.finish_reason, now, output.error)
                 ended.append(output.request_id)
         for outbox, trees in by_outbox.items():
             outbox.put(Frame(Op.STEP, meta={"outputs": trees}))

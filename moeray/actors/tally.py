@@ -54,7 +54,8 @@ class Tally:
         self._lock = threading.Lock()
         self._rows: dict[ExpertId, int] = {}
         self._forwards = 0
-        self._busy_s = 0.0
+        self.busy_s = 0.0
+        """Seconds of computing, since the start."""
         self._waits, self._services = Reservoir(), Reservoir()
         self.first_at: float | None = None
         """When the first row had been served, in unix seconds; an actor that begins to host forgets it."""
@@ -64,7 +65,7 @@ class Tally:
         with self._lock:
             self._forwards += 1
             self.first_at = self.first_at or time.time()
-            self._busy_s += service_s
+            self.busy_s += service_s
             self._waits.add(wait_s)
             self._services.add(service_s)
             for expert, count in zip(experts, counts, strict=True):
@@ -79,12 +80,12 @@ class Tally:
     def totals(self) -> tuple[int, int, float]:
         """Rows, forwards and busy seconds so far."""
         with self._lock:
-            return sum(self._rows.values()), self._forwards, self._busy_s
+            return sum(self._rows.values()), self._forwards, self.busy_s
 
     def report(self) -> Served:
         """Everything, and the quantiles begin anew."""
         with self._lock:
             waits, self._waits = self._waits, Reservoir()
             services, self._services = self._services, Reservoir()
-            rows, forwards, busy_s = dict(self._rows), self._forwards, self._busy_s
+            rows, forwards, busy_s = dict(self._rows), self._forwards, self.busy_s
         return Served(rows, forwards, busy_s, waits.quantiles(), services.quantiles())

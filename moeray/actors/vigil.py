@@ -26,7 +26,8 @@ class Vigil:
         self._on_orphan = on_orphan
         self._clock = clock
         self._last = clock()
-        self._closed = threading.Event()
+        self._closed = False
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
         self._thread.start()
 
@@ -34,16 +35,22 @@ class Vigil:
         """A controller has spoken."""
         self._last = self._clock()
 
+    def allow(self, orphan_s: float) -> None:
+        """From now on, silence of `orphan_s` seconds."""
+        self._orphan_s = orphan_s
+        self._woken.set()
+
     def _watch(self) -> None:
-        while (left := self._last + self._orphan_s - self._clock()) > 0:
-            if self._closed.wait(left):
-                return
-        if not self._closed.is_set():
+        while not self._closed and (left := self._last + self._orphan_s - self._clock()) > 0:
+            if self._woken.wait(left):
+                self._woken.clear()
+        if not self._closed:
             log.error("no controller was heard of for %g s (control.orphan_s); the actor stops", self._orphan_s)
             self._on_orphan()
 
     def close(self) -> None:
         """End the watch and join its thread; `on_orphan` itself may call it."""
-        self._closed.set()
+        self._closed = True
+        self._woken.set()
         if self._thread is not threading.current_thread():
             self._thread.join()

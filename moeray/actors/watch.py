@@ -37,7 +37,10 @@ class Loss(StrEnum):
 
 class Watcher:
     """Owns a channel to the actor and the thread that reads it. `on_lost(actor, why, detail)` is called
-    once at most."""
+    once at most.
+
+    `settings` may be replaced while it runs.
+    """
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class Watcher:
     ) -> None:
         self._address = address
         self._connect = connect
-        self._settings = settings
+        self.settings = settings
         self._on_report = on_report
         self._on_lost = on_lost
         self._limit_s = settings.silence_s
@@ -89,7 +92,7 @@ class Watcher:
                 self._probe.clear()
                 self._limit_s, next_poll = PROBE_S, now
             if now >= next_poll and self._asked is None:
-                self._asked, next_poll = now, now + self._settings.report_s
+                self._asked, next_poll = now, now + self.settings.report_s
                 channel.send(Frame(Op.STATS, 1))
             self._hear(channel, min(_SLICE_S, max(0.0, next_poll - now) or _SLICE_S))
 
@@ -104,7 +107,7 @@ class Watcher:
         if frame.op is not Op.STATS:
             raise WireError(f"answered with a {frame.op.name} frame instead of a report")
         if frame.id:
-            self._asked, self._limit_s = None, self._settings.silence_s
+            self._asked, self._limit_s = None, self.settings.silence_s
         try:
             report = report_from(frame.meta)
         except (KeyError, TypeError, ValueError) as error:

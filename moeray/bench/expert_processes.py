@@ -100,7 +100,7 @@ def _hear(pipe: multiprocessing.connection.Connection) -> Address:
 
 def _run_actor(spec: ActorSpec, experts: list[ExpertId], pipe: multiprocessing.connection.Connection) -> None:
     """The expert process: serve until the other end of the pipe closes."""
-    setup_logging(level="WARNING")
+    setup_logging(replace(spec.config, log_level="warning"))
     torch.set_num_threads(spec.threads)
     actor = ExpertActor(spec, NEAR)
     _, address = actor.start()

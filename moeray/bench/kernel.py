@@ -6,35 +6,30 @@ larger than the last cache, as those of a model are, and each forward takes othe
 
 from __future__ import annotations
 
-import glob
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GptOssConfig, MixtralConfig
 
 from moeray.bench.environment import environment
-from moeray.config import Kernel
+from moeray.bench.machine import Machine, machine_of
+from moeray.config import ExpertKernel
 from moeray.errors import ConfigError
 from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
 from moeray.model.formats import Fp8Block, Int8, Mxfp4, Plain, StoredWeight, quantize_int8
-from moeray.model.kernels import available
-from moeray.model.kernels.native import best_instructions, multiply, read_all
 from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 
 FORMATS = ("bf16", "int8", "fp8", "mxfp4")
-KERNELS: tuple[Kernel, ...] = ("native", "torch")
-_CPU = torch.device("cpu")
-_READ_BYTES, _MULTIPLY_TIMES, _TURNS = 64 << 20, 100_000, 3
+KERNELS: dict[str, tuple[ExpertKernel, ...]] = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
+_TURNS = 3
 _FP8_BLOCK, _FP8_MOST = 128, 448.0
 _CACHES_FULL = 4  # the working set, in last caches
 
@@ -43,14 +38,15 @@ _CACHES_FULL = 4  # the working set, in last caches
 class KernelPlan:
     """Experts of `hidden` x `intermediate`, `distinct` of them a forward, each with as many of `rows`.
 
-    `repeat` forwards in each turn.
+    `kernels`: none for all of the device; `repeat` forwards in each turn. On a GPU `threads` says nothing.
     """
 
     hidden: int = 1024
     intermediate: int = 512
     distinct: int = 8
     formats: tuple[str, ...] = FORMATS
-    kernels: tuple[Kernel, ...] = KERNELS
+    kernels: tuple[ExpertKernel, ...] = ()
+    device: Literal["cpu", "cuda"] = "cpu"
     rows: tuple[int, ...] = (1, 2, 4, 8, 32, 256)
     threads: tuple[int, ...] = (1,)
     repeat: int = 7
@@ -58,8 +54,8 @@ class KernelPlan:
     def __post_init__(self) -> None:
         if unknown := set(self.formats) - set(FORMATS):
             raise ConfigError(f"format {min(unknown)!r} is not one of {', '.join(FORMATS)}")
-        if wrong := set(self.kernels) - set(KERNELS):
-            raise ConfigError(f"kernel {min(wrong)!r} is not one of {', '.join(KERNELS)}")
+        if wrong := set(self.kernels) - set(KERNELS[self.device]):
+            raise ConfigError(f"kernel {min(wrong)!r} is not one of {', '.join(KERNELS[self.device])}")
         if self.hidden % 32 or self.intermediate % 32:
             raise ConfigError("hidden and intermediate sizes must be multiples of 32, as MXFP4 groups are")
 
@@ -88,18 +84,18 @@ class KernelFigure:
 def measure(
     plan: KernelPlan, report: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> dict[str, Any]:
-    """All combinations. Raises ConfigError where the kernels were not compiled."""
-    if not available():
-        raise ConfigError("the CPU kernels were not compiled, so there is nothing to measure; see the warning above")
+    """All combinations. Raises ConfigError where the device or a kernel is not there."""
+    machine = machine_of(plan.device)
     figures: list[KernelFigure] = []
     for done, form in enumerate(plan.formats):
         report(form, done, len(plan.formats))
-        weights = _Weights.make(form, plan)
-        for kernel in plan.kernels:
-            figures += _figures(plan, weights, kernel)
+        weights = _Weights.make(form, plan, machine.cache_bytes)
+        for kernel in plan.kernels or KERNELS[plan.device]:
+            figures += _figures(plan, weights, kernel, machine)
     return {
         "plan": asdict(plan),
-        "instructions": best_instructions().name.lower(),
+        "machine": machine.what,
+        "multiplies": machine.multiplies,
         "figures": [asdict(figure) for figure in figures],
         "environment": environment(),
     }
@@ -123,7 +119,7 @@ class _Weights:
         self._made: dict[tuple[str, int], ExpertTensor] = {}
 
     @classmethod
-    def make(cls, form: str, plan: KernelPlan) -> _Weights:
+    def make(cls, form: str, plan: KernelPlan, cache_bytes: int) -> _Weights:
         generator = torch.Generator().manual_seed(0)
         up = torch.randn(2 * plan.intermediate, plan.hidden, generator=generator) * plan.hidden**-0.5
         down = torch.randn(plan.hidden, plan.intermediate, generator=generator) * plan.intermediate**-0.5
@@ -132,7 +128,7 @@ class _Weights:
         if form in ("fp8", "mxfp4"):
             kept = (stored[0].dense(torch.float32), stored[1].dense(torch.float32))
         nbytes = stored[0].nbytes + stored[1].nbytes
-        count = max(2 * plan.distinct, _CACHES_FULL * last_cache_bytes() // nbytes)
+        count = max(2 * plan.distinct, _CACHES_FULL * cache_bytes // nbytes)
         return cls(form, _family(form, plan, count), stored[0], stored[1], kept)
 
     def expert(self, name: str, expert: int) -> ExpertTensor:
@@ -188,22 +184,16 @@ def _family(form: str, plan: KernelPlan, count: int) -> Family:
     return load_family(MixtralConfig(**sizes))
 
 
-def last_cache_bytes() -> int:
-    """Size of the last cache that Linux tells of; 64 MiB where it tells of none."""
-    sizes = [Path(path).read_text().strip() for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size")]
-    return max((int(size.removesuffix("K")) << 10 for size in sizes if size.endswith("K")), default=64 << 20)
-
-
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _figures(plan: KernelPlan, weights: _Weights, kernel: Kernel) -> Iterator[KernelFigure]:
-    bank = ExpertBank(weights.family, weights, torch.bfloat16, _CPU, kernel)
+def _figures(plan: KernelPlan, weights: _Weights, kernel: ExpertKernel, machine: Machine) -> Iterator[KernelFigure]:
+    bank = ExpertBank(weights.family, weights, torch.bfloat16, machine.device, kernel)
     layer = next(iter(weights.family.layers))
     bank.load(ExpertId(layer, expert) for expert in range(weights.count))
     for threads in plan.threads:
         for rows in plan.rows:
-            x_RD = torch.randn(rows * plan.distinct, plan.hidden).bfloat16()
+            x_RD = torch.randn(rows * plan.distinct, plan.hidden).bfloat16().to(machine.device)
             error = _error(weights, x_RD[:rows], bank.forward(layer, x_RD[:rows], [0], [rows]))
             counts = [rows] * plan.distinct
 
@@ -212,14 +202,14 @@ def _figures(plan: KernelPlan, weights: _Weights, kernel: Kernel) -> Iterator[Ke
                 bank.forward(layer, x_RD, list(range(first, first + plan.distinct)), counts)
 
             with using_threads(threads):
-                times = _times(forward, plan.repeat)
+                times = _times(machine, forward, plan.repeat)
             yield _figure(plan, weights, kernel, rows, threads, times, error)
 
 
 def _figure(
     plan: KernelPlan,
     weights: _Weights,
-    kernel: Kernel,
+    kernel: ExpertKernel,
     rows: int,
     threads: int,
     times: tuple[float, float, float, float],
@@ -235,27 +225,19 @@ def _figure(
     )  # fmt: skip
 
 
-def _times(forward: Callable[[int], None], repeat: int) -> tuple[float, float, float, float]:
+def _times(machine: Machine, forward: Callable[[int], None], repeat: int) -> tuple[float, float, float, float]:
     """Best and median seconds of a forward; at best, bytes read a second and operations a second.
 
     They take turns, a few of each at a time: a model's forwards follow one another too, and after a spell of nothing
     but multiplications some CPUs run slower for a while.
     """
-    memory = torch.ones(_TURNS, _READ_BYTES, dtype=torch.uint8)
     forwards, reads, peaks = [], [], []
     for turn in range(_TURNS):
         forward(turn * (repeat + 1))
-        forwards += [_timed(partial(forward, turn * (repeat + 1) + i))[0] for i in range(1, repeat + 1)]
-        reads += [_READ_BYTES / _timed(partial(read_all, memory[i]))[0] for i in range(_TURNS)]
-        multiplied = [_timed(partial(multiply, _MULTIPLY_TIMES)) for _ in range(_TURNS)]
-        peaks += [operations / seconds for seconds, operations in multiplied]
+        forwards += [machine.seconds(partial(forward, turn * (repeat + 1) + i)) for i in range(1, repeat + 1)]
+        reads.append(machine.read_rate())
+        peaks.append(machine.multiply_rate())
     return min(forwards), statistics.median(forwards), max(reads), max(peaks)
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = call()
-    return time.perf_counter() - began, result
 
 
 def _error(weights: _Weights, x_RD: Tensor, out_RD: Tensor) -> float:
@@ -263,8 +245,8 @@ def _error(weights: _Weights, x_RD: Tensor, out_RD: Tensor) -> float:
     up, down = weights.dense
     if moe.is_transposed:
         up, down = up.t(), down.t()
-    wanted = moe.activate(x_RD.float() @ up.t()) @ down.t()
-    return float((out_RD.float() - wanted).norm() / wanted.norm())
+    wanted = moe.activate(x_RD.cpu().float() @ up.t()) @ down.t()
+    return float((out_RD.cpu().float() - wanted).norm() / wanted.norm())
 
 
 @contextmanager

@@ -14,13 +14,15 @@ from typing import Any
 import msgpack
 import torch
 
-from moeray.actors.request_figures import Life, RequestFigures
+from moeray.actors.life import Life
+from moeray.actors.request_figures import RequestFigures
 from moeray.bench.environment import environment
 from moeray.control.objectives import Objectives
 from moeray.dispatch.hops import MANY, Hop
 from moeray.model import kernels
 from moeray.model.kernels.native import read_all
 from moeray.recorder import Recorder, snapshot_tree
+from moeray.types import GenerationRequest, SamplingParams
 
 _READ_BYTES, _TURNS = 256 << 20, 5
 
@@ -46,7 +48,9 @@ class Router:
         self._combine = self.recorder.histogram("moeray_combine_seconds")
         self._step = self.recorder.histogram("moeray_step_seconds")
         self._requests = RequestFigures(self.recorder, Objectives())
-        self._lives = [Life(time.monotonic(), 64) for _ in range(load.streams)]
+        self._lives = [
+            Life(GenerationRequest(f"r{i}", (1,) * 64, SamplingParams()), time.monotonic()) for i in range(load.streams)
+        ]
 
     def step(self) -> None:
         """All of one step."""

@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
-    from moeray.config import Kernel
+    from moeray.config import ExpertKernel
 
 
 @click.command("kernel")
 @click.option("--formats", default="bf16,int8,fp8,mxfp4", show_default=True, help="With commas between.")
-@click.option("--kernels", default="native,torch", show_default=True, help="With commas between.")
+@click.option("--kernels", default=None, help="With commas between.  [default: native,torch; on a GPU triton,torch]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--rows", default="1,2,4,8,32,256", show_default=True, help="Rows of each expert, with commas between.")
-@click.option("--threads", default=None, help="With commas between.  [default: 1 and all cores]")
+@click.option("--threads", default=None, help="CPU threads, with commas between.  [default: 1 and all cores]")
 @click.option("--hidden", type=click.IntRange(32), default=1024, show_default=True)
 @click.option("--intermediate", type=click.IntRange(32), default=512, show_default=True)
 @click.option("--distinct", type=click.IntRange(1), default=8, show_default=True, help="Experts of a forward.")
 @click.option("--repeat", type=click.IntRange(1), default=7, show_default=True, help="Forwards in each of 3 turns.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def command(formats: str, kernels: str, rows: str, threads: str | None, output: str, **sizes: int) -> None:
+def command(
+    formats: str,
+    kernels: str | None,
+    device: Literal["cpu", "cuda"],
+    rows: str,
+    threads: str | None,
+    output: str,
+    **sizes: int,
+) -> None:
     """Experts' forwards by weight format and rows per expert, on moeray's kernels and on torch.
 
-    Beside each stand this machine's ceilings, measured in turn with it: reading memory, and multiplying in fp32.
+    Beside each stand this machine's ceilings, measured in turn with it: reading memory, and multiplying. On a GPU a
+    forward's time includes its launches, so let it have some work: --hidden 4096 --intermediate 1536 --distinct 32.
     """
     from moeray.bench.kernel import KernelPlan, measure
 
     cores = os.cpu_count() or 1
-    counts = threads or (f"1,{cores}" if cores > 1 else "1")
+    counts = threads or (f"1,{cores}" if cores > 1 and device == "cpu" else "1")
     plan = KernelPlan(
         formats=tuple(formats.split(",")),
-        kernels=cast("tuple[Kernel, ...]", tuple(kernels.split(","))),
+        kernels=cast("tuple[ExpertKernel, ...]", tuple(kernels.split(",")) if kernels else ()),
+        device=device,
         rows=_numbers(rows),
         threads=_numbers(counts),
         **sizes,
@@ -66,7 +77,7 @@ def _print(result: dict[str, Any]) -> None:
     plan = result["plan"]
     title = (
         f"{plan['distinct']} experts of {plan['hidden']}x{plan['intermediate']} a forward, bf16 rows, "
-        f"{result['instructions']} kernels; best of 3 x {plan['repeat']}"
+        f"{result['machine']}; best of 3 x {plan['repeat']}"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("weights", "kernel", "rows", "threads", "ms", "median", "GB/s", "GFLOP/s", "roofline", "error"):
@@ -81,5 +92,7 @@ def _print(result: dict[str, Any]) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print("rows: of each expert; (%): of what reading memory, or multiplying in fp32, reaches here at most")
+    console.print(
+        f"rows: of each expert; (%): of what reading memory, or multiplying in {result['multiplies']}, reaches at most"
+    )
     console.print(f"on {result['environment']['cpu']}, {result['environment']['cores']} cores")

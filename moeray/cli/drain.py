@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
 from moeray.cli.options import system_options
-from moeray.errors import ConfigError
+from moeray.errors import ConfigError, MoerayError
 
 
 @click.command("drain")
 @click.argument("actors", nargs=-1)
 @click.option("--node", help="Every actor of this node (its Ray node id, or the beginning of it).")
+@click.option("--here", is_flag=True, help="Every actor of the node that this command runs on.")
 @click.option("--within", type=float, help="Seconds until it must be gone, such as a spot notice gives.")
+@click.option("--wait", is_flag=True, help="With --within: return when the node is empty, or the time is over.")
 @system_options
 def command(
-    actors: tuple[str, ...], node: str | None, within: float | None, name: str, address: str | None, output: str
-) -> None:
+    actors: tuple[str, ...], node: str | None, here: bool, within: float | None, wait: bool, name: str,
+    address: str | None, output: str,
+) -> None:  # fmt: skip
     """Empty ACTORS (names as `moeray status` shows them) and stop them; others are started in their place.
 
-    What a node-termination handler calls when the cloud takes a machine back: `moeray drain --node ID --within 110`.
+    A node with --within is one that will be gone by then: Ray starts nothing there any more, and Serve's replicas move
+    too. What a node-termination handler calls is `moeray drain --node ID --within 110`, and the preStop hook of a pod
+    `moeray drain --here --within 110 --wait`.
     """
     from moeray.cli.session import attach
+    from moeray.cluster.ray_drain import find_node, this_node
+
+    if not (actors or node or here):
+        raise ConfigError("name the actors to drain, or a node with --node or --here; `moeray status` lists them")
+    if wait and (within is None or actors):
+        raise ConfigError("--wait goes with --within and a node")
+    controller = attach(name, address)
+    nodes = [find_node(node)] if node else [this_node()] if here else []
+    chosen = [*actors, *_actors_of(controller, nodes)]
+    empty = _leave(controller, chosen, nodes, within, wait)
+    if output == "json":
+        click.echo(json.dumps({"draining": chosen, **({"empty": empty} if wait else {})}))
+    else:
+        click.echo(f"draining {', '.join(chosen) or 'nothing: no actor runs there'}")
+    if wait and not empty:
+        raise MoerayError(f"the node is not empty after {within:g} s; what it had in flight goes on elsewhere")
+
+
+def _actors_of(controller: Any, nodes: list[str]) -> list[str]:
     from moeray.cluster.ray import ask
 
-    if not actors and not node:
-        raise ConfigError("name the actors to drain, or a node with --node; `moeray status` lists them")
-    controller = attach(name, address)
-    chosen = list(actors)
-    if node:
-        rows = ask(controller, "status")["actors"]
-        chosen += [row["actor"] for row in rows if row["node"].startswith(node)]
-        if not chosen:
-            raise ConfigError(f"no actor runs on node {node!r}; `moeray status` shows the nodes")
-    for actor in chosen:
+    return [row["actor"] for row in ask(controller, "status")["actors"] if row["node"] in nodes] if nodes else []
+
+
+def _leave(controller: Any, actors: list[str], nodes: list[str], within: float | None, wait: bool) -> bool:
+    """True where it was waited for and the nodes are empty."""
+    from moeray.cluster.ray import ask
+    from moeray.cluster.ray_drain import leave_node, wait_empty
+
+    for node in nodes:
+        if within is not None:
+            leave_node(node, within)
+    for actor in actors:
         ask(controller, "drain", actor, within)
-    click.echo(json.dumps({"draining": chosen}) if output == "json" else f"draining {', '.join(chosen)}")
+    return wait and within is not None and all(wait_empty(node, within) for node in nodes)

@@ -15,12 +15,11 @@ import ray
 from ray import serve
 
 from moeray.cli.progress import phases, progress
-from moeray.cli.session import connect_ray, stop_controller
-from moeray.cluster.ray import find_controller, start_controller
+from moeray.cli.session import connect_ray
+from moeray.cluster.ray import find_controller, start_controller, stop_controller
 from moeray.config import Config
 from moeray.errors import MoerayError
-from moeray.logs import setup_logging
-from moeray.serve.app import application
+from moeray.serve.app import application, serve_logging
 
 
 @contextmanager
@@ -29,13 +28,13 @@ def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
 
     Progress is shown on stderr. Raises MoerayError when the system does not start.
     """
-    connect_ray()
-    setup_logging(config.log_format)
+    connect_ray(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = f"http://{config.serve.host}:{config.serve.port}"
     try:
         start_controller(config)  # its actors come up while Serve does
-        serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
+        http = {"host": config.serve.host, "port": config.serve.port}
+        serve.start(http_options=http, logging_config=serve_logging(config))
         serve.run(application(config), name=config.serve.name, route_prefix="/")
         with progress() as report:
             _wait_ready(url, phases(report), timeout)

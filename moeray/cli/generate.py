@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -56,7 +57,7 @@ async def _generate(
     from moeray.cli.session import local_system, ray_system
     from moeray.logs import setup_logging
 
-    setup_logging(config.log_format)
+    setup_logging(replace(config, log_requests=False))  # the output says what each has become
     async with (local_system if local else ray_system)(config) as backend:
         assert backend.model is not None
         tokenizer = _tokenizer(backend.model.metadata_dir, needed=prompt is not None)

@@ -16,9 +16,12 @@ class _Commands(click.Group):
     """Commands are imported when they are called, so that `--help` needs neither torch nor Ray."""
 
     _modules: ClassVar[dict[str, str]] = {
+        "batch": "batch",
         "bench": "bench",
         "chaos": "chaos",
+        "dashboards": "dashboards",
         "demo": "demo",
+        "doctor": "doctor",
         "drain": "drain",
         "generate": "generate",
         "pause-autoscaling": "pause:pause",

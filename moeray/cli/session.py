@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from moeray.config import Config
@@ -12,10 +13,14 @@ from moeray.logs import setup_logging
 from moeray.serve.system import SystemBackend
 
 START_TIMEOUT_S = 1800.0
+LOOK_S = 0.25
+
+Show = Callable[[str], None]
+"""Takes a line of progress."""
 
 
 @asynccontextmanager
-async def local_system(config: Config) -> AsyncIterator[SystemBackend]:
+async def local_system(config: Config, show: Show | None = None) -> AsyncIterator[SystemBackend]:
     """Every actor in this process."""
     from moeray.serve.local import NODE, LocalPort
 
@@ -23,7 +28,7 @@ async def local_system(config: Config) -> AsyncIterator[SystemBackend]:
     backend = SystemBackend(config, port, NODE)
     backend.start()
     try:
-        await backend.ready(START_TIMEOUT_S)
+        await _ready(backend, show)
         yield backend
     finally:
         await backend.close()
@@ -31,47 +36,82 @@ async def local_system(config: Config) -> AsyncIterator[SystemBackend]:
 
 
 @asynccontextmanager
-async def ray_system(config: Config) -> AsyncIterator[SystemBackend]:
+async def ray_system(config: Config, show: Show | None = None) -> AsyncIterator[SystemBackend]:
     """Ray actors, in the cluster that RAY_ADDRESS names, else in one on this machine."""
     import ray
 
-    from moeray.cluster.ray import start_controller
+    from moeray.cluster.ray import start_controller, stop_controller
     from moeray.serve.app import RayPort
 
-    connect_ray()
+    connect_ray(config)
     backend = SystemBackend(config, RayPort(config), ray.get_runtime_context().get_node_id())
     controller = start_controller(config)
     backend.start()
     try:
-        await backend.ready(START_TIMEOUT_S)
+        await _ready(backend, show)
         yield backend
     finally:
         await backend.close()
         await asyncio.to_thread(stop_controller, controller)
 
 
-def connect_ray(**options: Any) -> None:
+@asynccontextmanager
+async def attached_system(config: Config, patience_s: float) -> AsyncIterator[SystemBackend]:
+    """The system that runs as `config.serve.name`, whose config this must be; it is neither started nor stopped.
+
+    `patience_s`: for so long a request waits for a router.
+    """
+    import ray
+
+    from moeray.serve.app import AttachedPort
+
+    patient = replace(config, serve=replace(config.serve, request_timeout_s=patience_s))
+    backend = SystemBackend(patient, AttachedPort(config), ray.get_runtime_context().get_node_id())
+    backend.start()
+    try:
+        await _ready(backend)
+        yield backend
+    finally:
+        await backend.close()
+
+
+async def _ready(backend: SystemBackend, show: Show | None = None) -> None:
+    """Wait until the system serves; `show` gets each new line of what it is doing meanwhile. Raises MoerayError."""
+    ready = asyncio.ensure_future(backend.ready(START_TIMEOUT_S))
+    last = ""
+    try:
+        while not (await asyncio.wait({ready}, timeout=LOOK_S))[0]:
+            if show and (detail := backend.state.detail) != last:
+                show(detail)
+                last = detail
+        await ready
+    finally:
+        ready.cancel()
+
+
+def connect_ray(config: Config | None = None, **options: Any) -> None:
     """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder."""
     import ray
 
+    if config and config.log_format == "json":  # what other libraries say in our processes, too
+        options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
-    setup_logging()
-
-
-def stop_controller(controller: Any) -> None:
-    """Stop every actor of the system, then the controller itself."""
-    import ray
-
-    ray.get(controller.stop.remote(), timeout=120.0)
-    ray.kill(controller)
+    setup_logging(config)
 
 
 def attach(name: str, address: str | None) -> Any:
     """The controller of a running system. Raises MoerayError where there is no cluster or no such system."""
+    from moeray.cluster.ray import find_controller
+
+    connect(address)
+    return find_controller(name)
+
+
+def connect(address: str | None) -> None:
+    """Connect to a cluster that runs. Raises MoerayError where there is none."""
     import ray
 
-    from moeray.cluster.ray import find_controller
     from moeray.errors import MoerayError
 
     try:
@@ -80,4 +120,3 @@ def attach(name: str, address: str | None) -> Any:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
         ) from error
-    return find_controller(name)

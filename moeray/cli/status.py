@@ -1,73 +1,134 @@
-"""`moeray status`: the running system as a table."""
+"""`moeray status`: the running system as a table, once or as it changes."""
 
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from moeray.cli.options import system_options
 
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from moeray.cli.readings import Reading
+
 RATE_WINDOW_S = 1.0
 
 
 @click.command("status")
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C, also while the system is away.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.2), default=2.0, show_default=True, help="Seconds, for --watch."
+)
 @system_options
-def command(name: str, address: str | None, output: str) -> None:
-    """Show the running system: its actors, what they host and how busy they are."""
+def command(name: str, address: str | None, output: str, watch: bool, interval: float) -> None:
+    """Show the running system: its actors, what they host and how busy they are.
+
+    With --watch, a terminal shows a table that changes, a file or pipe gets a table each interval, and --output json
+    is one object a line; where there is no answer, it has `error`.
+    """
+    if watch:
+        with _interruptible():
+            _watch(name, address, output, interval)
+    else:
+        _once(name, address, output)
+
+
+def _once(name: str, address: str | None, output: str) -> None:
+    from rich.console import Console
+
     from moeray.cli.session import attach
+    from moeray.cli.status_view import view, with_rates
     from moeray.cluster.ray import ask
 
     controller = attach(name, address)
-    ask(controller, "status")  # rates are the difference of two readings
+    before = {"at": time.time()} | ask(controller, "status")
     time.sleep(RATE_WINDOW_S)
-    status = ask(controller, "status")
+    status = with_rates({"at": time.time()} | ask(controller, "status"), before)
     if output == "json":
         click.echo(json.dumps(status))
     else:
-        print_status(status)
+        Console().print(view(status))
 
 
-def print_status(status: dict[str, Any]) -> None:
-    """Print the system's status as a table."""
+# -- watching -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a reader that has gone end the block, and the command with 0."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        sys.stdout = None  # or the interpreter would flush it once more at its end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(name: str, address: str | None, output: str, interval: float) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{status['model']}: {status['status']}, epoch {status['epoch']}", title_justify="left")
-    for column in ("actor", "device", "node", "pid", "state"):
-        table.add_column(column)
-    for column in ("experts", "rows/s", "queue", "epoch"):
-        table.add_column(column, justify="right")
-    for row in status["actors"]:
-        experts = str(row["experts"]) if row["kind"] == "expert" else ""
-        rate = f"{row['rows_per_s']:.0f}" if row["kind"] == "expert" else ""
-        table.add_row(
-            row["actor"], row["device"], row["node"][:8], str(row["pid"]), row["state"], experts, rate,
-            str(row["queue"]), str(row.get("epoch", status["epoch"])),
-        )  # fmt: skip
+    from moeray.cli.readings import readings_of
+
     console = Console()
-    console.print(table)
-    for line in _standing(status):
-        console.print(line, highlight=False)
+    with closing(readings_of(name, address, interval)) as readings:
+        if output == "json":
+            _print_lines(readings)
+        elif console.is_terminal:
+            _show_live(console, readings)
+        else:
+            for seen in _views(readings):
+                with console.capture() as text:  # by print: rich has an end of its own for a pipe that is closed
+                    console.print(seen)
+                print(text.get(), end="", flush=True)
 
 
-def _standing(status: dict[str, Any]) -> list[str]:
-    """What is wanted beside what is there, and the newest decisions."""
-    if "wanted" not in status:
-        return []
-    reserve = status["reserve"]
-    sizes = [
-        f"{group} {status['ready'][group]}/{count + reserve.get(group, 0)}" for group, count in status["wanted"].items()
-    ]
-    skew = max(status["skew"].values(), default=1.0)
-    lines = [
-        f"ready/wanted: {', '.join(sizes)}; {status['replicas']} replicas, {status['without_replica']} experts without "
-        f"one; worst layer's max/mean {skew:.2f}; autoscaling {'on' if status['autoscaling'] else 'paused'}"
-    ]
-    for entry in status["decisions"][-5:]:
-        what = {key: value for key, value in entry.items() if key not in ("at", "event", "inputs")}
-        when = time.strftime("%H:%M:%S", time.localtime(entry["at"]))
-        lines.append(f"{when} {entry['event']}: " + ", ".join(f"{key}={value}" for key, value in what.items()))
-    return lines
+def _print_lines(readings: Iterator[Reading]) -> None:
+    from moeray.cli.status_view import with_rates
+
+    before = None
+    for reading in readings:
+        if "error" not in reading:
+            before, reading = reading, with_rates(reading, before)
+        print(json.dumps(reading), flush=True)
+
+
+def _show_live(console: Console, readings: Iterator[Reading]) -> None:
+    """On the terminal's other screen; what was seen last stays on the first one."""
+    from rich.live import Live
+
+    last: RenderableType = "connecting to Ray ..."
+    try:
+        with Live(last, console=console, screen=True, auto_refresh=False) as live:
+            for last in _views(readings):
+                live.update(last, refresh=True)
+    finally:
+        console.print(last)
+
+
+def _views(readings: Iterator[Reading]) -> Iterator[RenderableType]:
+    """Each reading; while there is none, the reason above what was last known."""
+    from moeray.cli.status_view import view, with_rates, without_answer
+
+    last = None
+    for reading in readings:
+        if "error" in reading:
+            yield without_answer(reading, last)
+        else:
+            last = with_rates(reading, last)
+            yield view(last)

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as global_state
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from moeray.actors.controller import Controller
 from moeray.actors.hosting import ActorHandle
@@ -25,8 +25,8 @@ from moeray.cluster.ray_metrics import RayMetrics
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config, ExpertGroupConfig, RouterConfig
-from moeray.errors import MoerayError
-from moeray.logs import setup_logging
+from moeray.errors import MoerayError, SystemAbsentError
+from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading
 from moeray.threads import PASSIVE
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "moeray"
 LEASE_S = 60.0
+FAREWELL_S = 10.0
 LOOKUP_S = 30.0
 # Threads that wait must not spin on a core that another actor needs.
 _ENV = PASSIVE | {"TOKENIZERS_PARALLELISM": "false"}
@@ -170,12 +171,16 @@ class ControllerProcess:
     The lease lets a crashed ingress or job leave nothing behind, and a restarted one find everything still running.
     """
 
-    def __init__(self, config: Config) -> None:
-        setup_logging(config.log_format)
+    def __init__(self, config: Config, since: float = 0.0) -> None:
         self._config = config
-        self._controller = Controller(config, RayCluster(config.serve.name))
+        cluster = RayCluster(config.serve.name)
+        self._controller = controller = Controller(config, cluster, since)
+        setup_logging(
+            config, actor="controller", kind="controller", node=cluster.node_id, epoch=lambda: controller.epoch
+        )
         self._renewed = time.monotonic()
         self._ended = threading.Event()
+        self._stopping = threading.Lock()
         self._ray_metrics: RayMetrics | None = None
         if config.metrics.ray:
             resumed = bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -195,17 +200,26 @@ class ControllerProcess:
             if time.monotonic() - self._renewed > LEASE_S:
                 log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
                 self.stop()
-                ray.kill(ray.get_runtime_context().current_actor)  # and not started again
+        time.sleep(FAREWELL_S)  # whoever asked for the stop ends this actor, unless they died meanwhile
+        ray.kill(ray.get_runtime_context().current_actor)  # and not started again
 
-    def renew(self, config: Config, reading: Reading | None = None) -> dict[str, Any]:
+    def config(self) -> Config:
+        """The config that the system runs with."""
+        return self._config
+
+    def renew(self, config: Config, since: float = 0.0, reading: Reading | None = None) -> dict[str, Any]:
         """Keep the system alive for another lease; its state. `reading`: what the caller has counted.
 
-        `config` is the caller's: a system that failed to start gives way to one with another config (status "gone"),
-        one that lives with another model does not: MoerayError.
+        `config` is the caller's, laid down at `since`: a system that runs takes one that is newer than its own, or
+        refuses it with a ConfigError; 0 is never newer. One that failed to start gives way to another config (status
+        "gone"), one that lives with another model does not: MoerayError.
         """
         state = self._controller.state()
         if config != self._config and state["status"] == "failed":
             return {"status": "gone", "detail": state["detail"], "info": None}
+        if self._controller.configure(config, since):
+            change_logging(config)
+            self._config = config
         if model_fingerprint(config) != model_fingerprint(self._config):
             raise MoerayError(
                 f"a system named {config.serve.name!r} already serves {self._config.model} in this Ray cluster; "
@@ -220,18 +234,20 @@ class ControllerProcess:
         return getattr(self._controller, method)(*args)
 
     def stop(self) -> None:
-        self._ended.set()
-        if self._ray_metrics is not None:
-            self._ray_metrics.close()
-        self._controller.stop()
+        """End every actor; whoever asks while that is under way waits for it too."""
+        with self._stopping:
+            if self._ray_metrics is not None:
+                self._ray_metrics.close()
+            self._controller.stop()
+            self._ended.set()
 
 
 def controller_name(system: str) -> str:
     return f"{system}:controller"
 
 
-def start_controller(config: Config) -> Any:
-    """The system's controller: the one that runs under `config.serve.name`, or a new one."""
+def start_controller(config: Config, since: float = 0.0) -> Any:
+    """The system's controller: the one that runs under `config.serve.name`, or a new one with this config."""
     return (
         ray.remote(ControllerProcess)
         .options(
@@ -241,19 +257,23 @@ def start_controller(config: Config) -> Any:
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,
+            resources=dict(config.control.resources),
             max_concurrency=16,
             runtime_env=_runtime_env(config),
         )
-        .remote(config)
+        .remote(config, since)
     )
 
 
 def find_controller(system: str, timeout: float = LOOKUP_S) -> Any:
-    """The handle of a running controller. Raises MoerayError when there is none, or Ray does not answer in time."""
+    """The handle of a running controller.
+
+    Raises SystemAbsentError when there is none, another MoerayError when Ray does not answer in time.
+    """
     try:
         return _look_up(controller_name(system)).result(timeout)
     except ValueError:
-        raise MoerayError(
+        raise SystemAbsentError(
             f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
         ) from None
     except (FutureTimeoutError, RayError) as error:
@@ -276,9 +296,31 @@ def _look_up(name: str) -> Future[Any]:
     return answer
 
 
+def stop_controller(controller: Any, timeout: float = 120.0) -> None:
+    """Stop every actor of the system, then the controller itself; one that is gone has been stopped by others."""
+    with suppress(ActorDiedError):
+        ray.get(controller.stop.remote(), timeout=timeout)
+    ray.kill(controller)
+
+
+def gcs_address() -> str:
+    """`HOST:PORT` of the GCS of the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def ask(controller: Any, method: str, *args: Any, timeout: float = 60.0) -> Any:
     """One call to a controller, with its own error. Raises MoerayError."""
+    return _answer(controller.call.remote(method, *args), timeout)
+
+
+def running_config(controller: Any, timeout: float = 60.0) -> Config:
+    """The config that a running system was started with. Raises MoerayError."""
+    config: Config = _answer(controller.config.remote(), timeout)
+    return config
+
+
+def _answer(call: Any, timeout: float) -> Any:
     try:
-        return unwrapped(controller.call.remote(method, *args).future(), "the controller").result(timeout)
+        return unwrapped(call.future(), "the controller").result(timeout)
     except FutureTimeoutError:
         raise MoerayError(f"the controller has not answered for {timeout:g} s; ask again") from None

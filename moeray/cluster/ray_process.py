@@ -31,8 +31,9 @@ class Process:
 
         from moeray.logs import setup_logging
 
-        setup_logging(spec.config.log_format)
         node_id = ray.get_runtime_context().get_node_id()
+        self._actor: Any = None
+        setup_logging(spec.config, actor=spec.actor_id, group=spec.group, kind=kind, node=node_id, epoch=self._epoch)
         # In a fork of a zygote torch was there before Ray's choice, which follows from num_cpus.
         threads = spec.threads or int(os.environ.get("OMP_NUM_THREADS", "0").partition(",")[0])
         if threads:
@@ -40,7 +41,15 @@ class Process:
         self._actor = _make(kind, spec, node_id)
         signal.signal(signal.SIGTERM, lambda *_: self._actor.leave())
 
+    def _epoch(self) -> int | None:
+        """The placement that a router goes by; experts know of none."""
+        return getattr(self._actor, "epoch", None)
+
     def call(self, method: str, *args: Any) -> Any:
+        if method == "configure":
+            from moeray.logs import change_logging
+
+            change_logging(args[0])
         return getattr(self._actor, method)(*args)
 
 

@@ -59,5 +59,6 @@ def check_fits(requests: Sequence[Request], total: Mapping[str, float]) -> None:
         if amount > total.get(name, 0.0) + 1e-6:
             raise PlacementError(
                 f"the actors ask for {amount:g} {name} but the Ray cluster has {total.get(name, 0.0):g}; "
-                f"add nodes, or lower actors or num_{name.lower()}s in the config"
+                f"add nodes, or lower actors or num_{name.lower()}s in the config "
+                "(where Ray's autoscaler adds nodes, set control.check_room to false)"
             )

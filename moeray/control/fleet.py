@@ -19,7 +19,8 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Member:
-    """One actor of a group. `hosted`: experts that the placement gives it; `order`: its number, in order of start."""
+    """One actor of a group. `hosted`: experts that the placement gives it; `order`: its number, in order of start;
+    `outdated`: it was started with what the config no longer says, so another is to take its place."""
 
     actor_id: str
     group: str
@@ -27,6 +28,7 @@ class Member:
     node_id: str = ""
     hosted: int = 0
     order: int = 0
+    outdated: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,23 @@ class FleetSteps:
 
 
 def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: Iterable[str] = ()) -> FleetSteps:
-    """What brings the fleet to `wanted` actors of each group (those kept in reserve included).
+    """What brings the fleet to `wanted` actors of each group (those kept in reserve included) and none of any other.
 
     `doomed`: actors that must go whatever is wanted (their node drains, they were told to): they leave, and others are
-    started for them. Too many: starts are given up first, the newest before older ones; then the actors leave that let
-    a whole node go free soonest.
+    started for them. An outdated actor stays until a new one can work in its place. Too many: starts are given up
+    first, the newest before older ones; then the actors leave that let a whole node go free soonest.
     """
     gone = set(doomed)
     leave = [m.actor_id for m in members if m.actor_id in gone and m.phase is Phase.READY]
     cancel = [m.actor_id for m in members if m.actor_id in gone and m.phase is Phase.STARTING]
     start: list[str] = []
     staying = [m for m in members if m.actor_id not in gone and m.phase is not Phase.LEAVING]
-    for group, count in wanted.items():
-        mine = [m for m in staying if m.group == group]
+    for group in dict.fromkeys([*wanted, *(m.group for m in staying)]):
+        count = wanted.get(group, 0)
+        old = [m for m in staying if m.group == group and m.outdated]
+        cancel += [m.actor_id for m in old if m.phase is Phase.STARTING]
+        mine = [m for m in staying if m.group == group and not m.outdated]
+        leave += _replaced(old, count - sum(m.phase is Phase.READY for m in mine), staying)
         start += [group] * (count - len(mine))
         surplus = len(mine) - count
         if surplus > 0:
@@ -60,6 +66,12 @@ def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: It
             left = [m for m in staying if m.actor_id not in cancel]
             leave += _victims([m for m in mine if m.phase is Phase.READY], surplus - len(starting), left)
     return FleetSteps(tuple(start), tuple(cancel), tuple(leave))
+
+
+def _replaced(old: Sequence[Member], count: int, staying: Sequence[Member]) -> list[str]:
+    """The outdated actors of a group that may go, where `count` of them are still needed."""
+    ready = [m for m in old if m.phase is Phase.READY]
+    return _victims(ready, len(ready) - max(0, count), staying)
 
 
 def _victims(ready: Sequence[Member], count: int, staying: Sequence[Member]) -> list[str]:

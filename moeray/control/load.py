@@ -27,6 +27,8 @@ STEPS_S = 2.0
 """Time constant of what is known of a router's steps: it must not lag behind the actors that serve them."""
 LATE_S = 600.0
 """Time constant of how many requests were late: long enough for one in a hundred to be seen."""
+RECENT_S = 3.0
+"""What an actor does at present, for people who watch: the mean of its last reports over so many seconds."""
 _FADED = 0.1
 """Fewer tokens than this are a memory of what was long ago."""
 
@@ -37,7 +39,8 @@ _Key = TypeVar("_Key")
 @dataclass
 class _Expert:
     """One expert actor. `rows` (the last counts) and `decayed` (the window's sum) go with `ids`, `gone` are the counts
-    of experts no longer reported; `busy_s` and `time_s` decay with the window, `served` and its time slowly."""
+    of experts no longer reported; `busy_s` and `time_s` decay with the window, `served` and its time slowly; `recent`:
+    the last reports' seconds, experts' numbers and new rows."""
 
     incarnation: str
     since: float
@@ -52,6 +55,7 @@ class _Expert:
     served: float = 0.0
     served_busy_s: float = 0.0
     waits: deque[tuple[float, float]] = field(default_factory=deque)
+    recent: deque[tuple[float, NDArray[np.int64], Vector]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class LoadBook:
 
     def __init__(self, window_s: float, *, buckets: int = 60) -> None:
         """`window_s`: time constant of the exponential windows; `buckets`: one-second ones of the sliding window."""
-        self._window_s = window_s
+        self.window_s = window_s
         self._number: dict[ExpertId, int] = {}
         self._rows = np.zeros(0)  # decayed rows of each expert, over all actors
         self._buckets = np.zeros((buckets, 0))
@@ -133,7 +137,7 @@ class LoadBook:
         if router is None:  # what it counted before this book knew it has no known time span
             router = self._routers[report.actor_id] = _Router(report.incarnation, now, totals=totals, ends=ends)
         span = max(0.0, now - router.since)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         values = np.array([report.running, report.waiting, report.kv_usage], np.float64)
         again = router.incarnation == report.incarnation
         before = router.totals if again else 0.0
@@ -163,7 +167,7 @@ class LoadBook:
             return
         delta, busy = self._delta(actor, report)
         since, span = actor.since, max(0.0, now - actor.since)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         actor.decayed = fade * actor.decayed + delta
         actor.busy_s = fade * actor.busy_s + min(busy, span)
         actor.time_s = fade * actor.time_s + span
@@ -171,6 +175,7 @@ class LoadBook:
         forget = math.exp(-busy / MEMORY_S)
         actor.served = forget * actor.served + float(delta.sum())
         actor.served_busy_s = forget * actor.served_busy_s + busy
+        self._remember(actor, span, delta)
         self._wait(actor, report, now)
         self._count(actor.numbers, delta, since, now)
 
@@ -202,6 +207,11 @@ class LoadBook:
             self._rows = np.append(self._rows, np.zeros(grown))
             self._buckets = np.pad(self._buckets, ((0, 0), (0, grown)))
 
+    def _remember(self, actor: _Expert, span: float, delta: Vector) -> None:
+        actor.recent.append((span, actor.numbers, delta))
+        while sum(seconds for seconds, _, _ in actor.recent) - actor.recent[0][0] >= RECENT_S:
+            actor.recent.popleft()
+
     def _wait(self, actor: _Expert, report: ExpertReport, now: float) -> None:
         while actor.waits and (actor.waits[-1][1] <= report.queue_wait_p99_s):
             actor.waits.pop()  # never again the worst: the new one is as bad and stays longer
@@ -225,9 +235,9 @@ class LoadBook:
         if now == self._at and self._second is not None:
             return
         span = max(0.0, now - self._at)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         self._rows *= fade
-        self._time_s = fade * self._time_s + self._window_s * (1 - fade)
+        self._time_s = fade * self._time_s + self.window_s * (1 - fade)
         self._at = max(now, self._at)
         second = int(now)
         last = second if self._second is None else self._second
@@ -243,6 +253,19 @@ class LoadBook:
         rates = self._rows / self._time_s if self._time_s > 0 else self._rows
         return dict(zip(self._number, rates[: len(self._number)].tolist(), strict=True))
 
+    def recent(self) -> tuple[dict[ExpertId, float], dict[str, float]]:
+        """Rows per second of each expert and of each actor in its last reports: what people see move.
+
+        An actor's rate is the mean over the time of its own reports, so that it does not matter when one asks.
+        """
+        experts, actors = np.zeros(len(self._rows)), {}
+        for actor_id, actor in self._experts.items():
+            span = sum(seconds for seconds, _, _ in actor.recent)
+            actors[actor_id] = sum(float(rows.sum()) for _, _, rows in actor.recent) / span if span else 0.0
+            for _, numbers, rows in actor.recent if span else ():
+                experts[numbers] += rows / span
+        return dict(zip(self._number, experts[: len(self._number)].tolist(), strict=True)), actors
+
     def peak(self, now: float) -> dict[ExpertId, float]:
         """Rows per second of each expert in the sliding window's busiest second."""
         self._advance(now)
@@ -253,8 +276,8 @@ class LoadBook:
         """The part of the last window that each expert actor computed, 0 to 1. Silence counts as idle."""
         out = {}
         for actor_id, actor in self._experts.items():
-            fade = math.exp(-max(0.0, now - actor.since) / self._window_s)
-            time_s = fade * actor.time_s + self._window_s * (1 - fade)
+            fade = math.exp(-max(0.0, now - actor.since) / self.window_s)
+            time_s = fade * actor.time_s + self.window_s * (1 - fade)
             out[actor_id] = min(1.0, fade * actor.busy_s / time_s) if time_s > 0 else 0.0
         return out
 
@@ -266,7 +289,7 @@ class LoadBook:
         """The worst p99 queue wait of each expert actor in the last window, in seconds."""
         out = {}
         for actor_id, actor in self._experts.items():
-            while actor.waits and actor.waits[0][0] < now - self._window_s:
+            while actor.waits and actor.waits[0][0] < now - self.window_s:
                 actor.waits.popleft()
             out[actor_id] = actor.waits[0][1] if actor.waits else 0.0
         return out
@@ -277,7 +300,7 @@ class LoadBook:
 
     def _router_load(self, router: _Router, now: float) -> RouterLoad:
         span = max(0.0, now - router.since)
-        fade = math.exp(-span / self._window_s)
+        fade = math.exp(-span / self.window_s)
         time_s = fade * router.time_s + span
         means = (fade * router.sums + span * router.last) / time_s if time_s > 0 else router.last
         running, waiting, kv_usage = means.tolist()
@@ -304,7 +327,7 @@ class LoadBook:
         """Layer -> max/mean of the rows per second that each actor really served, of those that host any of it."""
         layers: dict[int, dict[str, float]] = {}
         for actor_id, actor in self._experts.items():
-            fade = math.exp(-max(0.0, now - actor.since) / self._window_s)
+            fade = math.exp(-max(0.0, now - actor.since) / self.window_s)
             for expert, rows in zip(actor.ids, actor.decayed.tolist(), strict=True):
                 served = layers.setdefault(expert.layer, {})
                 served[actor_id] = served.get(actor_id, 0.0) + fade * rows

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moeray.compiled import compiled
@@ -39,6 +40,7 @@ class Planner:
         """All rows of a layer; ids_TK: int64, contiguous, on the CPU. Raises PlacementError as `plan_rows`."""
         if now is not self._now:
             self._renew(now)
+        assert ids_TK.dtype is torch.int64 and ids_TK.is_contiguous(), "the part in C reads them where they lie"
         replicas = now.replicas.get(layer, {})
         shares = None
         if native is not None:

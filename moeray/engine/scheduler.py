@@ -8,6 +8,7 @@ runs came before everything that waits, and the oldest sequence can preempt all 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from moeray.engine.blocks import BlockManager
 from moeray.engine.sampling import SampledToken
 from moeray.engine.sequence import Sequence, Status
 from moeray.errors import QueueFullError, RequestError
+from moeray.logs import REQUESTS, log_names
 from moeray.types import FinishReason, TokenOutput
+
+log = logging.getLogger(REQUESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,10 @@ class Scheduler:
         victim.status = Status.WAITING
         self._waiting.appendleft(victim)
         self.preemptions += 1
+        log.info(
+            "preempted behind %d tokens, since the KV cache is full", victim.num_output,
+            extra=log_names(victim.request_id, victim.origin),
+        )  # fmt: skip
 
     def _prefill_budget(self, decodes: int) -> int:
         left = self._config.max_batch_tokens - decodes

@@ -27,6 +27,7 @@ class Sequence:
 
     def __init__(self, request: GenerationRequest, eos_token_ids: Collection[int] = ()) -> None:
         self.request_id: str = request.request_id
+        self.origin: str = request.origin
         self.attempt: int = request.attempt
         self.sampling: SamplingParams = request.sampling
         self.tokens: list[int] = [*request.prompt_ids, *request.output_ids]

@@ -5,7 +5,6 @@ Shapes: R rows sorted by expert, D hidden size, I intermediate size, E distinct 
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,17 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeray.config import Kernel
-from moeray.errors import ConfigError, PlacementError
+from moeray.config import ExpertKernel
+from moeray.errors import PlacementError
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
-from moeray.model.kernels import available
-from moeray.model.kernels.experts import NativeExpert, NativeLayer, UnsupportedByKernelError
+from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer
+from moeray.model.kernels.layers import LayerKernels
 from moeray.model.kernels.native import CALL_FORMATS, Block
 from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
-
-log = logging.getLogger(__name__)
 
 FP32_FROM_ROWS = 6
 _ALLOCATION_FAILED = ("DefaultCPUAllocator", "CUDA error: out of memory")
@@ -65,12 +62,12 @@ def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Expert:
-    """`native` is None where the products run on torch."""
+    """`kernel` is None where the products run on torch."""
 
     up: _Linear
     down: _Linear
     nbytes: int
-    native: NativeExpert | None
+    kernel: KernelExpert | None
 
 
 class ExpertWeights(Protocol):
@@ -93,21 +90,20 @@ class ExpertBank:
         weights: ExpertWeights,
         dtype: torch.dtype,
         device: torch.device,
-        kernel: Kernel = "auto",
+        kernel: ExpertKernel = "auto",
         int8: Int8Cache | None = None,
     ) -> None:
         """`int8`: where dense weights are kept rounded, or None to use them as they are.
 
-        `kernel`: `auto` is `native` on a CPU in half precision, as far as that knows the layer; else torch.
-
-        Raises ConfigError where `native` is asked for and cannot be.
+        `kernel`: see `choose_kernel`; layers that it does not know run on torch. Raises ConfigError.
         """
         self._family = family
         self._weights = weights
         self._dtype = dtype
         self._device = device
         self._int8 = int8
-        self._kernels = _LayerKernels(family, dtype, device, kernel)
+        self._kernels = LayerKernels(family, dtype, device, kernel)
+        self._copies = device.type != "cpu" or self._kernels.kernel == "triton"
         self._lock = threading.Lock()  # held for a change, never while weights are read
         self._layers: dict[int, Mapping[int, _Expert]] = {}  # each layer's experts: replaced, never changed
 
@@ -134,7 +130,8 @@ class ExpertBank:
         up = self._linear(moe, moe.up_name, expert.expert)
         down = self._linear(moe, "down_proj", expert.expert)
         nbytes = up.nbytes + down.nbytes
-        return _Expert(up, down, nbytes, self._kernels.expert(moe, up, down))
+        biases = {name: x.bias for name, x in ((moe.up_name, up), ("down_proj", down)) if x.bias is not None}
+        return _Expert(up, down, nbytes, self._kernels.expert(moe, up.weight, down.weight, biases))
 
     def _linear(self, moe: ExpertsLayer, name: str, expert: int) -> _Linear:
         full, bias = f"{moe.name}.{name}", None
@@ -144,8 +141,8 @@ class ExpertBank:
             weight = self._int8.expert(full, expert, moe.is_transposed, lambda: self._weights.expert(full, expert))
         if f"{name}_bias" in moe.shapes:
             bias = self._weights.expert(f"{full}_bias", expert).dense(self._dtype).to(self._device)
-        if self._device.type != "cpu":
-            weight = weight.to(self._device)
+        if self._copies:
+            weight = weight.to(self._device).by_outputs(moe.is_transposed)
         return _Linear(weight, bias, moe.is_transposed, self._dtype)
 
     @property
@@ -191,56 +188,11 @@ def _by_layer(experts: Iterable[ExpertId]) -> dict[int, set[int]]:
     return layers
 
 
-class _LayerKernels:
-    """Which layers' experts the native kernels compute. A layer is decided when its first expert is loaded."""
-
-    def __init__(self, family: Family, dtype: torch.dtype, device: torch.device, kernel: Kernel) -> None:
-        self._asked = kernel
-        self._warned = False
-        self._layers: dict[int, NativeLayer] = {}
-        fits = device.type == "cpu" and (dtype is not torch.float32 or kernel == "native")
-        if kernel == "torch" or not fits or not available():
-            if kernel == "native":
-                raise ConfigError(
-                    f"config key experts.kernel: native needs a CPU (this is {device}) and compiled kernels "
-                    "(see the log); use auto or torch"
-                )
-            return
-        for layer, moe in family.layers.items():
-            try:
-                self._layers[layer] = NativeLayer(moe)
-            except UnsupportedByKernelError as error:
-                self._refuse(moe, error)
-
-    def of(self, layer: int) -> NativeLayer | None:
-        return self._layers.get(layer)
-
-    def expert(self, moe: ExpertsLayer, up: _Linear, down: _Linear) -> NativeExpert | None:
-        native = self._layers.get(moe.layer)
-        if native is None:
-            return None
-        biases = {name: x.bias.float() for name, x in ((moe.up_name, up), ("down_proj", down)) if x.bias is not None}
-        try:
-            return native.expert(up.weight, down.weight, biases)
-        except UnsupportedByKernelError as error:
-            del self._layers[moe.layer]
-            self._refuse(moe, error)
-            return None
-
-    def _refuse(self, moe: ExpertsLayer, error: UnsupportedByKernelError) -> None:
-        message = f"the CPU kernels cannot compute the experts of layer {moe.layer}: {error}"
-        if self._asked == "native":
-            raise ConfigError(f"config key experts.kernel: {message}; use auto or torch") from error
-        if not self._warned:
-            log.warning("%s; they (and those of further layers that are alike) run on torch, slower", message)
-        self._warned = True
-
-
 class HeldExperts(NamedTuple):
     """The weights of one forward."""
 
     moe: ExpertsLayer | None
-    kernel: NativeLayer | None
+    kernel: KernelLayer | None
     experts: Mapping[int, _Expert]
 
     @torch.inference_mode()
@@ -248,29 +200,29 @@ class HeldExperts(NamedTuple):
         """As `ExpertBank.forward`, for the experts that are held."""
         if self.moe is None or not self.experts:
             return x_RD.new_empty(0, x_RD.shape[-1])
-        native = self._native()
-        if self.kernel is not None and native is not None:
-            return self.kernel.forward(native, x_RD, counts)
+        known = self._known()
+        if self.kernel is not None and known is not None:
+            return self.kernel.forward(known, x_RD, counts)
         act = self.moe.activate
         pieces = zip(self.experts.values(), torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
 
-    def compute_at(self, x: Block, index: int, counts: list[int], out: int, threads: int) -> bool:
-        """The same without tensors: a row of x for each of the int64 numbers at `index`; outputs go to `out`.
+    def compute_at(self, x: Block, index: bytes, counts: list[int], out: int, threads: int) -> bool:
+        """The same without tensors: a row of x for each number of the index (int64); outputs go to the address `out`.
 
-        False, and nothing is done, where the kernels do not compute these experts or x's dtype.
+        False, and nothing is done, where the kernels in C do not compute these experts or x's dtype.
         Raises ValueError for rows of another width than the layer's.
         """
-        native = self._native()
-        if self.kernel is None or not native or x.dtype not in CALL_FORMATS:
+        known = self._known()
+        if not known or not isinstance(self.kernel, NativeLayer) or x.dtype not in CALL_FORMATS:
             return False
-        self.kernel.compute_at(native, x, index, counts, out, threads)
+        self.kernel.compute_at(known, x, index, counts, out, threads)
         return True
 
-    def _native(self) -> list[NativeExpert] | None:
+    def _known(self) -> list[KernelExpert] | None:
         """All of them as the kernels see them, if they do."""
-        native = [expert.native for expert in self.experts.values() if expert.native is not None]
-        return native if len(native) == len(self.experts) else None
+        known = [expert.kernel for expert in self.experts.values() if expert.kernel is not None]
+        return known if len(known) == len(self.experts) else None
 
     def with_those_of(self, others: Iterable[HeldExperts]) -> HeldExperts:
         """All of them, in the experts' order; those of one layer of one bank."""

@@ -60,7 +60,7 @@ def open_model(model: str, revision: str | None, *, node: str) -> ModelFiles:
 def open_bank(files: ModelFiles, config: Config, device: torch.device) -> ExpertBank:
     """An empty bank for experts as the config wants them. Raises ConfigError where `experts.kernel` cannot be had."""
     int8 = None
-    if config.experts.quantization == "int8" and device.type == "cpu":
+    if config.experts.quantization == "int8":
         int8 = Int8Cache.of(files.checkpoint, Path(config.cache_dir) if config.cache_dir else default_cache_dir())
     dtype = files.dtype(config.dtype)
     return ExpertBank(files.family, files.weights, dtype, device, config.experts.kernel, int8)

@@ -56,6 +56,13 @@ class ExpertTensor:
     def to(self, device: torch.device) -> ExpertTensor:
         return ExpertTensor(tuple(part.to(device) for part in self.parts), self.cat_dim)
 
+    def by_outputs(self, transposed: bool) -> ExpertTensor:
+        """The same, each output's weights together in memory: a copy where a plain part's lie `transposed`."""
+        if not transposed:
+            return self
+        parts = (Plain(p.tensor.t().contiguous().t()) if isinstance(p, Plain) else p for p in self.parts)
+        return ExpertTensor(tuple(parts), self.cat_dim)
+
 
 class LazyTensor:
     """A trunk tensor that is read when indexed, as transformers' loader does with `tensor[...]`.

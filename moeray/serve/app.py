@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,11 +13,12 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.serve.schema import LoggingConfig
 
-from moeray.cluster.ray import start_controller
-from moeray.config import Config, load_config
+from moeray.cluster.ray import find_controller, start_controller
+from moeray.config import Config, load_config, overlay
 from moeray.errors import ConfigError, MoerayError
-from moeray.logs import setup_logging
+from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading, Recorder
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.openai import create_app
@@ -32,21 +34,32 @@ CALL_TIMEOUT_S = 60.0
 class RayPort:
     """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run.
 
+    `since`: when the config was laid down; a running system follows the newest, and never one of 0.
+
     The handle is kept for as long as the actor lives (restarts included): a call over it goes from process to process,
     while a lookup asks Ray's GCS, which may be away.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, since: float = 0.0) -> None:
+        self._config, self._since = config, since
         self._lookup: asyncio.Future[Any] | None = None
 
+    async def configure(self, config: Config, since: float, reading: Reading) -> None:
+        """Ask for the system by a newer config from now on. Raises MoerayError, and keeps the one before, where the
+        system refuses it; one that does not answer at present will hear of it when it does."""
+        before = self._config, self._since
+        self._config, self._since = config, since
+        try:
+            await self.renew(reading)
+        except ControllerLostError as error:
+            log.warning("the new config is not taken yet: %s", error)
+        except MoerayError:
+            self._config, self._since = before
+            raise
+
     async def renew(self, reading: Reading) -> dict[str, Any]:
-        state = dict(await self._ask("renew", self._config, reading, timeout=RENEW_TIMEOUT_S))
-        if state["status"] == "gone":
-            actor, self._lookup = await self._actor(), None
-            await asyncio.to_thread(ray.kill, actor)
-            return {"status": "loading", "detail": "starting again with a new config", "info": None}
-        return state
+        state = dict(await self._ask("renew", self._config, self._since, reading, timeout=RENEW_TIMEOUT_S))
+        return await self._replace(state["detail"]) if state["status"] == "gone" else state
 
     async def call(self, method: str, *args: Any) -> Any:
         return await self._ask("call", method, *args, timeout=CALL_TIMEOUT_S)
@@ -69,11 +82,30 @@ class RayPort:
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise ControllerLostError(f"the controller does not answer: {_line(error)[:300]}") from error
 
+    async def _replace(self, failure: str) -> dict[str, Any]:
+        """End a system that failed with another config, so that the next look-up starts one with ours."""
+        actor, self._lookup = await self._actor(), None
+        await asyncio.to_thread(ray.kill, actor)
+        return {"status": "loading", "detail": "starting again with a new config", "info": None}
+
+    def _find(self) -> Any:
+        return start_controller(self._config, self._since)
+
     async def _actor(self) -> Any:
         """One lookup at a time, whoever waits for it: without a GCS it holds its thread for as long as Ray retries."""
         if self._lookup is None or (self._lookup.done() and (self._lookup.cancelled() or self._lookup.exception())):
-            self._lookup = asyncio.ensure_future(asyncio.to_thread(start_controller, self._config))
+            self._lookup = asyncio.ensure_future(asyncio.to_thread(self._find))
         return await asyncio.shield(self._lookup)
+
+
+class AttachedPort(RayPort):
+    """The same for a system of others, whose config this is: it is never started here, nor replaced."""
+
+    async def _replace(self, failure: str) -> dict[str, Any]:
+        return {"status": "failed", "detail": failure, "info": None}
+
+    def _find(self) -> Any:
+        return find_controller(self._config.serve.name)
 
 
 def _line(error: Exception) -> str:
@@ -82,38 +114,85 @@ def _line(error: Exception) -> str:
 
 @serve.ingress()
 class Ingress:
-    """A stateless replica: HTTP in front, the routers behind. It answers 503 from the first moment on."""
+    """A stateless replica: HTTP in front, the routers behind.
+
+    Serve calls `reconfigure` at the start and whenever the deployment's `user_config` has changed: config keys that lie
+    over those of the application, taken without a restart.
+    """
 
     def __init__(self, config: Config) -> None:
-        setup_logging(config.log_format)
-        self._config = config
+        self._base = config
+        self._port = RayPort(config)
+        recorder = Recorder()
+        node_id = ray.get_runtime_context().get_node_id()
+        self._backend = SystemBackend(config, self._port, node_id, recorder)
+        setup_logging(config, actor=self._backend.name, kind="ingress", node=node_id)
+        self._app = create_app(self._backend, config, recorder, answer_request_id=False)  # Serve's proxy does
+        self._warming: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        node_id = ray.get_runtime_context().get_node_id()
-        recorder = Recorder()
-        backend = SystemBackend(self._config, RayPort(self._config), node_id, recorder)
-
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-            backend.start()
-            warming = asyncio.create_task(warm_up(app, backend))
             yield
-            warming.cancel()
-            await asyncio.gather(warming, return_exceptions=True)
-            await backend.close()
+            if self._warming is not None:
+                self._warming.cancel()
+                await asyncio.gather(self._warming, return_exceptions=True)
+            await self._backend.close()
 
-        app = create_app(backend, self._config, recorder)
-        app.router.lifespan_context = lifespan
-        return app
+        self._app.router.lifespan_context = lifespan
+        return self._app
+
+    async def reconfigure(self, changes: Mapping[str, Any]) -> None:
+        """Go by `changes` from now on. Raises MoerayError where a replica cannot start with them; one that serves
+        already serves on as before, and the refusal stands in the audit log, which `moeray status` shows."""
+        if self._warming is None:
+            await self._start(changed(self._base, changes))
+            return
+        try:
+            config = changed(self._base, changes)
+            await self._port.configure(config, time.time(), self._backend.reading())
+        except MoerayError as error:
+            log.error("the config stays as it was: %s", error)
+            await self._backend.call("refuse", str(error))
+            return
+        self._use(config)
+
+    async def _start(self, config: Config) -> None:
+        await self._port.configure(config, time.time(), self._backend.reading())
+        self._use(config)
+        self._backend.start()
+        self._warming = asyncio.create_task(self._warm_up())
+        if config.serve.wait_for_system:
+            await self._backend.ready(START_TIMEOUT_S)
+            await self._warming
+
+    def _use(self, config: Config) -> None:
+        change_logging(config)
+        self._backend.configure(config)
+        self._app.state.endpoint.configure(config)
+
+    async def _warm_up(self) -> None:
+        """Load the tokenizer once the system is ready, so that the first request does not wait for it."""
+        try:
+            await self._backend.ready(START_TIMEOUT_S)
+            await self._app.state.endpoint.warm_up()
+        except MoerayError as error:
+            log.error("%s", error)
 
 
-async def warm_up(app: FastAPI, backend: SystemBackend) -> None:
-    """Load the tokenizer once the system is ready, so that the first request does not wait for it."""
-    try:
-        await backend.ready(START_TIMEOUT_S)
-        await app.state.endpoint.warm_up()
-    except MoerayError as error:
-        log.error("%s", error)
+def changed(base: Config, changes: Mapping[str, Any]) -> Config:
+    """The config of a replica. Raises ConfigError, also for what is read when the application is built."""
+    config = overlay(base, changes)
+    for key in ("replicas", "host", "port"):
+        if getattr(config.serve, key) != getattr(base.serve, key):
+            raise ConfigError(f"serve.{key} is read when the application is built; move it from user_config to args")
+    return config
+
+
+def serve_logging(config: Config) -> LoggingConfig:
+    """How Serve is to write its own lines, so that they go with ours."""
+    encoding, level = config.log_format.upper(), config.log_level.upper()
+    return LoggingConfig(encoding=encoding, log_level=level, enable_access_log=config.log_requests)
 
 
 def application(config: Config) -> serve.Application:
@@ -125,6 +204,8 @@ def application(config: Config) -> serve.Application:
         max_ongoing_requests=100_000,  # the routers' queues are the limit, and answer 429
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=10.0,
+        logging_config=serve_logging(config),
+        user_config={},
     )
     return deployment.bind(config)
 

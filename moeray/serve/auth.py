@@ -10,10 +10,11 @@ from fastapi import Request
 from moeray.serve.errors import ApiError
 
 
-def require_key(key: str | None) -> Callable[[Request], None]:
-    """A dependency that raises ApiError 401 unless the request bears `key`; None lets everyone in."""
+def require_key(current: Callable[[], str | None]) -> Callable[[Request], None]:
+    """A dependency that raises ApiError 401 unless the request bears the key of now; None lets everyone in."""
 
     def check(request: Request) -> None:
+        key = current()
         if key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")

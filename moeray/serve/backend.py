@@ -56,8 +56,16 @@ class Backend(Protocol):
         """
         ...
 
+
+class ObservedBackend(Backend, Protocol):
+    """One that also tells of the system behind it."""
+
     async def status(self) -> dict[str, Any]:
         """The running system as JSON-able data: actors, experts, load."""
+        ...
+
+    async def console(self) -> dict[str, Any]:
+        """What the live page shows of the running system, as JSON-able data."""
         ...
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:

@@ -18,18 +18,21 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return parse_object(await _read(request, max_bytes))
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse strict JSON: no NaN or Infinity, no lone surrogates, no nesting that exhausts the stack."""
+def parse_object(raw: bytes, what: str = "the body") -> dict[str, Any]:
+    """Parse strict JSON: no NaN or Infinity, no lone surrogates, no nesting that exhausts the stack.
+
+    Raises RequestError that calls it `what`.
+    """
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
         if b"\\ud" in raw.lower():
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text that could be tokenized
     except RecursionError as error:
-        raise RequestError("the body is not valid JSON: it is nested too deeply", code="invalid_json") from error
+        raise RequestError(f"{what} is not valid JSON: it is nested too deeply", code="invalid_json") from error
     except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {_one_line(error)}", code="invalid_json") from error
+        raise RequestError(f"{what} is not valid JSON: {_one_line(error)}", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
+        raise RequestError(f"{what} must be a JSON object", code="invalid_json")
     return value
 
 

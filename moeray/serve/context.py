@@ -1,4 +1,5 @@
-"""The outermost layer: gives each request its id, and turns a bug into a plain 500 instead of a stack trace."""
+"""The outermost layer: gives each request its id, for logs and its sequences too, and turns a bug into a plain 500
+instead of a stack trace."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moeray.logs import REQUEST_ID
 from moeray.serve.errors import reply_for
 
 log = logging.getLogger("moeray.serve")
@@ -17,30 +19,40 @@ _ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
 class RequestContext:
-    """ASGI middleware. An `X-Request-Id` that is safe to log is taken over; any other is replaced."""
+    """ASGI middleware. An `X-Request-Id` that is safe to log is taken over; any other is replaced.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `answer`: send the id back; not behind a proxy that does so itself, such as Ray Serve's.
+    """
+
+    def __init__(self, app: ASGIApp, answer: bool = True) -> None:
         self.app = app
+        self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        token = REQUEST_ID.set(_request_id(scope))
+        try:
+            await self._run(scope, receive, send, str(REQUEST_ID.get()))
+        finally:
+            REQUEST_ID.reset(token)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                if self.answer:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as error:
-            log.exception("request %s failed", request_id)
+            log.exception("a request failed")
             if started:
                 raise  # a response that was begun can only be cut off
             await reply_for(error).response()(scope, receive, send_with_id)

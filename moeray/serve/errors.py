@@ -115,13 +115,20 @@ def failed_error(detail: str) -> ApiError:
     return ApiError(503, f"the model could not be loaded: {detail}", code="failed")
 
 
+def log_failure(status: int, error: Exception) -> None:
+    """What the server is to blame for; one that still loads says so in its health, not at each request."""
+    if status == 500:
+        log.error("a request failed", exc_info=error)
+    elif status > 500 and not isinstance(error, ApiError):
+        log.warning("a request failed with %d: %s", status, error)
+
+
 def install_handlers(app: FastAPI) -> None:
     """Answer our own errors and the framework's (unknown path, wrong method) in the one style."""
 
     async def handle(request: Request, error: Exception) -> Response:
         reply = reply_for(error)
-        if reply.status == 500:
-            log.error("request %s failed", request.state.request_id, exc_info=error)
+        log_failure(reply.status, error)
         return reply.response()
 
     app.add_exception_handler(MoerayError, handle)

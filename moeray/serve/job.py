@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeray.errors import RequestError
+from moeray.logs import REQUEST_ID
 from moeray.serve.backend import ModelInfo
 from moeray.serve.prompt import PromptEncoder
 from moeray.serve.schemas import ChatRequest, CompletionRequest, GenerationFields
@@ -85,7 +86,8 @@ def _job(
         ids = prompts[index // n]
         limit = _max_tokens(len(ids), asked, default_max_tokens, model)
         params = SamplingParams(**sampling, max_tokens=limit, seed=(seed + index) % 2**63)
-        choices.append(Choice(index, index // n, GenerationRequest(f"{job_id}-{index}", ids, params)))
+        sequence = GenerationRequest(f"{job_id}-{index}", ids, params, origin=REQUEST_ID.get() or "")
+        choices.append(Choice(index, index // n, sequence))
     lengths = tuple(map(len, prompts))
     streams = bool(request.stream), request.include_usage
     return Job(job_id, model, created, tuple(choices), lengths, tuple(request.stop), *streams, prefix == "cmpl")

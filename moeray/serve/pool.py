@@ -17,6 +17,7 @@ from functools import partial
 
 from moeray.actors.client import RouterClient
 from moeray.errors import QueueFullError, RouterLostError
+from moeray.logs import log_names
 from moeray.recorder import Recorder
 from moeray.types import Address, GenerationRequest, TokenOutput
 
@@ -43,13 +44,16 @@ class _Router:
 
 
 class RouterPool:
-    """Used on one event loop. `disturbed` is set when a router is lost or a request waits for one."""
+    """Used on one event loop. `timeout_s` is what a request has from its start.
+
+    `disturbed` is set when a router is lost or a request waits for one.
+    """
 
     def __init__(
         self, dial: Dial, timeout_s: float, recorder: Recorder, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._dial = dial
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._moved = recorder.counter("moeray_requests_moved_total")
         self._clock = clock
         self._routers: dict[Address, _Router] = {}
@@ -91,7 +95,7 @@ class RouterPool:
         `cached_tokens` is that of the first attempt that gave a token. Raises QueueFullError when every router refuses
         a new request, RequestError, and RouterLostError when none has taken it over before the deadline.
         """
-        until = self._clock() + self._timeout_s
+        until = self._clock() + self.timeout_s
         cached: int | None = None
         full: set[_Router] = set()
         while True:
@@ -134,7 +138,7 @@ class RouterPool:
                 raise RouterLostError("the endpoint is closing; send the request to another")
             if left <= 0:
                 raise RouterLostError(
-                    f"no router has taken the request within {self._timeout_s:g} s (serve.request_timeout_s); "
+                    f"no router has taken the request within {self.timeout_s:g} s (serve.request_timeout_s); "
                     "`moeray status` shows what is missing"
                 )
             await self._wait(left)
@@ -208,9 +212,6 @@ class RouterPool:
 
 def _log_move(request: GenerationRequest, error: RouterLostError) -> None:
     log.warning(
-        "request %s goes on as attempt %d behind %d tokens: %s",
-        request.request_id,
-        request.attempt,
-        len(request.output_ids),
-        error,
-    )
+        "attempt %d goes on behind %d tokens: %s", request.attempt, len(request.output_ids), error,
+        extra=log_names(request.request_id, request.origin),
+    )  # fmt: skip

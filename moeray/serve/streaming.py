@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,9 +10,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from moeray.serve.errors import ClientGoneError, RequestTimeoutError, reply_for
-
-log = logging.getLogger("moeray.serve")
+from moeray.serve.errors import ClientGoneError, RequestTimeoutError, log_failure, reply_for
 
 _T = TypeVar("_T")
 
@@ -89,8 +86,7 @@ class EventStream(Response):
 
     async def _send_error(self, send: Send, error: Exception) -> None:
         reply = reply_for(error)
-        if reply.status == 500:
-            log.error("a stream failed", exc_info=error)
+        log_failure(reply.status, error)
         await _send_event(send, reply.body())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

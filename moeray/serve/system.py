@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from moeray.actors.client import RouterClient
@@ -60,7 +61,7 @@ class SystemBackend:
         self._controller = controller
         self._node_id = node_id
         self._said = BackendState("loading", "connecting to the controller")
-        self._name = f"ingress-{secrets.token_hex(4)}"
+        self.name = f"ingress-{secrets.token_hex(4)}"
         self._identity: Identity | None = None
         self._model: ModelInfo | None = None
         self._pool = RouterPool(self._dial, config.serve.request_timeout_s, self._recorder)
@@ -80,6 +81,13 @@ class SystemBackend:
     @property
     def model(self) -> ModelInfo | None:
         return self._model
+
+    def configure(self, config: Config) -> None:
+        """Hold a newer config: the model's name and the requests' deadline from now on."""
+        self._config = config
+        self._pool.timeout_s = config.serve.request_timeout_s
+        if self._model is not None and self._model.name != config.served_model_name:
+            self._model = replace(self._model, name=config.served_model_name)
 
     def start(self) -> None:
         """Begin to follow the controller; returns at once."""
@@ -121,7 +129,7 @@ class SystemBackend:
 
     async def _look(self) -> None:
         try:
-            state = await self._controller.renew(self._reading())
+            state = await self._controller.renew(self.reading())
             self._unanswered = 0
             self._said = BackendState(state["status"], state["detail"])
             if state["info"] is not None:
@@ -137,7 +145,7 @@ class SystemBackend:
             self._said = BackendState("failed", str(error))
 
     async def _take(self, info: SystemInfo) -> None:
-        self._identity = Identity(self._name, self._node_id, model_fingerprint(self._config), info.token)
+        self._identity = Identity(self.name, self._node_id, model_fingerprint(self._config), info.token)
         self._pool.follow(info.routers)
         if self._model is None:
             self._model = await self._describe(info)
@@ -169,17 +177,20 @@ class SystemBackend:
     async def status(self) -> dict[str, Any]:
         return dict(await self._controller.call("status"))
 
+    async def console(self) -> dict[str, Any]:
+        return dict(await self._controller.call("console"))
+
     async def call(self, method: str, *args: Any) -> Any:
         """Ask the controller anything that it answers."""
         return await self._controller.call(method, *args)
 
     async def metrics(self, accept: str = "") -> tuple[bytes, str]:
-        text, content_type = await self._controller.call("metrics", accept, self._reading())
+        text, content_type = await self._controller.call("metrics", accept, self.reading())
         return bytes(text), str(content_type)
 
-    def _reading(self) -> Reading:
+    def reading(self) -> Reading:
         """What this endpoint has counted, under its own name: it comes and goes as it likes."""
-        return Reading(self._name, self._name, *self._recorder.read(), guest=True)
+        return Reading(self.name, self.name, *self._recorder.read(), guest=True)
 
     async def close(self) -> None:
         """Stop following and close the channels; what is in flight is aborted."""

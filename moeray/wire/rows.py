@@ -59,9 +59,11 @@ class Forward(NamedTuple):
         None where it does not fit, or its header is longer than `most`."""
         assert native is not None
         x_TD = self.x_TD
+        if x_TD.dtype not in CODES:  # the frame's refusal says why
+            return None
         size: int | None = native.write_forward(
             out, ring, where, most, self.id, self.layer, self.epoch, self.experts, self.counts,
-            CODES[x_TD.dtype], x_TD.data_ptr(), x_TD.shape[1], self.tokens, self.token_of_row,
+            CODES[x_TD.dtype], x_TD.data_ptr(), len(x_TD), x_TD.shape[1], self.tokens, self.token_of_row,
         )  # fmt: skip
         return size
 
@@ -133,14 +135,15 @@ def put_rows(tensors: Sequence[Tensor], rows: bytes, out_TKD: Tensor) -> bool:
 
 
 class Given(NamedTuple):
-    """Where the tensors of a received FORWARD lie: `tokens` rows of `width` numbers of `dtype` at the address `x`, and
-    each row's token, int64 [rows], at `token_of_row`. Valid as long as its frame's tensors are."""
+    """Where the tokens of a received FORWARD lie: `tokens` rows of `width` numbers of `dtype` at the address `x`, valid
+    as long as its frame's tensors are. `token_of_row`: each row's token, a checked copy of int64 numbers [rows]; the
+    frame's may lie in memory that the peer can still write."""
 
     x: int
     tokens: int
     width: int
     dtype: torch.dtype
-    token_of_row: int
+    token_of_row: bytes
     rows: int
 
 
@@ -171,11 +174,11 @@ def _find(experts: list[Any], counts: list[Any], tensors: Tensors) -> Given | No
     if len(x_shape) != 2 or len(index_shape) != 1 or index_code != _INT64:
         return None
     (tokens, width), (rows,) = x_shape, index_shape
-    memory = native.forward_memory(experts, counts, tensors.memory, tensors.start + index_at, rows, tokens)
-    if memory is None:
+    found = native.forward_memory(experts, counts, tensors.memory, tensors.start + index_at, rows, tokens)
+    if found is None:
         return None
-    at = memory + tensors.start
-    return Given(at + x_at, tokens, width, DTYPES[code], at + index_at, rows)
+    address, token_of_row = found
+    return Given(address + tensors.start + x_at, tokens, width, DTYPES[code], token_of_row, rows)
 
 
 def _fits(experts: list[Any], counts: list[Any], tensors: Sequence[Tensor]) -> bool:

@@ -6,13 +6,13 @@ import pytest
 
 from moeray.actors.hosts import shares_of
 from moeray.actors.roster import Actor
-from moeray.config import ExpertGroupConfig
+from moeray.config import Config, ExpertGroupConfig
 
 GROUP = ExpertGroupConfig(actors=4)
 
 
 def actors(count: int) -> list[Actor]:
-    return [Actor(f"experts-{i}", GROUP, i) for i in range(count)]
+    return [Actor(f"experts-{i}", GROUP, i, Config(model="m")) for i in range(count)]
 
 
 @pytest.mark.parametrize(

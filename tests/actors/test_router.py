@@ -288,10 +288,11 @@ def test_a_resumed_request_that_had_come_to_its_end(fleet, output_ids, options, 
 
 
 def test_a_router_that_hears_of_no_controller_stops(model):
-    stopped = threading.Event()
+    now, stopped = 0.0, threading.Event()
     with Fleet(model, control__orphan_s=0.5) as fleet:
-        router = fleet.add_router(on_stop=stopped.set)
+        router = fleet.add_router(on_stop=stopped.set, clock=lambda: now)
         channel = fleet.connect(router)
+        now = 1.0
         assert stopped.wait(30)
         with pytest.raises(ChannelClosedError):
             channel.recv(5)

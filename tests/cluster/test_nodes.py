@@ -8,6 +8,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,7 @@ import ray
 import torch
 from ray import serve
 from ray._common.utils import reset_ray_address
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 
 from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.config import Config
@@ -134,9 +133,9 @@ def test_a_node_that_drains_is_left_before_its_deadline(world):
     processes = [psutil.Process(row["pid"]) for row in before]
 
     def drain() -> None:
-        by = int((began + DEADLINE_S) * 1000)
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        assert GcsClient(address=world.cluster.address).drain_node(old.node_id, reason, "a spot notice", by)[0]
+        where = ("--name", NAME, "--address", world.cluster.address, "--node", old.node_id[:16])
+        command = [sys.executable, "-m", "moeray.cli.main", "drain", *where, "--within", f"{DEADLINE_S:g}", "--wait"]
+        subprocess.run(command, check=True, timeout=DEADLINE_S)
 
     assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(drain))) == world.calm
     moved = lambda s: is_whole(s) and {row["node"] for row in s["actors"]} == {new.node_id}  # noqa: E731

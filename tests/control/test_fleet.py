@@ -67,3 +67,29 @@ def test_those_who_host_serve_and_the_rest_is_the_warm_pool():
     assert serving(members, {"a": 2, "b": 1}) == ("a1", "a3", "b0")
     assert serving(members, {"a": 3}) == ("a1", "a3", "a0")
     assert serving(members, {"a": 9}) == ("a1", "a3", "a0")
+
+
+def member(i, phase=READY, group="experts", outdated=False):
+    return Member(f"experts-{i}", group, phase, order=i, outdated=outdated)
+
+
+def test_an_outdated_actor_stays_until_another_can_work_in_its_place():
+    old = [member(0, outdated=True), member(1, outdated=True)]
+    assert fleet_steps(old, {"experts": 2}) == FleetSteps(start=("experts", "experts"))
+    begun = [*old, member(2, Phase.STARTING), member(3, Phase.STARTING)]
+    assert fleet_steps(begun, {"experts": 2}) == FleetSteps()
+    half = [*old, member(2), member(3, Phase.STARTING)]
+    assert fleet_steps(half, {"experts": 2}) == FleetSteps(leave=("experts-1",))
+    done = [member(0, outdated=True), member(2), member(3)]
+    assert fleet_steps(done, {"experts": 2}) == FleetSteps(leave=("experts-0",))
+
+
+def test_fewer_are_wanted_while_actors_are_outdated():
+    old = [member(i, outdated=True) for i in range(3)]
+    steps = fleet_steps([*old, member(3, Phase.STARTING, outdated=True)], {"experts": 1})
+    assert steps == FleetSteps(start=("experts",), cancel=("experts-3",), leave=("experts-2", "experts-1"))
+
+
+def test_a_group_that_nobody_wants_any_more_leaves():
+    members = [member(0), member(1, Phase.STARTING), member(2, group="other")]
+    assert fleet_steps(members, {"other": 1}) == FleetSteps(cancel=("experts-1",), leave=("experts-0",))

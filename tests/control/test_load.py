@@ -44,6 +44,24 @@ def test_windows_fade_and_the_service_rate_stays():
     assert book.service_rates()["a"] == pytest.approx(200)
 
 
+def test_what_experts_serve_at_present_is_the_mean_of_their_actors_last_reports():
+    book = LoadBook(10.0)
+    for t, first, second in [(0, 0, 0), (1, 90, 30), (2, 90, 30), (3, 90, 60), (4, 150, 60)]:
+        book.fold(ExpertReport("a", "1", {A: first, B: second}), float(t))
+        book.fold(ExpertReport("b", "1", {B: 10 * t}), t + 0.5)
+    experts, actors = book.recent()
+    assert experts == {A: pytest.approx(60 / 3), B: pytest.approx(30 / 3 + 10)}
+    assert actors == {"a": pytest.approx(90 / 3), "b": pytest.approx(10)}
+    book.forget("a")
+    assert book.recent() == ({A: 0.0, B: pytest.approx(10)}, {"b": pytest.approx(10)})
+
+
+def test_one_report_is_no_rate():
+    book = LoadBook(10.0)
+    book.fold(ExpertReport("a", "1", {A: 50}), 1.0)
+    assert book.recent() == ({A: 0.0}, {"a": 0.0})
+
+
 def test_the_peak_is_the_busiest_second():
     book = LoadBook(10.0)
     for t, count in [(0, 0), (1, 10), (2, 510), (3, 520)]:

@@ -72,6 +72,7 @@ class EchoBackend:
     held: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     closed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     open: int = 0
+    looks: int = 0
     most_open: int = 0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
@@ -110,6 +111,12 @@ class EchoBackend:
 
     async def status(self) -> dict[str, Any]:
         return {"epoch": 7, "actors": []}
+
+    async def console(self) -> dict[str, Any]:
+        self.looks += 1
+        if self.refuse is not None:
+            raise self.refuse
+        return {"status": "ready", "detail": "ready", "epoch": 7}
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
         return exposition({"moeray_placement_epoch": {(): 3.0}}, accept)

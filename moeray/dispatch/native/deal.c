@@ -25,6 +25,16 @@ typedef struct {
     int32_t *place; /* of every token: in the share at hand */
 } Deal;
 
+/* Whether the table and carry are as long as they say, and all rates such that no cost is infinite or none. */
+static int fits(const Deal *d, Py_ssize_t table_bytes, Py_ssize_t carry_bytes) {
+    const int64_t actors = d->table->actors, hosts = (const char *)d->hosts - (const char *)d->table;
+    if (carry_bytes != actors * (int64_t)sizeof(double) || hosts > table_bytes) return 0;
+    if (table_bytes != hosts + d->first[d->table->experts] * (int64_t)sizeof(int32_t)) return 0;
+    for (int64_t a = 0; a < actors; a++)
+        if (!(d->rates[a] > 1e-100 && d->rates[a] < 1e100)) return 0;
+    return d->rows <= INT32_MAX;
+}
+
 static int64_t replicas_of(const Deal *d, int32_t expert) { return d->first[expert + 1] - d->first[expert]; }
 
 /* Counts the rows. 0 where one of its experts has no replica, or so many rows that it may be split. */
@@ -215,7 +225,7 @@ static PyObject *deal(PyObject *self, PyObject *const *args, Py_ssize_t arg_coun
     if (!memory) return PyErr_NoMemory();
     lay_out(&d, table, memory);
     PyObject *shares;
-    if (count_rows(&d)) {
+    if (fits(&d, PyBytes_GET_SIZE(args[0]), PyByteArray_GET_SIZE(args[1])) && count_rows(&d)) {
         choose_owners(&d);
         shares = shares_of(&d);
     } else {

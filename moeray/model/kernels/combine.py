@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeray.model.kernels.native import Format, library
+from moeray.model.kernels.layout import Format
+from moeray.model.kernels.native import library
 
 _FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 _ELEMENTS_PER_THREAD = 1 << 18

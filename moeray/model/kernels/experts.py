@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,9 @@ from torch import Tensor
 
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import MXFP4_GROUP, Fp8Block, Int8, Mxfp4, Plain, StoredWeight, float_scales
+from moeray.model.kernels.layout import Activation, Expert, Format, Layer, Matrix, Outputs
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import (
-    CALL_FORMATS,
-    Activation,
-    Block,
-    Expert,
-    Format,
-    Instructions,
-    Layer,
-    Matrix,
-    Outputs,
-    best_instructions,
-    forward,
-    run,
-)
+from moeray.model.kernels.native import CALL_FORMATS, Block, Instructions, best_instructions, forward, run
 from moeray.model.slices import ExpertTensor
 
 _TANH_GELU = (2 * math.sqrt(2 / math.pi), 0.044715)  # 1 + tanh z = 2 sigmoid(2 z)
@@ -38,25 +27,40 @@ class UnsupportedByKernelError(Exception):
 
 
 @dataclass(frozen=True)
-class NativeExpert:
-    """One expert as the kernels see it. Keeps its weights alive."""
+class KernelExpert:
+    """One expert as the kernels see it: where its `Expert` structure lies. Keeps its weights alive."""
 
     address: int
     _kept: tuple[Expert | Tensor, ...]
 
 
-class NativeLayer:
+class KernelLayer(ABC):
     """The experts of a layer whose activation the kernels have. Raises UnsupportedByKernelError."""
 
     def __init__(self, moe: ExpertsLayer) -> None:
         self._moe = moe
-        self._activation = native_activation(moe)
-        self._layer: Layer | None = None
-        self._address = self._inputs = 0
+        self._activation = kernel_activation(moe)
+        self._form: Layer | None = None
 
-    def expert(self, up: ExpertTensor, down: ExpertTensor, biases: dict[str, Tensor]) -> NativeExpert:
+    @abstractmethod
+    def expert(self, up: ExpertTensor, down: ExpertTensor, biases: dict[str, Tensor]) -> KernelExpert:
         """`biases`: parameter name -> fp32 bias. Raises UnsupportedByKernelError for weights that lie otherwise, or
         otherwise than those of the layer's other experts."""
+
+    @abstractmethod
+    def forward(self, experts: Sequence[KernelExpert], x_RD: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert -> each expert's output, [R, D] of x's dtype."""
+
+    @property
+    def form(self) -> Layer:
+        """What the layer's experts have in common."""
+        assert self._form is not None, "the layer has experts"
+        return self._form
+
+    def _describe(
+        self, up: ExpertTensor, down: ExpertTensor, biases: dict[str, Tensor]
+    ) -> tuple[Expert, tuple[Tensor, ...]]:
+        """The structure and the tensors that it points into. Raises UnsupportedByKernelError as `expert`."""
         moe = self._moe
         ups = [_stored(part, moe.is_transposed) for part in up.parts]
         downs = [_stored(part, moe.is_transposed) for part in down.parts]
@@ -66,41 +70,46 @@ class NativeLayer:
             raise UnsupportedByKernelError("its outputs are not as many as its inputs")
         gate_outputs, up_outputs = _up_outputs(moe, ups, downs[0].matrix.inputs, biases.get(moe.up_name))
         expert = Expert(gate_outputs, up_outputs, _outputs(downs[0], biases.get("down_proj"), 0, 1))
-        layer = Layer(ups[0].matrix, downs[0].matrix, self._activation, bool(moe.module.has_gate))
-        if self._layer is None:
-            self._layer, self._address, self._inputs = layer, ctypes.addressof(layer), layer.up.inputs
-        elif bytes(layer) != bytes(self._layer):
+        form = Layer(ups[0].matrix, downs[0].matrix, self._activation, bool(moe.module.has_gate))
+        if self._form is None:
+            self._form = form
+        elif bytes(form) != bytes(self._form):
             raise UnsupportedByKernelError("its weights are stored in another form than those of the layer's others")
         kept = [t for s in (*ups, *downs) for t in (s.data, s.scale) if t is not None]
-        return NativeExpert(ctypes.addressof(expert), (expert, *kept, *biases.values()))
+        return expert, (*kept, *biases.values())
+
+
+class NativeLayer(KernelLayer):
+    """Computed by the kernels in C, over weights on the CPU."""
+
+    def expert(self, up: ExpertTensor, down: ExpertTensor, biases: dict[str, Tensor]) -> KernelExpert:
+        expert, kept = self._describe(up, down, biases)
+        return KernelExpert(ctypes.addressof(expert), (expert, *kept))
 
     def forward(
         self,
-        experts: Sequence[NativeExpert],
+        experts: Sequence[KernelExpert],
         x_RD: Tensor,
         counts: list[int],
         instructions: Instructions | None = None,
     ) -> Tensor:
-        """Rows sorted by expert -> each expert's output, [R, D] of x's dtype."""
-        layer = self._layer
-        assert layer is not None, "the layer has experts"
         self._check_width(x_RD.shape[1])
-        return forward(layer, [e.address for e in experts], counts, x_RD, layer.down.outputs, instructions)
+        return forward(self.form, [e.address for e in experts], counts, x_RD, self.form.down.outputs, instructions)
 
     def compute_at(
-        self, experts: Sequence[NativeExpert], x: Block, index: int, counts: list[int], out: int, threads: int
+        self, experts: Sequence[KernelExpert], x: Block, index: bytes, counts: list[int], out: int, threads: int
     ) -> None:
-        """The same from memory to memory: a row of x for each of the int64 numbers at `index`; x's dtype is one of
+        """The same from memory to memory: a row of x for each number of the index (int64); x's dtype is one of
         CALL_FORMATS, and that of the outputs."""
         self._check_width(x.width)
         run(
-            self._address, [e.address for e in experts], counts, x.address, index, out, CALL_FORMATS[x.dtype], threads,
-            best_instructions(),
+            ctypes.addressof(self.form), [e.address for e in experts], counts, x.address, index, out,
+            CALL_FORMATS[x.dtype], threads, best_instructions(),
         )  # fmt: skip
 
     def _check_width(self, width: int) -> None:
-        if width != self._inputs:
-            raise ValueError(f"rows of {width} numbers do not go with experts of {self._inputs} inputs")
+        if width != self.form.up.inputs:
+            raise ValueError(f"rows of {width} numbers do not go with experts of {self.form.up.inputs} inputs")
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ class _Stored:
     scale: Tensor | None
 
 
-def native_activation(moe: ExpertsLayer) -> Activation:
+def kernel_activation(moe: ExpertsLayer) -> Activation:
     """The kernels' form of the layer's activation, found by its values. Raises UnsupportedByKernelError."""
     gates = torch.cat([torch.linspace(-20, 20, 41), torch.linspace(-0.3, 0.3, 25)])  # near 0, where a steep one bends
     probe_N2 = torch.cartesian_prod(gates, torch.linspace(-20, 20, 17))

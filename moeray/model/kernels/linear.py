@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from moeray.model.kernels.native import Expert, Format, Instructions, Layer, Matrix, Outputs, available, forward
+from moeray.model.kernels.layout import Expert, Format, Layer, Matrix, Outputs
+from moeray.model.kernels.native import Instructions, available, forward
 
 DENSE = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: Format.BF16}
 

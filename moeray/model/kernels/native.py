@@ -1,10 +1,10 @@
-"""The shared object of kernels/native: found, loaded, and its structures (kernels/native/layout.h, moe.c) mirrored."""
+"""The shared object of kernels/native: found, loaded and called."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from ctypes import Structure, c_float, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,22 +14,12 @@ import torch
 from torch import Tensor
 
 from moeray.compiled import compiled
+from moeray.model.kernels.layout import Format, Layer
 
 ALIGNMENT = 64
 _KEPT_BYTES = 16 << 20
 
 _MODULE = "moeray.model.kernels._native"
-
-
-class Format(IntEnum):
-    """How a matrix stores its weights."""
-
-    F32 = 0
-    F16 = 1
-    BF16 = 2
-    INT8 = 3
-    FP8 = 4
-    MXFP4 = 5
 
 
 class Instructions(IntEnum):
@@ -41,28 +31,6 @@ class Instructions(IntEnum):
 
 
 CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
-
-
-class Matrix(Structure):
-    _fields_ = [(name, c_int64) for name in (
-        "format", "inputs", "outputs", "row_bytes", "scale_bytes", "out_shift", "in_shift",
-    )]  # fmt: skip
-
-
-class Outputs(Structure):
-    _fields_ = [("data", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("first", c_int64), ("step", c_int64)]
-
-
-class Activation(Structure):
-    _fields_ = [("alpha", c_float), ("cubic", c_float), ("limit", c_float), ("shift", c_float)]
-
-
-class Layer(Structure):
-    _fields_ = [("up", Matrix), ("down", Matrix), ("activation", Activation), ("gated", c_int64)]
-
-
-class Expert(Structure):
-    _fields_ = [("gate", Outputs), ("up", Outputs), ("down", Outputs)]
 
 
 class Block(NamedTuple):
@@ -121,18 +89,18 @@ def forward(
     x_RI = x_RI.contiguous()
     y_RO = x_RI.new_empty(len(x_RI), outputs)
     run(
-        ctypes.addressof(layer), experts, counts, x_RI.data_ptr(), 0, y_RO.data_ptr(), CALL_FORMATS[x_RI.dtype],
+        ctypes.addressof(layer), experts, counts, x_RI.data_ptr(), len(x_RI), y_RO.data_ptr(), CALL_FORMATS[x_RI.dtype],
         torch.get_num_threads(), best_instructions() if chosen is None else chosen,
     )  # fmt: skip
     return y_RO.to(dtype)
 
 
 def run(
-    layer: int, experts: list[int], counts: list[int], x: int, rows: int, y: int, call_format: Format, threads: int,
-    instructions: Instructions,
+    layer: int, experts: list[int], counts: list[int], x: int, rows: bytes | int, y: int, call_format: Format,
+    threads: int, instructions: Instructions,
 ) -> None:  # fmt: skip
-    """The same from addresses: x is read at the rows whose indices (int64) lie at `rows`, or one after the other where
-    that is 0; y takes as many rows."""
+    """The same from addresses: x is read at `rows` (int64 as bytes), or so many rows of it one after the other; y takes
+    as many. Raises ValueError where the counts do not sum to the rows."""
     module = compiled(_MODULE)
     assert module is not None
     memory = scratch(0)

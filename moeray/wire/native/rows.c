@@ -3,6 +3,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdlib.h>
+
 #include "msgpack.h"
 
 enum { VERSION = 1, FORWARD = 4, RESULT = 5, PREFIX = 8, ALIGN = 64, INLINE = -1 };
@@ -107,21 +109,24 @@ static uint8_t *pad(uint8_t *to, int64_t size) {
 }
 
 static const char FORWARD_USAGE[] =
-    "write_forward(out, ring, where, most, id, layer, epoch, experts, counts, dtype, x, width, tokens, token_of_row)";
+    "write_forward(out, ring, where, most, id, layer, epoch, experts, counts, dtype, x, x_rows, width, "
+    "tokens, token_of_row)";
 
-/* Rows for an expert actor. x: address of [any, width] of the dtype with that code; tokens, token_of_row: int64 as
+/* Rows for an expert actor. x: address of [x_rows, width] of the dtype with that code; tokens, token_of_row: int64 as
    bytes. The size of the message in `out`, or None where it does not fit. */
 static PyObject *write_forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!wants(count == 14 && PyList_Check(args[7]) && PyList_Check(args[8]) && PyBytes_Check(args[12]) &&
-                   PyBytes_Check(args[13]), FORWARD_USAGE))
+    if (!wants(count == 15 && PyList_Check(args[7]) && PyList_Check(args[8]) && PyBytes_Check(args[13]) &&
+                   PyBytes_Check(args[14]), FORWARD_USAGE))
         return NULL;
-    const int64_t dtype = number(args[9]), width = number(args[11]);
+    const int64_t dtype = number(args[9]), x_rows = number(args[11]), width = number(args[12]);
     const char *x = PyLong_AsVoidPtr(args[10]);
     if (PyErr_Occurred() || !wants(dtype >= 0 && dtype < (int64_t)sizeof SIZES && width >= 0, FORWARD_USAGE)) return NULL;
-    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(args[12]), row = width * SIZES[dtype];
-    const int64_t used = PyBytes_GET_SIZE(args[12]) / 8, rows = PyBytes_GET_SIZE(args[13]) / 8;
+    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(args[13]), row = width * SIZES[dtype];
+    const int64_t used = PyBytes_GET_SIZE(args[13]) / 8, rows = PyBytes_GET_SIZE(args[14]) / 8;
     const int64_t x_bytes = used * row, size = aligned(x_bytes) + aligned(rows * 8);
+    for (int64_t u = 0; u < used; u++)
+        if (!wants(tokens[u] >= 0 && tokens[u] < x_rows, "a token is outside x")) return NULL;
     Message m;
     if (begin(&m, args, FORWARD, args + 4)) return NULL;
     PyObject *written = NULL;
@@ -149,7 +154,7 @@ static PyObject *write_forward(PyObject *self, PyObject *const *args, Py_ssize_t
     for (int64_t u = 0; u < used; u++) memcpy(to + u * row, x + tokens[u] * row, row);
     lock(unlocked);
     to = pad(to, x_bytes);
-    memcpy(to, PyBytes_AS_STRING(args[13]), rows * 8);
+    memcpy(to, PyBytes_AS_STRING(args[14]), rows * 8);
     pad(to, rows * 8);
     written = message_size(&m, size);
 done:
@@ -264,8 +269,9 @@ static PyObject *get_meta(In *in, int op) {
 static PyObject *read_header(In *in, int64_t header, int64_t payload) {
     want_array(in, 9);
     in->bad |= get_int(in) != VERSION;
-    const int op = (int)get_int(in), tensors = op == FORWARD ? 2 : 1;
-    in->bad |= op != FORWARD && op != RESULT;
+    const int64_t asked = get_int(in);
+    in->bad |= asked != FORWARD && asked != RESULT;
+    const int op = (int)asked, tensors = op == FORWARD ? 2 : 1;
     int64_t ids[3];
     for (int i = 0; i < 3; i++) ids[i] = get_int(in);
     if (in->bad) Py_RETURN_NONE;
@@ -330,13 +336,16 @@ static int64_t *numbers(PyObject *list) {
     return values;
 }
 
-/* Those of a plan are in order. */
-static int distinct(const int64_t *values, Py_ssize_t count) {
-    for (Py_ssize_t i = 1; i < count; i++) {
-        if (values[i] > values[i - 1]) continue;
-        for (Py_ssize_t j = 0; j < count; j++)
-            if (j != i && values[j] == values[i]) return 0;
-    }
+static int in_order(const int64_t *a, const int64_t *b) { return *a < *b ? -1 : *a > *b; }
+
+/* Those of a plan are in order; a peer's, which may be any and many, are put in order here. */
+static int distinct(int64_t *values, Py_ssize_t count) {
+    Py_ssize_t ordered = 1;
+    while (ordered < count && values[ordered] > values[ordered - 1]) ordered++;
+    if (ordered >= count) return 1;
+    qsort(values, count, sizeof *values, (int (*)(const void *, const void *))in_order);
+    for (Py_ssize_t i = 1; i < count; i++)
+        if (values[i] == values[i - 1]) return 0;
     return 1;
 }
 
@@ -361,8 +370,9 @@ static int lists_fit(PyObject *experts, PyObject *counts, int64_t rows) {
 
 static const char FORWARD_MEMORY_USAGE[] = "forward_memory(experts, counts, memory, at, rows, tokens)";
 
-/* Where the memory is, if experts and counts of a FORWARD go with its row index, int64 [rows] at byte `at`, and that
-   with its number of tokens; else None. */
+/* (where the memory is, the row index), if experts and counts of a FORWARD go with its row index, int64 [rows] at byte
+   `at`, and that with its number of tokens; else None. The index is a copy: its sender may still write to the memory,
+   and what was found good must stay so. */
 static PyObject *forward_memory(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     if (!wants(count == 6 && PyList_Check(args[0]) && PyList_Check(args[1]), FORWARD_MEMORY_USAGE)) return NULL;
@@ -372,13 +382,15 @@ static PyObject *forward_memory(PyObject *self, PyObject *const *args, Py_ssize_
     PyObject *found = NULL;
     /* An empty index lies nowhere, and its place may be behind the memory's end. */
     if (wants(at >= 0 && rows >= 0 && (!rows || rows <= (memory.len - at) / 8), FORWARD_MEMORY_USAGE)) {
-        int fit = lists_fit(args[0], args[1], rows);
+        PyObject *index = PyBytes_FromStringAndSize(rows ? (const char *)memory.buf + at : NULL, rows * 8);
+        int fit = index && lists_fit(args[0], args[1], rows);
         for (int64_t r = 0; fit && r < rows; r++) {
-            int64_t token;
-            memcpy(&token, (const char *)memory.buf + at + 8 * r, sizeof token);
+            const int64_t token = ((const int64_t *)PyBytes_AS_STRING(index))[r];
             fit = token >= 0 && token < tokens;
         }
-        found = fit ? PyLong_FromVoidPtr(memory.buf) : Py_NewRef(Py_None);
+        if (fit) found = Py_BuildValue("NO", PyLong_FromVoidPtr(memory.buf), index);
+        else if (index) found = Py_NewRef(Py_None);
+        Py_XDECREF(index);
     }
     PyBuffer_Release(&memory);
     return found;
@@ -396,7 +408,7 @@ static PyObject *put_rows(PyObject *self, PyObject *const *args, Py_ssize_t coun
     char *out = PyLong_AsVoidPtr(args[3]);
     Py_buffer memory;
     if (PyErr_Occurred() || PyObject_GetBuffer(args[0], &memory, PyBUF_SIMPLE)) return NULL;
-    int fits = at >= 0 && row >= 0 && at + size * row <= memory.len;
+    int fits = at >= 0 && at <= memory.len && row >= 0 && (!row || size <= (memory.len - at) / row);
     for (int64_t r = 0; r < size; r++) fits = fits && rows[r] >= 0 && rows[r] < out_rows;
     if (wants(fits, PUT_USAGE)) {
         PyThreadState *unlocked = unlock(size * row);

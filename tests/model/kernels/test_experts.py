@@ -12,7 +12,8 @@ from moeray.errors import ConfigError
 from moeray.model.experts import ExpertBank
 from moeray.model.int8 import Int8Cache
 from moeray.model.kernels import available
-from moeray.model.kernels.native import Format, Instructions, best_instructions
+from moeray.model.kernels.layout import Format
+from moeray.model.kernels.native import Instructions, best_instructions
 from moeray.model.loading import open_model
 from moeray.types import ExpertId
 from tests.checkpoints import FAMILIES, FURTHER_FAMILIES, make_tiny
@@ -121,8 +122,8 @@ def test_every_instruction_set(form, tmp_path):
     cache = tmp_path / "cache" if form == "int8" else None
     bank, layer, hidden = bank_of(stored(form, tmp_path), torch.float32, "native", cache=cache)
     x, native = rows_for(hidden, 60).float(), bank._kernels.of(layer)
-    assert form not in ("fp8", "mxfp4") or native._layer.up.format == Format[form.upper()]
-    experts = [bank.hold(layer, [e]).experts[e].native for e in range(3)]
+    assert form not in ("fp8", "mxfp4") or native.form.up.format == Format[form.upper()]
+    experts = [bank.hold(layer, [e]).experts[e].kernel for e in range(3)]
     sets = [i for i in Instructions if i <= best_instructions()]
     found = {i: native.forward(experts, x, [2, 28, 30], i) for i in sets}
     assert all(error(found[i], found[sets[0]]) < 1e-5 for i in sets)

@@ -1,0 +1,146 @@
+"""The facts of this machine for the checks, looked up."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from moeray.config import Config
+from moeray.errors import WireError
+
+SURVEY_S = 60.0
+REACH_S = 3.0
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def cpu_quota(path: Path = _CGROUP_QUOTA) -> float | None:
+    """The cores that a cgroup allows (version 2), None for all."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def ring_error(nbytes: int) -> str | None:
+    """Why no shared memory between two actors can be made, None where it can."""
+    from moeray.wire.ring import RingWriter  # with torch, which may be what is missing
+
+    try:
+        RingWriter(nbytes).handed_over()
+    except (OSError, WireError) as error:
+        return str(error)
+    return None
+
+
+def ring_bytes(config: Config) -> int:
+    """What all channels of the config take at most: a ring each way, from each router to each expert actor."""
+    channels = config.router.actors * sum(group.actors for group in config.experts.resolved())
+    return channels * 2 * config.wire.shared_memory_bytes
+
+
+def shm_free(path: str = "/dev/shm") -> int | None:
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def bind_error(host: str, port: int) -> str | None:
+    """Why nobody can listen there, None where one can."""
+    try:
+        with closing(socket.create_server((host, port), family=_family(host))):
+            return None
+    except OSError as error:
+        return "in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def holder_of(port: int) -> str | None:
+    """Who listens at a port, as far as this user may know."""
+    try:
+        listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        pids = [c.pid for c in listening if tuple(c.laddr)[1:2] == (port,) and c.pid]
+        return f"{psutil.Process(pids[0]).name()} (pid {pids[0]})" if pids else None
+    except psutil.Error:
+        return None
+
+
+def is_endpoint(host: str, port: int) -> bool:
+    """Whether a moeray endpoint answers there, also one that still loads."""
+    try:
+        health = httpx.get(f"http://{host}:{port}/health", timeout=REACH_S).json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return isinstance(health, dict) and health.get("status") in ("ok", "loading", "waiting", "stopping", "failed")
+
+
+def unreachable(address: str | None) -> str | None:
+    """Why a Ray address can be no cluster's, found without Ray, which tries for long. None where Ray is to be asked."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if address in ("auto", "local") or "://" in address:
+        return None
+    found = re.fullmatch(r"(.+):(\d+)", address)
+    if found is None:
+        return f"{address!r} is no address: HOST:PORT is"
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        return f"nothing answers at {address}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+@contextmanager
+def surveying(address: str | None) -> Iterator[Survey]:
+    """The survey of a Ray cluster, which goes on beside what is done in the block."""
+    survey = Survey(address)
+    try:
+        yield survey
+    finally:
+        survey.close()
+
+
+class Survey:
+    def __init__(self, address: str | None) -> None:
+        self._until = time.monotonic() + SURVEY_S
+        self._output, theirs = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moeray.cli.checks.nodes", address or "", str(theirs)], pass_fds=[theirs],
+            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs)
+
+    def result(self) -> dict[str, Any]:
+        """What `moeray.cli.checks.nodes` has said; an `error` where it said nothing in time."""
+        data = b""
+        while select.select([self._output], [], [], max(0.0, self._until - time.monotonic()))[0]:
+            part = os.read(self._output, 1 << 16)
+            data += part
+            if not part:
+                break
+        else:
+            return {"error": f"Ray has not answered within {SURVEY_S:g} s"}
+        return dict(json.loads(data)) if data else {"error": "Ray took the process down that asked it"}
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._output)
