@@ -40,7 +40,8 @@ class Planner:
         """All rows of a layer; ids_TK: int64, contiguous, on the CPU. Raises PlacementError as `plan_rows`."""
         if now is not self._now:
             self._renew(now)
-        assert ids_TK.dtype is torch.int64 and ids_TK.is_contiguous(), "the part in C reads them where they lie"
+        assert ids_TK.dtype is torch.int64, "the part in C reads them where they lie"
+        assert ids_TK.is_contiguous()
         replicas = now.replicas.get(layer, {})
         shares = None
         if native is not None:

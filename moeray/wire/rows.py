@@ -127,7 +127,7 @@ def put_rows(tensors: Sequence[Tensor], rows: bytes, out_TKD: Tensor) -> bool:
         out_TKD.view(-1, width).index_copy_(0, torch.from_numpy(np.frombuffer(rows, np.int64).copy()), rows_RD)
         return True
     spans = tensors.spans
-    if len(spans) != 1 or spans[0][:2] != (CODES[out_TKD.dtype], [count, width]):
+    if len(spans) != 1 or spans[0][:2] != (CODES.get(out_TKD.dtype), [count, width]):
         return False
     out_rows, row_bytes = out_TKD.shape[0] * out_TKD.shape[1], width * out_TKD.itemsize
     native.put_rows(tensors.memory, tensors.start, rows, out_TKD.data_ptr(), out_rows, row_bytes)

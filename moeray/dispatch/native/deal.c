@@ -219,7 +219,7 @@ static PyObject *deal(PyObject *self, PyObject *const *args, Py_ssize_t arg_coun
     d.top_k = PyLong_AsLongLong(args[4]);
     d.rows = PyLong_AsLongLong(args[3]) * d.top_k;
     if (PyErr_Occurred()) return NULL;
-    if (!d.rows) return PyList_New(0);
+    if (d.rows <= 0) Py_RETURN_NONE;
     const size_t size = lay_out(&d, table, NULL);
     char *memory = PyMem_Calloc(1, size);
     if (!memory) return PyErr_NoMemory();
