@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Draws dashboards/*.png from a run of some minutes: load that rises and falls, a change of the number of actors by hand,
-# and an expert actor that is killed.
+# Draws dashboards/*.png from a run of some minutes: load that rises and falls, and an expert actor that is killed.
 #   usage: dashboards/pictures.sh MODEL [moeray serve's flags]      needs: prometheus, moeray[plot]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +8,8 @@ prometheus=
 trap 'kill $prometheus; kill -INT "$server"; wait "$server" || true; rm -rf "$work"' EXIT
 
 moeray serve "$@" --experts-replicas 2 --experts-min-actors 2 --experts-max-actors 4 --router-max-actors 2 \
-  --experts-num-cpus 0.1 --router-num-cpus 0.1 --control-slo-ttft-s 2 --control-slo-tpot-s 0.25 >"$work/serve.log" 2>&1 &
+  --experts-num-cpus 0.1 --router-num-cpus 0.1 --control-slo-ttft-s 5 --control-slo-tpot-s 0.6 \
+  --control-shrink-votes 5 >"$work/serve.log" 2>&1 &
 server=$!
 until grep -q "^serving" "$work/serve.log"; do
   kill -0 "$server" || { tail "$work/serve.log"; exit 1; }
@@ -26,11 +26,10 @@ victim() { # the process of an expert actor that serves
   moeray status --output json | python -c 'import json, sys
 print(next(row["pid"] for row in json.load(sys.stdin)["actors"] if row["kind"] == "expert" and row["state"] == "ready"))'
 }
-load 2 12
+load 2 16
 load 12 72
 (sleep 20 && kill -9 "$(victim)") & # under the load that follows
 load 12 72
-moeray scale experts=3
-load 4 24
+load 1 24
 moeray dashboards dashboards --draw http://127.0.0.1:9090 --scrape "$scrape" \
   --minutes "$(python -c "import time; print((time.time() - $began) / 60)")"

@@ -17,6 +17,7 @@ import pytest
 
 from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port
+from tests.jobs.test_ray_job import until
 from tests.test_docs import ROOT, blocks
 
 ELSEWHERE = {
@@ -64,7 +65,7 @@ class Reader:
     def start(self, command: str, **options: object) -> subprocess.Popen[str]:
         env = {
             **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_ADDRESS": self.ray, "MOERAY_CACHE_DIR":
-            str(self.folder / "cache"), "RAY_API_SERVER_ADDRESS": self.dashboard,
+            str(self.folder / "cache"), "RAY_API_SERVER_ADDRESS": self.dashboard, "RAY_AUTH_MODE": "disabled",
         }  # fmt: skip
         return subprocess.Popen(
             ["bash", "-c", f"exec {self.typed(command)}"], cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE,
@@ -94,24 +95,40 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
     ]  # fmt: skip
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     who = Reader(folder, model, f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
-    ray = [f"{BIN}/ray", "start", "--head", "--num-cpus=4", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    head = subprocess.Popen([*ray, "--block"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in head.stdout:
-        if "Ray runtime started" in line:
-            break
+    ray = [f"{BIN}/ray", "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    ports = [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+    log = (folder / "ray.log").open("w")
+    head = subprocess.Popen([*ray, *ports, "--disable-usage-stats"], env=env, stdout=log, stderr=log)
+    try:
+        until(lambda: answers(f"{who.dashboard}/api/version", head), "the cluster is up")
+        yield from serving(who, port)
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+
+
+def answers(url: str, head: subprocess.Popen[bytes]) -> bool:
+    assert head.poll() is None, "ray start has ended"
+    try:
+        return httpx.get(url, timeout=10.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def serving(who: Reader, port: int) -> Iterator[Reader]:
+    """The reader beside a `moeray serve`."""
     served = who.start(
         f"{SERVE} --port {port} --dtype float32 --engine-kv-blocks 256 --experts-max-actors 3 --experts-num-cpus 0.1 "
         "--router-num-cpus 0.1"
     )
-    line = served.stdout.readline()
     try:
+        line = served.stdout.readline()
         assert "serving" in line, served.communicate(timeout=10)[1][-3000:]
         yield who
     finally:
         served.send_signal(signal.SIGINT)
         ended = served.wait(60)
-        head.send_signal(signal.SIGTERM)
-        head.wait(60)
     assert ended == 0
 
 

@@ -67,9 +67,9 @@ def calibrated(
 
 async def _run(config: Config, local: bool, repeat: int, report: Callable[[str], None]) -> dict[str, Any]:
     from moeray.bench.calibrate import calibrate
-    from moeray.cli.session import local_system, ray_system
+    from moeray.cli.session import apart, local_system, ray_system
 
-    async with local_system(config) if local else ray_system(config) as backend:
+    async with local_system(config) if local else ray_system(apart(config, "bench")) as backend:
         assert backend.model is not None
         vocab = min(backend.model.vocab_size, 32000)
         return await calibrate(backend, config, vocab, repeat=repeat, report=report)

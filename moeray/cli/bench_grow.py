@@ -61,9 +61,9 @@ def command(
 
 async def _run(config: Config, plan: GrowPlan, local: bool, report: Report) -> dict[str, Any]:
     from moeray.bench.grow import measure
-    from moeray.cli.session import local_system, ray_system
+    from moeray.cli.session import apart, local_system, ray_system
 
-    async with local_system(config) if local else ray_system(config) as backend:
+    async with local_system(config) if local else ray_system(apart(config, "bench")) as backend:
         assert backend.model is not None
         return await measure(backend, replace(plan, vocab=min(backend.model.vocab_size, 32000)), report)
 

@@ -72,9 +72,9 @@ def command(
 
 async def _live(config: Config, trace: Trace, local: bool, report: Report) -> Replayed:
     from moeray.bench.replay import replay
-    from moeray.cli.session import local_system, ray_system
+    from moeray.cli.session import apart, local_system, ray_system
 
-    async with local_system(config) if local else ray_system(config) as backend:
+    async with local_system(config) if local else ray_system(apart(config, "bench")) as backend:
         assert backend.model is not None
         return await replay(backend, trace, min(backend.model.vocab_size, 32000), report)
 

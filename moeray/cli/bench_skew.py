@@ -63,9 +63,9 @@ def command(
 
 async def _run(config: Config, plan: SkewPlan, local: bool, report: Callable[[str, int, int], None]) -> dict[str, Any]:
     from moeray.bench.skew import SHAPE, measure
-    from moeray.cli.session import local_system, ray_system
+    from moeray.cli.session import apart, local_system, ray_system
 
-    async with local_system(config) if local else ray_system(config) as system:
+    async with local_system(config) if local else ray_system(apart(config, "bench")) as system:
         return await measure(system, plan, SHAPE.vocab, report)
 
 

@@ -36,7 +36,11 @@ from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenO
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @config_options
 def command(model: str, prompt: str | None, prompt_ids: str | None, local: bool, output: str, **flags: Any) -> None:
-    """Generate from MODEL (a local folder or a hub id) and print the answer."""
+    """Generate from MODEL (a local folder or a hub id) and print the answer.
+
+    The system that runs in the cluster is used where it serves the model just so; else one is started for this, and
+    stopped at the end.
+    """
     config = config_of(model, flags.pop("config_file"), flags)
     names = SamplingParams.__dataclass_fields__
     sampling = SamplingParams(**{key: value for key, value in flags.items() if key in names})
@@ -54,11 +58,11 @@ def command(model: str, prompt: str | None, prompt_ids: str | None, local: bool,
 async def _generate(
     config: Config, prompt: str | None, prompt_ids: str | None, sampling: SamplingParams, local: bool
 ) -> dict[str, Any]:
-    from moeray.cli.session import local_system, ray_system
+    from moeray.cli.session import local_system, running_or_own
     from moeray.logs import setup_logging
 
     setup_logging(replace(config, log_requests=False))  # the output says what each has become
-    async with (local_system if local else ray_system)(config) as backend:
+    async with local_system(config) if local else running_or_own(config, "generate") as backend:
         assert backend.model is not None
         tokenizer = _tokenizer(backend.model.metadata_dir, needed=prompt is not None)
         if prompt_ids is not None:

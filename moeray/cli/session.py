@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,24 @@ async def local_system(config: Config, show: Show | None = None) -> AsyncIterato
     finally:
         await backend.close()
         await port.close()
+
+
+def apart(config: Config, purpose: str) -> Config:
+    """The same under a name of its own, so that it neither finds nor stops a system that serves in this cluster."""
+    name = f"{config.serve.name}-{purpose}-{secrets.token_hex(4)}"
+    return replace(config, serve=replace(config.serve, name=name))
+
+
+def running_or_own(config: Config, purpose: str) -> AbstractAsyncContextManager[SystemBackend]:
+    """The system that runs under the config's name where it serves the same model alike; else one of its own."""
+    from moeray.actors.spec import model_fingerprint
+    from moeray.jobs.systems import running
+
+    connect_ray(config)
+    served = running(config.serve.name)
+    if served is not None and model_fingerprint(served) == model_fingerprint(config):
+        return attached_system(served, served.serve.request_timeout_s)
+    return ray_system(apart(config, purpose))
 
 
 @asynccontextmanager

@@ -155,7 +155,7 @@ OBJECTIVES = Row(
                 Query(f"1 - {late('1h')}", "of the last hour"),
                 Query(AIM, "objective", True),
             ),
-            unit="percentunit", axis_max=1.0,
+            unit="percentunit", width=6, axis_max=1.0,
         ),
         Panel(
             "Burn rate", "How fast is the budget of late requests used up? At 1 the objective is just met.",
@@ -163,15 +163,16 @@ OBJECTIVES = Row(
                 Query(f"{late('5m')} / (1 - {AIM})", "5 minutes"),
                 Query(f"{late('1h')} / (1 - {AIM})", "1 hour"),
             ),
-            unit="none", steps=((1, YELLOW), (6, RED)),
+            unit="none", width=6, steps=((1, YELLOW), (6, RED)),
         ),
         Panel(
             "Time to first token, p99", "How long do 99 of 100 requests wait at most, and is the objective met?",
-            (Query(quantile(0.99, "moeray_time_to_first_token_seconds"), "p99"), objective("ttft")), unit="s",
+            (Query(quantile(0.99, "moeray_time_to_first_token_seconds"), "p99"), objective("ttft")), unit="s", width=6,
         ),
         Panel(
             "Time per output token, p99", "How long are 99 of 100 pauses at most, and is the objective met?",
             (Query(quantile(0.99, "moeray_time_per_output_token_seconds"), "p99"), objective("tpot")), unit="s",
+            width=6,
         ),
     ),
 )  # fmt: skip

@@ -45,8 +45,8 @@ HEAT = Row(
         Panel(
             "Rows per second by layer and expert",
             "Which experts are hot? A row for each layer, a column for each expert (needs metrics.expert_load).",
-            (Query(padded(padded(rate(LOAD, ("layer", "expert")), "layer"), "expert")),),
-            "matrix", "none", 24, 11, decimals=0,
+            (Query(padded(padded(rate(LOAD, ("layer", "expert")), "layer"), "expert")),), "matrix", "none", 24, 11,
+            decimals=0,
         ),
         Panel(
             "Layer $layer: rows per second by expert",
