@@ -119,7 +119,7 @@ def answers(url: str, head: subprocess.Popen[bytes]) -> bool:
 def serving(who: Reader, port: int) -> Iterator[Reader]:
     """The reader beside a `moeray serve`."""
     served = who.start(
-        f"{SERVE} --port {port} --dtype float32 --engine-kv-blocks 256 --experts-max-actors 3 --experts-num-cpus 0.1 "
+        f"{SERVE} --port {port} --engine-kv-blocks 256 --experts-max-actors 3 --experts-num-cpus 0.1 "
         "--router-num-cpus 0.1"
     )
     try:
