@@ -122,6 +122,7 @@ def test_no_log_of_any_process_holds_a_secret(system):
         assert TOKEN.encode() not in text, path
 
 
+@pytest.mark.slow
 def test_the_doctor_is_content_with_it(system):
     port = system.url.rpartition(":")[2]
     config = Path(system.env["RAY_TMPDIR"], "moeray.yaml")
@@ -230,6 +231,7 @@ def test_a_pipe_gets_a_table_each_time_until_its_reader_goes(system):
     assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_that_watches_until_the_system_is_gone(system):
     """The last test: it ends the system."""
     terminal = Terminal(system.env)
