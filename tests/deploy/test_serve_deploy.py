@@ -176,6 +176,7 @@ def test_actors_are_renewed_by_a_rolling_update_under_live_streams(deployed, exp
     assert actors(before) ^ actors(after) == {"router-0", "router-1"}
 
 
+@pytest.mark.slow
 def test_a_config_that_cannot_be_taken_changes_nothing(deployed, expected):
     replicas = deployed.replicas()
     for wrong, words in (({"dtype": "bfloat16"}, "cannot change dtype"), ({"controll": {}}, "control")):
