@@ -6,18 +6,18 @@ command-line flags.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 from cronsim import CronSim, CronSimError
 
 from moeray.errors import ConfigError
+from moeray.tree import build, merged, to_tree
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
@@ -30,8 +30,6 @@ ROUTER = "router"
 """The routers' name beside those of the expert groups."""
 
 _SECONDS = ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s")
-
-_T = TypeVar("_T")
 
 _ENVIRONMENT = {
     "wire.token": "MOERAY_CLUSTER_TOKEN",
@@ -457,21 +455,13 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
 
 def config_from(tree: Mapping[str, Any]) -> Config:
     """Build a Config from nested plain data (what YAML or JSON gives). Raises ConfigError."""
-    return _build(Config, tree, "")
+    return build(Config, tree)
 
 
 def overlay(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with nested plain data laid over it: mappings are merged, anything else (lists too) takes the place of
     what was there. Raises ConfigError."""
-    return config_from(_merged(to_tree(config), changes))
-
-
-def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(tree)
-    for key, value in changes.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged
+    return config_from(merged(to_tree(config), changes))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -498,55 +488,3 @@ def _set_default(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         if not isinstance(tree, dict):
             return  # what stands there is told with its key when the config is built
     tree.setdefault(keys[-1], value)
-
-
-def _build(cls: type[_T], tree: Any, where: str) -> _T:
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"config key {where or 'top level'}: expected a mapping, got {type(tree).__name__}")
-    hints = get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown config key {where}{key}; the nearest known key is {where}{near[0]}")
-    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, f"{key}.")
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"config key {key}: must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"config key {key}: expected a list, got {value!r}")
-        return tuple(_convert(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"config key {key}: expected a mapping, got {value!r}")
-        return {str(k): _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
-    if origin is Union or type(hint).__name__ == "UnionType":
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, key)
-    return _scalar(hint, value, key)
-
-
-def _scalar(hint: Any, value: Any, key: str) -> Any:
-    if isinstance(value, str) and hint in (int, float, bool):
-        value = yaml.safe_load(value)  # `serve run app:build key=value` passes every value as a string
-    accepted = (int, float) if hint is float else (hint,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"config key {key}: expected {hint.__name__}, got {value!r}")
-    return float(value) if hint is float else value
-
-
-def to_tree(config: Any) -> Any:
-    """The plain-data form of a config (the inverse of `config_from`), secrets included."""
-    if is_dataclass(config):
-        return {f.name: to_tree(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, tuple):
-        return [to_tree(item) for item in config]
-    return config

@@ -67,10 +67,13 @@ class _Formatter(logging.Formatter):
         return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def fields(self, record: logging.LogRecord) -> dict[str, object]:
-        """Of the process, then of the request at hand, then of the record itself, which knows best."""
+        """Of the process, then of the request at hand, then of the record itself, which knows best.
+
+        What other libraries (Ray) hang on every record for themselves begins with `_`.
+        """
         known = {name: value() if callable(value) else value for name, value in self.process.items()}
         known["request_id"] = REQUEST_ID.get()
-        known |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        known |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name[0] != "_"}
         return {name: value for name, value in known.items() if value is not None}
 
 

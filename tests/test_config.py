@@ -1,7 +1,8 @@
 import pytest
 
-from moeray.config import Config, config_from, load_config, to_tree
+from moeray.config import Config, config_from, load_config
 from moeray.errors import ConfigError
+from moeray.tree import to_tree
 
 
 def test_defaults_survive_a_round_trip():

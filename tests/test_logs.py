@@ -50,6 +50,10 @@ def test_without_context_there_are_no_brackets():
     assert set(json.loads(line(JsonFormatter({})))) == {"time", "level", "logger", "message"}
 
 
+def test_what_other_libraries_hang_on_records_is_left_out():
+    assert set(json.loads(line(JsonFormatter({}), _theirs=1))) == {"time", "level", "logger", "message"}
+
+
 def test_an_exception_stays_in_its_line():
     log, out = logging.getLogger("moeray.test_logs"), io.StringIO()
     handler = logging.StreamHandler(out)

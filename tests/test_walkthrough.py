@@ -56,7 +56,7 @@ class Reader:
         """The command with the reader's own model and ports."""
         own = {
             "MODEL": str(self.model), "smollm2-moe": self.model.name, "http://127.0.0.1:8000": self.url,
-            "ray job submit": f"ray job submit --working-dir {self.folder}",
+            "in.jsonl": f"{self.folder}/in.jsonl", "out.jsonl": f"{self.folder}/out.jsonl",
         }  # fmt: skip
         for theirs, ours in own.items():
             command = command.replace(theirs, ours)
@@ -119,7 +119,7 @@ def answers(url: str, head: subprocess.Popen[bytes]) -> bool:
 def serving(who: Reader, port: int) -> Iterator[Reader]:
     """The reader beside a `moeray serve`."""
     served = who.start(
-        f"{SERVE} --port {port} --dtype float32 --engine-kv-blocks 256 --experts-max-actors 3 --experts-num-cpus 0.1 "
+        f"{SERVE} --port {port} --engine-kv-blocks 256 --experts-max-actors 3 --experts-num-cpus 0.1 "
         "--router-num-cpus 0.1"
     )
     try:
@@ -140,6 +140,7 @@ def test_each_command_has_its_test():
         assert (ROOT / path).exists()
 
 
+@pytest.mark.slow
 def test_the_readers_commands(reader):
     """In the README's order, against one running system."""
     assert httpx.get(f"{reader.url}/health", timeout=30.0).status_code == 200

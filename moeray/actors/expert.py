@@ -19,13 +19,14 @@ from moeray.actors.expert_load import EXPERT_LOAD, by_expert
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
-from moeray.config import Config, to_tree
+from moeray.config import Config
 from moeray.control.ledger import Books, newer
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.recorder import Reading, Recorder, Snapshot
+from moeray.tree import to_tree
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op

@@ -20,7 +20,7 @@ from moeray.actors.request_figures import RequestFigures
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, remove_runtime_dir, runtime_dir
 from moeray.actors.step_loop import StepLoop
 from moeray.actors.vigil import Vigil, new_incarnation
-from moeray.config import Config, to_tree
+from moeray.config import Config
 from moeray.control.ledger import Books, newer
 from moeray.control.objectives import Objectives
 from moeray.control.placement import Placement
@@ -33,6 +33,7 @@ from moeray.errors import MoerayError, WireError
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
 from moeray.recorder import Reading, Recorder, Snapshot
+from moeray.tree import to_tree
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
 

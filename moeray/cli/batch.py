@@ -144,7 +144,8 @@ def _choose_system(job: Job) -> tuple[Config, bool, AbstractAsyncContextManager[
     if job.local:
         config = _own(job)
         return config, False, local_system(config, _say)
-    from moeray.jobs.systems import check_model, own_name, running, take_or_clear
+    from moeray.cluster.ray import running
+    from moeray.jobs.systems import check_model, own_name, take_or_clear
 
     if (served := running(job.config.serve.name)) is not None:
         check_model(job.config, served)

@@ -45,7 +45,7 @@ def apart(config: Config, purpose: str) -> Config:
 def running_or_own(config: Config, purpose: str) -> AbstractAsyncContextManager[SystemBackend]:
     """The system that runs under the config's name where it serves the same model alike; else one of its own."""
     from moeray.actors.spec import model_fingerprint
-    from moeray.jobs.systems import running
+    from moeray.cluster.ray import running
 
     connect_ray(config)
     served = running(config.serve.name)

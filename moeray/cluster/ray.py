@@ -319,6 +319,15 @@ def running_config(controller: Any, timeout: float = 60.0) -> Config:
     return config
 
 
+def running(name: str) -> Config | None:
+    """The config of the system that runs under `name`; None where there is none. Raises MoerayError."""
+    try:
+        controller = find_controller(name)
+    except SystemAbsentError:
+        return None
+    return None if ask(controller, "state")["status"] == "stopping" else running_config(controller)
+
+
 def _answer(call: Any, timeout: float) -> Any:
     try:
         return unwrapped(call.future(), "the controller").result(timeout)

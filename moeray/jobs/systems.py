@@ -17,15 +17,6 @@ from moeray.config import Config
 from moeray.errors import MoerayError, SystemAbsentError
 
 
-def running(name: str) -> Config | None:
-    """The config of the system that runs under `name`; None where there is none. Raises MoerayError."""
-    try:
-        controller = find_controller(name)
-    except SystemAbsentError:
-        return None
-    return None if ask(controller, "state")["status"] == "stopping" else running_config(controller)
-
-
 def check_model(asked: Config, served: Config) -> None:
     """Raises MoerayError where the running system serves another model than the one that is asked for."""
     names = {served.model, served.serve.model_name, Path(served.model).name}

@@ -91,6 +91,7 @@ def test_what_needs_another_system_is_refused_and_changes_nothing(model, tmp_pat
         assert system.controller.status()["decisions"][-1]["event"] == "config_refused"
 
 
+@pytest.mark.slow
 def test_actors_are_renewed_one_after_the_other_under_load(model, tmp_path):
     """Every kind of actor, while requests run: none fails, and each has the tokens that it has without a change."""
     long = replace(GREEDY24, max_tokens=300)

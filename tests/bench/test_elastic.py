@@ -72,6 +72,7 @@ def test_plan_prints_every_change_as_json():
     assert moves["unchanged load"] == 0
 
 
+@pytest.mark.slow
 def test_a_hot_expert_is_given_replicas_and_its_layer_is_even_again(tmp_path):
     model = write_random_moe(skew.SHAPE, tmp_path / "moe", torch.float32, steering=skew.STEERING)
     config = tiny_config(

@@ -12,7 +12,7 @@ from moeray.cli.readings import follow
 
 def child(body: str) -> list[str]:
     """A Python that runs `body`, in which `say(text)` writes a line."""
-    head = "import os, sys, time\nsay = lambda text: os.write(int(sys.argv[-1]), (text + '\\n').encode())\n"
+    head = "import os, signal, sys\nsay = lambda text: os.write(int(sys.argv[-1]), (text + '\\n').encode())\n"
     return [sys.executable, "-c", head + body]
 
 
@@ -31,7 +31,7 @@ def test_a_child_that_says_why_it_ends_is_not_talked_over():
 
 
 def test_a_silent_child_is_ended():
-    command = child("say('{\"pid\": %d}' % os.getpid()); time.sleep(600)")
+    command = child("say('{\"pid\": %d}' % os.getpid()); signal.pause()")
     with closing(follow(command, silence_s=2, pause_s=0)) as readings:
         first, lost, second = (next(readings) for _ in range(3))
         assert "lost" in lost["error"]
@@ -43,7 +43,7 @@ def test_a_silent_child_is_ended():
 @pytest.mark.parametrize("size", [1, 1 << 20])
 def test_long_lines_come_whole(size):
     command = child(f"data = b'[\"' + b'x' * {size} + b'\"]\\n'\n"
-                    "while data: data = data[os.write(int(sys.argv[-1]), data):]\ntime.sleep(600)")  # fmt: skip
+                    "while data: data = data[os.write(int(sys.argv[-1]), data):]\nsignal.pause()")  # fmt: skip
     before = len(os.listdir("/proc/self/fd"))
     with closing(follow(command, silence_s=30, pause_s=0)) as readings:
         assert next(readings) == ["x" * size]

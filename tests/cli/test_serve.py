@@ -152,6 +152,7 @@ def steer(*args: str, code: int = 0) -> dict:
     return json.loads(out) if code == 0 else {"error": err.strip()}
 
 
+@pytest.mark.slow
 def test_steering_by_hand(endpoint, client):
     plan = steer("plan")
     assert plan["now"] == {"experts": 2, "router": 1}

@@ -84,6 +84,7 @@ def system():
                 process.wait(60)
 
 
+@pytest.mark.slow
 def test_a_request_id_is_carried_from_the_client_to_the_router_and_back(system):
     answer = system.complete(**{"X-Request-Id": "my-id-1"})
     assert answer.status_code == 200
@@ -100,6 +101,7 @@ def test_a_request_id_is_carried_from_the_client_to_the_router_and_back(system):
     assert (refused.status_code, len(refused.headers.get_list("x-request-id"))) == (401, 1)
 
 
+@pytest.mark.slow
 def test_every_process_says_who_it_is(system):
     system.complete()
     ours = [line for line in system.lines() if line.get("logger", "").startswith("moeray")]
@@ -111,6 +113,7 @@ def test_every_process_says_who_it_is(system):
     assert all(line["time"].endswith("Z") for line in ours)
 
 
+@pytest.mark.slow
 def test_no_log_of_any_process_holds_a_secret(system):
     system.complete(Authorization="Bearer wrong")
     files = [path for path in system.logs.rglob("*") if path.is_file()]
@@ -122,6 +125,7 @@ def test_no_log_of_any_process_holds_a_secret(system):
         assert TOKEN.encode() not in text, path
 
 
+@pytest.mark.slow
 def test_the_doctor_is_content_with_it(system):
     port = system.url.rpartition(":")[2]
     config = Path(system.env["RAY_TMPDIR"], "moeray.yaml")
@@ -205,6 +209,7 @@ def watching(system: System) -> Iterator[Iterator[dict[str, Any]]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_watching_through_the_controllers_death(system):
     with watching(system) as readings:
         first = next(reading for reading in readings if reading.get("wanted"))
@@ -230,6 +235,7 @@ def test_a_pipe_gets_a_table_each_time_until_its_reader_goes(system):
     assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_that_watches_until_the_system_is_gone(system):
     """The last test: it ends the system."""
     terminal = Terminal(system.env)

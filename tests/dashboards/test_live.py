@@ -203,6 +203,7 @@ def test_recording_rules_record(prometheus):
     eventually(lambda: [name for name in recorded if not prometheus.ask("query", query=name)["result"]], [])
 
 
+@pytest.mark.slow
 def test_pictures_of_the_dashboards(prometheus, tmp_path):
     pytest.importorskip("matplotlib")
     done = run_moeray("dashboards", str(tmp_path), "--draw", prometheus.url, "--minutes", "1", "--scrape", "1")

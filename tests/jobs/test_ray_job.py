@@ -192,6 +192,7 @@ def served(cluster) -> Iterator[Config]:
         stop_controller(controller)
 
 
+@pytest.mark.slow
 def test_a_job_uses_the_system_that_runs_and_leaves_it_as_it_is(cluster, served, tmp_path):
     before = ask(find_controller(SERVED), "status")
     source, output = requests(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
@@ -207,6 +208,7 @@ def test_a_job_uses_the_system_that_runs_and_leaves_it_as_it_is(cluster, served,
     assert after["status"] == "ready"
 
 
+@pytest.mark.slow
 def test_a_running_system_with_another_model_is_a_clear_error(cluster, served, tmp_path):
     source, output = requests(tmp_path / "in.jsonl", 4), tmp_path / "out.jsonl"
     status, log = cluster.wait(cluster.submit(source, output, "--serve-name", SERVED, model="other/model"))
