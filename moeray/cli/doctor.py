@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moeray.cli.ray_address import unreachable
 from moeray.config import Config, default_cache_dir, load_config
 from moeray.errors import ConfigError, MoerayError
 
@@ -49,7 +50,7 @@ def command(model: str | None, config_file: str | None, address: str | None, out
 def _examine(model: str | None, config_file: str | None, address: str | None) -> Iterator[Finding]:
     from moeray.cli.checks import cluster, nodes
     from moeray.cli.checks.finding import failed_by, ok
-    from moeray.cli.checks.gather import surveying, unreachable
+    from moeray.cli.checks.gather import surveying
 
     try:
         config = load_config(config_file, {"model": model} if model else None)

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+from moeray.cli.ray_address import unreachable
 from moeray.config import Config
 from moeray.logs import setup_logging
 from moeray.serve.system import SystemBackend
@@ -109,12 +110,15 @@ async def _ready(backend: SystemBackend, show: Show | None = None) -> None:
 
 
 def connect_ray(config: Config | None = None, **options: Any) -> None:
-    """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder."""
+    """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder.
+    Raises MoerayError where a cluster is named and cannot be reached.
+    """
     import ray
 
     if config and config.log_format == "json":  # what other libraries say in our processes, too
         options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
+        _check_reachable(None)
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
     setup_logging(config)
 
@@ -133,9 +137,17 @@ def connect(address: str | None) -> None:
 
     from moeray.errors import MoerayError
 
+    _check_reachable(address)
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
         ) from error
+
+
+def _check_reachable(address: str | None) -> None:
+    from moeray.errors import MoerayError
+
+    if reason := unreachable(address):
+        raise MoerayError(f"no Ray cluster: {reason}; name another by --address or RAY_ADDRESS (local: one of its own)")

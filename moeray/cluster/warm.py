@@ -43,11 +43,14 @@ def folder() -> Path:
 
 
 def key(owner: int) -> str:
-    """Names a zygote: one for each owner (the raylet's process id), interpreter, import path and state of the code."""
+    """Names a zygote: one for each owner (the raylet's process id), Ray job, interpreter, import path and state of the
+    code. Ray reads its job's id as it is loaded: a fork would register for the job that has started the zygote, and
+    the raylet would keep its own job waiting for another.
+    """
     code = Path(__file__).parent.parent
     changed = sum(path.stat().st_mtime_ns for path in code.rglob("*.py"))
-    paths = [os.environ.get(name, "") for name in ("PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")]
-    return hashlib.sha256(json.dumps([owner, sys.executable, str(code), changed, *paths]).encode()).hexdigest()[:16]
+    distinct = [os.environ.get(name, "") for name in ("RAY_JOB_ID", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")]
+    return hashlib.sha256(json.dumps([owner, sys.executable, str(code), changed, *distinct]).encode()).hexdigest()[:16]
 
 
 def connect(owner: int) -> socket.socket:

@@ -178,23 +178,6 @@ def test_ports_that_are_held_and_free():
     assert not gather.is_endpoint("127.0.0.1", port)
 
 
-@pytest.mark.parametrize(
-    ("address", "words"), [("127.0.0.1:1", "refused"), ("nonsense", "HOST:PORT"), ("127.0.0.1:99999", "127.0.0.1")]
-)
-def test_addresses_where_no_ray_can_be(monkeypatch, address, words):
-    assert words in (gather.unreachable(address) or "")
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    assert words in (gather.unreachable(None) or "")
-
-
-def test_addresses_that_ray_is_asked_for(monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        assert gather.unreachable(f"127.0.0.1:{held.getsockname()[1]}") is None
-    assert gather.unreachable(None) is None
-    assert gather.unreachable("auto") is None
-
-
 @pytest.mark.parametrize(("text", "quota"), [("max 100000", None), ("150000 100000", 1.5), ("", None)])
 def test_a_cgroups_quota(tmp_path, text, quota):
     (tmp_path / "cpu.max").write_text(text)

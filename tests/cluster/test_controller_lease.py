@@ -18,7 +18,7 @@ from tests.systems import tiny_config
 
 @pytest.fixture
 def cluster():
-    ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -34,7 +34,7 @@ def test_a_histogram_is_flat():
 def agent():
     """Where the node's metrics agent is scraped."""
     ray.init(
-        num_cpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False,
+        "local", num_cpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False,
         _system_config={"metrics_report_interval_ms": 1000},
     )  # fmt: skip
     yield f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 LIMIT_S = 120.0
 WARM = f"{sys.executable} -m moeray.cluster.warm"
@@ -19,6 +20,13 @@ heavy = sorted({"torch", "ray", "transformers"} & sys.modules.keys())
 print(__name__, sys.argv[1:], os.getcwd(), os.environ.get("COLOUR"), "OPENBLAS_NUM_THREADS" in os.environ, heavy)
 print(sys.stdin.readline().strip(), file=sys.stderr)
 sys.exit(int(sys.argv[1]))
+"""
+JOB = """
+import os, sys, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+job_and_parent = ray.remote(lambda: (ray.get_runtime_context().get_job_id(), os.getppid()))
+warm = job_and_parent.options(runtime_env={"py_executable": sys.argv[2]})
+print(ray.get_runtime_context().get_job_id(), *ray.get(warm.remote(), timeout=45))
 """
 WAITS = "import os, signal\nprint(os.getpid(), os.getppid(), flush=True)\nsignal.pause()\n"
 
@@ -107,3 +115,14 @@ def test_without_a_zygote_the_script_runs_all_the_same(script: Path, tmp_path: P
         out, err = owner.communicate("\n", timeout=LIMIT_S)
     assert "[]\nstatus 3" in out
     assert "must be private to this user" in err
+
+
+def test_each_ray_job_has_a_zygote_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs start an actor at once, on one node: each gets a process that is its own job's."""
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path))
+    with ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR") as context:
+        job = [sys.executable, "-c", JOB, context.address_info["gcs_address"], WARM]
+        jobs = [subprocess.Popen(job, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        outs = [each.communicate(timeout=LIMIT_S)[0].split() for each in jobs]
+    assert all(mine == the_actors for mine, the_actors, _ in outs)
+    assert len({zygote for _, _, zygote in outs}) == 2

@@ -105,7 +105,9 @@ def deployed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deploy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOERAY_CACHE_DIR", str(folder / "cache"))
-        context = ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=True)
+        context = ray.init(
+            "local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=True
+        )  # fmt: skip
         system = Deployed(context.dashboard_url, folder)
         model = make_tiny("olmoe", folder / "tiny", tokenizer=True)
         system.args.update(model=str(model), dtype="float32", engine={"kv_blocks": 512})

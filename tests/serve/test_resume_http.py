@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -184,7 +185,8 @@ def test_health_says_when_no_router_can_be_reached_and_requests_wait_for_one(mod
                 pass
             assert health.json()["status"] == "waiting"
             assert "no router" in health.json()["detail"]
-            waiting = pool.submit(ai.completions.create, model="m", prompt="a", max_tokens=3)
+            ask = partial(ai.completions.create, model="m", prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
+            waiting = pool.submit(ask)
             fleet.add_router()
             assert waiting.result(60).usage.completion_tokens == 3
             assert httpx.get(f"{base}/health").status_code == 200

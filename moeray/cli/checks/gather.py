@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import select
 import socket
 import subprocess
@@ -91,21 +90,6 @@ def is_endpoint(host: str, port: int) -> bool:
     except (httpx.HTTPError, ValueError):
         return False
     return isinstance(health, dict) and health.get("status") in ("ok", "loading", "waiting", "stopping", "failed")
-
-
-def unreachable(address: str | None) -> str | None:
-    """Why a Ray address can be no cluster's, found without Ray, which tries for long. None where Ray is to be asked."""
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    if address in ("auto", "local") or "://" in address:
-        return None
-    found = re.fullmatch(r"(.+):(\d+)", address)
-    if found is None:
-        return f"{address!r} is no address: HOST:PORT is"
-    try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=REACH_S).close()
-    except (OSError, OverflowError) as error:
-        return f"nothing answers at {address}: {getattr(error, 'strerror', None) or error}"
-    return None
 
 
 @contextmanager

@@ -1,0 +1,39 @@
+"""Which Ray cluster is meant, and whether one can be there: found without Ray, which tries for minutes."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+REACH_S = 3.0
+
+
+def left_by_ray_start() -> Path:
+    """The file in which `ray start` leaves its address. A machine that went down, or a kill, leaves it behind."""
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray finds it
+    return Path(base, "ray", "ray_current_cluster")
+
+
+def unreachable(address: str | None) -> str | None:
+    """Why no cluster can be at `address`, or, without one, where Ray would look. None where Ray is to be asked."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "auto":
+        return _left_over(left_by_ray_start())
+    if address == "local" or "://" in address:
+        return None
+    found = re.fullmatch(r"(.+):(\d+)", address)
+    if found is None:
+        return f"{address!r} is no address: HOST:PORT is"
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        return f"nothing answers at {address}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def _left_over(file: Path) -> str | None:
+    address = file.read_text().strip() if file.exists() else ""
+    reason = unreachable(address) if address else None
+    return reason and f"{reason}; {file} names it still: `ray stop` removes that"

@@ -1,0 +1,63 @@
+"""Addresses where no Ray cluster can be are told at once; the rest is left to Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from moeray.cli.ray_address import left_by_ray_start, unreachable
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where Ray would have its files."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    left_by_ray_start().parent.mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("address", "words"), [("127.0.0.1:1", "refused"), ("nonsense", "HOST:PORT"), ("127.0.0.1:99999", "127.0.0.1")]
+)
+def test_addresses_where_no_ray_can_be(folder, monkeypatch, address, words):
+    assert words in (unreachable(address) or "")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert words in (unreachable(None) or "")
+
+
+def test_addresses_that_ray_is_asked_for(folder):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        assert unreachable(address) is None
+        left_by_ray_start().write_text(address)
+        assert unreachable(None) is None
+    assert unreachable("local") is None
+    assert unreachable("ray://127.0.0.1:1") is None
+
+
+def test_no_cluster_was_ever_started(folder):
+    assert unreachable(None) is None
+    assert unreachable("auto") is None
+
+
+@pytest.mark.parametrize("command", [["status"], ["serve", "no-model"]])
+def test_the_address_of_a_cluster_that_was_killed(folder, command):
+    left_by_ray_start().write_text("127.0.0.1:1")
+    done = subprocess.run(
+        [sys.executable, "-m", "moeray.cli.main", *command], capture_output=True, text=True, timeout=60, env=os.environ
+    )
+    assert done.returncode == 1
+    assert "nothing answers at 127.0.0.1:1" in done.stderr
+    assert "`ray stop` removes that" in done.stderr
+
+
+def test_the_file_is_where_ray_looks_for_it(folder):
+    from ray._private.utils import write_ray_address
+
+    write_ray_address("127.0.0.1:7")
+    assert left_by_ray_start().read_text() == "127.0.0.1:7"
