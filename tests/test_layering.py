@@ -8,7 +8,7 @@ import moeray
 ROOT = Path(moeray.__file__).parent
 
 # Each room may import the rooms named, and always the leaves.
-LEAVES = {"config", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads"}
+LEAVES = {"compiled", "config", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads"}
 ALLOWED = {
     "dashboards": set(),
     "model": set(),

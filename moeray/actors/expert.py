@@ -193,7 +193,7 @@ class ExpertActor:
                     kept = self._cores
                     kept.keep()
                 if frame.op is Op.FORWARD:
-                    self._rows.serve(frame, channel.send)
+                    self._rows.serve(frame, channel)
                 else:
                     channel.send(self._answer(frame))
             except ChannelClosedError:

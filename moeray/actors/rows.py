@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,34 +12,72 @@ import torch
 from torch import Tensor
 
 from moeray.actors.tally import Tally
-from moeray.errors import MoerayError, PlacementError, WireError
+from moeray.errors import MoerayError, PlacementError
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
+from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
+from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
+from moeray.wire.rows import Given, Result, check_forward
 
 log = logging.getLogger(__name__)
 
+KEPT_BYTES = 16 << 20
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class _Forward:
-    """One frame's rows; `out_RD` or `error` is what came of it. Times are of time.perf_counter."""
+    """One frame's rows; `out_RD`, `placed` or `error` is what came of it. Times are of time.perf_counter.
 
-    layer: int
-    experts: list[int]
-    counts: list[int]
+    `given`: where the frame's tensors lie, if that is known. `placed`: memory that begins with the outputs, where they
+    are no tensor.
+    """
+
+    frame: Frame
+    given: Given | None
     held: HeldExperts
-    x_UD: Tensor
-    token_of_row_R: Tensor
     arrived: float
     began: float = 0.0
     took: float = 0.0
     out_RD: Tensor | None = None
+    placed: Scratch | None = None
     error: Exception | None = None
+
+    @property
+    def experts(self) -> list[int]:
+        experts: list[int] = self.frame.meta["experts"]
+        return experts
+
+    @property
+    def counts(self) -> list[int]:
+        counts: list[int] = self.frame.meta["counts"]
+        return counts
+
+    def rows(self) -> Rows:
+        """For `compute`."""
+        x_UD, token_of_row_R = self.frame.tensors
+        return self.held, self.experts, self.counts, x_UD, token_of_row_R
 
     def fits(self, other: _Forward) -> bool:
         """Whether both can run as one."""
-        mine, its = self.x_UD, other.x_UD
-        return self.layer == other.layer and mine.dtype is its.dtype and mine.shape[1] == its.shape[1]
+        mine, its = self.frame.tensors[0], other.frame.tensors[0]
+        return self.frame.layer == other.frame.layer and mine.dtype is its.dtype and mine.shape[1] == its.shape[1]
+
+
+class _Outs(threading.local):
+    """Memory for a thread's outputs, kept for its next forward."""
+
+    def __init__(self) -> None:
+        self._kept = Scratch(1 << 16)
+
+    def of(self, nbytes: int) -> Scratch:
+        """At least so much."""
+        if self._kept.nbytes >= nbytes:
+            return self._kept
+        memory = Scratch(nbytes)
+        if nbytes <= KEPT_BYTES:
+            self._kept = memory
+        return memory
 
 
 class RowServer:
@@ -58,13 +95,16 @@ class RowServer:
         self._compute = threading.Lock()
         self._queued = threading.Lock()  # guards the list
         self._waiting: list[_Forward] = []
-        self._idle = threading.Condition()
+        self._counting = threading.Lock()  # guards the number in flight
+        self._idle = threading.Condition(self._counting)
         self._in_flight = 0
+        self._outs = _Outs()
+        self._threads = torch.get_num_threads()
         self.tally = Tally()
 
     def use(self, bank: ExpertBank) -> None:
-        """Compute with the experts of this bank from now on."""
-        self._bank = bank
+        """Compute with the experts of this bank from now on, on as many threads as torch has by now."""
+        self._bank, self._threads = bank, torch.get_num_threads()
 
     @property
     def in_flight(self) -> int:
@@ -76,33 +116,44 @@ class RowServer:
         with self._idle:
             return self._idle.wait_for(lambda: self._in_flight == 0, timeout)
 
-    def serve(self, frame: Frame, send: Callable[[Frame], None]) -> None:
+    def serve(self, frame: Frame, channel: Channel) -> None:
         """Send the RESULT of a FORWARD, or an ERROR of kind `not_hosted` (with the experts that are not),
         `out_of_memory` or `failed`. A router waits for it, so counting comes after. Raises what `send` does."""
-        with self._idle:
+        with self._counting:
             self._in_flight += 1
         try:
             try:
                 forward = self._forward(frame)
             except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
-                send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
+                channel.send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
                 return
-            assert forward.out_RD is not None
-            meta = {"compute_s": forward.took, "queue_s": forward.began - forward.arrived}
-            send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (forward.out_RD,)))
+            self._answer(forward, channel)
             self._count(forward)
         finally:
-            with self._idle:
+            with self._counting:
                 self._in_flight -= 1
                 self._idle.notify_all()
 
+    def _answer(self, forward: _Forward, channel: Channel) -> None:
+        frame, placed, given, waited = forward.frame, forward.placed, forward.given, forward.began - forward.arrived
+        if placed is None or given is None:
+            assert forward.out_RD is not None
+            meta = {"compute_s": forward.took, "queue_s": waited}
+            channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (forward.out_RD,)))
+        else:
+            channel.send_rows(
+                Result(
+                    frame.id, frame.layer, frame.epoch, forward.took, waited,
+                    given.dtype, placed.memory, placed.address, given.rows, given.width,
+                )
+            )  # fmt: skip
+
     def _forward(self, frame: Frame) -> _Forward:
-        experts, counts = _checked(frame)
+        given = check_forward(frame)
         if self._bank is None:
             raise PlacementError("this actor hosts no experts yet")
-        held = self._bank.hold(frame.layer, experts)
-        x_UD, token_of_row_R = frame.tensors
-        forward = _Forward(frame.layer, experts, counts, held, x_UD, token_of_row_R, time.perf_counter())
+        held = self._bank.hold(frame.layer, frame.meta["experts"])
+        forward = _Forward(frame, given, held, time.perf_counter())
         self._run(forward)
         if forward.error is not None:
             raise forward.error
@@ -110,13 +161,19 @@ class RowServer:
 
     def _count(self, forward: _Forward) -> None:
         waited = forward.began - forward.arrived
-        self.tally.add(forward.layer, forward.experts, forward.counts, waited, forward.took)
+        self.tally.add(forward.frame.layer, forward.experts, forward.counts, waited, forward.took)
         self._wait.observe(waited)
         self._service.observe(forward.took)
         self._batch.observe(sum(forward.counts))
 
     def _run(self, forward: _Forward) -> None:
         """Compute it, with all of its layer that wait by then; or find that another thread has."""
+        if self._compute.acquire(blocking=False):
+            try:
+                self._compute_all([forward])
+            finally:
+                self._compute.release()
+            return
         with self._queued:
             self._waiting.append(forward)
         with self._compute:
@@ -128,9 +185,13 @@ class RowServer:
             self._compute_all(batch)
 
     def _compute_all(self, batch: list[_Forward]) -> None:
-        began = time.perf_counter()
+        began, first = time.perf_counter(), batch[0]
+        first.began = began
         try:
-            outs = compute([(f.held, f.experts, f.counts, f.x_UD, f.token_of_row_R) for f in batch], self._device)
+            if len(batch) == 1 and self._compute_in_place(first):
+                first.took = time.perf_counter() - began
+                return
+            outs = compute([forward.rows() for forward in batch], self._device)
         except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
             for forward in batch:
                 forward.error = error
@@ -139,6 +200,17 @@ class RowServer:
         for forward, out_RD in zip(batch, outs, strict=True):
             forward.out_RD, forward.began = out_RD, began
             forward.took = took * len(out_RD) / max(rows, 1)
+
+    def _compute_in_place(self, forward: _Forward) -> bool:
+        """From where the rows lie to memory of this thread, if the experts' kernels can."""
+        given = forward.given
+        if given is None or not given.rows:
+            return False
+        out = self._outs.of(given.rows * given.width * given.dtype.itemsize)
+        x = Block(given.x, given.width, given.dtype)
+        if forward.held.compute_at(x, given.token_of_row, forward.counts, out.address, self._threads):
+            forward.placed = out
+        return forward.placed is out
 
     def _reason(self, frame: Frame, error: Exception) -> dict[str, Any]:
         message = str(error)[:500]
@@ -171,19 +243,3 @@ def compute(frames: list[Rows], device: torch.device) -> list[Tensor]:
     out_RD = torch.empty_like(sorted_RD)
     out_RD[order] = sorted_RD
     return list(torch.split(out_RD, [len(x_RD) for x_RD in inputs]))
-
-
-def _checked(frame: Frame) -> tuple[list[int], list[int]]:
-    experts, counts = frame.meta.get("experts"), frame.meta.get("counts")
-    if not isinstance(experts, list) or not isinstance(counts, list):
-        raise WireError("a FORWARD frame names no experts and counts")
-    ok = len(frame.tensors) == 2 and len(experts) == len(counts)
-    ok = ok and all(type(e) is int and type(c) is int and c > 0 for e, c in zip(experts, counts, strict=True))
-    ok = ok and len(set(experts)) == len(experts)
-    if ok:
-        x_UD, index = frame.tensors
-        ok = x_UD.dim() == 2 and index.dtype == torch.int64 and index.shape == (sum(counts),)
-        ok = ok and (len(index) == 0 or bool(index.min() >= 0 and index.max() < len(x_UD)))
-    if not ok:
-        raise WireError("a FORWARD frame's experts, counts and row index do not fit its tensors")
-    return experts, counts

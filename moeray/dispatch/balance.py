@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 MIN_PIECE = 16
 """Fewer rows than this are not worth reading an expert's weights in one more place."""
+SPLIT_FROM = 2 * MIN_PIECE
 
-_NEAR = 1.1
+NEAR = 1.1
 """Costs that differ by less count as equal: measured rates never agree exactly."""
+DECAY = 0.99
+"""What is left of an actor's carried load after another layer."""
 _GAIN = 0.9
 """An expert is split where that brings its actor down to this part of its cost."""
-_DECAY = 0.99
 _MOVES_PER_ACTOR = 4
 
 Pieces = Sequence[tuple[str, int]]
@@ -61,8 +63,8 @@ def balance_rows(
         actor = _cheapest(replicas[expert], count, cost, slow, rest)
         pieces[expert] = [(actor, count)]
         cost[actor] += count * slow[actor]
-    if rows[free[0]] >= 2 * MIN_PIECE:
-        _split([expert for expert in free if rows[expert] >= 2 * MIN_PIECE], replicas, slow, cost, pieces)
+    if rows[free[0]] >= SPLIT_FROM:
+        _split([expert for expert in free if rows[expert] >= SPLIT_FROM], replicas, slow, cost, pieces)
     return pieces
 
 
@@ -74,7 +76,7 @@ def _cheapest(
     for actor in actors:
         done = cost[actor] + count * slow[actor]
         least = min(least, done)
-        if best_done > _NEAR * least or (done <= _NEAR * least and (carry[actor], done) < (carry[best], best_done)):
+        if best_done > NEAR * least or (done <= NEAR * least and (carry[actor], done) < (carry[best], best_done)):
             best, best_done = actor, done
     return best
 
@@ -124,10 +126,13 @@ def _move(
 
 
 class Balancer:
-    """`balance_rows` with a memory, so that over many small steps replicas share evenly. Not thread-safe."""
+    """`balance_rows` with a memory, so that over many small steps replicas share evenly. Not thread-safe.
+
+    `carry`: what each actor had to do of late.
+    """
 
     def __init__(self) -> None:
-        self._carry: dict[str, float] = {}
+        self.carry: dict[str, float] = {}
 
     def of(self, rates: Mapping[str, float]) -> Choose:
         """The choice at these rates."""
@@ -136,10 +141,10 @@ class Balancer:
     def __call__(
         self, rows: Mapping[int, int], replicas: Mapping[int, Sequence[str]], rates: Mapping[str, float]
     ) -> dict[int, list[tuple[str, int]]]:
-        pieces = balance_rows(rows, replicas, rates, self._carry)
-        carry = {actor: load * _DECAY for actor, load in self._carry.items() if load > 1e-6}
+        pieces = balance_rows(rows, replicas, rates, self.carry)
+        carry = {actor: load * DECAY for actor, load in self.carry.items() if load > 1e-6}
         for parts in pieces.values():
             for actor, count in parts:
                 carry[actor] = carry.get(actor, 0.0) + count / rates.get(actor, 1.0)
-        self._carry = carry
+        self.carry = carry
         return pieces

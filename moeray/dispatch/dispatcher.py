@@ -13,15 +13,15 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from moeray.dispatch.balance import Balancer
 from moeray.dispatch.hops import MANY, Hop
 from moeray.dispatch.links import Connect, Links, UnknownActorError
-from moeray.dispatch.plan import Ints, Share, plan_rows
+from moeray.dispatch.plan import Ints, Plan, Share
+from moeray.dispatch.planner import Planner
 from moeray.dispatch.view import PlacementView, Usable
 from moeray.errors import (
     ChannelClosedError,
@@ -34,6 +34,7 @@ from moeray.recorder import Recorder
 from moeray.types import ExpertId
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
+from moeray.wire.rows import Forward, put_rows
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
 OnLoss = Callable[[str, str], None]
 
 
-@dataclass(frozen=True)
-class _Sent:
+class _Sent(NamedTuple):
     """A forward on its way; `until`: when its actor is given up."""
 
     frame_id: int
@@ -67,8 +67,8 @@ class _Work:
 
     layer: int
     x_TD: Tensor
-    ids_TK: Ints
-    out_RD: Tensor
+    ids_TK: Tensor
+    out_TKD: Tensor
     began: float
     sent: list[_Sent] = field(default_factory=list)
     waiting: list[Ints] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Dispatcher:
         self._on_loss = on_loss
         self._on_orphans = on_orphans
         self._clock = clock
-        self._balancer = Balancer()
+        self._planner = Planner()
         self._ids = itertools.count(1)
         self._orphans = 0
         self._abandoned = False
@@ -127,9 +127,9 @@ class Dispatcher:
         Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
         failed.
         """
-        home_TD, home_ids_TK = x_TD.cpu(), ids_TK.cpu().numpy()
-        out_RD = home_TD.new_empty(home_ids_TK.size, x_TD.shape[1])
-        work = _Work(layer, home_TD, home_ids_TK, out_RD, self._clock())
+        home_TD, home_ids_TK = x_TD.cpu().contiguous(), ids_TK.cpu().contiguous()
+        out_TKD = home_TD.new_empty(*home_ids_TK.shape, home_TD.shape[1])
+        work = _Work(layer, home_TD, home_ids_TK, out_TKD, self._clock())
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
@@ -143,7 +143,7 @@ class Dispatcher:
         finally:
             self._orphans = 0
             self.seconds_total += self._clock() - work.began
-        return out_RD.view(*home_ids_TK.shape, x_TD.shape[1]).to(x_TD.device)
+        return out_TKD if home_TD is x_TD else out_TKD.to(x_TD.device)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Dispatcher:
         todo = [rows_R]
         while todo:
             now = self._view.now
-            plan = plan_rows(work.ids_TK, self._replicas(work, now), self._balancer.of(now.rates), todo.pop())
+            plan = self._plan(work, now, todo.pop())
             if plan.orphans:
                 work.version = min(work.version, now.version) if work.waiting else now.version
                 work.waited_from = work.waited_from or self._clock()
@@ -167,6 +167,11 @@ class Dispatcher:
         before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
         if self._orphans and not before:
             self._on_orphans()
+
+    def _plan(self, work: _Work, now: Usable, rows_R: Ints | None) -> Plan:
+        if rows_R is None:
+            return self._planner.plan(now, work.layer, work.ids_TK)
+        return self._planner.plan_again(now, self._replicas(work, now), work.ids_TK.numpy(), rows_R)
 
     def _replicas(self, work: _Work, now: Usable) -> Mapping[int, Sequence[str]]:
         """The layer's usable replicas; an actor that failed at an expert is passed over where there is another."""
@@ -189,20 +194,20 @@ class Dispatcher:
             if channel is not None and not channel.closed and not isinstance(error, ChannelTimeoutError):
                 raise
             self._lose(share.actor_id, _reason(error), str(error))
-            self._retries[_reason(error)].add(share.rows_R.size)
+            self._retries[_reason(error)].add(share.size)
             return False
         return True
 
     def _forward(self, work: _Work, share: Share, channel: Channel) -> _Sent:
         actor, frame_id = share.actor_id, next(self._ids)
-        x_UD = work.x_TD
-        if share.tokens_U.size < x_UD.shape[0]:
-            x_UD = x_UD.index_select(0, torch.from_numpy(share.tokens_U))
-        meta = {"experts": share.experts, "counts": share.counts}
-        allowed = self._links.deadline_s(actor, work.layer, share.experts, share.rows_R.size, self._deadline_s)
+        allowed = self._links.deadline_s(actor, work.layer, share.experts, share.size, self._deadline_s)
         at, channel.send_timeout_s = self._clock(), allowed
-        tensors = (x_UD, torch.from_numpy(share.token_of_row_R))
-        channel.send(Frame(Op.FORWARD, frame_id, work.layer, self._view.epoch, meta, tensors))
+        channel.send_rows(
+            Forward(
+                frame_id, work.layer, self._view.now.epoch, share.experts, share.counts,
+                work.x_TD, share.tokens, share.token_of_row,
+            )
+        )  # fmt: skip
         before = max((sent.until for sent in work.sent if sent.channel is channel), default=at)
         return _Sent(frame_id, share, channel, at, max(at, before) + allowed)
 
@@ -244,19 +249,17 @@ class Dispatcher:
 
     def _take(self, work: _Work, sent: _Sent, frame: Frame) -> None:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
-        share, out_RD = sent.share, work.out_RD
-        rows_RD = frame.tensors[0] if frame.op is Op.RESULT and len(frame.tensors) == 1 else None
-        if rows_RD is None or rows_RD.shape != (share.rows_R.size, out_RD.shape[1]) or rows_RD.dtype != out_RD.dtype:
-            raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
+        share, out_TKD = sent.share, work.out_TKD
         compute_s = frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
             raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
-        out_RD.index_copy_(0, torch.from_numpy(share.rows_R), rows_RD)
+        if frame.op is not Op.RESULT or not put_rows(frame.tensors, share.rows, out_TKD):
+            raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
         took = self._clock() - sent.at
-        self._links.answered(share.actor_id, work.layer, share.experts, share.rows_R.size, took)
-        row_bytes, rows = out_RD.shape[1] * out_RD.element_size(), share.rows_R.size
-        sent_bytes = share.tokens_U.size * row_bytes + share.token_of_row_R.nbytes
+        rows, row_bytes = share.size, out_TKD.shape[2] * out_TKD.itemsize
+        self._links.answered(share.actor_id, work.layer, share.experts, rows, took)
+        sent_bytes = len(share.tokens) // 8 * row_bytes + len(share.token_of_row)
         self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)
 
     def count(self, least: int = 1) -> None:
@@ -299,7 +302,7 @@ class Dispatcher:
                     f"{share.actor_id}: {message}; the actor's log has the cause"
                 )
         work.failed.update(dict.fromkeys(share.experts, share.actor_id))
-        self._retries["failed"].add(share.rows_R.size)
+        self._retries["failed"].add(share.size)
 
     def _await_replicas(self, work: _Work) -> None:
         """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""

@@ -19,22 +19,40 @@ from moeray.errors import PlacementError
 
 Ints = npt.NDArray[np.int64]
 
-_NONE = np.empty(0, np.int64)
+NO_ROWS = np.empty(0, np.int64)
 
 
 class Share(NamedTuple):
     """The rows of one layer that one actor serves.
 
-    `rows_R`: row indices, sorted by expert; `experts` and `counts`: the distinct experts in that order and how many
-    rows each has; `tokens_U`: the distinct tokens to send; `token_of_row_R`: each row's place in `tokens_U`.
+    `experts` and `counts`: the distinct experts in order, and how many rows each has; `rows`: row indices in that
+    order; `tokens`: the distinct tokens to send; `token_of_row`: each row's place in `tokens`. The last three are int64
+    numbers as bytes, which is how they go out; `rows_R` and so on are the same as arrays.
     """
 
     actor_id: str
-    rows_R: Ints
     experts: list[int]
     counts: list[int]
-    tokens_U: Ints
-    token_of_row_R: Ints
+    rows: bytes
+    tokens: bytes
+    token_of_row: bytes
+
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return len(self.rows) // 8
+
+    @property
+    def rows_R(self) -> Ints:
+        return np.frombuffer(self.rows, np.int64)
+
+    @property
+    def tokens_U(self) -> Ints:
+        return np.frombuffer(self.tokens, np.int64)
+
+    @property
+    def token_of_row_R(self) -> Ints:
+        return np.frombuffer(self.token_of_row, np.int64)
 
 
 class Plan(NamedTuple):
@@ -73,7 +91,7 @@ def plan_rows(
             orphans.append(expert)
     parts = _deal(groups, choose(counts, replicas))
     shares = [_share(actor, parts[actor], *ids_TK.shape) for actor in sorted(parts)]
-    return Plan(shares, orphans, np.concatenate([groups[e] for e in orphans]) if orphans else _NONE)
+    return Plan(shares, orphans, np.concatenate([groups[e] for e in orphans]) if orphans else NO_ROWS)
 
 
 def _by_expert(flat_R: Ints, rows_R: Ints | None) -> dict[int, Ints]:
@@ -118,4 +136,4 @@ def _share(actor: str, part: _Part, tokens: int, top_k: int) -> Share:
     used = is_used.nonzero()[0]
     if used.size < tokens:
         token_of_row = (is_used.cumsum() - 1)[token_of_row]
-    return Share(actor, rows, part.experts, part.counts, used, token_of_row)
+    return Share(actor, part.experts, part.counts, rows.tobytes(), used.tobytes(), token_of_row.tobytes())

@@ -6,9 +6,9 @@ Shapes: R rows sorted by expert, D hidden size, I intermediate size, E distinct 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from moeray.config import ExpertKernel
 from moeray.errors import PlacementError
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
-from moeray.model.kernels.experts import KernelExpert, KernelLayer
+from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer
 from moeray.model.kernels.layers import LayerKernels
+from moeray.model.kernels.native import CALL_FORMATS, Block
 from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 
@@ -103,23 +104,26 @@ class ExpertBank:
         self._int8 = int8
         self._kernels = LayerKernels(family, dtype, device, kernel)
         self._copies = device.type != "cpu" or self._kernels.kernel == "triton"
-        self._lock = threading.Lock()  # guards the table, never held while weights are read
-        self._experts: dict[ExpertId, _Expert] = {}
+        self._lock = threading.Lock()  # held for a change, never while weights are read
+        self._layers: dict[int, Mapping[int, _Expert]] = {}  # each layer's experts: replaced, never changed
 
     def load(self, experts: Iterable[ExpertId], progress: Callable[[int], None] = lambda done: None) -> None:
         """Map the experts' slices. `progress` gets the number loaded so far. Raises CheckpointError."""
         for done, expert in enumerate(sorted(experts), start=1):
-            if expert not in self._experts:
+            if expert.expert not in self._of(expert.layer):
                 loaded = self._load(expert)
                 with self._lock:
-                    self._experts[expert] = loaded
+                    self._layers[expert.layer] = {**self._of(expert.layer), expert.expert: loaded}
             progress(done)
 
     def forget(self, experts: Iterable[ExpertId]) -> None:
         """Host these no more; those that are not hosted are passed over."""
         with self._lock:
-            for expert in experts:
-                self._experts.pop(expert, None)
+            for layer, gone in _by_layer(experts).items():
+                self._layers[layer] = {e: held for e, held in self._of(layer).items() if e not in gone}
+
+    def _of(self, layer: int) -> Mapping[int, _Expert]:
+        return self._layers.get(layer, {})
 
     def _load(self, expert: ExpertId) -> _Expert:
         moe = self._family.layers[expert.layer]
@@ -144,18 +148,18 @@ class ExpertBank:
     @property
     def hosted(self) -> frozenset[ExpertId]:
         with self._lock:
-            return frozenset(self._experts)
+            return frozenset(ExpertId(layer, expert) for layer, experts in self._layers.items() for expert in experts)
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of the hosted experts."""
         with self._lock:
-            return sum(expert.nbytes for expert in self._experts.values())
+            return sum(expert.nbytes for experts in self._layers.values() for expert in experts.values())
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of a layer's experts that are not hosted."""
-        with self._lock:
-            return [expert for expert in experts if ExpertId(layer, expert) not in self._experts]
+        hosted = self._of(layer)
+        return [expert for expert in experts if expert not in hosted]
 
     def forward(self, layer: int, x_RD: Tensor, experts: list[int], counts: list[int]) -> Tensor:
         """Rows sorted by expert -> each expert's output, in the same order [R, D].
@@ -167,45 +171,65 @@ class ExpertBank:
 
     def hold(self, layer: int, experts: list[int]) -> HeldExperts:
         """These experts' weights, also where they are forgotten meanwhile. Raises PlacementError as `forward`."""
-        with self._lock:
-            found = [self._experts.get(ExpertId(layer, expert)) for expert in experts]
-        held = [expert for expert in found if expert is not None]
-        if len(held) < len(experts):
+        hosted = self._of(layer)
+        try:
+            held = {expert: hosted[expert] for expert in experts}
+        except KeyError as missing:
             raise PlacementError(
-                f"expert {experts[found.index(None)]} of layer {layer} is not hosted here; the sender's epoch is stale"
-            )
-        return HeldExperts(
-            self._family.layers.get(layer), self._kernels.of(layer), dict(zip(experts, held, strict=True))
-        )
+                f"expert {missing} of layer {layer} is not hosted here; the sender's epoch is stale"
+            ) from None
+        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), held)
 
 
-@dataclass(frozen=True)
-class HeldExperts:
+def _by_layer(experts: Iterable[ExpertId]) -> dict[int, set[int]]:
+    layers: dict[int, set[int]] = {}
+    for layer, expert in experts:
+        layers.setdefault(layer, set()).add(expert)
+    return layers
+
+
+class HeldExperts(NamedTuple):
     """The weights of one forward."""
 
-    _moe: ExpertsLayer | None
-    _kernel: KernelLayer | None
-    _experts: dict[int, _Expert]
+    moe: ExpertsLayer | None
+    kernel: KernelLayer | None
+    experts: Mapping[int, _Expert]
 
     @torch.inference_mode()
     def __call__(self, x_RD: Tensor, counts: list[int]) -> Tensor:
         """As `ExpertBank.forward`, for the experts that are held."""
-        if self._moe is None or not self._experts:
+        if self.moe is None or not self.experts:
             return x_RD.new_empty(0, x_RD.shape[-1])
-        experts = list(self._experts.values())
-        known = [expert.kernel for expert in experts if expert.kernel is not None]
-        if self._kernel is not None and len(known) == len(experts):
-            return self._kernel.forward(known, x_RD, counts)
-        act = self._moe.activate
-        pieces = zip(experts, torch.split(x_RD, counts), strict=True)
+        known = self._known()
+        if self.kernel is not None and known is not None:
+            return self.kernel.forward(known, x_RD, counts)
+        act = self.moe.activate
+        pieces = zip(self.experts.values(), torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
+
+    def compute_at(self, x: Block, index: bytes, counts: list[int], out: int, threads: int) -> bool:
+        """The same without tensors: a row of x for each number of the index (int64); outputs go to the address `out`.
+
+        False, and nothing is done, where the kernels in C do not compute these experts or x's dtype.
+        Raises ValueError for rows of another width than the layer's.
+        """
+        known = self._known()
+        if not known or not isinstance(self.kernel, NativeLayer) or x.dtype not in CALL_FORMATS:
+            return False
+        self.kernel.compute_at(known, x, index, counts, out, threads)
+        return True
+
+    def _known(self) -> list[KernelExpert] | None:
+        """All of them as the kernels see them, if they do."""
+        known = [expert.kernel for expert in self.experts.values() if expert.kernel is not None]
+        return known if len(known) == len(self.experts) else None
 
     def with_those_of(self, others: Iterable[HeldExperts]) -> HeldExperts:
         """All of them, in the experts' order; those of one layer of one bank."""
-        experts = dict(self._experts)
+        experts = dict(self.experts)
         for other in others:
-            experts |= other._experts
-        return replace(self, _experts=dict(sorted(experts.items())))
+            experts |= other.experts
+        return self._replace(experts=dict(sorted(experts.items())))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -14,9 +14,9 @@ import reprlib
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import msgpack
 import numpy as np
@@ -69,15 +69,18 @@ DTYPES: tuple[torch.dtype, ...] = (
     torch.bool,
     torch.float8_e4m3fn,
 )
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_BOOL = CODES[torch.bool]
 # numpy does not know these, so their bytes go as whole numbers of the same size.
 _FOREIGN = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
 _SIZES = tuple(dtype.itemsize for dtype in DTYPES)
 _OPS = {int(op): op for op in Op}
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+_NOTHING: Mapping[str, Any] = {}
+
+
+class Frame(NamedTuple):
     """One message. `meta` is plain data (msgpack: tuples arrive as lists) with text keys; `tensors` are on the CPU.
 
     Tensors of a received frame are valid until the next `recv` on its channel; clone what must live longer.
@@ -87,8 +90,8 @@ class Frame:
     id: int = 0
     layer: int = -1
     epoch: int = 0
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    tensors: tuple[torch.Tensor, ...] = ()
+    meta: Mapping[str, Any] = _NOTHING
+    tensors: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,49 @@ class VersionMismatchError(WireError):
     """The peer speaks another version of the wire."""
 
 
+Span = tuple[int, list[int], int, int]
+
+
+class Tensors(Sequence[torch.Tensor]):
+    """Those of a received frame, made when they are asked for: views of `memory` from byte `start` on."""
+
+    __slots__ = ("memory", "spans", "start")
+
+    def __init__(self, memory: memoryview, start: int, spans: list[Span]) -> None:
+        self.memory = memory
+        self.start = start
+        self.spans = spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        if isinstance(index, slice):
+            return Tensors(self.memory, self.start, self.spans[index])
+        code, shape, elements, offset = self.spans[index]
+        if not elements:
+            return torch.empty(shape, dtype=DTYPES[code])
+        flat = torch.frombuffer(self.memory, dtype=DTYPES[code], count=elements, offset=self.start + offset)
+        return flat if len(shape) == 1 else flat.view(shape)
+
+
 class Header(NamedTuple):
-    """A checked header: `spans` holds (code, shape, elements, offset in the payload) of each tensor."""
+    """A checked header: `spans` holds (code, shape, elements, offset in the payload) of each tensor; `body` is where
+    the frame's payload begins if it is inline."""
 
     op: Op
     id: int
     layer: int
     epoch: int
     meta: dict[str, Any]
-    spans: list[tuple[int, list[int], int, int]]
+    spans: list[Span]
     where: int
+    body: int
+    payload_bytes: int
 
 
 class _Packers(threading.local):
@@ -145,7 +181,7 @@ def flatten(tensors: Sequence[torch.Tensor]) -> tuple[list[memoryview], int]:
     chunks = []
     total = 0
     for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype not in _CODES or tensor.layout is not torch.strided:
+        if not tensor.is_cpu or tensor.dtype not in CODES or tensor.layout is not torch.strided:
             raise _refusal(tensor)
         if tensor.dim() > MAX_DIMS:
             raise WireError(f"a tensor of {tensor.dim()} dimensions is over the wire's {MAX_DIMS}; flatten it")
@@ -175,7 +211,7 @@ def _refusal(tensor: torch.Tensor) -> WireError:
 
 def pack_head(frame: Frame, payload_bytes: int, where: int, limits: Limits) -> bytes:
     """Prefix, header and pad: all of the frame but its payload. Raises WireError over a limit or for bad `meta`."""
-    codes = [_CODES[tensor.dtype] for tensor in frame.tensors]
+    codes = [CODES[tensor.dtype] for tensor in frame.tensors]
     shapes = [tuple(tensor.shape) for tensor in frame.tensors]
     fields = [WIRE_VERSION, frame.op, frame.id, frame.layer, frame.epoch, frame.meta, shapes, codes, where]
     try:
@@ -240,14 +276,15 @@ def unpack_header(data: memoryview, payload_bytes: int) -> Header:
         raise WireError("the peer's header holds something else than a whole number for id, layer, epoch or place")
     if type(meta) is not dict or not all(type(key) is str for key in meta):
         raise WireError("the peer's header holds meta that is not a mapping with text keys")
-    return Header(_OPS[op], frame_id, layer, epoch, meta, _spans(shapes, codes, payload_bytes), where)
+    spans, body = _spans(shapes, codes, payload_bytes), aligned(PREFIX.size + len(data))
+    return Header(_OPS[op], frame_id, layer, epoch, meta, spans, where, body, payload_bytes)
 
 
 def _no_extension(code: int, data: bytes) -> Any:
     raise ValueError(f"extension type {code}")
 
 
-def _spans(shapes: Any, codes: Any, payload_bytes: int) -> list[tuple[int, list[int], int, int]]:
+def _spans(shapes: Any, codes: Any, payload_bytes: int) -> list[Span]:
     if type(shapes) is not list or type(codes) is not list or len(shapes) != len(codes) or len(codes) > MAX_TENSORS:
         raise WireError("the peer's header holds shapes and dtypes that do not go together")
     spans = []
@@ -274,22 +311,16 @@ def _elements(shape: Any) -> int:
     return math.prod(shape)
 
 
-def build_frame(header: Header, memory: Bytes, start: int) -> Frame:
+def build_frame(header: Header, memory: memoryview, start: int) -> Frame:
     """A frame whose tensors are views of `memory` from byte `start` on; the caller has checked that they lie inside.
 
     Raises WireError for a bool tensor with bytes other than 0 and 1, which torch must never see.
     """
-    tensors = []
-    for code, shape, elements, offset in header.spans:
-        dtype = DTYPES[code]
-        if not elements:
-            tensors.append(torch.empty(shape, dtype=dtype))
-            continue
-        if dtype is torch.bool and memory[start + offset : start + offset + elements].max() > 1:
+    for code, _, elements, offset in header.spans:
+        if code == _BOOL and elements and np.frombuffer(memory, np.uint8, elements, start + offset).max() > 1:
             raise WireError("the peer sent a bool tensor with values other than 0 and 1")
-        flat = torch.frombuffer(memory, dtype=dtype, count=elements, offset=start + offset)
-        tensors.append(flat if len(shape) == 1 else flat.view(shape))
-    return Frame(header.op, header.id, header.layer, header.epoch, header.meta, tuple(tensors))
+    tensors = Tensors(memory, start, header.spans) if header.spans else ()
+    return Frame(header.op, header.id, header.layer, header.epoch, header.meta, tensors)
 
 
 def decode(message: bytes | bytearray | memoryview, limits: Limits, memory: Bytes | None = None) -> Frame:
@@ -311,4 +342,4 @@ def decode(message: bytes | bytearray | memoryview, limits: Limits, memory: Byte
     if memory is None or memory.nbytes < payload_bytes:
         memory = new_buffer(payload_bytes)
     memory[:payload_bytes] = np.frombuffer(view, np.uint8, payload_bytes, body) if payload_bytes else 0
-    return build_frame(header, memory, 0)
+    return build_frame(header, memory.data, 0)

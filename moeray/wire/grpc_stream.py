@@ -23,6 +23,7 @@ from moeray.config import WireConfig
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, ConfigError, WireError
 from moeray.wire.base import UNAUTHENTICATED, limits_of
 from moeray.wire.frame import ALIGN, PREFIX, Bytes, Frame, Limits, decode, encode, new_buffer
+from moeray.wire.rows import Forward, Result
 
 SERVICE = "moeray.Wire"
 GREET = "Greet"
@@ -77,6 +78,10 @@ class GrpcChannel:
             self._out_room.release()  # wakes the next sender that waits in vain
             raise self._gone()
         self._out.put(message)
+
+    def send_rows(self, rows: Forward | Result) -> None:
+        """See `Channel.send_rows`."""
+        self.send(rows.frame())
 
     def recv(self, timeout: float | None = None) -> Frame:
         """See `Channel.recv`."""

@@ -63,6 +63,11 @@ class RingWriter:
             self._memory[at : at + size] = np.frombuffer(chunk, np.uint8) if size else 0
             at += aligned(size)
 
+    def piece(self, position: int, size: int) -> memoryview:
+        """The bytes of a reserved position, to be written by the caller."""
+        at = position % self.capacity
+        return self._memory.data[at : at + size]
+
     def commit(self, position: int, size: int) -> None:
         """The frame that names the reserved position is on its way: the bytes are the receiver's now."""
         self._written = position + size

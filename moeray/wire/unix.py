@@ -32,9 +32,11 @@ from moeray.wire.frame import (
     unpack_header,
 )
 from moeray.wire.ring import RingReader, RingWriter
+from moeray.wire.rows import Forward, Result, native, read_header
 
 RING_THRESHOLD = 32 << 10
 
+_ROWS_BYTES = RING_THRESHOLD + (16 << 10)
 _BUFFER_BYTES = 256 << 10
 _KEPT_BYTES = 16 << 20
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -61,6 +63,8 @@ class UnixChannel:
         self._recv_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._unsent = b""
+        self._rows = bytearray(_ROWS_BYTES)
+        self._rows_view = memoryview(self._rows)
         self._writer: RingWriter | None = None
         self._reader: RingReader | None = None
         # Received and not yet read: bytes [_start, _end) of the buffer; _start is a multiple of 64.
@@ -132,6 +136,40 @@ class UnixChannel:
         finally:
             self._send_lock.release()
 
+    def send_rows(self, rows: Forward | Result) -> None:
+        """See `Channel.send_rows`."""
+        if native is None:
+            self.send(rows.frame())
+            return
+        deadline = monotonic() + self.send_timeout_s
+        if not self._send_lock.acquire(timeout=self.send_timeout_s):
+            raise self._stuck()
+        try:
+            self._check_open()
+            if self._unsent:
+                self._finish([self._unsent], 0, deadline)
+            size = self._write(rows)
+            if size is None:  # too much for both, or for the limits
+                self._send(rows.frame(), deadline)
+            else:
+                self._finish([self._rows_view[:size]], 0, deadline)
+        finally:
+            self._send_lock.release()
+
+    def _write(self, rows: Forward | Result) -> int | None:
+        """The rows' message, in the ring where it is large; how many bytes of it go through the socket."""
+        size, most, writer = rows.payload_bytes, self._limits.max_header_bytes, self._writer
+        if size > self._limits.max_payload_bytes:
+            return None
+        if writer is not None and RING_THRESHOLD <= size <= writer.capacity:
+            position = self._reserve(writer, size)
+            if position is not None:
+                written = rows.write(self._rows, writer.piece(position, size), position, most)
+                if written is not None:
+                    writer.commit(position, size)
+                return written
+        return rows.write(self._rows, None, INLINE, most)
+
     def _send(self, frame: Frame, deadline: float) -> None:
         chunks, size = flatten(frame.tensors)
         writer = self._writer
@@ -198,14 +236,13 @@ class UnixChannel:
     def _read_frame(self, deadline: float | None) -> Frame:
         header = self._header or self._read_header(deadline)
         self._header = header
-        header_bytes, payload_bytes = PREFIX.unpack_from(self._view, self._start)
-        body = aligned(PREFIX.size + header_bytes)
+        body, payload_bytes = header.body, header.payload_bytes
         if header.where != INLINE:
             memory, at = self._in_ring(header.where, payload_bytes)
             self._start += body
         elif body + payload_bytes <= _BUFFER_BYTES:
             self._need(body + payload_bytes, deadline)
-            memory, at = self._memory, self._start + body
+            memory, at = self._view, self._start + body
             self._start += body + payload_bytes
         else:
             memory, at = self._read_large(body, payload_bytes, deadline), 0
@@ -216,18 +253,20 @@ class UnixChannel:
         if self._start == self._end:
             self._start = self._end = 0
         self._need(PREFIX.size, deadline)
+        if header := read_header(self._view, self._start, self._end, self._limits):
+            return header
         header_bytes, payload_bytes = PREFIX.unpack_from(self._view, self._start)
         check_lengths(header_bytes, payload_bytes, self._limits)
         self._need(aligned(PREFIX.size + header_bytes), deadline)
         begin = self._start + PREFIX.size
         return unpack_header(self._view[begin : begin + header_bytes], payload_bytes)
 
-    def _in_ring(self, position: int, size: int) -> tuple[Bytes, int]:
+    def _in_ring(self, position: int, size: int) -> tuple[memoryview, int]:
         if self._reader is None:
             raise WireError(f"{self.peer} names shared memory that it never gave; the channel is closed")
-        return self._reader.memory, self._reader.hold(position, size)
+        return self._reader.memory.data, self._reader.hold(position, size)
 
-    def _read_large(self, body: int, size: int, deadline: float | None) -> Bytes:
+    def _read_large(self, body: int, size: int, deadline: float | None) -> memoryview:
         """The payload in memory of its own, straight from the socket but for what the buffer already holds."""
         if self._large is None:
             self._large = self._spare if self._spare is not None and len(self._spare) >= size else new_buffer(size)
@@ -241,7 +280,7 @@ class UnixChannel:
         memory, self._large = self._large, None
         self._spare = memory if len(memory) <= _KEPT_BYTES else None
         self._start = min(self._end, self._start + body + size)
-        return memory
+        return memory.data
 
     def _need(self, size: int, deadline: float | None) -> None:
         """Have at least `size` bytes at `_start`, in one piece."""

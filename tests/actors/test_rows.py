@@ -4,13 +4,17 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeray.actors.rows import RowServer, compute
 from moeray.model.experts import ExpertBank
+from moeray.model.kernels import available
 from moeray.model.loading import open_model
 from moeray.recorder import Recorder
 from moeray.types import ExpertId
-from moeray.wire.frame import Frame, Op
+from moeray.wire import rows as wire_rows
+from moeray.wire.frame import Frame, Limits, Op, decode, encode
 from tests.checkpoints import make_tiny
 
 CPU = torch.device("cpu")
@@ -51,6 +55,14 @@ def test_what_runs_as_one_gives_what_each_gives_alone(path, dtype, kernel):
         assert torch.allclose(out_RD, alone, rtol=1e-4, atol=1e-4)
 
 
+class Answers:
+    """The way back to a router that is this test."""
+
+    def __init__(self, take) -> None:
+        self.send = take
+        self.send_rows = lambda rows: take(rows.frame())
+
+
 class Counted:
     """A bank that says how often its experts run, and keeps the first run waiting for `gate`."""
 
@@ -83,7 +95,7 @@ def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
     answers = {}
 
     def ask(name, frame):
-        server.serve(frame, lambda answer: answers.update({name: answer}))
+        server.serve(frame, Answers(lambda answer: answers.update({name: answer})))
 
     threads = [threading.Thread(target=ask, args=("first", next(frames(torch.float32, 1, layer=1))))]
     threads[0].start()
@@ -115,6 +127,75 @@ def test_an_expert_that_is_named_twice_is_refused(path, experts):
     frame = next(frames(torch.float32))
     frame.meta["experts"] = experts
     answers = []
-    server.serve(frame, answers.append)
+    server.serve(frame, Answers(answers.append))
     (answer,) = answers
     assert (answer.op, answer.meta["kind"]) == (Op.ERROR, "failed")
+
+
+LIMITS = Limits(1 << 20, 1 << 24)
+compiled_parts = pytest.mark.skipif(
+    wire_rows.native is None or not available(), reason="the parts in C were not compiled on this machine"
+)
+
+
+def received(frame):
+    """The frame as a channel has it: its tensors lie in the channel's memory."""
+    return decode(b"".join(encode(frame, LIMITS)), LIMITS)
+
+
+def answer_to(server, frame):
+    answers = []
+    server.serve(frame, Answers(answers.append))
+    return answers[0]
+
+
+@st.composite
+def requests(draw):
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float16]))
+    tokens, counts = draw(st.integers(1, 40)), draw(st.lists(st.integers(1, 60), max_size=5))
+    experts = sorted(draw(st.permutations(range(8)))[: len(counts)])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    index = torch.randint(tokens, (sum(counts),), generator=generator)
+    x_UD = torch.randn(tokens, 64, generator=generator).to(dtype)
+    return Frame(Op.FORWARD, 5, draw(st.integers(0, 1)), 3, {"experts": experts, "counts": counts}, (x_UD, index))
+
+
+@compiled_parts
+def test_from_memory_to_memory_is_as_by_tensors(path):
+    server = RowServer(CPU, Recorder(group="experts"))
+    server.use(bank_of(path, torch.bfloat16, "native"))
+
+    @given(requests())
+    @settings(deadline=None, max_examples=80)
+    def check(frame):
+        by_memory, by_tensors = answer_to(server, received(frame)), answer_to(server, frame)
+        assert (by_memory.op, by_memory.id, by_memory.layer, by_memory.epoch) == (Op.RESULT, 5, frame.layer, 3)
+        (found,), (exact,) = by_memory.tensors, by_tensors.tensors
+        assert found.dtype is exact.dtype
+        assert torch.equal(found, exact)
+
+    check()
+
+
+@compiled_parts
+@pytest.mark.parametrize("width", [0, 63, 65, 128])
+def test_rows_of_another_width_are_refused_unread(path, width):
+    server = RowServer(CPU, Recorder(group="experts"))
+    server.use(bank_of(path, torch.bfloat16, "native"))
+    meta = {"experts": [0], "counts": [1]}
+    tensors = (torch.ones(1, width, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64))
+    for frame in (
+        Frame(Op.FORWARD, 1, 0, meta=meta, tensors=tensors),
+        received(Frame(Op.FORWARD, 1, 0, meta=meta, tensors=tensors)),
+    ):
+        answer = answer_to(server, frame)
+        assert (answer.op, answer.meta["kind"]) == (Op.ERROR, "failed")
+
+
+@compiled_parts
+def test_counts_that_are_not_those_of_the_rows_are_refused(path):
+    held = bank_of(path, torch.bfloat16, "native").hold(0, [1, 2])
+    x_RD = torch.ones(4, 64, dtype=torch.bfloat16)
+    for counts in ([1, 2], [2, 3], [5, -1], [(1 << 63) - 1, 5]):
+        with pytest.raises(ValueError, match="sum"):
+            held(x_RD, counts)

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from moeray.model.kernels.combine import combine
 from moeray.model.kernels.linear import NativeLinear, NativeLinears, linear
-from moeray.model.kernels.native import available
+from moeray.model.kernels.native import Block, Scratch, available
 
-__all__ = ["NativeLinear", "NativeLinears", "available", "combine", "linear"]
+__all__ = ["Block", "NativeLinear", "NativeLinears", "Scratch", "available", "combine", "linear"]

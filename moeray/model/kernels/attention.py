@@ -64,7 +64,7 @@ def decode(
         tables_BW.stride(0), block_size, torch.get_num_threads(),
         best_instructions() if instructions is None else instructions, scale, softcap or 0.0,
     )  # fmt: skip
-    memory, call.scratch = scratch(lib.moeray_attention_scratch(byref(call)))
+    memory = scratch(lib.moeray_attention_scratch(byref(call)))
+    call.scratch = memory.address
     lib.moeray_attention(byref(call))
-    del memory
     return y_BHD

@@ -16,7 +16,7 @@ from moeray.model.family import ExpertsLayer
 from moeray.model.formats import MXFP4_GROUP, Fp8Block, Int8, Mxfp4, Plain, StoredWeight, float_scales
 from moeray.model.kernels.layout import Activation, Expert, Format, Layer, Matrix, Outputs
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import Instructions, forward
+from moeray.model.kernels.native import CALL_FORMATS, Block, Instructions, best_instructions, forward, run
 from moeray.model.slices import ExpertTensor
 
 _TANH_GELU = (2 * math.sqrt(2 / math.pi), 0.044715)  # 1 + tanh z = 2 sigmoid(2 z)
@@ -66,6 +66,8 @@ class KernelLayer(ABC):
         downs = [_stored(part, moe.is_transposed) for part in down.parts]
         if len(downs) != 1 or (len(ups) > 1 and up.cat_dim != (1 if moe.is_transposed else 0)):
             raise UnsupportedByKernelError("its weights lie in pieces")
+        if downs[0].matrix.outputs != ups[0].matrix.inputs:
+            raise UnsupportedByKernelError("its outputs are not as many as its inputs")
         gate_outputs, up_outputs = _up_outputs(moe, ups, downs[0].matrix.inputs, biases.get(moe.up_name))
         expert = Expert(gate_outputs, up_outputs, _outputs(downs[0], biases.get("down_proj"), 0, 1))
         form = Layer(ups[0].matrix, downs[0].matrix, self._activation, bool(moe.module.has_gate))
@@ -91,7 +93,23 @@ class NativeLayer(KernelLayer):
         counts: list[int],
         instructions: Instructions | None = None,
     ) -> Tensor:
+        self._check_width(x_RD.shape[1])
         return forward(self.form, [e.address for e in experts], counts, x_RD, self.form.down.outputs, instructions)
+
+    def compute_at(
+        self, experts: Sequence[KernelExpert], x: Block, index: bytes, counts: list[int], out: int, threads: int
+    ) -> None:
+        """The same from memory to memory: a row of x for each number of the index (int64); x's dtype is one of
+        CALL_FORMATS, and that of the outputs."""
+        self._check_width(x.width)
+        run(
+            ctypes.addressof(self.form), [e.address for e in experts], counts, x.address, index, out,
+            CALL_FORMATS[x.dtype], threads, best_instructions(),
+        )  # fmt: skip
+
+    def _check_width(self, width: int) -> None:
+        if width != self.form.up.inputs:
+            raise ValueError(f"rows of {width} numbers do not go with experts of {self.form.up.inputs} inputs")
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_int64, c_void_p
+import threading
+from ctypes import c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moeray.compiled import compiled
 from moeray.model.kernels.layout import Format, Layer
 
-log = logging.getLogger(__name__)
-
 ALIGNMENT = 64
-_REBUILD = "install moeray again where there is a C compiler (pip install --force-reinstall --no-deps moeray)"
+_KEPT_BYTES = 16 << 20
+
+_MODULE = "moeray.model.kernels._native"
 
 
 class Instructions(IntEnum):
@@ -31,14 +30,15 @@ class Instructions(IntEnum):
     AVX512 = 2
 
 
-_CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
+CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 
 
-class Call(Structure):
-    _fields_ = [
-        ("x", c_void_p), ("y", c_void_p), ("scratch", c_void_p),
-        ("format", c_int64), ("threads", c_int64), ("instructions", c_int64),
-    ]  # fmt: skip
+class Block(NamedTuple):
+    """Rows of `width` numbers that lie in memory one after the other."""
+
+    address: int
+    width: int
+    dtype: torch.dtype
 
 
 def available() -> bool:
@@ -49,23 +49,12 @@ def available() -> bool:
 @cache
 def library() -> Any | None:
     """The shared object, or None (with one warning). Importing torch has loaded the OpenMP runtime that it uses."""
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_native{suffix}")).is_file()]
-    if not found:
-        log.warning("the CPU kernels were not compiled, so experts run on torch, slower; %s", _REBUILD)
-        return None
-    try:
-        return _declared(ctypes.CDLL(str(found[0])))
-    except (OSError, AttributeError) as error:
-        log.warning("the CPU kernels do not load (%s), so experts run on torch, slower; %s", error, _REBUILD)
-        return None
+    module = compiled(_MODULE)
+    return None if module is None else _declared(ctypes.CDLL(module.__file__))
 
 
 def _declared(lib: Any) -> Any:
     lib.moeray_instructions.restype = c_int64
-    lib.moeray_scratch.argtypes = [POINTER(Layer), c_int64, c_int64, c_int64]
-    lib.moeray_scratch.restype = c_int64
-    lib.moeray_forward.argtypes = [POINTER(Layer), c_void_p, c_void_p, c_int64, POINTER(Call)]
-    lib.moeray_forward.restype = None
     lib.moeray_read.argtypes = [c_void_p, c_int64, c_int64, c_int64]
     lib.moeray_read.restype = None
     lib.moeray_multiply.argtypes = [c_int64, c_int64, c_int64]
@@ -88,35 +77,68 @@ def best_instructions() -> Instructions:
 
 
 def forward(
-    layer: Layer, experts: Sequence[int], counts: Sequence[int], x_RI: Tensor, outputs: int, chosen: Instructions | None
+    layer: Layer, experts: list[int], counts: list[int], x_RI: Tensor, outputs: int, chosen: Instructions | None
 ) -> Tensor:
     """x [R, I] float -> [R, outputs] of its dtype: of each expert (by its `Expert` structure's address) the next rows.
 
     Runs on torch's number of threads; the interpreter's lock is released meanwhile.
     """
-    lib, threads, dtype = library(), torch.get_num_threads(), x_RI.dtype
-    assert lib is not None
-    if dtype not in _CALL_FORMATS:
+    dtype = x_RI.dtype
+    if dtype not in CALL_FORMATS:
         x_RI = x_RI.float()
     x_RI = x_RI.contiguous()
     y_RO = x_RI.new_empty(len(x_RI), outputs)
-    nbytes = lib.moeray_scratch(ctypes.byref(layer), len(x_RI), len(experts), threads)
-    memory, address = scratch(nbytes)
-    call = Call(
-        x_RI.data_ptr(), y_RO.data_ptr(), address, _CALL_FORMATS[x_RI.dtype], threads,
-        best_instructions() if chosen is None else chosen,
+    run(
+        ctypes.addressof(layer), experts, counts, x_RI.data_ptr(), len(x_RI), y_RO.data_ptr(), CALL_FORMATS[x_RI.dtype],
+        torch.get_num_threads(), best_instructions() if chosen is None else chosen,
     )  # fmt: skip
-    count = len(experts)
-    numbers = c_int64 * count
-    lib.moeray_forward(ctypes.byref(layer), numbers(*experts), numbers(*counts), count, ctypes.byref(call))
-    del memory
     return y_RO.to(dtype)
 
 
-def scratch(nbytes: int) -> tuple[Tensor, int]:
-    """Memory that a call may write, and its aligned address."""
-    memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    return memory, -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+def run(
+    layer: int, experts: list[int], counts: list[int], x: int, rows: bytes | int, y: int, call_format: Format,
+    threads: int, instructions: Instructions,
+) -> None:  # fmt: skip
+    """The same from addresses: x is read at `rows` (int64 as bytes), or so many rows of it one after the other; y takes
+    as many. Raises ValueError where the counts do not sum to the rows."""
+    module = compiled(_MODULE)
+    assert module is not None
+    memory = scratch(0)
+    while needed := module.forward(
+        layer, experts, counts, x, rows, y, memory.address, memory.nbytes, call_format, threads, instructions
+    ):
+        memory = scratch(needed)
+
+
+class Scratch:
+    """Memory that a call may write, aligned to 64 bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        skipped = -memory.ctypes.data % ALIGNMENT
+        self.memory = memory[skipped : skipped + nbytes].data
+        self.address: int = memory.ctypes.data + skipped
+
+
+class _Kept(threading.local):
+    """A thread's scratch memory: allocating it anew for every call costs more than a small call does."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch(1 << 18)
+
+
+_kept = _Kept()
+
+
+def scratch(nbytes: int) -> Scratch:
+    """At least so much, until the thread's next call."""
+    memory = _kept.scratch
+    if memory.nbytes < nbytes:
+        memory = Scratch(nbytes)
+        if nbytes <= _KEPT_BYTES:
+            _kept.scratch = memory
+    return memory
 
 
 def read_all(memory: Tensor) -> None:

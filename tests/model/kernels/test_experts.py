@@ -123,7 +123,7 @@ def test_every_instruction_set(form, tmp_path):
     bank, layer, hidden = bank_of(stored(form, tmp_path), torch.float32, "native", cache=cache)
     x, native = rows_for(hidden, 60).float(), bank._kernels.of(layer)
     assert form not in ("fp8", "mxfp4") or native.form.up.format == Format[form.upper()]
-    experts = [bank._experts[ExpertId(layer, e)].kernel for e in range(3)]
+    experts = [bank.hold(layer, [e]).experts[e].kernel for e in range(3)]
     sets = [i for i in Instructions if i <= best_instructions()]
     found = {i: native.forward(experts, x, [2, 28, 30], i) for i in sets}
     assert all(error(found[i], found[sets[0]]) < 1e-5 for i in sets)

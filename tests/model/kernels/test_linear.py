@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moeray.compiled import compiled
 from moeray.model.kernels import NativeLinear, available, linear, native
 from moeray.model.kernels.native import Instructions, best_instructions
 
-compiled = pytest.mark.skipif(not available(), reason="the kernels were not compiled on this machine")
+needs_kernels = pytest.mark.skipif(not available(), reason="the kernels were not compiled on this machine")
 SETS = [i for i in Instructions if available() and i <= best_instructions()]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
@@ -22,7 +23,7 @@ def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("weight_dtype", ROUNDING)
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 128), (72, 40), (3, 5), (100, 129), (33, 1000)])
@@ -38,7 +39,7 @@ def test_it_is_the_product(outputs, inputs, weight_dtype, instructions):
             assert (found.double() - expected).norm() <= rounding * expected.norm()
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("instructions", SETS)
 def test_a_row_does_not_depend_on_others_or_on_threads(instructions):
     layer, x = NativeLinear(random(100, 300, dtype=torch.bfloat16)), random(140, 300, seed=1)
@@ -62,7 +63,7 @@ def test_instruction_sets_with_fused_multiply_add_give_the_same_bits():
         assert torch.equal(layer(x, Instructions.AVX512), layer(x, Instructions.AVX2))
 
 
-@compiled
+@needs_kernels
 def test_special_values_survive_rounding_to_bfloat16():
     x = torch.tensor([[float("nan")], [float("inf")], [-float("inf")], [3.4e38], [1.00390625], [-0.0]])
     found = linear(x.bfloat16(), torch.ones(1, 1))[:, 0]
@@ -73,7 +74,7 @@ def test_special_values_survive_rounding_to_bfloat16():
     assert torch.equal(wide, torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8]).bfloat16())  # ties go to even
 
 
-@compiled
+@needs_kernels
 def test_leading_dimensions_views_and_no_rows():
     whole = random(40, 96, dtype=torch.bfloat16)
     view, x = whole[8:24, 16:80], random(2, 3, 64)
@@ -81,7 +82,7 @@ def test_leading_dimensions_views_and_no_rows():
     assert linear(x[:0], view).shape == (0, 3, 16)
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("weight", [random(8, 8).t()[:, ::2], torch.ones(4, 4, dtype=torch.int32)])
 def test_other_weights_are_refused(weight):
     with pytest.raises(ValueError, match="contiguous rows"):
@@ -90,6 +91,7 @@ def test_other_weights_are_refused(weight):
 
 _FORKS = """
 import os, torch
+from moeray.compiled import compiled
 from moeray.model.kernels import linear
 w, x = torch.ones(512, 64), torch.ones(3, 64)
 for _ in range(3):
@@ -101,13 +103,14 @@ for _ in range(3):
 """
 
 
-@compiled
+@needs_kernels
 def test_forks_of_a_process_that_has_loaded_them_compute_on_threads_of_their_own():
     subprocess.run([sys.executable, "-c", _FORKS], check=True, timeout=120)
 
 
 def test_without_a_compiled_object_one_warning_names_the_mend(monkeypatch, caplog):
-    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [])
+    monkeypatch.setitem(sys.modules, "moeray.model.kernels._native", None)
+    compiled.cache_clear()
     native.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
@@ -118,4 +121,5 @@ def test_without_a_compiled_object_one_warning_names_the_mend(monkeypatch, caplo
         with pytest.raises(ValueError, match=r"kernels\.available"):
             linear(torch.ones(1, 1), torch.ones(1, 1))
     finally:
+        compiled.cache_clear()
         native.library.cache_clear()

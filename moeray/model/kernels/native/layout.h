@@ -28,6 +28,31 @@ typedef struct {
     float alpha, cubic, limit, shift;
 } Activation;
 
+/* act(x Up^T) Down^T, where `gated` up holds gates too; without `up` (up.out 0) x Down^T alone. */
+typedef struct {
+    Matrix up, down;
+    Activation activation;
+    int64_t gated;
+} Layer;
+
+typedef struct {
+    Outputs gate, up, down;
+} Expert;
+
+/* rows: the row of x that each one is, or NULL where they lie one after the other. format: of x and y, F32 or BF16.
+   scratch: as many bytes as moeray_scratch says, aligned to 64. */
+typedef struct {
+    const void *x;
+    const int64_t *rows;
+    void *y;
+    char *scratch;
+    int64_t format, threads, instructions;
+} Call;
+
+int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_t threads);
+void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
+                    const Call *call);
+
 /* One output's weights, or what is left of them, and their scales. */
 typedef struct {
     const uint8_t *data, *scale;

@@ -74,25 +74,6 @@ static const Kernels *kernels_of(int64_t instructions) {
 
 /* -- what a call works on ------------------------------------------------------------------------------------------ */
 
-/* act(x Up^T) Down^T, where `gated` up holds gates too; without `up` (up.out 0) x Down^T alone. */
-typedef struct {
-    Matrix up, down;
-    Activation activation;
-    int64_t gated;
-} Layer;
-
-typedef struct {
-    Outputs gate, up, down;
-} Expert;
-
-/* format: of x and y, F32 or BF16. scratch: as many bytes as moeray_scratch says, aligned to 64. */
-typedef struct {
-    const void *x;
-    void *y;
-    char *scratch;
-    int64_t format, threads, instructions;
-} Call;
-
 /* Up to CHUNK rows of one expert. */
 typedef struct {
     const Expert *expert;
@@ -225,7 +206,8 @@ static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, 
 
 static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, const Call *call, int64_t r) {
     const Matrix *first = layer->up.out ? &layer->up : &layer->down;
-    const void *x = (const char *)call->x + bytes_of(call->format, r * first->in);
+    const int64_t from = call->rows ? call->rows[r] : r;
+    const void *x = (const char *)call->x + bytes_of(call->format, from * first->in);
     k->pack(call->format, x, first->in, stride_of(first->format), s->xs + r * step_of(first));
     if (!layer->up.out) return;
     const int64_t block = 16 * stride_of(layer->down.format);  /* the last one may not be filled */
@@ -239,7 +221,7 @@ int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_
     return lay_out(layer, rows, experts, threads, NULL, &s) - (char *)NULL;
 }
 
-/* `count` experts, each with the next counts[i] rows of x, to the same rows of y. */
+/* `count` experts, each with the next counts[i] rows, to the same rows of y. */
 void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
                     const Call *call) {
     const Kernels *k = kernels_of(call->instructions);
