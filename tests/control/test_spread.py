@@ -19,7 +19,7 @@ def spread_of(rows, held, speeds=(1.0, 1.0, 1.0, 1.0)):
 
 
 def test_the_constants_are_the_dispatchers():
-    assert (MIN_PIECE, NEAR) == (balance.MIN_PIECE, balance._NEAR)
+    assert (MIN_PIECE, NEAR) == (balance.MIN_PIECE, balance.NEAR)
 
 
 @pytest.mark.parametrize(
