@@ -22,6 +22,7 @@ from moeray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeray.model import attention, kernels
 from moeray.model.checkpoint import Checkpoint
 from moeray.model.family import Family, is_experts, model_class, without_experts
+from moeray.model.fusing import fuse
 from moeray.model.kernels import combine
 from moeray.model.kernels.attention import DTYPES as NATIVE_DTYPES
 from moeray.model.latent import is_latent, keep_latents
@@ -186,6 +187,8 @@ class Trunk:
         finally:
             self._use(attention.NAME, EXPERTS)
         use_linear(self.model, linear)
+        if linear != "torch" and self.device.type == "cpu":
+            fuse(self.model, self.dtype)
         alone = self._trial([(first, 0, 12)], self.cache)
         self._compare(alone, reference, "its attention does not go through transformers' attention interface")
         layers = self.family.config.num_hidden_layers

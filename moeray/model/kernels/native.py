@@ -18,8 +18,10 @@ from moeray.model.kernels.layout import Format, Layer
 
 ALIGNMENT = 64
 _KEPT_BYTES = 16 << 20
+_ELEMENTS_PER_THREAD = 1 << 18
+"""Fewer are done before another thread has woken up."""
 
-_MODULE = "moeray.model.kernels._native"
+MODULE = "moeray.model.kernels._native"
 
 
 class Instructions(IntEnum):
@@ -49,7 +51,7 @@ def available() -> bool:
 @cache
 def library() -> Any | None:
     """The shared object, or None (with one warning). Importing torch has loaded the OpenMP runtime that it uses."""
-    module = compiled(_MODULE)
+    module = compiled(MODULE)
     return None if module is None else _declared(ctypes.CDLL(module.__file__))
 
 
@@ -101,13 +103,18 @@ def run(
 ) -> None:  # fmt: skip
     """The same from addresses: x is read at `rows` (int64 as bytes), or so many rows of it one after the other; y takes
     as many. Raises ValueError where the counts do not sum to the rows."""
-    module = compiled(_MODULE)
+    module = compiled(MODULE)
     assert module is not None
     memory = scratch(0)
     while needed := module.forward(
         layer, experts, counts, x, rows, y, memory.address, memory.nbytes, call_format, threads, instructions
     ):
         memory = scratch(needed)
+
+
+def threads_for(rows: int, elements: int) -> int:
+    """How many threads are worth waking for a pass over memory, which share the rows."""
+    return min(torch.get_num_threads(), rows, 1 + elements // _ELEMENTS_PER_THREAD)
 
 
 class Scratch:

@@ -1,29 +1,9 @@
 /* The weighted sum of each token's expert outputs, in fp32, k = 0 first. */
-#include "layout.h"
+#include "numbers.h"
 
 #include <omp.h>
 
-#if defined(__x86_64__)
-#define CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONED
-#endif
-/* A product is rounded before it is added, as in torch, so that both give the same bits. */
-#define UNFUSED __attribute__((optimize("fp-contract=off")))
-
 enum { PIECE = 512 }; /* floats of a row that are summed at once */
-
-INLINE float wide(uint16_t bits) {
-    uint32_t word = (uint32_t)bits << 16;
-    return LOAD(float, &word);
-}
-
-/* To the nearest BF16, ties to even; NaN stays NaN. */
-INLINE uint16_t narrow(float value) {
-    uint32_t word = LOAD(uint32_t, &value);
-    uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-    return (uint16_t)(value != value ? 0x7fc0 : rounded);
-}
 
 CLONED UNFUSED static void sum_f32(const float *rows, const float *weights, int64_t top_k, int64_t size, float *out) {
     for (int64_t from = 0; from < size; from += PIECE) {

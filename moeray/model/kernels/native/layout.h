@@ -53,6 +53,11 @@ int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_
 void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
                     const Call *call);
 
+void moeray_norm(int64_t format, const void *x, const float *weight, int64_t rows, int64_t size, float eps,
+                 int64_t early, void *y, int64_t threads);
+void moeray_rotate(int64_t format, const void *x, int64_t token, int64_t head, int64_t tokens, int64_t heads,
+                   int64_t size, const void *cosine, const void *sine, void *y, int64_t threads);
+
 /* One output's weights, or what is left of them, and their scales. */
 typedef struct {
     const uint8_t *data, *scale;

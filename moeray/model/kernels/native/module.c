@@ -1,4 +1,4 @@
-/* The expert FFNs as a function of Python's own, since what is called for every layer by way of ctypes costs more. */
+/* What is called for every layer, as functions of Python's own, since a call by way of ctypes costs more. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -15,6 +15,17 @@ static int64_t *numbers(PyObject *list) {
     if (!values) return (int64_t *)PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) values[i] = number(PyList_GET_ITEM(list, i));
     return values;
+}
+
+/* Whether there are so many arguments, all of them integers; else with an exception. What takes less time than giving
+   the interpreter's lock away keeps it: one thread's work. */
+static int all_numbers(PyObject *const *args, Py_ssize_t given, int64_t *values, Py_ssize_t count, const char *usage) {
+    if (given != count) {
+        PyErr_SetString(PyExc_TypeError, usage);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) values[i] = number(args[i]);
+    return !PyErr_Occurred();
 }
 
 /* Whether they are counts of so many rows. */
@@ -61,7 +72,37 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     return PyErr_Occurred() ? NULL : PyLong_FromLongLong(needed);
 }
 
-static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, USAGE}, {NULL}};
+static const char NORM_USAGE[] = "norm(format, x, weight, rows, size, early, y, threads, eps)";
+
+static PyObject *norm(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
+    (void)self;
+    int64_t n[8];
+    if (!all_numbers(args, arg_count - 1, n, 8, NORM_USAGE)) return NULL;
+    const float eps = (float)PyFloat_AsDouble(args[8]);
+    if (PyErr_Occurred()) return NULL;
+    PyThreadState *others = n[7] > 1 ? PyEval_SaveThread() : NULL;
+    moeray_norm(n[0], (const void *)n[1], (const float *)n[2], n[3], n[4], eps, n[5], (void *)n[6], n[7]);
+    if (others) PyEval_RestoreThread(others);
+    Py_RETURN_NONE;
+}
+
+static const char ROTATE_USAGE[] = "rotate(format, x, token, head, tokens, heads, size, cosine, sine, y, threads)";
+
+static PyObject *rotate(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
+    (void)self;
+    int64_t n[11];
+    if (!all_numbers(args, arg_count, n, 11, ROTATE_USAGE)) return NULL;
+    PyThreadState *others = n[10] > 1 ? PyEval_SaveThread() : NULL;
+    moeray_rotate(n[0], (const void *)n[1], n[2], n[3], n[4], n[5], n[6], (const void *)n[7], (const void *)n[8],
+                  (void *)n[9], n[10]);
+    if (others) PyEval_RestoreThread(others);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, USAGE},
+                                {"norm", (PyCFunction)(void (*)(void))norm, METH_FASTCALL, NORM_USAGE},
+                                {"rotate", (PyCFunction)(void (*)(void))rotate, METH_FASTCALL, ROTATE_USAGE},
+                                {NULL}};
 
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, .m_name = "moeray.model.kernels._native", .m_methods = methods};

@@ -1,0 +1,92 @@
+"""transformers' norms and rotary positions, computed in one pass each by the kernels in C.
+
+A family's own form is not known by its name but by what it computes: a module or function is replaced where a kernel
+gives its results on random numbers, and is left alone where none does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeray.model import kernels
+from moeray.model.kernels import RmsNorm, can_rotate, rotate
+from moeray.model.kernels.native import CALL_FORMATS
+
+_EPS = ("variance_epsilon", "eps")
+_ROTARY = "apply_rotary_pos_emb"
+_SAME = 0.99
+"""This part of a probe's numbers must have the very bits of the module's own (the order of a sum may change a few)."""
+
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace what can be replaced in a model on the CPU."""
+    if not kernels.available() or dtype not in CALL_FORMATS:
+        return
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = _equal_norm(module, dtype)
+            if norm is not None:
+                module.forward = norm
+    for file in {type(module).__module__ for module in model.modules()}:
+        _fuse_rotary(sys.modules[file], dtype)
+
+
+def _equal_norm(module: Any, dtype: torch.dtype) -> RmsNorm | None:
+    weight: Tensor | None = getattr(module, "weight", None)
+    eps = next((getattr(module, name) for name in _EPS if hasattr(module, name)), None)
+    if weight is None or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    probe = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)).to(dtype)
+    theirs = module(probe)
+    for offset in (0.0, 1.0):
+        for early in (True, False):
+            norm = RmsNorm(weight.float() + offset, eps, early)
+            if theirs.dtype is dtype and _are_same(norm(probe), theirs):
+                return norm
+    return None
+
+
+def _are_same(ours: Tensor, theirs: Tensor) -> bool:
+    close = torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if ours.dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+    return close and (ours.dtype is torch.float32 or float((ours == theirs).float().mean()) >= _SAME)
+
+
+def _fuse_rotary(file: Any, dtype: torch.dtype) -> None:
+    """Its modules call this function by its name in the file. The replacement has the same bits, and hands on to the
+    original what it does not know, so that nobody else who uses the file can tell."""
+    original: Rotary | None = getattr(file, _ROTARY, None)
+    if original is None or isinstance(original, _Rotary):
+        return
+    numbers = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 16, generator=numbers).to(dtype) for heads in (4, 2))
+    cos, sin = (torch.randn(1, 3, 16, generator=numbers).to(dtype) for _ in range(2))
+    replacement = _Rotary(original)
+    try:
+        theirs = original(q, k, cos, sin)
+    except (TypeError, RuntimeError, ValueError):  # another function of that name
+        return
+    if isinstance(theirs, tuple) and all(map(torch.equal, replacement(q, k, cos, sin), theirs)):
+        setattr(file, _ROTARY, replacement)
+
+
+class _Rotary:
+    """`apply_rotary_pos_emb` of packed tokens."""
+
+    def __init__(self, original: Rotary) -> None:
+        self._original = original
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """q [1, H, T, D], k [1, G, T, D], cos and sin [1, T, D]."""
+        known = not args and not kwargs and q.dim() == k.dim() == 4 and cos.dim() == 3 and not torch.is_grad_enabled()
+        known = known and can_rotate(q, cos) and can_rotate(k, cos) and cos.shape == sin.shape
+        if not (known and cos.is_contiguous() and sin.is_contiguous() and cos.dtype is sin.dtype):
+            return self._original(q, k, cos, sin, *args, **kwargs)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
