@@ -5,27 +5,20 @@ B sequences, H query heads, G key/value heads, Dk and Dv head sizes, S slots of 
 
 from __future__ import annotations
 
-from ctypes import Structure, byref, c_float, c_int64, c_void_p
+from struct import Struct
 
 import torch
 from torch import Tensor
 
+from moeray.compiled import compiled
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import Instructions, best_instructions, library, scratch
+from moeray.model.kernels.native import MODULE, Instructions, best_instructions, scratch
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Attention(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("q", "k", "v", "y", "scratch", "tables", "first", "end", "sinks")),
-        *((name, c_int64) for name in (
-            "format", "sequences", "heads", "groups", "k_size", "v_size", "q_row", "q_head", "k_slot", "k_head",
-            "v_slot", "v_head", "table_width", "block", "threads", "instructions",
-        )),
-        ("scale", c_float),
-        ("softcap", c_float),
-    ]  # fmt: skip
+_CALL = Struct("=9Q16q2f")
+"""The Attention structure of native/layout.h."""
 
 
 def decode(
@@ -48,23 +41,23 @@ def decode(
     sequence is in block `tables_BW[b, i // block_size]` (int64, as `first_B` and `end_B`). `sinks_H` is fp32. A
     sequence's result does not depend on the others or on the number of threads.
     """
-    lib = library()
-    assert lib is not None, "the CPU kernels are not there; ask kernels.available() first"
+    module = compiled(MODULE)
+    assert module is not None, "the CPU kernels are not there; ask kernels.available() first"
     assert q_BHD.dtype in DTYPES, f"the kernel does not compute {q_BHD.dtype}"
     assert q_BHD.dtype is k_SGD.dtype is v_SGD.dtype, f"{q_BHD.dtype} queries for {k_SGD.dtype} keys"
     assert q_BHD.stride(2) == k_SGD.stride(2) == v_SGD.stride(2) == tables_BW.stride(1) == 1, "heads are not contiguous"
     assert sinks_H is None or sinks_H.dtype is torch.float32
     size = q_BHD.itemsize
     y_BHD = q_BHD.new_empty(*q_BHD.shape[:2], v_SGD.shape[2])
-    call = Attention(
-        q_BHD.data_ptr(), k_SGD.data_ptr(), v_SGD.data_ptr(), y_BHD.data_ptr(), None, tables_BW.data_ptr(),
-        first_B.data_ptr(), end_B.data_ptr(), None if sinks_H is None else sinks_H.data_ptr(),
+    call = _CALL.pack(
+        q_BHD.data_ptr(), k_SGD.data_ptr(), v_SGD.data_ptr(), y_BHD.data_ptr(), 0, tables_BW.data_ptr(),
+        first_B.data_ptr(), end_B.data_ptr(), 0 if sinks_H is None else sinks_H.data_ptr(),
         DENSE[q_BHD.dtype], *q_BHD.shape[:2], k_SGD.shape[1], k_SGD.shape[2], v_SGD.shape[2],
         *(size * stride for stride in (*q_BHD.stride()[:2], *k_SGD.stride()[:2], *v_SGD.stride()[:2])),
         tables_BW.stride(0), block_size, torch.get_num_threads(),
         best_instructions() if instructions is None else instructions, scale, softcap or 0.0,
     )  # fmt: skip
-    memory = scratch(lib.moeray_attention_scratch(byref(call)))
-    call.scratch = memory.address
-    lib.moeray_attention(byref(call))
+    memory = scratch(0)
+    while needed := module.attend(call, memory.address, memory.nbytes):
+        memory = scratch(needed)
     return y_BHD

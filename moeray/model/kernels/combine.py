@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeray.model.kernels.native import CALL_FORMATS, library, threads_for
+from moeray.compiled import compiled
+from moeray.model.kernels.native import CALL_FORMATS, MODULE, threads_for
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum over k in fp32, k = 0 first, whatever the order in which rows arrived. [T, D] in the rows' dtype."""
-    lib = library() if rows_TKD.device.type == "cpu" else None
-    if lib is None or rows_TKD.dtype not in CALL_FORMATS or not rows_TKD.numel():
+    module = compiled(MODULE) if rows_TKD.is_cpu else None
+    if module is None or rows_TKD.dtype not in CALL_FORMATS or not rows_TKD.numel():
         return _combine(rows_TKD, weights_TK)
     tokens, top_k, size = rows_TKD.shape
     rows, weights = rows_TKD.contiguous(), weights_TK.float().contiguous()
     out_TD = rows.new_empty(tokens, size)
     threads = threads_for(tokens, rows.numel())
-    lib.moeray_combine(
+    module.combine(
         CALL_FORMATS[rows.dtype], rows.data_ptr(), weights.data_ptr(), tokens, top_k, size, out_TD.data_ptr(), threads
     )
     return out_TD

@@ -61,12 +61,6 @@ def _declared(lib: Any) -> Any:
     lib.moeray_read.restype = None
     lib.moeray_multiply.argtypes = [c_int64, c_int64, c_int64]
     lib.moeray_multiply.restype = c_int64
-    lib.moeray_combine.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]
-    lib.moeray_combine.restype = None
-    lib.moeray_attention_scratch.argtypes = [c_void_p]
-    lib.moeray_attention_scratch.restype = c_int64
-    lib.moeray_attention.argtypes = [c_void_p]
-    lib.moeray_attention.restype = None
     return lib
 
 

@@ -16,21 +16,6 @@ enum {
 };
 #define LOWEST -3.0e38f /* less than any score; minus infinity would give NaN as a difference */
 
-/* q [sequences, heads, k_size], y [sequences, heads, v_size] contiguous; k and v [slots, groups, size]. `format` (F32
-   or BF16) is that of all four. q_row, q_head, k_slot, k_head, v_slot, v_head: bytes to the next one. Where v is k, a
-   value is the beginning of its key. A sequence sees its keys [first, end); key i lies in block tables[i / block].
-   sinks: a score for every head, or NULL. softcap: 0 for none. */
-typedef struct {
-    const void *q, *k, *v;
-    void *y;
-    char *scratch;
-    const int64_t *tables, *first, *end;
-    const float *sinks;
-    int64_t format, sequences, heads, groups, k_size, v_size, q_row, q_head, k_slot, k_head, v_slot, v_head;
-    int64_t table_width, block, threads, instructions;
-    float scale, softcap;
-} Attention;
-
 /* out: the unscaled sums of [heads, v_size]; most, sum: of each query's exponentials. */
 typedef struct {
     int64_t sequence, head, heads, from, to;

@@ -53,6 +53,26 @@ int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_
 void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
                     const Call *call);
 
+/* q [sequences, heads, k_size], y [sequences, heads, v_size] contiguous; k and v [slots, groups, size]. `format` (F32
+   or BF16) is that of all four. q_row, q_head, k_slot, k_head, v_slot, v_head: bytes to the next one. Where v is k, a
+   value is the beginning of its key. A sequence sees its keys [first, end); key i lies in block tables[i / block].
+   sinks: a score for every head, or NULL. softcap: 0 for none. */
+typedef struct {
+    const void *q, *k, *v;
+    void *y;
+    char *scratch;
+    const int64_t *tables, *first, *end;
+    const float *sinks;
+    int64_t format, sequences, heads, groups, k_size, v_size, q_row, q_head, k_slot, k_head, v_slot, v_head;
+    int64_t table_width, block, threads, instructions;
+    float scale, softcap;
+} Attention;
+
+int64_t moeray_attention_scratch(const Attention *call);
+void moeray_attention(const Attention *call);
+
+void moeray_combine(int64_t format, const void *rows, const float *weights, int64_t tokens, int64_t top_k, int64_t size,
+                    void *out, int64_t threads);
 void moeray_norm(int64_t format, const void *x, const float *weight, int64_t rows, int64_t size, float eps,
                  int64_t early, void *y, int64_t threads);
 void moeray_rotate(int64_t format, const void *x, int64_t token, int64_t head, int64_t tokens, int64_t heads,

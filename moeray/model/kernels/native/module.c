@@ -2,6 +2,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <string.h>
+
 #include "layout.h"
 
 static const char USAGE[] =
@@ -72,6 +74,40 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     return PyErr_Occurred() ? NULL : PyLong_FromLongLong(needed);
 }
 
+static const char ATTEND_USAGE[] = "attend(call, scratch, scratch_bytes)";
+
+/* call: an Attention structure as bytes, whose scratch is given beside it. Returns as forward does. */
+static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
+    (void)self;
+    Attention call;
+    int64_t n[2];
+    if (arg_count != 3 || !PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != sizeof call) {
+        PyErr_SetString(PyExc_TypeError, ATTEND_USAGE);
+        return NULL;
+    }
+    if (!all_numbers(args + 1, 2, n, 2, ATTEND_USAGE)) return NULL;
+    memcpy(&call, PyBytes_AS_STRING(args[0]), sizeof call);
+    const int64_t needed = moeray_attention_scratch(&call);
+    if (needed > n[1]) return PyLong_FromLongLong(needed);
+    call.scratch = (char *)n[0];
+    Py_BEGIN_ALLOW_THREADS
+    moeray_attention(&call);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(0);
+}
+
+static const char COMBINE_USAGE[] = "combine(format, rows, weights, tokens, top_k, size, out, threads)";
+
+static PyObject *combine(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
+    (void)self;
+    int64_t n[8];
+    if (!all_numbers(args, arg_count, n, 8, COMBINE_USAGE)) return NULL;
+    PyThreadState *others = n[7] > 1 ? PyEval_SaveThread() : NULL;
+    moeray_combine(n[0], (const void *)n[1], (const float *)n[2], n[3], n[4], n[5], (void *)n[6], n[7]);
+    if (others) PyEval_RestoreThread(others);
+    Py_RETURN_NONE;
+}
+
 static const char NORM_USAGE[] = "norm(format, x, weight, rows, size, early, y, threads, eps)";
 
 static PyObject *norm(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
@@ -100,6 +136,8 @@ static PyObject *rotate(PyObject *self, PyObject *const *args, Py_ssize_t arg_co
 }
 
 static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, USAGE},
+                                {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, ATTEND_USAGE},
+                                {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL, COMBINE_USAGE},
                                 {"norm", (PyCFunction)(void (*)(void))norm, METH_FASTCALL, NORM_USAGE},
                                 {"rotate", (PyCFunction)(void (*)(void))rotate, METH_FASTCALL, ROTATE_USAGE},
                                 {NULL}};
