@@ -1,7 +1,8 @@
-"""transformers' norms and rotary positions, computed in one pass each by the kernels in C.
+"""What of transformers' modules costs more than it must on a CPU: norms and rotary positions are computed in one pass
+each by the kernels in C, and gates that compute in fp32 keep their weights so.
 
-A family's own form is not known by its name but by what it computes: a module or function is replaced where a kernel
-gives its results on random numbers, and is left alone where none does.
+A family's own form is not known by its name but by what it computes: something is replaced where that gives the
+module's results on random numbers, and is left alone otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from moeray.model import kernels
 from moeray.model.kernels import RmsNorm, can_rotate, rotate
@@ -35,6 +37,8 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> None:
             norm = _equal_norm(module, dtype)
             if norm is not None:
                 module.forward = norm
+        elif "Router" in type(module).__name__:
+            _widen(module, dtype)
     for file in {type(module).__module__ for module in model.modules()}:
         _fuse_rotary(sys.modules[file], dtype)
 
@@ -52,6 +56,22 @@ def _equal_norm(module: Any, dtype: torch.dtype) -> RmsNorm | None:
             if theirs.dtype is dtype and _are_same(norm(probe), theirs):
                 return norm
     return None
+
+
+def _widen(gate: Any, dtype: torch.dtype) -> None:
+    """DeepSeek's gates convert all of their weights in every step."""
+    narrow: nn.Parameter | None = gate._parameters.get("weight")
+    if narrow is None or narrow.dim() != 2 or narrow.dtype is torch.float32:
+        return
+    probe = torch.randn(8, narrow.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    theirs = tree_leaves(gate(probe))
+    gate.weight = nn.Parameter(narrow.float(), requires_grad=False)
+    try:
+        same = all(map(torch.equal, tree_leaves(gate(probe)), theirs))
+    except RuntimeError:  # it multiplies in the dtype of its input
+        same = False
+    if not same:
+        gate.weight = narrow
 
 
 def _are_same(ours: Tensor, theirs: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Norms and rotary positions of transformers' families by the kernels: the same numbers, or left alone."""
+"""Norms, rotary positions and gates of transformers' families: the same numbers at less cost, or left alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import types
 import pytest
 import torch
 from torch import nn
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3TopkRouter,
+    apply_rotary_pos_emb_interleave,
+)
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as partial_rotary
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb as halves
 
 from moeray.model import kernels
@@ -74,6 +80,33 @@ def test_rows_do_not_depend_on_each_other_or_on_the_number_of_threads():
 def test_no_rows():
     assert RmsNorm(torch.ones(8), 1e-5, True)(torch.empty(0, 8)).shape == (0, 8)
     assert kernels.rotate(torch.empty(1, 2, 0, 8), torch.empty(1, 0, 8), torch.empty(1, 0, 8)).shape == (1, 2, 0, 8)
+
+
+def config_of(family):
+    return AutoConfig.for_model(
+        family, hidden_size=48, num_experts=16, num_local_experts=16, n_routed_experts=16, num_experts_per_tok=4,
+        n_group=4, topk_group=2, moe_num_experts=16, moe_k=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "wide"),
+    [
+        (DeepseekV3TopkRouter, "deepseek_v3", True),
+        (Glm4MoeTopkRouter, "glm4_moe", True),
+        (MixtralTopKRouter, "mixtral", False),
+    ],
+)
+def test_gates_that_compute_in_fp32_keep_their_weights_so(kind, family, wide):
+    torch.manual_seed(0)
+    gate = kind(config_of(family)).requires_grad_(False)
+    gate.weight.copy_(torch.randn_like(gate.weight))
+    gate.weight.data = gate.weight.data.bfloat16()
+    x = torch.randn(32, 48).bfloat16()
+    theirs = tree_leaves(gate(x))
+    fuse(gate, torch.bfloat16)
+    assert gate.weight.dtype is (torch.float32 if wide else torch.bfloat16)
+    assert all(map(torch.equal, tree_leaves(gate(x)), theirs))
 
 
 def test_what_only_has_the_name_is_left_alone():
