@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moeray.config import LinearKernel
 from moeray.errors import ConfigError
@@ -72,6 +73,9 @@ def use_linear(model: nn.Module, kernel: LinearKernel) -> None:
             module.forward = _product(module.weight, module.bias, kernel)  # type: ignore[method-assign,assignment]
             if not keep:
                 _release(module)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if kernel == "native" and type(head) is nn.Linear:
+        head.forward = _in_fp32(head.forward)  # type: ignore[method-assign,assignment]
 
 
 def _same_input(model: nn.Module) -> Iterator[list[nn.Linear]]:
@@ -101,6 +105,11 @@ def _product(weight_OI: Tensor, bias_O: Tensor | None, kernel: LinearKernel) -> 
         return y
 
     return onednn
+
+
+def _in_fp32(product: Product) -> Product:
+    """The logits' sums are in fp32 as it is: rounded to bf16, the two likeliest tokens are often equally likely."""
+    return lambda x: product(x.float())
 
 
 class _Joined:

@@ -147,7 +147,8 @@ class Trunk:
         self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, expert_rows: ExpertRows,
         on_combine: Seconds = unheard,
     ) -> Tensor:  # fmt: skip
-        """One step over packed sequences: logits [S, V] of the rows `sample_index_S`, in the trunk's dtype."""
+        """One step over packed sequences: logits [S, V] of the rows `sample_index_S`, in the trunk's dtype or
+        fp32."""
         with attending(step), dispatching(expert_rows, on_combine):
             out = self.model(
                 input_ids=token_ids_T.unsqueeze(0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moeray.errors import ConfigError
 from moeray.model import kernels
@@ -108,3 +109,19 @@ def test_auto_leaves_torch_where_it_is_best_or_exact(dtype, device):
 
 def test_auto_in_bf16_on_the_cpu_is_no_plain_layer():
     assert choose_linear("auto", torch.bfloat16, CPU) != "torch" or not kernels.available()
+
+
+@needs_kernels
+def test_logits_keep_the_sums_that_they_are(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).bfloat16().eval()
+    use_linear(model, "native")
+    with torch.inference_mode():
+        ids = torch.arange(9)[None]
+        logits, hidden = model(ids).logits, model.model(ids).last_hidden_state
+    assert logits.dtype is torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ model.lm_head.weight.float().T, rtol=1e-4, atol=1e-5)
