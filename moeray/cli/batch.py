@@ -106,7 +106,7 @@ def _work(job: Job, lines: BatchInput, ledger: Ledger, survey: Survey, tally: Ta
     if job.local:
         setup_logging()
     else:
-        connect_ray(join=True)  # before our signal handlers, since it sets its own
+        connect_ray()  # before our signal handlers, since it sets its own
     try:
         return asyncio.run(_run(job, lines, ledger, survey, tally))
     except BatchPausedError as error:

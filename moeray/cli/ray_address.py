@@ -16,19 +16,6 @@ def left_by_ray_start() -> Path:
     return Path(base, "ray", "ray_current_cluster")
 
 
-def is_named() -> bool:
-    """Whether Ray is told of a cluster: by RAY_ADDRESS, or by `ray start` on this machine."""
-    return bool(os.environ.get("RAY_ADDRESS")) or left_by_ray_start().exists()
-
-
-def started_here() -> str | None:
-    """The address of a cluster that a process of this machine has started for itself, as `moeray serve` does where none
-    is named; None where there is none that answers."""
-    from ray._private.services import find_gcs_addresses
-
-    return next((address for address in sorted(find_gcs_addresses()) if unreachable(address) is None), None)
-
-
 def unreachable(address: str | None) -> str | None:
     """Why no cluster can be at `address`, or, without one, where Ray would look. None where Ray is to be asked."""
     address = address or os.environ.get("RAY_ADDRESS") or "auto"

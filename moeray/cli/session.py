@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from moeray.cli.ray_address import is_named, started_here, unreachable
+from moeray.cli.ray_address import unreachable
 from moeray.config import Config
 from moeray.logs import setup_logging
 from moeray.serve.system import SystemBackend
@@ -48,7 +48,7 @@ def running_or_own(config: Config, purpose: str) -> AbstractAsyncContextManager[
     from moeray.actors.spec import model_fingerprint
     from moeray.cluster.ray import running
 
-    connect_ray(config, join=True)
+    connect_ray(config)
     served = running(config.serve.name)
     if served is not None and model_fingerprint(served) == model_fingerprint(config):
         return attached_system(served, served.serve.request_timeout_s)
@@ -109,9 +109,8 @@ async def _ready(backend: SystemBackend, show: Show | None = None) -> None:
         ready.cancel()
 
 
-def connect_ray(config: Config | None = None, *, join: bool = False, **options: Any) -> None:
-    """Connect to the cluster that is named, else start one on this machine; with `join`, else first look for one that a
-    `moeray serve` has started here. Actors' logs stay in Ray's log folder.
+def connect_ray(config: Config | None = None, **options: Any) -> None:
+    """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder.
     Raises MoerayError where a cluster is named and cannot be reached.
     """
     import ray
@@ -120,8 +119,6 @@ def connect_ray(config: Config | None = None, *, join: bool = False, **options: 
         options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
         _check_reachable(None)
-        if join and not is_named():
-            options["address"] = started_here()
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
     setup_logging(config)
 
@@ -141,15 +138,12 @@ def connect(address: str | None) -> None:
     from moeray.errors import MoerayError
 
     _check_reachable(address)
-    found = address or ("auto" if is_named() else started_here())
-    if found is None:
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
-        )
-    try:
-        ray.init(address=found, log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
-        raise MoerayError(f"no Ray cluster at {found}: {' '.join(str(error).split())[:300]}") from error
+        ) from error
 
 
 def _check_reachable(address: str | None) -> None:

@@ -197,17 +197,3 @@ def test_a_sweep_with_errors_says_so(endpoint):
     )  # fmt: skip
     assert done.returncode == 1
     assert "2 errors" in done.stdout
-
-
-def test_a_batch_finds_the_system_that_serves_beside_it(endpoint, tmp_path):
-    """Nobody has named the cluster that `moeray serve` has started for itself."""
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    body = {"model": "tiny-moe", "prompt": "once", "max_tokens": 3}
-    source.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}))
-    process = moeray(
-        "batch", "--input", str(source), "--output", str(output), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "using the system 'moeray' that serves" in said
-    assert json.loads(output.read_text())["custom_id"] == "a"
