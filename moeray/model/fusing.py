@@ -49,11 +49,13 @@ def _equal_norm(module: Any, dtype: torch.dtype) -> RmsNorm | None:
     if weight is None or weight.dim() != 1 or not isinstance(eps, float):
         return None
     probe = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)).to(dtype)
-    theirs = module(probe)
+    theirs = _results(module, probe)
+    if len(theirs) != 1 or theirs[0].dtype is not dtype:
+        return None
     for offset in (0.0, 1.0):
         for early in (True, False):
             norm = RmsNorm(weight.float() + offset, eps, early)
-            if theirs.dtype is dtype and _are_same(norm(probe), theirs):
+            if _are_same(norm(probe), theirs[0]):
                 return norm
     return None
 
@@ -64,14 +66,22 @@ def _widen(gate: Any, dtype: torch.dtype) -> None:
     if narrow is None or narrow.dim() != 2 or narrow.dtype is torch.float32:
         return
     probe = torch.randn(8, narrow.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    theirs = tree_leaves(gate(probe))
+    theirs = _results(gate, probe)
     gate.weight = nn.Parameter(narrow.float(), requires_grad=False)
-    try:
-        same = all(map(torch.equal, tree_leaves(gate(probe)), theirs))
-    except RuntimeError:  # it multiplies in the dtype of its input
-        same = False
-    if not same:
+    if not _are_equal(_results(gate, probe), theirs):  # such as one that multiplies in the dtype of its input
         gate.weight = narrow
+
+
+def _results(call: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    """The tensors that come of it; none where it takes something else than these."""
+    try:
+        return [leaf for leaf in tree_leaves(call(*inputs)) if isinstance(leaf, Tensor)]
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return []
+
+
+def _are_equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
 
 
 def _are_same(ours: Tensor, theirs: Tensor) -> bool:
@@ -89,11 +99,7 @@ def _fuse_rotary(file: Any, dtype: torch.dtype) -> None:
     q, k = (torch.randn(1, heads, 3, 16, generator=numbers).to(dtype) for heads in (4, 2))
     cos, sin = (torch.randn(1, 3, 16, generator=numbers).to(dtype) for _ in range(2))
     replacement = _Rotary(original)
-    try:
-        theirs = original(q, k, cos, sin)
-    except (TypeError, RuntimeError, ValueError):  # another function of that name
-        return
-    if isinstance(theirs, tuple) and all(map(torch.equal, replacement(q, k, cos, sin), theirs)):
+    if _are_equal(_results(replacement, q, k, cos, sin), _results(original, q, k, cos, sin)):
         setattr(file, _ROTARY, replacement)
 
 

@@ -10,7 +10,9 @@ import select
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from time import monotonic
+from typing import TypeVar
 
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED
@@ -33,6 +35,8 @@ from moeray.wire.frame import (
 )
 from moeray.wire.ring import RingReader, RingWriter
 from moeray.wire.rows import Forward, Result, native, read_header
+
+_M = TypeVar("_M")
 
 RING_THRESHOLD = 32 << 10
 
@@ -125,22 +129,17 @@ class UnixChannel:
 
     def send(self, frame: Frame) -> None:
         """See `Channel.send`."""
-        deadline = monotonic() + self.send_timeout_s
-        if not self._send_lock.acquire(timeout=self.send_timeout_s):
-            raise self._stuck()
-        try:
-            self._check_open()
-            if self._unsent:
-                self._finish([self._unsent], 0, deadline)
-            self._send(frame, deadline)
-        finally:
-            self._send_lock.release()
+        self._in_turn(self._send, frame)
 
     def send_rows(self, rows: Forward | Result) -> None:
         """See `Channel.send_rows`."""
         if native is None:
             self.send(rows.frame())
-            return
+        else:
+            self._in_turn(self._send_rows, rows)
+
+    def _in_turn(self, send: Callable[[_M, float], None], message: _M) -> None:
+        """One message at a time; first what is left of one whose sender has given up."""
         deadline = monotonic() + self.send_timeout_s
         if not self._send_lock.acquire(timeout=self.send_timeout_s):
             raise self._stuck()
@@ -148,13 +147,16 @@ class UnixChannel:
             self._check_open()
             if self._unsent:
                 self._finish([self._unsent], 0, deadline)
-            size = self._write(rows)
-            if size is None:  # too much for both, or for the limits
-                self._send(rows.frame(), deadline)
-            else:
-                self._finish([self._rows_view[:size]], 0, deadline)
+            send(message, deadline)
         finally:
             self._send_lock.release()
+
+    def _send_rows(self, rows: Forward | Result, deadline: float) -> None:
+        size = self._write(rows)
+        if size is None:  # too much for both, or for the limits
+            self._send(rows.frame(), deadline)
+        else:
+            self._finish([self._rows_view[:size]], 0, deadline)
 
     def _write(self, rows: Forward | Result) -> int | None:
         """The rows' message, in the ring where it is large; how many bytes of it go through the socket."""

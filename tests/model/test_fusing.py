@@ -109,10 +109,33 @@ def test_gates_that_compute_in_fp32_keep_their_weights_so(kind, family, wide):
     assert all(map(torch.equal, tree_leaves(gate(x)), theirs))
 
 
-def test_what_only_has_the_name_is_left_alone():
-    norm = CenteredRMSNorm(32)
+class GatedRMSNorm(CenteredRMSNorm):
+    """It wants more than a norm is given."""
+
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class HashRouter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 32, dtype=torch.bfloat16))
+
+    def forward(self, x, ids):
+        return x.float() @ self.weight.float().T + ids
+
+
+@pytest.mark.parametrize("kind", [CenteredRMSNorm, GatedRMSNorm])
+def test_what_only_has_the_name_is_left_alone(kind):
+    norm = kind(32)
     fuse(norm, torch.float32)
     assert not isinstance(norm.forward, RmsNorm)
+
+
+def test_a_gate_that_wants_more_than_rows_is_left_alone():
+    gate = HashRouter()
+    fuse(gate, torch.bfloat16)
+    assert gate.weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

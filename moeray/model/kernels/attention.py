@@ -10,9 +10,8 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from moeray.compiled import compiled
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import MODULE, Instructions, best_instructions, scratch
+from moeray.model.kernels.native import Instructions, best_instructions, functions, scratch
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -41,8 +40,6 @@ def decode(
     sequence is in block `tables_BW[b, i // block_size]` (int64, as `first_B` and `end_B`). `sinks_H` is fp32. A
     sequence's result does not depend on the others or on the number of threads.
     """
-    module = compiled(MODULE)
-    assert module is not None, "the CPU kernels are not there; ask kernels.available() first"
     assert q_BHD.dtype in DTYPES, f"the kernel does not compute {q_BHD.dtype}"
     assert q_BHD.dtype is k_SGD.dtype is v_SGD.dtype, f"{q_BHD.dtype} queries for {k_SGD.dtype} keys"
     assert q_BHD.stride(2) == k_SGD.stride(2) == v_SGD.stride(2) == tables_BW.stride(1) == 1, "heads are not contiguous"
@@ -57,7 +54,7 @@ def decode(
         tables_BW.stride(0), block_size, torch.get_num_threads(),
         best_instructions() if instructions is None else instructions, scale, softcap or 0.0,
     )  # fmt: skip
-    memory = scratch(0)
-    while needed := module.attend(call, memory.address, memory.nbytes):
+    attend, memory = functions().attend, scratch(0)
+    while needed := attend(call, memory.address, memory.nbytes):
         memory = scratch(needed)
     return y_BHD

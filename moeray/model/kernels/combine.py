@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeray.compiled import compiled
-from moeray.model.kernels.native import CALL_FORMATS, MODULE, threads_for
+from moeray.model.kernels.native import CALL_FORMATS, available, functions, threads_for
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum over k in fp32, k = 0 first, whatever the order in which rows arrived. [T, D] in the rows' dtype."""
-    module = compiled(MODULE) if rows_TKD.is_cpu else None
-    if module is None or rows_TKD.dtype not in CALL_FORMATS or not rows_TKD.numel():
+    if not (rows_TKD.is_cpu and available()) or rows_TKD.dtype not in CALL_FORMATS or not rows_TKD.numel():
         return _combine(rows_TKD, weights_TK)
     tokens, top_k, size = rows_TKD.shape
     rows, weights = rows_TKD.contiguous(), weights_TK.float().contiguous()
     out_TD = rows.new_empty(tokens, size)
     threads = threads_for(tokens, rows.numel())
-    module.combine(
+    functions().combine(
         CALL_FORMATS[rows.dtype], rows.data_ptr(), weights.data_ptr(), tokens, top_k, size, out_TD.data_ptr(), threads
     )
     return out_TD

@@ -21,7 +21,7 @@ _KEPT_BYTES = 16 << 20
 _ELEMENTS_PER_THREAD = 1 << 18
 """Fewer are done before another thread has woken up."""
 
-MODULE = "moeray.model.kernels._native"
+_MODULE = "moeray.model.kernels._native"
 
 
 class Instructions(IntEnum):
@@ -48,10 +48,17 @@ def available() -> bool:
     return library() is not None
 
 
+def functions() -> Any:
+    """What the kernels' module has for Python. Ask `available` first."""
+    module = compiled(_MODULE)
+    assert module is not None, "the CPU kernels are not there; ask kernels.available() first"
+    return module
+
+
 @cache
 def library() -> Any | None:
     """The shared object, or None (with one warning). Importing torch has loaded the OpenMP runtime that it uses."""
-    module = compiled(MODULE)
+    module = compiled(_MODULE)
     return None if module is None else _declared(ctypes.CDLL(module.__file__))
 
 
@@ -97,10 +104,8 @@ def run(
 ) -> None:  # fmt: skip
     """The same from addresses: x is read at `rows` (int64 as bytes), or so many rows of it one after the other; y takes
     as many. Raises ValueError where the counts do not sum to the rows."""
-    module = compiled(MODULE)
-    assert module is not None
-    memory = scratch(0)
-    while needed := module.forward(
+    forward_all, memory = functions().forward, scratch(0)
+    while needed := forward_all(
         layer, experts, counts, x, rows, y, memory.address, memory.nbytes, call_format, threads, instructions
     ):
         memory = scratch(needed)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeray.compiled import compiled
-from moeray.model.kernels.native import CALL_FORMATS, MODULE, threads_for
+from moeray.model.kernels.native import CALL_FORMATS, functions, threads_for
 
 
 class RmsNorm:
@@ -19,9 +18,7 @@ class RmsNorm:
     """
 
     def __init__(self, weight_D: Tensor, eps: float, early: bool) -> None:
-        module = compiled(MODULE)
-        assert module is not None, "the CPU kernels are not there; ask kernels.available() first"
-        self._norm = module.norm
+        self._norm = functions().norm
         self._weight = weight_D.detach().float().contiguous()
         self._address = self._weight.data_ptr()
         self._size = len(weight_D)
@@ -60,12 +57,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     All bf16 or all fp32 on the CPU, the numbers of a head contiguous, D even. Rounds where torch does: the same bits.
     """
-    module = compiled(MODULE)
-    assert module is not None, "the CPU kernels are not there; ask kernels.available() first"
     _, heads, tokens, size = x.shape
     _, head, token, _ = x.stride()
     y = x.new_empty(1, tokens, heads, size)
-    module.rotate(
+    functions().rotate(
         CALL_FORMATS[x.dtype], x.data_ptr(), token, head, tokens, heads, size, cos.data_ptr(), sin.data_ptr(),
         y.data_ptr(), threads_for(tokens, tokens * heads * size),
     )  # fmt: skip

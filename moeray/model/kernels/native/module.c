@@ -19,8 +19,15 @@ static int64_t *numbers(PyObject *list) {
     return values;
 }
 
-/* Whether there are so many arguments, all of them integers; else with an exception. What takes less time than giving
-   the interpreter's lock away keeps it: one thread's work. */
+/* Other threads may run meanwhile, unless one thread does the work: that takes less time than giving the lock away. */
+static PyThreadState *unlock(int64_t threads) { return threads > 1 ? PyEval_SaveThread() : NULL; }
+
+static PyObject *lock(PyThreadState *unlocked) {
+    if (unlocked) PyEval_RestoreThread(unlocked);
+    Py_RETURN_NONE;
+}
+
+/* Whether there are so many arguments, all of them integers; else with an exception. */
 static int all_numbers(PyObject *const *args, Py_ssize_t given, int64_t *values, Py_ssize_t count, const char *usage) {
     if (given != count) {
         PyErr_SetString(PyExc_TypeError, usage);
@@ -102,10 +109,9 @@ static PyObject *combine(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     (void)self;
     int64_t n[8];
     if (!all_numbers(args, arg_count, n, 8, COMBINE_USAGE)) return NULL;
-    PyThreadState *others = n[7] > 1 ? PyEval_SaveThread() : NULL;
+    PyThreadState *unlocked = unlock(n[7]);
     moeray_combine(n[0], (const void *)n[1], (const float *)n[2], n[3], n[4], n[5], (void *)n[6], n[7]);
-    if (others) PyEval_RestoreThread(others);
-    Py_RETURN_NONE;
+    return lock(unlocked);
 }
 
 static const char NORM_USAGE[] = "norm(format, x, weight, rows, size, early, y, threads, eps)";
@@ -116,10 +122,9 @@ static PyObject *norm(PyObject *self, PyObject *const *args, Py_ssize_t arg_coun
     if (!all_numbers(args, arg_count - 1, n, 8, NORM_USAGE)) return NULL;
     const float eps = (float)PyFloat_AsDouble(args[8]);
     if (PyErr_Occurred()) return NULL;
-    PyThreadState *others = n[7] > 1 ? PyEval_SaveThread() : NULL;
+    PyThreadState *unlocked = unlock(n[7]);
     moeray_norm(n[0], (const void *)n[1], (const float *)n[2], n[3], n[4], eps, n[5], (void *)n[6], n[7]);
-    if (others) PyEval_RestoreThread(others);
-    Py_RETURN_NONE;
+    return lock(unlocked);
 }
 
 static const char ROTATE_USAGE[] = "rotate(format, x, token, head, tokens, heads, size, cosine, sine, y, threads)";
@@ -128,11 +133,10 @@ static PyObject *rotate(PyObject *self, PyObject *const *args, Py_ssize_t arg_co
     (void)self;
     int64_t n[11];
     if (!all_numbers(args, arg_count, n, 11, ROTATE_USAGE)) return NULL;
-    PyThreadState *others = n[10] > 1 ? PyEval_SaveThread() : NULL;
+    PyThreadState *unlocked = unlock(n[10]);
     moeray_rotate(n[0], (const void *)n[1], n[2], n[3], n[4], n[5], n[6], (const void *)n[7], (const void *)n[8],
                   (void *)n[9], n[10]);
-    if (others) PyEval_RestoreThread(others);
-    Py_RETURN_NONE;
+    return lock(unlocked);
 }
 
 static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, USAGE},
