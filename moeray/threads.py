@@ -1,5 +1,6 @@
-"""How compute threads wait. A router and its experts take turns on the same cores, so a thread that has nothing to do
-must not spin on a core that another process computes on: libgomp's threads then run for milliseconds in vain.
+"""How compute threads wait, and whom they make wait. A router and its experts take turns on the same cores, so a thread
+that has nothing to do must not spin on a core that another process computes on: libgomp's threads then run for
+milliseconds in vain. And an expert that is sent rows must not push the router off its core, which has more to send.
 
 libgomp reads its settings when it is loaded, so they are set before torch is imported.
 """
@@ -7,6 +8,7 @@ libgomp reads its settings when it is loaded, so they are set before torch is im
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """Environment of every process that computes."""
@@ -16,3 +18,10 @@ def wait_passively() -> None:
     """Set `PASSIVE` where the user has not chosen otherwise, for this process and its children."""
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
+
+
+def wait_for_a_core() -> None:
+    """The calling thread, and those that it starts, take no core from another thread as they wake up: they begin when
+    it sleeps, or its time slice is over. Their share of the machine stays the same (Linux: SCHED_BATCH)."""
+    with suppress(OSError):  # forbidden here, say by a container's rules: then as all others
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -26,6 +26,7 @@ from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.recorder import Reading, Recorder, Snapshot
+from moeray.threads import wait_for_a_core
 from moeray.tree import to_tree
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
@@ -185,6 +186,7 @@ class ExpertActor:
 
     def _serve(self, channel: Channel) -> None:
         """One peer's channel, until it closes."""
+        wait_for_a_core()
         kept: Cores | None = None
         while True:
             try:

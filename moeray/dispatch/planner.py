@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from moeray.compiled import compiled
-from moeray.dispatch.balance import DECAY, NEAR, SPLIT_FROM, Balancer
+from moeray.dispatch.balance import DECAY, NEAR, READ, SPLIT_FROM, Balancer
 from moeray.dispatch.plan import NO_ROWS, Ints, Plan, Share, plan_rows
 from moeray.dispatch.view import Usable
 
 native = compiled("moeray.dispatch._native")
 
-_TABLE_HEAD = struct.Struct("=ddqqq")
+_TABLE_HEAD = struct.Struct("=ddqqqq")
 
 
 class Planner:
@@ -80,5 +80,5 @@ def pack_table(actors: Sequence[str], rates: Mapping[str, float], replicas: Mapp
     for expert in range(experts):
         hosts.extend(place[actor] for actor in replicas.get(expert, ()))
         first.append(len(hosts))
-    head = _TABLE_HEAD.pack(NEAR, DECAY, SPLIT_FROM, experts, len(actors))
+    head = _TABLE_HEAD.pack(NEAR, DECAY, READ, SPLIT_FROM, experts, len(actors))
     return head + array("d", [rates.get(actor, 1.0) for actor in actors]).tobytes() + first.tobytes() + hosts.tobytes()

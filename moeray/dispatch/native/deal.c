@@ -9,7 +9,7 @@
    expert, those of expert e from first[e] on. */
 typedef struct {
     double near, decay;
-    int64_t split_from, experts, actors;
+    int64_t read, split_from, experts, actors;
 } Table;
 
 typedef struct {
@@ -51,13 +51,18 @@ static int count_rows(Deal *d) {
     return 1;
 }
 
-/* The actor that is done first with `count` more rows; among nearly equal ones the one rested longest. */
+/* What an expert costs, in rows: its weights are read also for few. */
+static double work(const Deal *d, int32_t expert) {
+    return d->count[expert] > d->table->read ? d->count[expert] : d->table->read;
+}
+
+/* The actor that is done first with the expert's rows; among nearly equal ones the one rested longest. */
 static int32_t cheapest(const Deal *d, int32_t expert) {
     int32_t best = -1;
     double best_done = Py_HUGE_VAL, least = Py_HUGE_VAL;
     for (int32_t i = d->first[expert]; i < d->first[expert + 1]; i++) {
         const int32_t actor = d->hosts[i];
-        const double done = d->cost[actor] + d->count[expert] * (1.0 / d->rates[actor]);
+        const double done = d->cost[actor] + work(d, expert) * (1.0 / d->rates[actor]);
         if (done < least) least = done;
         const int near = done <= d->table->near * least;
         const int rested = best >= 0 && (d->carry[actor] < d->carry[best] ||
@@ -78,7 +83,7 @@ static void sort_free(const int32_t *count, int32_t *free, int64_t size) {
 }
 
 static void rest(Deal *d, int32_t expert) {
-    d->carry[d->owner[expert]] += d->count[expert] / d->rates[d->owner[expert]];
+    d->carry[d->owner[expert]] += work(d, expert) / d->rates[d->owner[expert]];
 }
 
 static void choose_owners(Deal *d) {
@@ -90,12 +95,12 @@ static void choose_owners(Deal *d) {
             continue;
         }
         d->owner[e] = actor;
-        d->cost[actor] += d->count[e] / d->rates[actor];
+        d->cost[actor] += work(d, e) / d->rates[actor];
     }
     sort_free(d->count, d->free, free);
     for (int64_t i = 0; i < free; i++) {
         const int32_t e = d->free[i], actor = d->owner[e] = cheapest(d, e);
-        d->cost[actor] += d->count[e] * (1.0 / d->rates[actor]);
+        d->cost[actor] += work(d, e) * (1.0 / d->rates[actor]);
     }
     for (int64_t a = 0; a < d->table->actors; a++) d->carry[a] = d->carry[a] > 1e-6 ? d->carry[a] * d->table->decay : 0;
     for (int64_t i = 0; i < d->present_count; i++)
