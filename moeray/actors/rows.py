@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
-from moeray.wire.rows import Given, Result, check_forward
+from moeray.wire.rows import Given, Place, Result, check_forward
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +30,19 @@ KEPT_BYTES = 16 << 20
 class _Forward:
     """One frame's rows; `out_RD`, `placed` or `error` is what came of it. Times are of time.perf_counter.
 
-    `given`: where the frame's tensors lie, if that is known. `placed`: memory that begins with the outputs, where they
-    are no tensor.
+    `given`: where the frame's tensors lie, if that is known. `place`: the channel's memory for so many bytes of
+    outputs, if it has any. `placed`: memory that begins with the outputs, where they are no tensor.
     """
 
     frame: Frame
     given: Given | None
+    place: Callable[[int], Place | None]
     held: HeldExperts
     arrived: float
     began: float = 0.0
     took: float = 0.0
     out_RD: Tensor | None = None
-    placed: Scratch | None = None
+    placed: Place | None = None
     error: Exception | None = None
 
     @property
@@ -70,14 +72,12 @@ class _Outs(threading.local):
     def __init__(self) -> None:
         self._kept = Scratch(1 << 16)
 
-    def of(self, nbytes: int) -> Scratch:
+    def of(self, nbytes: int) -> Place:
         """At least so much."""
-        if self._kept.nbytes >= nbytes:
-            return self._kept
-        memory = Scratch(nbytes)
+        memory = self._kept if self._kept.nbytes >= nbytes else Scratch(nbytes)
         if nbytes <= KEPT_BYTES:
             self._kept = memory
-        return memory
+        return Place(memory.memory, memory.address)
 
 
 class RowServer:
@@ -123,7 +123,7 @@ class RowServer:
             self._in_flight += 1
         try:
             try:
-                forward = self._forward(frame)
+                forward = self._forward(frame, channel)
             except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
                 channel.send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
                 return
@@ -144,16 +144,16 @@ class RowServer:
             channel.send_rows(
                 Result(
                     frame.id, frame.layer, frame.epoch, forward.took, waited,
-                    given.dtype, placed.memory, placed.address, given.rows, given.width,
+                    given.dtype, placed, given.rows, given.width,
                 )
             )  # fmt: skip
 
-    def _forward(self, frame: Frame) -> _Forward:
+    def _forward(self, frame: Frame, channel: Channel) -> _Forward:
         given = check_forward(frame)
         if self._bank is None:
             raise PlacementError("this actor hosts no experts yet")
         held = self._bank.hold(frame.layer, frame.meta["experts"])
-        forward = _Forward(frame, given, held, time.perf_counter())
+        forward = _Forward(frame, given, channel.place_outputs, held, time.perf_counter())
         self._run(forward)
         if forward.error is not None:
             raise forward.error
@@ -206,11 +206,14 @@ class RowServer:
         given = forward.given
         if given is None or not given.rows:
             return False
-        out = self._outs.of(given.rows * given.width * given.dtype.itemsize)
+        nbytes = given.rows * given.width * given.dtype.itemsize
+
+        def place() -> int:
+            placed = forward.placed = forward.place(nbytes) or self._outs.of(nbytes)
+            return placed.address
+
         x = Block(given.x, given.width, given.dtype)
-        if forward.held.compute_at(x, given.token_of_row, forward.counts, out.address, self._threads):
-            forward.placed = out
-        return forward.placed is out
+        return forward.held.compute_at(x, given.token_of_row, forward.counts, place, self._threads)
 
     def _reason(self, frame: Frame, error: Exception) -> dict[str, Any]:
         message = str(error)[:500]

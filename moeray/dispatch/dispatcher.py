@@ -8,7 +8,6 @@ Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +32,8 @@ from moeray.errors import (
 from moeray.recorder import Recorder
 from moeray.types import ExpertId
 from moeray.wire.channel import Channel
-from moeray.wire.frame import Frame, Op
-from moeray.wire.rows import Forward, put_rows
+from moeray.wire.frame import CODES, Frame, Op
+from moeray.wire.rows import Forward, native, put_rows
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +50,14 @@ OnLoss = Callable[[str, str], None]
 
 
 class _Sent(NamedTuple):
-    """A forward on its way; `until`: when its actor is given up."""
+    """A forward on its way; `until`: when its actor is given up, `allowed`: the seconds that it has itself."""
 
     frame_id: int
     share: Share
     channel: Channel
     at: float
     until: float
+    allowed: float
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Dispatcher:
         self._on_orphans = on_orphans
         self._clock = clock
         self._planner = Planner()
-        self._ids = itertools.count(1)
+        self._next_id = 1
         self._orphans = 0
         self._abandoned = False
         self.slowest_compute_s = 0.0
@@ -159,10 +159,7 @@ class Dispatcher:
                 work.waited_from = work.waited_from or self._clock()
                 work.orphans |= set(plan.orphans)
                 work.waiting.append(plan.orphan_rows_R)
-            # Who must be dialled first would keep the others waiting for their rows.
-            for share in sorted(plan.shares, key=lambda share: not self._links.connected(share.actor_id)):
-                if not self._send(work, share):
-                    todo.append(share.rows_R)
+            todo.extend(share.rows_R for share in self._send_at_once(work, plan.shares) if not self._send(work, share))
         work.sent.sort(key=lambda sent: sent.until)
         before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
         if self._orphans and not before:
@@ -180,6 +177,27 @@ class Dispatcher:
             return replicas
         others = {e: tuple(a for a in replicas.get(e, ()) if a != actor) for e, actor in work.failed.items()}
         return {**replicas, **{expert: actors for expert, actors in others.items() if actors}}
+
+    def _send_at_once(self, work: _Work, shares: list[Share]) -> list[Share]:
+        """Send what can go out this moment, in one call where the part in C is there. Those that are left: to be
+        dialled first, on channels of another kind, or large."""
+        x_TD, code = work.x_TD, CODES.get(work.x_TD.dtype)
+        if native is None or code is None:
+            # Who must be dialled first would keep the others waiting for their rows.
+            return sorted(shares, key=lambda share: self._links.open_channel(share.actor_id) is None)
+        channels = [self._links.open_channel(share.actor_id) for share in shares]
+        first, self._next_id = self._next_id, self._next_id + len(shares)
+        went = native.send_forwards(
+            [channel.lane if channel is not None else 0 for channel in channels], shares, first, work.layer,
+            self._view.now.epoch, code, x_TD.data_ptr(), len(x_TD), x_TD.shape[1],
+        )  # fmt: skip
+        left = []
+        for i, (share, channel) in enumerate(zip(shares, channels, strict=True)):
+            if went[i] and channel is not None:
+                work.sent.append(self._sent(work, share, channel, first + i))
+            else:
+                left.append(share)
+        return left
 
     def _send(self, work: _Work, share: Share) -> bool:
         """False where the actor is gone; its rows are to be planned anew. Raises WireError for a frame that no channel
@@ -199,24 +217,34 @@ class Dispatcher:
         return True
 
     def _forward(self, work: _Work, share: Share, channel: Channel) -> _Sent:
-        actor, frame_id = share.actor_id, next(self._ids)
-        allowed = self._links.deadline_s(actor, work.layer, share.experts, share.size, self._deadline_s)
-        at, channel.send_timeout_s = self._clock(), allowed
+        frame_id, self._next_id = self._next_id, self._next_id + 1
+        sent = self._sent(work, share, channel, frame_id)
+        channel.send_timeout_s = sent.allowed
         channel.send_rows(
             Forward(
                 frame_id, work.layer, self._view.now.epoch, share.experts, share.counts,
                 work.x_TD, share.tokens, share.token_of_row,
             )
         )  # fmt: skip
+        return sent
+
+    def _sent(self, work: _Work, share: Share, channel: Channel, frame_id: int) -> _Sent:
+        allowed = self._links.deadline_s(share.actor_id, work.layer, share.experts, share.size, self._deadline_s)
+        at = self._clock()
         before = max((sent.until for sent in work.sent if sent.channel is channel), default=at)
-        return _Sent(frame_id, share, channel, at, max(at, before) + allowed)
+        return _Sent(frame_id, share, channel, at, max(at, before) + allowed, allowed)
 
     # -- gathering ------------------------------------------------------------------------------------------------
 
     def _gather(self, work: _Work) -> None:
-        """Take the answer of the actor whose deadline ends first, and send again what did not come back."""
+        """Take the answer that comes first, else that of the actor whose deadline ends first, and send again what did
+        not come back."""
         self._check_wanted()
-        sent = work.sent.pop(0)
+        place, answer = self._first(work)
+        sent = work.sent.pop(place)
+        if answer is not None:
+            self._took(work, sent, answer)
+            return
         share = sent.share
         try:
             self._links.check(share.actor_id)
@@ -239,6 +267,20 @@ class Dispatcher:
             self._note_failure(work, share, message)
         self._send_rows(work, share.rows_R)
 
+    def _first(self, work: _Work) -> tuple[int, float | None]:
+        """Which of those in flight is to be taken next; its actor's seconds of compute, where the part in C has put its
+        rows already."""
+        out_TKD, until = work.out_TKD, work.sent[0].until
+        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in work.sent]
+        if native is None or not all(lane for lane, _, _ in wanted):
+            return 0, None
+        rows, width = out_TKD.shape[0] * out_TKD.shape[1], out_TKD.shape[2]
+        found = native.take_result(
+            wanted, CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), rows,
+            max(0.0, until - self._clock()),
+        )  # fmt: skip
+        return (0, None) if found is None else found[:2]
+
     def _answer(self, sent: _Sent) -> Frame:
         """The frame that answers `sent`; answers to earlier frames that came too late are passed over."""
         until = max(sent.until, self._clock() + LEAST_READ_S)
@@ -249,14 +291,16 @@ class Dispatcher:
 
     def _take(self, work: _Work, sent: _Sent, frame: Frame) -> None:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
-        share, out_TKD = sent.share, work.out_TKD
-        compute_s = frame.meta.get("compute_s", 0.0)
+        share, compute_s = sent.share, frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
             raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
-        if frame.op is not Op.RESULT or not put_rows(frame.tensors, share.rows, out_TKD):
+        if frame.op is not Op.RESULT or not put_rows(frame.tensors, share.rows, work.out_TKD):
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
+        self._took(work, sent, compute_s)
+
+    def _took(self, work: _Work, sent: _Sent, compute_s: float) -> None:
+        share, out_TKD, took = sent.share, work.out_TKD, self._clock() - sent.at
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
-        took = self._clock() - sent.at
         rows, row_bytes = share.size, out_TKD.shape[2] * out_TKD.itemsize
         self._links.answered(share.actor_id, work.layer, share.experts, rows, took)
         sent_bytes = len(share.tokens) // 8 * row_bytes + len(share.token_of_row)

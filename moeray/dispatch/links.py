@@ -47,10 +47,13 @@ class Links:
         link = self._links.get(actor_id)
         return link is not None and link.channel is channel
 
-    def connected(self, actor_id: str) -> bool:
-        """Whether a frame can go out without dialling first."""
-        link = self._links.get(actor_id)
-        return link is not None and link.channel is not None and not link.channel.closed
+    def open_channel(self, actor_id: str) -> Channel | None:
+        """The channel on which a frame can go out without dialling first; None where there is none, or the actor is
+        named dead or elsewhere."""
+        link, now = self._links.get(actor_id), self._view.now
+        if link is None or link.channel is None or link.channel.closed or actor_id in now.dead:
+            return None
+        return link.channel if now.addresses.get(actor_id) == link.address else None
 
     def channel(self, actor_id: str) -> Channel:
         """The actor's channel, dialled where there is none. Raises UnknownActorError, and WireError as `connect`."""

@@ -207,8 +207,9 @@ class HeldExperts(NamedTuple):
         pieces = zip(self.experts.values(), torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
 
-    def compute_at(self, x: Block, index: bytes, counts: list[int], out: int, threads: int) -> bool:
-        """The same without tensors: a row of x for each number of the index (int64); outputs go to the address `out`.
+    def compute_at(self, x: Block, index: bytes, counts: list[int], place: Callable[[], int], threads: int) -> bool:
+        """The same without tensors: a row of x for each number of the index (int64); outputs go to the address that
+        `place` says.
 
         False, and nothing is done, where the kernels in C do not compute these experts or x's dtype.
         Raises ValueError for rows of another width than the layer's.
@@ -216,7 +217,7 @@ class HeldExperts(NamedTuple):
         known = self._known()
         if not known or not isinstance(self.kernel, NativeLayer) or x.dtype not in CALL_FORMATS:
             return False
-        self.kernel.compute_at(known, x, index, counts, out, threads)
+        self.kernel.compute_at(known, x, index, counts, place(), threads)
         return True
 
     def _known(self) -> list[KernelExpert] | None:

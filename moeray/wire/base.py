@@ -8,7 +8,7 @@ from typing import Protocol
 from moeray.config import WireConfig
 from moeray.errors import AuthenticationError
 from moeray.wire.frame import Frame, Limits
-from moeray.wire.rows import Forward, Result
+from moeray.wire.rows import Forward, Place, Result
 
 # Before its proof a peer may send one small header and no payload.
 UNAUTHENTICATED = Limits(max_header_bytes=4096, max_payload_bytes=0)
@@ -32,6 +32,11 @@ class Channel(Protocol):
         """The actor id of the other side."""
 
     @property
+    def lane(self) -> int:
+        """Address of the end's `Lane`, where the compiled part may send and take rows on its own; 0 where it may not.
+        It stays valid as long as the channel object."""
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
 
@@ -44,6 +49,9 @@ class Channel(Protocol):
 
     def send_rows(self, rows: Forward | Result) -> None:
         """Hand a layer's rows or their outputs over, as `send` does with their frame, in less time."""
+
+    def place_outputs(self, nbytes: int) -> Place | None:
+        """Shared memory for the next RESULT's outputs, which are spared a copy there; None where there is none."""
 
     def recv(self, timeout: float | None = None) -> Frame:
         """The next frame; waits `timeout` seconds, or for ever where it is None.

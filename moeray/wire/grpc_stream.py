@@ -63,6 +63,11 @@ class GrpcChannel:
         self._finish = finish
 
     @property
+    def lane(self) -> int:
+        """See `Channel.lane`."""
+        return 0
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
         return self._shut or self._over.is_set()
@@ -78,6 +83,9 @@ class GrpcChannel:
             self._out_room.release()  # wakes the next sender that waits in vain
             raise self._gone()
         self._out.put(message)
+
+    def place_outputs(self, nbytes: int) -> None:
+        """See `Channel.place_outputs`."""
 
     def send_rows(self, rows: Forward | Result) -> None:
         """See `Channel.send_rows`."""

@@ -2,6 +2,7 @@
 
 The ring is a sealed memfd: it has no name, so a kill leaves nothing behind, and nobody can shrink it under its reader.
 Its first page holds one number, how far the receiver is done; how far the sender has written travels in the frames.
+Each side's own numbers are a `Ring`, which the compiled part of the wire reads and writes too.
 Positions only grow: position p lies at byte p % capacity. Each side mistrusts what the other writes.
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from ctypes import c_uint64
 
 import numpy as np
 
 from moeray.errors import WireError
 from moeray.wire.frame import ALIGN, Bytes, aligned
+from moeray.wire.lane import Ring
 
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -29,12 +32,10 @@ class RingWriter:
         try:
             os.ftruncate(self.fd, _PAGE + self.capacity)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._consumed, self._memory = _map(self.fd, _PAGE + self.capacity)
+            self._memory, self.ring = _map(self.fd, _PAGE + self.capacity)
         except OSError:
             os.close(self.fd)
             raise
-        self._written = 0
-        self._done = 0
 
     def handed_over(self) -> None:
         """Close the descriptor; the mapping stays."""
@@ -45,13 +46,13 @@ class RingWriter:
 
         Raises WireError when the receiver claims to have read what was never written.
         """
-        self._done = self._read_progress()
-        position = self._written
-        empty = self._done == position
+        self.ring.done = self._read_progress()
+        position = self.ring.head
+        empty = self.ring.done == position
         if empty or position % self.capacity + size > self.capacity:
             # An empty ring, too, starts over at its first byte, which is still in the caches.
             position = -(-position // self.capacity) * self.capacity
-        room = self.capacity if empty else self._done + self.capacity - position
+        room = self.capacity if empty else self.ring.done + self.capacity - position
         return position if size <= room else None
 
     def write(self, position: int, chunks: list[memoryview]) -> None:
@@ -70,11 +71,11 @@ class RingWriter:
 
     def commit(self, position: int, size: int) -> None:
         """The frame that names the reserved position is on its way: the bytes are the receiver's now."""
-        self._written = position + size
+        self.ring.head = position + size
 
     def _read_progress(self) -> int:
-        done = int(self._consumed[0])
-        if not self._done <= done <= self._written:
+        done = c_uint64.from_address(self.ring.progress).value
+        if not self.ring.done <= done <= self.ring.head:
             raise WireError("the peer claims to have read shared memory that was never written; the channel is closed")
         return done
 
@@ -87,28 +88,29 @@ class RingReader:
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS or size <= _PAGE or size % _PAGE:
             raise WireError("the peer's shared memory is not a sealed ring; run one release of moeray everywhere")
         self.capacity = size - _PAGE
-        self._consumed, self.memory = _map(fd, size)
-        self._done = 0
-        self._held = 0
+        self.memory, self.ring = _map(fd, size)
 
     def hold(self, position: int, size: int) -> int:
         """The byte offset in `memory` of a payload, which stays until `release`. Raises WireError outside the ring."""
         at = position % self.capacity
         # The sender skips what is left before the ring's end, so a position may be up to two rings ahead.
-        ahead = position - self._done
+        ahead = position - self.ring.done
         if not 0 <= ahead <= 2 * self.capacity or position % ALIGN or at + size > self.capacity:
             raise WireError(f"the peer names shared memory outside its ring ({position}, {size} bytes)")
-        self._held = position + size
+        self.ring.head = position + size
         return at
 
     def release(self) -> None:
         """Give the last payload's bytes back to the sender."""
-        if self._held != self._done:
-            self._done = self._held
-            self._consumed[0] = self._done
+        ring = self.ring
+        if ring.head != ring.done:
+            ring.done = ring.head
+            c_uint64.from_address(ring.progress).value = ring.done
 
 
-def _map(fd: int, size: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint64]], Bytes]:
-    """The progress number and the data bytes. Arrays keep the mapping alive, so a late view never faults."""
+def _map(fd: int, size: int) -> tuple[Bytes, Ring]:
+    """The data bytes, and the ring over them. The array keeps the mapping alive, so a late view never faults."""
     mapping = mmap.mmap(fd, size)
-    return np.frombuffer(mapping, np.uint64, 1), np.frombuffer(mapping, np.uint8, size - _PAGE, _PAGE)
+    memory = np.frombuffer(mapping, np.uint8, size - _PAGE, _PAGE)
+    address = memory.ctypes.data
+    return memory, Ring(address, size - _PAGE, address - _PAGE, 0, 0)

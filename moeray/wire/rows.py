@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeray.compiled import compiled
 from moeray.errors import WireError
-from moeray.wire.frame import CODES, DTYPES, Frame, Header, Limits, Op, Tensors, aligned
+from moeray.wire.frame import CODES, DTYPES, INLINE, Frame, Header, Limits, Op, Tensors, aligned
 
 native = compiled("moeray.wire._native")
 _INT64 = CODES[torch.int64]
@@ -68,8 +68,17 @@ class Forward(NamedTuple):
         return size
 
 
+class Place(NamedTuple):
+    """Memory that outputs are written to. `position`: in a channel's ring, where they go out from as they are; INLINE
+    elsewhere."""
+
+    memory: memoryview
+    address: int
+    position: int = INLINE
+
+
 class Result(NamedTuple):
-    """The outputs of a forward: [rows, width] of `dtype` at the beginning of `memory`, which is at `address`."""
+    """The outputs of a forward: [rows, width] of `dtype` at the beginning of a place."""
 
     id: int
     layer: int
@@ -77,8 +86,7 @@ class Result(NamedTuple):
     compute_s: float
     queue_s: float
     dtype: torch.dtype
-    memory: memoryview
-    address: int
+    place: Place
     rows: int
     width: int
 
@@ -88,7 +96,7 @@ class Result(NamedTuple):
 
     def frame(self) -> Frame:
         """The message as an ordinary frame."""
-        out_R = torch.frombuffer(self.memory, dtype=self.dtype, count=self.rows * self.width)
+        out_R = torch.frombuffer(self.place.memory, dtype=self.dtype, count=self.rows * self.width)
         meta = {"compute_s": self.compute_s, "queue_s": self.queue_s}
         return Frame(Op.RESULT, self.id, self.layer, self.epoch, meta, (out_R.view(self.rows, self.width),))
 
@@ -97,7 +105,7 @@ class Result(NamedTuple):
         assert native is not None
         size: int | None = native.write_result(
             out, ring, where, most, self.id, self.layer, self.epoch, self.compute_s, self.queue_s,
-            CODES[self.dtype], self.address, self.rows, self.width,
+            CODES[self.dtype], self.place.address, self.rows, self.width,
         )  # fmt: skip
         return size
 

@@ -11,12 +11,14 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from ctypes import addressof, c_char
 from time import monotonic
 from typing import TypeVar
 
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.frame import (
+    CODES,
     INLINE,
     PREFIX,
     Bytes,
@@ -33,14 +35,15 @@ from moeray.wire.frame import (
     pack_head,
     unpack_header,
 )
+from moeray.wire.lane import Lane
 from moeray.wire.ring import RingReader, RingWriter
-from moeray.wire.rows import Forward, Result, native, read_header
+from moeray.wire.rows import Forward, Place, Result, native, read_header
 
 _M = TypeVar("_M")
 
 RING_THRESHOLD = 32 << 10
 
-_ROWS_BYTES = RING_THRESHOLD + (16 << 10)
+_MESSAGE_BYTES = RING_THRESHOLD + (16 << 10)
 _BUFFER_BYTES = 256 << 10
 _KEPT_BYTES = 16 << 20
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -67,14 +70,13 @@ class UnixChannel:
         self._recv_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._unsent = b""
-        self._rows = bytearray(_ROWS_BYTES)
-        self._rows_view = memoryview(self._rows)
+        self._message = bytearray(_MESSAGE_BYTES)
+        self._message_view = memoryview(self._message)
         self._writer: RingWriter | None = None
         self._reader: RingReader | None = None
-        # Received and not yet read: bytes [_start, _end) of the buffer; _start is a multiple of 64.
-        self._memory = new_buffer(UNAUTHENTICATED.max_header_bytes + 64)
-        self._view = self._memory.data
-        self._start = self._end = 0
+        # Whatever the compiled part is to leave alone until the peer is proven has no descriptor.
+        self._lane = Lane(fd=-1, message=addressof(c_char.from_buffer(self._message)), message_room=_MESSAGE_BYTES)
+        self._use(new_buffer(UNAUTHENTICATED.max_header_bytes + 64))
         self._header: Header | None = None
         self._large: Bytes | None = None
         self._large_end = 0
@@ -87,10 +89,18 @@ class UnixChannel:
         self._limits = limits
         self._offer_ring(ring_bytes)
         self._take_ring(deadline)
-        assert self._start == self._end, "bytes of an unproven peer are read one frame at a time"
-        self._start = self._end = 0
-        self._memory = new_buffer(_BUFFER_BYTES)
-        self._view = self._memory.data
+        assert self._lane.start == self._lane.end, "bytes of an unproven peer are read one frame at a time"
+        self._lane.start = self._lane.end = 0
+        self._use(new_buffer(_BUFFER_BYTES))
+        lane = self._lane
+        lane.most_header, lane.most_payload = limits.max_header_bytes, limits.max_payload_bytes
+        lane.join(self._writer.ring if self._writer else None, self._reader.ring if self._reader else None)
+        lane.fd = self._sock.fileno()
+
+    def _use(self, memory: Bytes) -> None:
+        """Receive into this memory from now on."""
+        self._memory, self._view = memory, memory.data
+        self._lane.buffer, self._lane.room = memory.ctypes.data, len(memory)
 
     def _offer_ring(self, ring_bytes: int) -> None:
         try:
@@ -123,6 +133,11 @@ class UnixChannel:
                 socket.close(fd)
 
     @property
+    def lane(self) -> int:
+        """See `Channel.lane`."""
+        return 0 if self._shut else self._lane.address
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
         return self._shut
@@ -135,20 +150,44 @@ class UnixChannel:
         """See `Channel.send_rows`."""
         if native is None:
             self.send(rows.frame())
-        else:
+        elif not (isinstance(rows, Result) and self._send_outputs(rows)):
             self._in_turn(self._send_rows, rows)
+
+    def place_outputs(self, nbytes: int) -> Place | None:
+        """See `Channel.place_outputs`."""
+        writer, lane = self._writer, self.lane
+        placed = native.place_outputs(lane, nbytes) if native is not None and lane else None
+        if placed is None or writer is None:
+            return None
+        position, address = placed
+        return Place(writer.piece(position, nbytes), address, position)
+
+    def _send_outputs(self, result: Result) -> bool:
+        """In one call, where nothing else goes out at the time and the peer keeps up."""
+        assert native is not None
+        lane, place = self.lane, result.place
+        return bool(lane) and native.send_outputs(
+            lane, place.position, result.id, result.layer, result.epoch, result.compute_s, result.queue_s,
+            CODES[result.dtype], place.address, result.rows, result.width,
+        )  # fmt: skip
 
     def _in_turn(self, send: Callable[[_M, float], None], message: _M) -> None:
         """One message at a time; first what is left of one whose sender has given up."""
         deadline = monotonic() + self.send_timeout_s
         if not self._send_lock.acquire(timeout=self.send_timeout_s):
             raise self._stuck()
+        lane = self._lane
         try:
             self._check_open()
+            lane.busy = 1
+            if lane.unsent_from != lane.unsent_to:
+                self._unsent = bytes(self._message_view[lane.unsent_from : lane.unsent_to])
+                lane.unsent_from = lane.unsent_to
             if self._unsent:
                 self._finish([self._unsent], 0, deadline)
             send(message, deadline)
         finally:
+            lane.busy = bool(self._unsent)
             self._send_lock.release()
 
     def _send_rows(self, rows: Forward | Result, deadline: float) -> None:
@@ -156,7 +195,7 @@ class UnixChannel:
         if size is None:  # too much for both, or for the limits
             self._send(rows.frame(), deadline)
         else:
-            self._finish([self._rows_view[:size]], 0, deadline)
+            self._finish([self._message_view[:size]], 0, deadline)
 
     def _write(self, rows: Forward | Result) -> int | None:
         """The rows' message, in the ring where it is large; how many bytes of it go through the socket."""
@@ -166,11 +205,11 @@ class UnixChannel:
         if writer is not None and RING_THRESHOLD <= size <= writer.capacity:
             position = self._reserve(writer, size)
             if position is not None:
-                written = rows.write(self._rows, writer.piece(position, size), position, most)
+                written = rows.write(self._message, writer.piece(position, size), position, most)
                 if written is not None:
                     writer.commit(position, size)
                 return written
-        return rows.write(self._rows, None, INLINE, most)
+        return rows.write(self._message, None, INLINE, most)
 
     def _send(self, frame: Frame, deadline: float) -> None:
         chunks, size = flatten(frame.tensors)
@@ -236,31 +275,33 @@ class UnixChannel:
                 raise
 
     def _read_frame(self, deadline: float | None) -> Frame:
+        self._lane.reading = 1
         header = self._header or self._read_header(deadline)
         self._header = header
         body, payload_bytes = header.body, header.payload_bytes
         if header.where != INLINE:
             memory, at = self._in_ring(header.where, payload_bytes)
-            self._start += body
+            self._lane.start += body
         elif body + payload_bytes <= _BUFFER_BYTES:
             self._need(body + payload_bytes, deadline)
-            memory, at = self._view, self._start + body
-            self._start += body + payload_bytes
+            memory, at = self._view, self._lane.start + body
+            self._lane.start += body + payload_bytes
         else:
             memory, at = self._read_large(body, payload_bytes, deadline), 0
         self._header = None
+        self._lane.reading = 0
         return build_frame(header, memory, at)
 
     def _read_header(self, deadline: float | None) -> Header:
-        if self._start == self._end:
-            self._start = self._end = 0
+        if self._lane.start == self._lane.end:
+            self._lane.start = self._lane.end = 0
         self._need(PREFIX.size, deadline)
-        if header := read_header(self._view, self._start, self._end, self._limits):
+        if header := read_header(self._view, self._lane.start, self._lane.end, self._limits):
             return header
-        header_bytes, payload_bytes = PREFIX.unpack_from(self._view, self._start)
+        header_bytes, payload_bytes = PREFIX.unpack_from(self._view, self._lane.start)
         check_lengths(header_bytes, payload_bytes, self._limits)
         self._need(aligned(PREFIX.size + header_bytes), deadline)
-        begin = self._start + PREFIX.size
+        begin = self._lane.start + PREFIX.size
         return unpack_header(self._view[begin : begin + header_bytes], payload_bytes)
 
     def _in_ring(self, position: int, size: int) -> tuple[memoryview, int]:
@@ -272,8 +313,8 @@ class UnixChannel:
         """The payload in memory of its own, straight from the socket but for what the buffer already holds."""
         if self._large is None:
             self._large = self._spare if self._spare is not None and len(self._spare) >= size else new_buffer(size)
-            early = min(size, self._end - self._start - body)
-            begin = self._start + body
+            early = min(size, self._lane.end - self._lane.start - body)
+            begin = self._lane.start + body
             self._large[:early] = self._memory[begin : begin + early]
             self._large_end = early
         view = self._large.data
@@ -281,26 +322,25 @@ class UnixChannel:
             self._large_end += self._receive(view[self._large_end : size], deadline)
         memory, self._large = self._large, None
         self._spare = memory if len(memory) <= _KEPT_BYTES else None
-        self._start = min(self._end, self._start + body + size)
+        self._lane.start = min(self._lane.end, self._lane.start + body + size)
         return memory.data
 
     def _need(self, size: int, deadline: float | None) -> None:
         """Have at least `size` bytes at `_start`, in one piece."""
-        if self._start + size > len(self._memory):
+        if self._lane.start + size > len(self._memory):
             self._make_room(size)
         # An unproven peer's bytes are read one frame at a time: behind its last one comes a descriptor.
         exact = self._limits is UNAUTHENTICATED
-        while self._end - self._start < size:
-            stop = self._start + size if exact else len(self._memory)
-            self._end += self._receive(self._view[self._end : stop], deadline)
+        while self._lane.end - self._lane.start < size:
+            stop = self._lane.start + size if exact else len(self._memory)
+            self._lane.end += self._receive(self._view[self._lane.end : stop], deadline)
 
     def _make_room(self, size: int) -> None:
-        held = self._memory[self._start : self._end]
+        held = self._memory[self._lane.start : self._lane.end]
         if size > len(self._memory):
-            self._memory = new_buffer(size)
-            self._view = self._memory.data
+            self._use(new_buffer(size))
         self._memory[: len(held)] = held
-        self._start, self._end = 0, len(held)
+        self._lane.start, self._lane.end = 0, len(held)
 
     def _receive(self, view: memoryview, deadline: float | None) -> int:
         left = None if deadline is None else deadline - monotonic()
@@ -362,6 +402,7 @@ class UnixChannel:
             self._shut_down()
             # Whoever is in send or recv is awake by now; only then is the descriptor's number free for others.
             with self._send_lock, self._recv_lock:
+                self._lane.fd = -1
                 self._sock.close()
                 self._writer = self._reader = None
                 self._large = self._spare = None

@@ -61,6 +61,7 @@ class Answers:
     def __init__(self, take) -> None:
         self.send = take
         self.send_rows = lambda rows: take(rows.frame())
+        self.place_outputs = lambda nbytes: None
 
 
 class Counted:

@@ -34,7 +34,7 @@ from moeray.wire.frame import (
     pack_head,
     unpack_header,
 )
-from moeray.wire.rows import Forward, Result, check_forward, put_rows, read_header
+from moeray.wire.rows import Forward, Place, Result, check_forward, put_rows, read_header
 from tests.wire.support import KINDS
 
 pytestmark = pytest.mark.skipif(rows.native is None, reason="the part in C was not compiled on this machine")
@@ -73,7 +73,13 @@ def results(draw):
     memory = memoryview(out.view(torch.uint8).numpy().reshape(-1))
     seconds = st.floats(allow_nan=False)
     return Result(
-        *draw(st.tuples(*[NUMBERS] * 3)), draw(seconds), draw(seconds), dtype, memory, out.data_ptr(), count, width
+        *draw(st.tuples(*[NUMBERS] * 3)),
+        draw(seconds),
+        draw(seconds),
+        dtype,
+        Place(memory, out.data_ptr()),
+        count,
+        width,
     )
 
 
@@ -162,7 +168,7 @@ def test_what_is_written_is_read(message, start, where):
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -0.0])
 def test_seconds_that_are_none_are_read_alike(seconds):
     memory = memoryview(bytearray(4))
-    message = Result(1, 2, 3, seconds, 0.0, torch.float32, memory, 0, 1, 1)
+    message = Result(1, 2, 3, seconds, 0.0, torch.float32, Place(memory, 0), 1, 1)
     found = check_reading(head(message), WIDE)
     assert found is not None
     assert repr(found.meta["compute_s"]) == repr(seconds)
@@ -418,7 +424,7 @@ def test_rows_over_a_channel(kind, tokens, compiled, host, monkeypatch):
         assert (found is not None) == compiled
         out = frame.tensors[0].clone()
         memory = memoryview(out.view(torch.uint8).numpy().reshape(-1))
-        outputs = Result(n, 3, 9, 0.5, 0.25, torch.bfloat16, memory, out.data_ptr(), tokens, 700)
+        outputs = Result(n, 3, 9, 0.5, 0.25, torch.bfloat16, Place(memory, out.data_ptr()), tokens, 700)
         sending = pool.submit(far.send_rows, outputs)
         back = near.recv(10)
         sending.result(10)

@@ -5,41 +5,74 @@
 
 #include <stdlib.h>
 
-#include "msgpack.h"
+#include "lanes.h"
+#include "message.h"
 
-enum { VERSION = 1, FORWARD = 4, RESULT = 5, PREFIX = 8, ALIGN = 64, INLINE = -1 };
-enum { UNLOCKED_FROM = 1 << 18 };
-enum { INT64 = 6, BOOL = 8 }; /* codes of dtypes */
-static const int8_t SIZES[] = {4, 2, 2, 1, 2, 4, 8, 1, 1, 1};
+/* -- writing ------------------------------------------------------------------------------------------------------- */
 
-static int64_t aligned(int64_t size) { return (size + ALIGN - 1) & -ALIGN; }
-
-/* -- arguments ----------------------------------------------------------------------------------------------------- */
-
-static int64_t number(PyObject *value) { return PyLong_AsLongLong(value); }
-
-/* So long a copy lets other threads run. */
-static PyThreadState *unlock(int64_t bytes) { return bytes >= UNLOCKED_FROM ? PyEval_SaveThread() : NULL; }
-
-static void lock(PyThreadState *unlocked) {
-    if (unlocked) PyEval_RestoreThread(unlocked);
+/* args: out, a bytearray; ring, None or a writable buffer of the payload's size; where; the longest header. */
+static int open_message(Message *m, Py_buffer *ring, PyObject *const *args) {
+    if (!wants(PyByteArray_Check(args[0]), "out is a bytearray")) return 0;
+    ring->buf = NULL;
+    if (args[1] != Py_None && PyObject_GetBuffer(args[1], ring, PyBUF_WRITABLE)) return 0;
+    *m = (Message){.memory = (uint8_t *)PyByteArray_AS_STRING(args[0]),
+                   .room = PyByteArray_GET_SIZE(args[0]),
+                   .ring = ring->buf,
+                   .ring_bytes = ring->buf ? ring->len : 0,
+                   .where = number(args[2]),
+                   .most = number(args[3])};
+    return 1;
 }
 
-static int wants(int holds, const char *usage) {
-    if (!holds) PyErr_SetString(PyExc_TypeError, usage);
-    return holds;
+/* The size of a message in `out`, or None where it does not fit. */
+static PyObject *close_message(Py_buffer *ring, int64_t size) {
+    if (ring->buf) PyBuffer_Release(ring);
+    if (PyErr_Occurred()) return NULL;
+    if (!size) Py_RETURN_NONE;
+    return PyLong_FromLongLong(size);
 }
 
-/* -1 with an exception for a list that holds anything but numbers. */
-static int put_list(Out *o, PyObject *list) {
-    put_array(o, PyList_GET_SIZE(list));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
-        const int64_t value = number(PyList_GET_ITEM(list, i));
-        if (value == -1 && PyErr_Occurred()) return -1;
-        put_int(o, value);
-    }
-    return 0;
+static const char FORWARD_USAGE[] =
+    "write_forward(out, ring, where, most, id, layer, epoch, experts, counts, dtype, x, x_rows, width, "
+    "tokens, token_of_row)";
+
+/* Rows for an expert actor. x: address of [x_rows, width] of the dtype with that code; tokens, token_of_row: int64 as
+   bytes. The size of the message in `out`, or None where it does not fit. */
+static PyObject *write_forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 15, FORWARD_USAGE)) return NULL;
+    const Ids ids = {number(args[4]), number(args[5]), number(args[6])};
+    const Rows rows = {.experts = args[7],
+                       .counts = args[8],
+                       .dtype = number(args[9]),
+                       .x = PyLong_AsVoidPtr(args[10]),
+                       .x_rows = number(args[11]),
+                       .width = number(args[12]),
+                       .tokens = args[13],
+                       .token_of_row = args[14]};
+    Message m;
+    Py_buffer ring;
+    if (!check_rows(&rows, FORWARD_USAGE) || !open_message(&m, &ring, args)) return NULL;
+    return close_message(&ring, put_rows_message(&m, &ids, &rows));
 }
+
+static const char RESULT_USAGE[] =
+    "write_result(out, ring, where, most, id, layer, epoch, compute_s, queue_s, dtype, y, rows, width)";
+
+/* The outputs of a forward. y: address of [rows, width] of the dtype with that code. As `write_forward`. */
+static PyObject *write_result(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 13 && PyFloat_Check(args[7]) && PyFloat_Check(args[8]), RESULT_USAGE)) return NULL;
+    const Ids ids = {number(args[4]), number(args[5]), number(args[6])};
+    const Outputs outputs = {PyFloat_AS_DOUBLE(args[7]), PyFloat_AS_DOUBLE(args[8]), number(args[9]),
+                             number(args[11]),           number(args[12]),           PyLong_AsVoidPtr(args[10])};
+    Message m;
+    Py_buffer ring;
+    if (!check_outputs(&outputs, RESULT_USAGE) || !open_message(&m, &ring, args)) return NULL;
+    return close_message(&ring, put_outputs_message(&m, &ids, &outputs));
+}
+
+/* -- reading ------------------------------------------------------------------------------------------------------- */
 
 static PyObject *get_list(In *in) {
     const int64_t size = get_array(in);
@@ -51,159 +84,6 @@ static PyObject *get_list(In *in) {
     }
     return list;
 }
-
-/* -- writing ------------------------------------------------------------------------------------------------------- */
-
-/* A message that is being written: its beginning goes to `out`, its payload behind that or into the ring. */
-typedef struct {
-    PyObject *out;
-    Py_buffer ring;
-    Out head;
-    int64_t where, most;
-} Message;
-
-/* out: bytearray, ring: None or a writable buffer of the payload's size, where, the longest header. */
-static int begin(Message *m, PyObject *const *args, int op, PyObject *const *ids) {
-    if (!wants(PyByteArray_Check(args[0]), "out is a bytearray")) return -1;
-    m->ring.buf = NULL;
-    if (args[1] != Py_None && PyObject_GetBuffer(args[1], &m->ring, PyBUF_WRITABLE)) return -1;
-    uint8_t *memory = (uint8_t *)PyByteArray_AS_STRING(args[0]);
-    m->out = args[0];
-    m->head = (Out){memory + PREFIX, memory + PyByteArray_GET_SIZE(args[0])};
-    m->where = number(args[2]);
-    m->most = number(args[3]);
-    put_array(&m->head, 9);
-    put_int(&m->head, VERSION);
-    put_int(&m->head, op);
-    for (int i = 0; i < 3; i++) put_int(&m->head, number(ids[i]));
-    return 0;
-}
-
-static void end(Message *m) {
-    if (m->ring.buf) PyBuffer_Release(&m->ring);
-}
-
-/* Finish the header; where the payload of `size` bytes goes, NULL where the message is too large for its place. */
-static uint8_t *close_head(Message *m, int64_t size) {
-    put_int(&m->head, m->where);
-    uint8_t *memory = (uint8_t *)PyByteArray_AS_STRING(m->out);
-    const int64_t header = m->head.at - memory - PREFIX, body = aligned(PREFIX + header);
-    if (header > m->most || size > UINT32_MAX) return NULL;
-    if (m->ring.buf ? m->ring.len != size : body + size > PyByteArray_GET_SIZE(m->out)) return NULL;
-    if (body > PyByteArray_GET_SIZE(m->out)) return NULL;
-    const uint32_t prefix[2] = {(uint32_t)header, (uint32_t)size};
-    memcpy(memory, prefix, sizeof prefix);
-    memset(m->head.at, 0, body - PREFIX - header);
-    m->head.at = memory + body;
-    return m->ring.buf ? m->ring.buf : m->head.at;
-}
-
-/* The bytes of `out` that make the message. */
-static PyObject *message_size(const Message *m, int64_t size) {
-    return PyLong_FromLongLong(m->head.at - (uint8_t *)PyByteArray_AS_STRING(m->out) + (m->ring.buf ? 0 : size));
-}
-
-static uint8_t *pad(uint8_t *to, int64_t size) {
-    memset(to + size, 0, aligned(size) - size);
-    return to + aligned(size);
-}
-
-static const char FORWARD_USAGE[] =
-    "write_forward(out, ring, where, most, id, layer, epoch, experts, counts, dtype, x, x_rows, width, "
-    "tokens, token_of_row)";
-
-/* Rows for an expert actor. x: address of [x_rows, width] of the dtype with that code; tokens, token_of_row: int64 as
-   bytes. The size of the message in `out`, or None where it does not fit. */
-static PyObject *write_forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!wants(count == 15 && PyList_Check(args[7]) && PyList_Check(args[8]) && PyBytes_Check(args[13]) &&
-                   PyBytes_Check(args[14]), FORWARD_USAGE))
-        return NULL;
-    const int64_t dtype = number(args[9]), x_rows = number(args[11]), width = number(args[12]);
-    const char *x = PyLong_AsVoidPtr(args[10]);
-    if (PyErr_Occurred() || !wants(dtype >= 0 && dtype < (int64_t)sizeof SIZES && width >= 0, FORWARD_USAGE)) return NULL;
-    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(args[13]), row = width * SIZES[dtype];
-    const int64_t used = PyBytes_GET_SIZE(args[13]) / 8, rows = PyBytes_GET_SIZE(args[14]) / 8;
-    const int64_t x_bytes = used * row, size = aligned(x_bytes) + aligned(rows * 8);
-    for (int64_t u = 0; u < used; u++)
-        if (!wants(tokens[u] >= 0 && tokens[u] < x_rows, "a token is outside x")) return NULL;
-    Message m;
-    if (begin(&m, args, FORWARD, args + 4)) return NULL;
-    PyObject *written = NULL;
-    put_map(&m.head, 2);
-    put_text(&m.head, "experts");
-    if (put_list(&m.head, args[7])) goto done;
-    put_text(&m.head, "counts");
-    if (put_list(&m.head, args[8])) goto done;
-    put_array(&m.head, 2);
-    put_array(&m.head, 2);
-    put_int(&m.head, used);
-    put_int(&m.head, width);
-    put_array(&m.head, 1);
-    put_int(&m.head, rows);
-    put_array(&m.head, 2);
-    put_int(&m.head, dtype);
-    put_int(&m.head, INT64);
-    if (PyErr_Occurred()) goto done;
-    uint8_t *to = close_head(&m, size);
-    if (!to) {
-        written = Py_NewRef(Py_None);
-        goto done;
-    }
-    PyThreadState *unlocked = unlock(size);
-    for (int64_t u = 0; u < used; u++) memcpy(to + u * row, x + tokens[u] * row, row);
-    lock(unlocked);
-    to = pad(to, x_bytes);
-    memcpy(to, PyBytes_AS_STRING(args[14]), rows * 8);
-    pad(to, rows * 8);
-    written = message_size(&m, size);
-done:
-    end(&m);
-    return written;
-}
-
-static const char RESULT_USAGE[] =
-    "write_result(out, ring, where, most, id, layer, epoch, compute_s, queue_s, dtype, y, rows, width)";
-
-/* The outputs of a forward. y: address of [rows, width] of the dtype with that code. As `write_forward`. */
-static PyObject *write_result(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!wants(count == 13 && PyFloat_Check(args[7]) && PyFloat_Check(args[8]), RESULT_USAGE)) return NULL;
-    const int64_t dtype = number(args[9]), rows = number(args[11]), width = number(args[12]);
-    const void *y = PyLong_AsVoidPtr(args[10]);
-    if (PyErr_Occurred() ||
-        !wants(dtype >= 0 && dtype < (int64_t)sizeof SIZES && rows >= 0 && width >= 0, RESULT_USAGE))
-        return NULL;
-    const int64_t y_bytes = rows * width * SIZES[dtype], size = aligned(y_bytes);
-    Message m;
-    if (begin(&m, args, RESULT, args + 4)) return NULL;
-    put_map(&m.head, 2);
-    put_text(&m.head, "compute_s");
-    put_double(&m.head, PyFloat_AS_DOUBLE(args[7]));
-    put_text(&m.head, "queue_s");
-    put_double(&m.head, PyFloat_AS_DOUBLE(args[8]));
-    put_array(&m.head, 1);
-    put_array(&m.head, 2);
-    put_int(&m.head, rows);
-    put_int(&m.head, width);
-    put_array(&m.head, 1);
-    put_int(&m.head, dtype);
-    PyObject *written = NULL;
-    uint8_t *to = PyErr_Occurred() ? NULL : close_head(&m, size);
-    if (to) {
-        PyThreadState *unlocked = unlock(size);
-        memcpy(to, y, y_bytes);
-        lock(unlocked);
-        pad(to, y_bytes);
-        written = message_size(&m, size);
-    } else if (!PyErr_Occurred()) {
-        written = Py_NewRef(Py_None);
-    }
-    end(&m);
-    return written;
-}
-
-/* -- reading ------------------------------------------------------------------------------------------------------- */
 
 /* A tensor of a frame. */
 typedef struct {
@@ -426,6 +306,10 @@ static PyMethodDef methods[] = {
     {"read_rows", (PyCFunction)(void (*)(void))read_rows, METH_FASTCALL, READ_USAGE},
     {"forward_memory", (PyCFunction)(void (*)(void))forward_memory, METH_FASTCALL, FORWARD_MEMORY_USAGE},
     {"put_rows", (PyCFunction)(void (*)(void))put_rows, METH_FASTCALL, PUT_USAGE},
+    {"send_forwards", (PyCFunction)(void (*)(void))moeray_send_forwards, METH_FASTCALL, NULL},
+    {"place_outputs", (PyCFunction)(void (*)(void))moeray_place_outputs, METH_FASTCALL, NULL},
+    {"send_outputs", (PyCFunction)(void (*)(void))moeray_send_outputs, METH_FASTCALL, NULL},
+    {"take_result", (PyCFunction)(void (*)(void))moeray_take_result, METH_FASTCALL, NULL},
     {NULL},
 };
 

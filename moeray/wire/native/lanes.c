@@ -1,0 +1,269 @@
+/* A layer's messages, sent and taken straight on channels' ends while the interpreter's lock is held, so that no other
+   thread is about the same end. What is large, unusual or wrong is left as it is, to be done by unix.py. */
+#include "lanes.h"
+
+#include "lane.h"
+#include "message.h"
+
+enum { QUICK_BYTES = 1 << 20 }; /* larger ones take so long that other threads are to run */
+enum { MAX_LANES = 1024 };
+
+static Lane *lane_at(PyObject *address) { return PyLong_AsVoidPtr(address); }
+
+/* -- sending ------------------------------------------------------------------------------------------------------- */
+
+static Message message_on(Lane *lane) {
+    return (Message){.memory = lane->message, .room = lane->message_room, .where = INLINE, .most = lane->most_header};
+}
+
+static void put_in_ring(Message *m, Lane *lane, int64_t position, int64_t size) {
+    m->ring = lane->out->memory + position % lane->out->capacity;
+    m->ring_bytes = size;
+    m->where = position;
+}
+
+/* Where a message's payload goes; 0 where it is not for here. */
+static int place(Message *m, Lane *lane, int64_t size) {
+    *m = message_on(lane);
+    if (size > lane->most_payload) return 0;
+    if (!lane->out || size < RING_FROM || size > lane->out->capacity) return 1;
+    const int64_t position = reserve(lane->out, size);
+    if (position == LIE) return 0;
+    if (position != NO_ROOM) put_in_ring(m, lane, position, size);
+    return 1;
+}
+
+static void commit(Lane *lane, const Message *m) {
+    if (m->ring) lane->out->head = m->where + m->ring_bytes;
+}
+
+/* Whether it went out; -1 with an exception. */
+static int send_rows(Lane *lane, const Ids *ids, const Rows *rows) {
+    const int64_t payload = rows_payload(rows);
+    Message m;
+    if (payload > QUICK_BYTES || !may_send(lane) || !place(&m, lane, payload)) return 0;
+    const int64_t bytes = put_rows_message(&m, ids, rows);
+    if (bytes <= 0) return (int)bytes;
+    if (!send_now(lane, bytes)) return 0;
+    commit(lane, &m);
+    return 1;
+}
+
+static const char SEND_USAGE[] = "send_forwards(lanes, shares, first_id, layer, epoch, dtype, x, x_rows, width)";
+
+/* Send each share (actor, experts, counts, rows, tokens, token_of_row) on its lane (0: there is none), under the ids
+   from first_id on. Which of them went out, as a list of bools. */
+PyObject *moeray_send_forwards(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 9 && PyList_Check(args[0]) && PyList_Check(args[1]) &&
+                   PyList_GET_SIZE(args[0]) == PyList_GET_SIZE(args[1]), SEND_USAGE))
+        return NULL;
+    Ids ids = {number(args[2]), number(args[3]), number(args[4])};
+    Rows rows = {.dtype = number(args[5]),
+                 .x = PyLong_AsVoidPtr(args[6]),
+                 .x_rows = number(args[7]),
+                 .width = number(args[8])};
+    PyObject *sent = PyList_New(PyList_GET_SIZE(args[0]));
+    for (Py_ssize_t i = 0; sent && i < PyList_GET_SIZE(sent); i++, ids.id++) {
+        PyObject *share = PyList_GET_ITEM(args[1], i);
+        int did = -1;
+        if (wants(PyTuple_Check(share) && PyTuple_GET_SIZE(share) == 6, SEND_USAGE)) {
+            rows.experts = PyTuple_GET_ITEM(share, 1);
+            rows.counts = PyTuple_GET_ITEM(share, 2);
+            rows.tokens = PyTuple_GET_ITEM(share, 4);
+            rows.token_of_row = PyTuple_GET_ITEM(share, 5);
+            Lane *lane = lane_at(PyList_GET_ITEM(args[0], i));
+            if (check_rows(&rows, SEND_USAGE)) did = send_rows(lane, &ids, &rows);
+        }
+        if (did < 0) Py_CLEAR(sent);
+        else PyList_SET_ITEM(sent, i, PyBool_FromLong(did));
+    }
+    return sent;
+}
+
+static const char PLACE_USAGE[] = "place_outputs(lane, size)";
+
+/* (position, address) of so many bytes of the ring, which are the next RESULT's from now on; None where they are not to
+   be had, or few enough to go through the socket. */
+PyObject *moeray_place_outputs(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 2, PLACE_USAGE)) return NULL;
+    Lane *lane = lane_at(args[0]);
+    const int64_t size = aligned(number(args[1]));
+    Message m;
+    if (PyErr_Occurred()) return NULL;
+    if (!may_send(lane) || !place(&m, lane, size) || !m.ring) Py_RETURN_NONE;
+    /* Should the message never leave: the reader's next position frees the gap. */
+    commit(lane, &m);
+    return Py_BuildValue("LN", m.where, PyLong_FromVoidPtr(m.ring));
+}
+
+static const char OUTPUTS_USAGE[] =
+    "send_outputs(lane, position, id, layer, epoch, compute_s, queue_s, dtype, y, rows, width)";
+
+/* Send the outputs of a forward: those at the address y, or at this position of the ring, where they are already.
+   Whether it went out. */
+PyObject *moeray_send_outputs(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 11 && PyFloat_Check(args[5]) && PyFloat_Check(args[6]), OUTPUTS_USAGE)) return NULL;
+    const int64_t position = number(args[1]);
+    const Ids ids = {number(args[2]), number(args[3]), number(args[4])};
+    const Outputs outputs = {PyFloat_AS_DOUBLE(args[5]),
+                             PyFloat_AS_DOUBLE(args[6]),
+                             number(args[7]),
+                             number(args[9]),
+                             number(args[10]),
+                             position == INLINE ? PyLong_AsVoidPtr(args[8]) : NULL};
+    Lane *lane = lane_at(args[0]);
+    if (!check_outputs(&outputs, OUTPUTS_USAGE)) return NULL;
+    const int64_t size = aligned(y_bytes(&outputs));
+    Message m = message_on(lane);
+    if (!may_send(lane)) Py_RETURN_FALSE;
+    if (position != INLINE) put_in_ring(&m, lane, position, size);
+    else if (size > QUICK_BYTES || !place(&m, lane, size)) Py_RETURN_FALSE;
+    const int64_t bytes = put_outputs_message(&m, &ids, &outputs);
+    if (bytes <= 0) return bytes ? NULL : Py_NewRef(Py_False);
+    if (!send_now(lane, bytes)) Py_RETURN_FALSE;
+    if (position == INLINE) commit(lane, &m);
+    Py_RETURN_TRUE;
+}
+
+/* -- taking -------------------------------------------------------------------------------------------------------- */
+
+/* A message that lies whole in a lane's buffer: its header, and the bytes of it there. */
+typedef struct {
+    In header;
+    int64_t payload, body;
+} Whole;
+
+enum { MORE, TAKEN, OTHER };
+
+/* MORE: it is not there yet. OTHER: what is there is not for here. */
+static int find_whole(const Lane *lane, Whole *w) {
+    const uint8_t *from = lane->buffer + lane->start;
+    const int64_t have = lane->end - lane->start;
+    uint32_t prefix[2];
+    if (have < PREFIX) return MORE;
+    memcpy(prefix, from, PREFIX);
+    w->payload = prefix[1];
+    w->body = aligned(PREFIX + (int64_t)prefix[0]);
+    if (!prefix[0] || prefix[0] > lane->most_header || w->payload > lane->most_payload) return OTHER;
+    if (w->payload > QUICK_BYTES || w->body > lane->room) return OTHER;
+    if (have < w->body) return MORE;
+    w->header = (In){from + PREFIX, from + PREFIX + prefix[0], 0};
+    return TAKEN;
+}
+
+/* Where outputs go: `rows` of them, to these rows of `out` [out_rows], each of row_bytes. */
+typedef struct {
+    int64_t dtype, width, row_bytes, out_rows;
+    char *out;
+} Target;
+
+typedef struct {
+    double compute_s, queue_s;
+    int64_t where;
+} Answer;
+
+/* Whether the header is that of the RESULT of the frame `id` with so many rows as the target takes. */
+static int read_result(In in, int64_t id, int64_t rows, const Target *t, Answer *a) {
+    want_array(&in, 9);
+    int same = get_int(&in) == VERSION;
+    same &= get_int(&in) == RESULT;
+    same &= get_int(&in) == id;
+    get_int(&in);
+    get_int(&in);
+    want_map(&in, 2);
+    want_text(&in, "compute_s");
+    a->compute_s = get_double(&in);
+    want_text(&in, "queue_s");
+    a->queue_s = get_double(&in);
+    want_array(&in, 1);
+    want_array(&in, 2);
+    same &= get_int(&in) == rows;
+    same &= get_int(&in) == t->width;
+    want_array(&in, 1);
+    same &= get_int(&in) == t->dtype;
+    a->where = get_int(&in);
+    return same && !in.bad && in.at == in.end;
+}
+
+/* Take the answer to `id` from the lane, if it is all there: its rows go where `rows` says. */
+static int take(Lane *lane, int64_t id, PyObject *rows_R, const Target *t, Answer *a) {
+    const int64_t rows = ints_in(rows_R), *to = (const int64_t *)PyBytes_AS_STRING(rows_R);
+    Whole w;
+    const int found = find_whole(lane, &w);
+    if (found != TAKEN) return found;
+    if (!read_result(w.header, id, rows, t, a) || w.payload != aligned(rows * t->row_bytes)) return OTHER;
+    const uint8_t *from = lane->buffer + lane->start + w.body;
+    int64_t inline_bytes = 0;
+    if (a->where == INLINE) {
+        inline_bytes = w.payload;
+        if (w.body + inline_bytes > lane->room) return OTHER;
+        if (lane->end - lane->start < w.body + inline_bytes) return MORE;
+    } else {
+        if (!lane->in) return OTHER;
+        release(lane->in);
+        /* What is held is known by unix.py to be released before its next frame; so it is where this one is odd. */
+        const int64_t head = lane->in->head;
+        if (!(from = hold(lane->in, a->where, w.payload, ALIGN))) {
+            lane->in->head = head;
+            return OTHER;
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) memcpy(t->out + to[r] * t->row_bytes, from + r * t->row_bytes, t->row_bytes);
+    if (lane->in) release(lane->in);
+    lane->start += w.body + inline_bytes;
+    return TAKEN;
+}
+
+static int rows_inside(PyObject *rows_R, int64_t out_rows) {
+    const int64_t *rows = (const int64_t *)PyBytes_AS_STRING(rows_R);
+    for (int64_t r = 0; r < ints_in(rows_R); r++)
+        if (rows[r] < 0 || rows[r] >= out_rows) return 0;
+    return 1;
+}
+
+static const char TAKE_USAGE[] = "take_result(wanted, dtype, width, row_bytes, out, out_rows, timeout_s)";
+
+/* (place, compute_s, queue_s) of the first of `wanted` that is answered, whose rows are in `out` then: each is (lane, id,
+   rows), where the rows go as int64 bytes. (place, None, None) for one where something else is to be read, None where
+   nothing came in time. Other threads run meanwhile. */
+PyObject *moeray_take_result(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 7 && PyList_Check(args[0]) && PyFloat_Check(args[6]) &&
+                   PyList_GET_SIZE(args[0]) <= MAX_LANES, TAKE_USAGE))
+        return NULL;
+    const Target target = {number(args[1]), number(args[2]), number(args[3]), number(args[5]), PyLong_AsVoidPtr(args[4])};
+    const Py_ssize_t size = PyList_GET_SIZE(args[0]);
+    struct pollfd polled[MAX_LANES];
+    if (PyErr_Occurred()) return NULL;
+    for (int waited = 0;; waited = 1) {
+        for (Py_ssize_t i = 0; i < size; i++) {
+            PyObject *wanted = PyList_GET_ITEM(args[0], i);
+            if (!wants(PyTuple_Check(wanted) && PyTuple_GET_SIZE(wanted) == 3 &&
+                           PyBytes_Check(PyTuple_GET_ITEM(wanted, 2)) &&
+                           rows_inside(PyTuple_GET_ITEM(wanted, 2), target.out_rows), TAKE_USAGE))
+                return NULL;
+            Lane *lane = lane_at(PyTuple_GET_ITEM(wanted, 0));
+            const int64_t id = number(PyTuple_GET_ITEM(wanted, 1));
+            Answer answer;
+            if (PyErr_Occurred()) return NULL;
+            int found = lane->fd < 0 || lane->reading ? OTHER : take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer);
+            if (found == MORE && waited && polled[i].revents) {
+                found = receive_now(lane) ? take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer) : OTHER;
+            }
+            if (found == TAKEN) return Py_BuildValue("ndd", i, answer.compute_s, answer.queue_s);
+            if (found == OTHER) return Py_BuildValue("nOO", i, Py_None, Py_None);
+            polled[i] = (struct pollfd){(int)lane->fd, POLLIN, 0};
+        }
+        const double seconds = PyFloat_AS_DOUBLE(args[6]);
+        int ready;
+        Py_BEGIN_ALLOW_THREADS
+        ready = poll(polled, (nfds_t)size, seconds > 3600 ? 3600000 : (int)(seconds * 1000) + 1);
+        Py_END_ALLOW_THREADS
+        if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) ready = 0;
+        if (ready < 0) return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
+        if (!ready) Py_RETURN_NONE;
+    }
+}

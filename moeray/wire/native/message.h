@@ -1,0 +1,180 @@
+/* How FORWARD and RESULT are written: the bytes are those of frame.py. */
+#pragma once
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "msgpack.h"
+
+enum { VERSION = 1, FORWARD = 4, RESULT = 5, PREFIX = 8, ALIGN = 64, INLINE = -1 };
+enum { UNLOCKED_FROM = 1 << 18 };
+enum { INT64 = 6, BOOL = 8 }; /* codes of dtypes */
+static const int8_t SIZES[] = {4, 2, 2, 1, 2, 4, 8, 1, 1, 1};
+
+static int64_t aligned(int64_t size) { return (size + ALIGN - 1) & -ALIGN; }
+
+static int64_t number(PyObject *value) { return PyLong_AsLongLong(value); }
+
+static int wants(int holds, const char *usage) {
+    if (!holds && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, usage);
+    return holds;
+}
+
+/* So long a copy lets other threads run. */
+static PyThreadState *unlock(int64_t bytes) { return bytes >= UNLOCKED_FROM ? PyEval_SaveThread() : NULL; }
+
+static void lock(PyThreadState *unlocked) {
+    if (unlocked) PyEval_RestoreThread(unlocked);
+}
+
+/* A message that is being written: its beginning goes to `memory`, its payload behind that or to `ring`. */
+typedef struct {
+    uint8_t *memory;
+    int64_t room;
+    uint8_t *ring;
+    int64_t ring_bytes, where, most;
+    Out head;
+} Message;
+
+/* What both messages begin with. */
+typedef struct {
+    int64_t id, layer, epoch;
+} Ids;
+
+/* Rows for an expert actor: of x [x_rows, width], the `used` tokens, and of these each row's. */
+typedef struct {
+    PyObject *experts, *counts;
+    int64_t dtype, x_rows, width;
+    const char *x;
+    PyObject *tokens, *token_of_row;
+} Rows;
+
+/* Outputs [rows, width] at y; NULL where they lie in the ring. */
+typedef struct {
+    double compute_s, queue_s;
+    int64_t dtype, rows, width;
+    const void *y;
+} Outputs;
+
+static void begin(Message *m, int op, const Ids *ids) {
+    m->head = (Out){m->memory + PREFIX, m->memory + m->room};
+    put_array(&m->head, 9);
+    put_int(&m->head, VERSION);
+    put_int(&m->head, op);
+    put_int(&m->head, ids->id);
+    put_int(&m->head, ids->layer);
+    put_int(&m->head, ids->epoch);
+}
+
+/* -1 with an exception for a list that holds anything but numbers. */
+static int put_list(Out *o, PyObject *list) {
+    put_array(o, PyList_GET_SIZE(list));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+        const int64_t value = number(PyList_GET_ITEM(list, i));
+        if (value == -1 && PyErr_Occurred()) return -1;
+        put_int(o, value);
+    }
+    return 0;
+}
+
+/* Finish the header; where the payload of `size` bytes goes, NULL where the message is too large for its place. */
+static uint8_t *close_head(Message *m, int64_t size) {
+    put_int(&m->head, m->where);
+    const int64_t header = m->head.at - m->memory - PREFIX, body = aligned(PREFIX + header);
+    if (header > m->most || size > UINT32_MAX) return NULL;
+    if (m->ring ? m->ring_bytes != size : body + size > m->room) return NULL;
+    if (body > m->room) return NULL;
+    const uint32_t prefix[2] = {(uint32_t)header, (uint32_t)size};
+    memcpy(m->memory, prefix, sizeof prefix);
+    memset(m->head.at, 0, body - PREFIX - header);
+    m->head.at = m->memory + body;
+    return m->ring ? m->ring : m->head.at;
+}
+
+/* The bytes of `memory` that make the message. */
+static int64_t message_bytes(const Message *m, int64_t size) { return m->head.at - m->memory + (m->ring ? 0 : size); }
+
+static uint8_t *pad(uint8_t *to, int64_t size) {
+    memset(to + size, 0, aligned(size) - size);
+    return to + aligned(size);
+}
+
+static int64_t ints_in(PyObject *bytes) { return PyBytes_GET_SIZE(bytes) / (Py_ssize_t)sizeof(int64_t); }
+
+/* Whether they may be written, else with an exception. */
+static int check_rows(const Rows *r, const char *usage) {
+    if (PyErr_Occurred() || !wants(PyList_Check(r->experts) && PyList_Check(r->counts) && PyBytes_Check(r->tokens) &&
+                                       PyBytes_Check(r->token_of_row) && r->dtype >= 0 &&
+                                       r->dtype < (int64_t)sizeof SIZES && r->width >= 0, usage))
+        return 0;
+    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(r->tokens);
+    for (int64_t u = 0; u < ints_in(r->tokens); u++)
+        if (!wants(tokens[u] >= 0 && tokens[u] < r->x_rows, "a token is outside x")) return 0;
+    return 1;
+}
+
+static int64_t x_bytes(const Rows *r) { return ints_in(r->tokens) * r->width * SIZES[r->dtype]; }
+
+static int64_t rows_payload(const Rows *r) { return aligned(x_bytes(r)) + aligned(ints_in(r->token_of_row) * 8); }
+
+/* How many bytes of `memory` the message takes; 0 where it does not fit, -1 with an exception. */
+static int64_t put_rows_message(Message *m, const Ids *ids, const Rows *r) {
+    const int64_t used = ints_in(r->tokens), rows = ints_in(r->token_of_row), size = rows_payload(r);
+    begin(m, FORWARD, ids);
+    put_map(&m->head, 2);
+    put_text(&m->head, "experts");
+    if (put_list(&m->head, r->experts)) return -1;
+    put_text(&m->head, "counts");
+    if (put_list(&m->head, r->counts)) return -1;
+    put_array(&m->head, 2);
+    put_array(&m->head, 2);
+    put_int(&m->head, used);
+    put_int(&m->head, r->width);
+    put_array(&m->head, 1);
+    put_int(&m->head, rows);
+    put_array(&m->head, 2);
+    put_int(&m->head, r->dtype);
+    put_int(&m->head, INT64);
+    uint8_t *to = close_head(m, size);
+    if (!to) return 0;
+    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(r->tokens), row = r->width * SIZES[r->dtype];
+    PyThreadState *unlocked = unlock(size);
+    for (int64_t u = 0; u < used; u++) memcpy(to + u * row, r->x + tokens[u] * row, row);
+    lock(unlocked);
+    to = pad(to, used * row);
+    memcpy(to, PyBytes_AS_STRING(r->token_of_row), rows * 8);
+    pad(to, rows * 8);
+    return message_bytes(m, size);
+}
+
+static int64_t y_bytes(const Outputs *o) { return o->rows * o->width * SIZES[o->dtype]; }
+
+static int check_outputs(const Outputs *o, const char *usage) {
+    return !PyErr_Occurred() && wants(o->dtype >= 0 && o->dtype < (int64_t)sizeof SIZES && o->rows >= 0 && o->width >= 0,
+                                      usage);
+}
+
+/* As `put_rows_message`. */
+static int64_t put_outputs_message(Message *m, const Ids *ids, const Outputs *o) {
+    begin(m, RESULT, ids);
+    put_map(&m->head, 2);
+    put_text(&m->head, "compute_s");
+    put_double(&m->head, o->compute_s);
+    put_text(&m->head, "queue_s");
+    put_double(&m->head, o->queue_s);
+    put_array(&m->head, 1);
+    put_array(&m->head, 2);
+    put_int(&m->head, o->rows);
+    put_int(&m->head, o->width);
+    put_array(&m->head, 1);
+    put_int(&m->head, o->dtype);
+    const int64_t size = aligned(y_bytes(o));
+    uint8_t *to = close_head(m, size);
+    if (!to) return 0;
+    if (o->y) {
+        PyThreadState *unlocked = unlock(size);
+        memcpy(to, o->y, y_bytes(o));
+        lock(unlocked);
+    }
+    pad(to, y_bytes(o));
+    return message_bytes(m, size);
+}
