@@ -9,6 +9,7 @@ Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from moeray.dispatch.deadline import LEAST_S
 from moeray.dispatch.hops import MANY, Hop
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Ints, Plan, Share
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 """Rows that wait in vain for so long try the replicas that were given up once more."""
+UNKNOWN = math.inf
 LEAST_READ_S = 0.1
 """What an answer may take to be read, also where its actor's deadline passed while another's was read."""
 
@@ -50,14 +53,15 @@ OnLoss = Callable[[str, str], None]
 
 
 class _Sent(NamedTuple):
-    """A forward on its way; `until`: when its actor is given up, `allowed`: the seconds that it has itself."""
+    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up, which is not
+    before LEAST_S: until then it need not be known (UNKNOWN)."""
 
     frame_id: int
     share: Share
     channel: Channel
     at: float
     until: float
-    allowed: float
+    allowed: float = 0.0
 
 
 @dataclass
@@ -68,8 +72,8 @@ class _Work:
     layer: int
     x_TD: Tensor
     ids_TK: Tensor
-    out_TKD: Tensor
     began: float
+    out_TKD: Tensor = field(init=False)
     sent: list[_Sent] = field(default_factory=list)
     waiting: list[Ints] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
@@ -127,14 +131,13 @@ class Dispatcher:
         Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
         failed.
         """
-        home_TD, home_ids_TK = x_TD.cpu().contiguous(), ids_TK.cpu().contiguous()
-        out_TKD = home_TD.new_empty(*home_ids_TK.shape, home_TD.shape[1])
-        work = _Work(layer, home_TD, home_ids_TK, out_TKD, self._clock())
+        work = _Work(layer, _at_home(x_TD), _at_home(ids_TK), self._clock())
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
             self._send_rows(work, None)
-            self.count(MANY)  # while the layer waits, there is nothing else to do
+            # What need not be done before the actors have their rows is done after.
+            work.out_TKD = work.x_TD.new_empty(*work.ids_TK.shape, work.x_TD.shape[1])
             while work.sent or work.waiting:
                 if work.sent:
                     self._gather(work)
@@ -143,7 +146,8 @@ class Dispatcher:
         finally:
             self._orphans = 0
             self.seconds_total += self._clock() - work.began
-        return out_TKD if home_TD is x_TD else out_TKD.to(x_TD.device)
+        self.count(MANY)
+        return work.out_TKD.to(x_TD.device)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,6 @@ class Dispatcher:
                 work.orphans |= set(plan.orphans)
                 work.waiting.append(plan.orphan_rows_R)
             todo.extend(share.rows_R for share in self._send_at_once(work, plan.shares) if not self._send(work, share))
-        work.sent.sort(key=lambda sent: sent.until)
         before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
         if self._orphans and not before:
             self._on_orphans()
@@ -191,10 +194,10 @@ class Dispatcher:
             [channel.lane if channel is not None else 0 for channel in channels], shares, first, work.layer,
             self._view.now.epoch, code, x_TD.data_ptr(), len(x_TD), x_TD.shape[1],
         )  # fmt: skip
-        left = []
+        left, at = [], self._clock()
         for i, (share, channel) in enumerate(zip(shares, channels, strict=True)):
             if went[i] and channel is not None:
-                work.sent.append(self._sent(work, share, channel, first + i))
+                work.sent.append(_Sent(first + i, share, channel, at, UNKNOWN))
             else:
                 left.append(share)
         return left
@@ -218,7 +221,7 @@ class Dispatcher:
 
     def _forward(self, work: _Work, share: Share, channel: Channel) -> _Sent:
         frame_id, self._next_id = self._next_id, self._next_id + 1
-        sent = self._sent(work, share, channel, frame_id)
+        sent = self._dated(work, _Sent(frame_id, share, channel, self._clock(), UNKNOWN))
         channel.send_timeout_s = sent.allowed
         channel.send_rows(
             Forward(
@@ -228,11 +231,12 @@ class Dispatcher:
         )  # fmt: skip
         return sent
 
-    def _sent(self, work: _Work, share: Share, channel: Channel, frame_id: int) -> _Sent:
+    def _dated(self, work: _Work, sent: _Sent) -> _Sent:
+        """With the deadline: behind those of what its actor was sent before."""
+        share, channel, at = sent.share, sent.channel, sent.at
         allowed = self._links.deadline_s(share.actor_id, work.layer, share.experts, share.size, self._deadline_s)
-        at = self._clock()
-        before = max((sent.until for sent in work.sent if sent.channel is channel), default=at)
-        return _Sent(frame_id, share, channel, at, max(at, before) + allowed, allowed)
+        known = (other.until for other in work.sent if other.channel is channel and other.until != UNKNOWN)
+        return sent._replace(until=max(at, max(known, default=at)) + allowed, allowed=allowed)
 
     # -- gathering ------------------------------------------------------------------------------------------------
 
@@ -270,16 +274,32 @@ class Dispatcher:
     def _first(self, work: _Work) -> tuple[int, float | None]:
         """Which of those in flight is to be taken next; its actor's seconds of compute, where the part in C has put its
         rows already."""
-        out_TKD, until = work.out_TKD, work.sent[0].until
-        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in work.sent]
-        if native is None or not all(lane for lane, _, _ in wanted):
-            return 0, None
+        quick, found = native is not None and all(sent.channel.lane for sent in work.sent), None
+        until = min(sent.until for sent in work.sent)
+        if any(sent.until == UNKNOWN for sent in work.sent):
+            found = self._take_result(work, min(until, self._clock() + LEAST_S)) if quick else None
+            self._date_all(work)
+            until = min(sent.until for sent in work.sent)
+        if found is None and quick:
+            found = self._take_result(work, until)
+        soonest = next(place for place, sent in enumerate(work.sent) if sent.until == until)
+        return found or (soonest, None)
+
+    def _date_all(self, work: _Work) -> None:
+        for place, sent in enumerate(work.sent):
+            if sent.until == UNKNOWN:
+                work.sent[place] = self._dated(work, sent)
+
+    def _take_result(self, work: _Work, until: float) -> tuple[int, float | None] | None:
+        assert native is not None
+        out_TKD = work.out_TKD
         rows, width = out_TKD.shape[0] * out_TKD.shape[1], out_TKD.shape[2]
         found = native.take_result(
-            wanted, CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), rows,
+            [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in work.sent],
+            CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), rows,
             max(0.0, until - self._clock()),
         )  # fmt: skip
-        return (0, None) if found is None else found[:2]
+        return None if found is None else (found[0], found[1])
 
     def _answer(self, sent: _Sent) -> Frame:
         """The frame that answers `sent`; answers to earlier frames that came too late are passed over."""
@@ -375,6 +395,11 @@ class Dispatcher:
         """Close every channel."""
         self.count()
         self._links.close()
+
+
+def _at_home(tensor: Tensor) -> Tensor:
+    """On the CPU, in one piece."""
+    return tensor if tensor.is_cpu and tensor.is_contiguous() else tensor.cpu().contiguous()
 
 
 def _reason(error: MoerayError) -> str:

@@ -117,8 +117,8 @@ PyObject *moeray_send_outputs(PyObject *self, PyObject *const *args, Py_ssize_t 
     Lane *lane = lane_at(args[0]);
     if (!check_outputs(&outputs, OUTPUTS_USAGE)) return NULL;
     const int64_t size = aligned(y_bytes(&outputs));
-    Message m = message_on(lane);
     if (!may_send(lane)) Py_RETURN_FALSE;
+    Message m = message_on(lane);
     if (position != INLINE) put_in_ring(&m, lane, position, size);
     else if (size > QUICK_BYTES || !place(&m, lane, size)) Py_RETURN_FALSE;
     const int64_t bytes = put_outputs_message(&m, &ids, &outputs);
@@ -152,6 +152,26 @@ static int find_whole(const Lane *lane, Whole *w) {
     if (have < w->body) return MORE;
     w->header = (In){from + PREFIX, from + PREFIX + prefix[0], 0};
     return TAKEN;
+}
+
+/* Where the payload of a whole message lies: in the peer's ring, or behind its header. MORE: it has not all come. */
+static int find_payload(Lane *lane, const Whole *w, int64_t where, const uint8_t **payload) {
+    if (where == INLINE) {
+        *payload = lane->buffer + lane->start + w->body;
+        if (w->body + w->payload > lane->room) return OTHER;
+        return lane->end - lane->start < w->body + w->payload ? MORE : TAKEN;
+    }
+    if (!lane->in) return OTHER;
+    release(lane->in);
+    /* Where the position is odd, unix.py says so, to which the ring is as it was. */
+    const int64_t head = lane->in->head;
+    *payload = hold(lane->in, where, w->payload, ALIGN);
+    if (!*payload) lane->in->head = head;
+    return *payload ? TAKEN : OTHER;
+}
+
+static void pass(Lane *lane, const Whole *w, int64_t where) {
+    lane->start += w->body + (where == INLINE ? w->payload : 0);
 }
 
 /* Where outputs go: `rows` of them, to these rows of `out` [out_rows], each of row_bytes. */
@@ -195,25 +215,12 @@ static int take(Lane *lane, int64_t id, PyObject *rows_R, const Target *t, Answe
     const int found = find_whole(lane, &w);
     if (found != TAKEN) return found;
     if (!read_result(w.header, id, rows, t, a) || w.payload != aligned(rows * t->row_bytes)) return OTHER;
-    const uint8_t *from = lane->buffer + lane->start + w.body;
-    int64_t inline_bytes = 0;
-    if (a->where == INLINE) {
-        inline_bytes = w.payload;
-        if (w.body + inline_bytes > lane->room) return OTHER;
-        if (lane->end - lane->start < w.body + inline_bytes) return MORE;
-    } else {
-        if (!lane->in) return OTHER;
-        release(lane->in);
-        /* What is held is known by unix.py to be released before its next frame; so it is where this one is odd. */
-        const int64_t head = lane->in->head;
-        if (!(from = hold(lane->in, a->where, w.payload, ALIGN))) {
-            lane->in->head = head;
-            return OTHER;
-        }
-    }
+    const uint8_t *from;
+    const int there = find_payload(lane, &w, a->where, &from);
+    if (there != TAKEN) return there;
     for (int64_t r = 0; r < rows; r++) memcpy(t->out + to[r] * t->row_bytes, from + r * t->row_bytes, t->row_bytes);
-    if (lane->in) release(lane->in);
-    lane->start += w.body + inline_bytes;
+    if (a->where != INLINE) release(lane->in);
+    pass(lane, &w, a->where);
     return TAKEN;
 }
 
@@ -249,7 +256,7 @@ PyObject *moeray_take_result(PyObject *self, PyObject *const *args, Py_ssize_t c
             const int64_t id = number(PyTuple_GET_ITEM(wanted, 1));
             Answer answer;
             if (PyErr_Occurred()) return NULL;
-            int found = lane->fd < 0 || lane->reading ? OTHER : take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer);
+            int found = !lane || lane->fd < 0 || lane->reading ? OTHER : take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer);
             if (found == MORE && waited && polled[i].revents) {
                 found = receive_now(lane) ? take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer) : OTHER;
             }
@@ -265,5 +272,82 @@ PyObject *moeray_take_result(PyObject *self, PyObject *const *args, Py_ssize_t c
         if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) ready = 0;
         if (ready < 0) return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
         if (!ready) Py_RETURN_NONE;
+    }
+}
+
+/* -- a forward ----------------------------------------------------------------------------------------------------- */
+
+enum { ID = 1, LAYER, EPOCH, META, SPANS, WHERE }; /* of a header as moeray_read_header has it */
+
+static PyObject *item(PyObject *header, int place) { return PyTuple_GET_ITEM(header, place); }
+
+static int64_t span(PyObject *header, int tensor, int place) {
+    return number(PyTuple_GET_ITEM(PyList_GET_ITEM(item(header, SPANS), tensor), place));
+}
+
+static int64_t size_in(PyObject *header, int tensor, int dimension) {
+    return number(PyList_GET_ITEM(PyTuple_GET_ITEM(PyList_GET_ITEM(item(header, SPANS), tensor), 1), dimension));
+}
+
+/* (where the tokens are, each row's token) of a forward whose payload is there, or None; see forward_memory. */
+static PyObject *given_by(PyObject *header, const uint8_t *payload) {
+    PyObject *experts = PyDict_GetItemString(item(header, META), "experts");
+    PyObject *counts = PyDict_GetItemString(item(header, META), "counts");
+    if (span(header, 1, 0) != INT64) Py_RETURN_NONE;
+    const int64_t rows = size_in(header, 1, 0), *from = (const int64_t *)(payload + span(header, 1, 3));
+    PyObject *index = moeray_checked_index(experts, counts, from, rows, size_in(header, 0, 0));
+    if (!index || index == Py_None) return index;
+    return Py_BuildValue("NN", PyLong_FromVoidPtr((void *)(payload + span(header, 0, 3))), index);
+}
+
+/* The next message if it is a FORWARD that is all there: (header, whether it lies in the ring, at which byte, given). */
+static int take_forward(Lane *lane, PyObject **forward) {
+    Whole w;
+    const int found = find_whole(lane, &w);
+    if (found != TAKEN) return found;
+    PyObject *header = moeray_read_header(&w.header, w.header.end - w.header.at, w.payload);
+    if (!header) return -1;
+    const uint8_t *payload = NULL;
+    int there = OTHER;
+    if (header != Py_None && number(item(header, 0)) == FORWARD) {
+        const int64_t where = number(item(header, WHERE));
+        there = find_payload(lane, &w, where, &payload);
+        if (there == TAKEN) {
+            PyObject *given = given_by(header, payload);
+            const uint8_t *base = where == INLINE ? lane->buffer : lane->in->memory;
+            *forward = given ? Py_BuildValue("OOLN", header, where == INLINE ? Py_False : Py_True,
+                                             (long long)(payload - base), given) : NULL;
+            pass(lane, &w, where);
+        }
+    }
+    Py_DECREF(header);
+    return PyErr_Occurred() ? -1 : there;
+}
+
+static const char FORWARD_USAGE[] = "take_forward(lane)";
+
+/* Wait for the next message. (header, whether its payload is in the ring, at which byte there or in the buffer, (address
+   of the tokens, each row's token) or None where these do not fit) of a FORWARD; None where there is something else to
+   read. The caller keeps others from receiving and from closing. Other threads run meanwhile. */
+PyObject *moeray_take_forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    (void)self;
+    if (!wants(count == 1, FORWARD_USAGE)) return NULL;
+    Lane *lane = lane_at(args[0]);
+    if (!lane || lane->fd < 0 || lane->reading) return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    release(lane->in);
+    for (;;) {
+        PyObject *forward = NULL;
+        const int found = take_forward(lane, &forward);
+        if (found < 0) return NULL;
+        if (found == TAKEN) return forward;
+        if (found == OTHER) Py_RETURN_NONE;
+        if (lane->start == lane->end) lane->start = lane->end = 0;
+        if (lane->end == lane->room) Py_RETURN_NONE;
+        ssize_t got;
+        Py_BEGIN_ALLOW_THREADS
+        got = recv((int)lane->fd, lane->buffer + lane->end, (size_t)(lane->room - lane->end), 0);
+        Py_END_ALLOW_THREADS
+        if (got <= 0) Py_RETURN_NONE;
+        lane->end += got;
     }
 }

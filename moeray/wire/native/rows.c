@@ -146,7 +146,7 @@ static PyObject *get_meta(In *in, int op) {
 }
 
 /* The header behind a prefix that announces `payload` bytes, or None. */
-static PyObject *read_header(In *in, int64_t header, int64_t payload) {
+PyObject *moeray_read_header(In *in, int64_t header, int64_t payload) {
     want_array(in, 9);
     in->bad |= get_int(in) != VERSION;
     const int64_t asked = get_int(in);
@@ -192,7 +192,7 @@ static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t cou
             found = Py_NewRef(Py_None);
         } else {
             In in = {from + PREFIX, from + PREFIX + header, 0};
-            found = read_header(&in, header, payload);
+            found = moeray_read_header(&in, header, payload);
         }
     }
     PyBuffer_Release(&memory);
@@ -248,6 +248,18 @@ static int lists_fit(PyObject *experts, PyObject *counts, int64_t rows) {
     return fit;
 }
 
+PyObject *moeray_checked_index(PyObject *experts, PyObject *counts, const int64_t *from, int64_t rows, int64_t tokens) {
+    PyObject *index = PyBytes_FromStringAndSize((const char *)from, rows * 8);
+    int fit = index && lists_fit(experts, counts, rows);
+    for (int64_t r = 0; fit && r < rows; r++) {
+        const int64_t token = ((const int64_t *)PyBytes_AS_STRING(index))[r];
+        fit = token >= 0 && token < tokens;
+    }
+    if (fit || !index) return index;
+    Py_DECREF(index);
+    return Py_NewRef(Py_None);
+}
+
 static const char FORWARD_MEMORY_USAGE[] = "forward_memory(experts, counts, memory, at, rows, tokens)";
 
 /* (where the memory is, the row index), if experts and counts of a FORWARD go with its row index, int64 [rows] at byte
@@ -262,15 +274,9 @@ static PyObject *forward_memory(PyObject *self, PyObject *const *args, Py_ssize_
     PyObject *found = NULL;
     /* An empty index lies nowhere, and its place may be behind the memory's end. */
     if (wants(at >= 0 && rows >= 0 && (!rows || rows <= (memory.len - at) / 8), FORWARD_MEMORY_USAGE)) {
-        PyObject *index = PyBytes_FromStringAndSize(rows ? (const char *)memory.buf + at : NULL, rows * 8);
-        int fit = index && lists_fit(args[0], args[1], rows);
-        for (int64_t r = 0; fit && r < rows; r++) {
-            const int64_t token = ((const int64_t *)PyBytes_AS_STRING(index))[r];
-            fit = token >= 0 && token < tokens;
-        }
-        if (fit) found = Py_BuildValue("NO", PyLong_FromVoidPtr(memory.buf), index);
-        else if (index) found = Py_NewRef(Py_None);
-        Py_XDECREF(index);
+        PyObject *index = moeray_checked_index(args[0], args[1], rows ? (const int64_t *)((const char *)memory.buf + at) : NULL, rows, tokens);
+        if (index == Py_None) found = index;
+        else if (index) found = Py_BuildValue("NN", PyLong_FromVoidPtr(memory.buf), index);
     }
     PyBuffer_Release(&memory);
     return found;
@@ -309,6 +315,7 @@ static PyMethodDef methods[] = {
     {"send_forwards", (PyCFunction)(void (*)(void))moeray_send_forwards, METH_FASTCALL, NULL},
     {"place_outputs", (PyCFunction)(void (*)(void))moeray_place_outputs, METH_FASTCALL, NULL},
     {"send_outputs", (PyCFunction)(void (*)(void))moeray_send_outputs, METH_FASTCALL, NULL},
+    {"take_forward", (PyCFunction)(void (*)(void))moeray_take_forward, METH_FASTCALL, NULL},
     {"take_result", (PyCFunction)(void (*)(void))moeray_take_result, METH_FASTCALL, NULL},
     {NULL},
 };
