@@ -62,12 +62,13 @@ def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Expert:
-    """`kernel` is None where the products run on torch."""
+    """`kernel` is None, and `address` 0, where the products run on torch."""
 
     up: _Linear
     down: _Linear
     nbytes: int
     kernel: KernelExpert | None
+    address: int
 
 
 class ExpertWeights(Protocol):
@@ -131,7 +132,8 @@ class ExpertBank:
         down = self._linear(moe, "down_proj", expert.expert)
         nbytes = up.nbytes + down.nbytes
         biases = {name: x.bias for name, x in ((moe.up_name, up), ("down_proj", down)) if x.bias is not None}
-        return _Expert(up, down, nbytes, self._kernels.expert(moe, up.weight, down.weight, biases))
+        kernel = self._kernels.expert(moe, up.weight, down.weight, biases)
+        return _Expert(up, down, nbytes, kernel, kernel.address if kernel is not None else 0)
 
     def _linear(self, moe: ExpertsLayer, name: str, expert: int) -> _Linear:
         full, bias = f"{moe.name}.{name}", None
@@ -214,10 +216,10 @@ class HeldExperts(NamedTuple):
         False, and nothing is done, where the kernels in C do not compute these experts or x's dtype.
         Raises ValueError for rows of another width than the layer's.
         """
-        known = self._known()
-        if not known or not isinstance(self.kernel, NativeLayer) or x.dtype not in CALL_FORMATS:
+        addresses = [expert.address for expert in self.experts.values()]
+        if not addresses or 0 in addresses or not isinstance(self.kernel, NativeLayer) or x.dtype not in CALL_FORMATS:
             return False
-        self.kernel.compute_at(known, x, index, counts, place(), threads)
+        self.kernel.compute_at(addresses, x, index, counts, place(), threads)
         return True
 
     def _known(self) -> list[KernelExpert] | None:

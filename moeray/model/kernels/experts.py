@@ -96,14 +96,12 @@ class NativeLayer(KernelLayer):
         self._check_width(x_RD.shape[1])
         return forward(self.form, [e.address for e in experts], counts, x_RD, self.form.down.outputs, instructions)
 
-    def compute_at(
-        self, experts: Sequence[KernelExpert], x: Block, index: bytes, counts: list[int], out: int, threads: int
-    ) -> None:
-        """The same from memory to memory: a row of x for each number of the index (int64); x's dtype is one of
-        CALL_FORMATS, and that of the outputs."""
+    def compute_at(self, experts: list[int], x: Block, index: bytes, counts: list[int], out: int, threads: int) -> None:
+        """The same from memory to memory, of the experts at these addresses: a row of x for each number of the index
+        (int64); x's dtype is one of CALL_FORMATS, and that of the outputs."""
         self._check_width(x.width)
         run(
-            ctypes.addressof(self.form), [e.address for e in experts], counts, x.address, index, out,
+            ctypes.addressof(self.form), experts, counts, x.address, index, out,
             CALL_FORMATS[x.dtype], threads, best_instructions(),
         )  # fmt: skip
 
