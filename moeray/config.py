@@ -31,11 +31,13 @@ ROUTER = "router"
 
 _SECONDS = ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s")
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "wire.token": "MOERAY_CLUSTER_TOKEN",
     "serve.api_key": "MOERAY_API_KEY",
     "log_level": "MOERAY_LOG_LEVEL",
 }
+"""Key -> the variable that gives its value where neither a file nor a flag does."""
+SECRETS = ("wire.token", "serve.api_key")
 
 
 def _require(ok: bool, key: str, mend: str) -> None:
@@ -446,7 +448,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         tree = _read_yaml(Path(path))
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted.split("."), value)
-    for dotted, variable in _ENVIRONMENT.items():
+    for dotted, variable in ENVIRONMENT.items():
         if variable in os.environ:
             value = os.environ[variable]
             _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)

@@ -24,7 +24,7 @@ ELSEWHERE = {
     "pip install -e .": ".ci/run",
     "pip install -e '.[dev]' && pytest": ".ci/run",
     "moeray demo": "tests/cli/test_demo.py",
-    "moeray serve MODEL --config moeray.yaml --port 9000 --api-key SECRET": "tests/cli/test_serve.py",
+    "export MOERAY_API_KEY=SECRET && moeray serve MODEL --config moeray.yaml --port 9000": "tests/cli/test_serve.py",
     "serve run moeray.serve.app:build model=MODEL": "tests/cluster/test_serve_tools.py",
     "serve deploy deploy/serve.yaml": "tests/cluster/test_serve_tools.py",
     "moeray chaos --kill any --every 5s --for 60s --streams 16": "tests/cli/test_chaos.py",

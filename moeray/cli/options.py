@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
-from moeray.config import Config, load_config
+from moeray.config import ENVIRONMENT, SECRETS, Config, load_config
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -33,7 +33,7 @@ def flag_of(key: str) -> str:
 def _option(key: str, hint: Any, default: Any) -> Callable[[_F], _F]:
     args = tuple(a for a in get_args(hint) if a is not type(None)) if get_origin(hint) is not Literal else ()
     kind = args[0] if args else hint
-    kwargs: dict[str, Any] = {"default": None, "help": f"{key} [default: {default}]"}
+    kwargs: dict[str, Any] = {"default": None, "help": _help(key, default)}
     flag = flag_of(key)
     if get_origin(kind) is Literal:
         kwargs["type"] = click.Choice(get_args(kind))
@@ -42,6 +42,12 @@ def _option(key: str, hint: Any, default: Any) -> Callable[[_F], _F]:
     else:
         kwargs["type"] = kind
     return click.option(flag, _name(key), **kwargs)
+
+
+def _help(key: str, default: Any) -> str:
+    if key in SECRETS:
+        return f"{key} [default: {ENVIRONMENT[key]}, which is better: lists of processes show flags]"
+    return f"{key} [default: {ENVIRONMENT[key] + ', else ' if key in ENVIRONMENT else ''}{default}]"
 
 
 def _name(key: str) -> str:

@@ -40,9 +40,10 @@ def endpoint(tmp_path_factory):
     port = free_port()
     log = (folder / "log").open("w+")
     process = moeray(
-        "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512", "--api-key", "k3y",
+        "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512",
         "--experts-max-actors", "3", "--experts-num-cpus", "0.1", "--router-num-cpus", "0.1",
-        stdout=subprocess.PIPE, stderr=log, env={**os.environ, "MOERAY_CACHE_DIR": str(folder)},
+        stdout=subprocess.PIPE, stderr=log,
+        env={**os.environ, "MOERAY_CACHE_DIR": str(folder), "MOERAY_API_KEY": "k3y"},
     )  # fmt: skip
     line = process.stdout.readline()
     assert "serving" in line, Path(log.name).read_text()[-3000:]
