@@ -23,8 +23,11 @@ CONNECT_S = 5.0
 
 @dataclass(eq=False)
 class _Stream:
+    """`stopped`: whoever reads it has found a stop string, so its early end is no abort."""
+
     attempt: int
     link: Link
+    stopped: bool = False
     items: asyncio.Queue[TokenOutput | MoerayError] = field(default_factory=asyncio.Queue)
 
 
@@ -76,7 +79,12 @@ class RouterClient:
             self._leave(request.request_id, stream)
             if not finished:
                 named = {"request_id": request.request_id, "attempt": request.attempt}
-                stream.link.put(Frame(Op.ABORT, meta=named))
+                stream.link.put(Frame(Op.ABORT, meta={**named, "stopped": stream.stopped}))
+
+    def stopped(self, request_id: str) -> None:
+        """The text of a request has come to a stop string: when its iterator is closed now, it has ended by STOP."""
+        if stream := self._streams.get(request_id):
+            stream.stopped = True
 
     async def _submit(self, request: GenerationRequest) -> _Stream:
         link = await self.open()

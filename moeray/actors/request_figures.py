@@ -45,17 +45,15 @@ class RequestFigures:
         life.first_token = life.first_token or now
         life.last_token = now
 
-    def aborted(self) -> None:
-        """Nobody waits for it any more."""
-        self._ends[FinishReason.ABORT].add()
-
     def end(self, life: Life, reason: FinishReason, now: float) -> None:
-        """It has ended, with all its tokens or an error."""
+        """It has ended: with all its tokens, with an error, or (ABORT) because nobody waits for it any more."""
         self._ends[reason].add()
+        if reason is FinishReason.ABORT:
+            return
         self._latency.observe(now - life.arrived)
         self._prompt_tokens.observe(life.prompt_tokens)
         self._generation_tokens.observe(life.tokens)
-        if reason not in (FinishReason.ERROR, FinishReason.ABORT) and life.first_token is not None:
+        if reason is not FinishReason.ERROR and life.first_token is not None:
             late = self.objectives.late(life.first_token - life.arrived, now - life.arrived, life.given)
             self.ended += 1
             self.late += late

@@ -72,9 +72,15 @@ class StepLoop:
         self._inbox.put(lambda: self._submit(frame, outbox))
 
     def abort(self, frame: Frame, outbox: Outbox) -> None:
-        """An ABORT frame: it ends the attempt that it names, if that one is the channel's own."""
+        """An ABORT frame: it ends the attempt that it names, if that one is the channel's own; `stopped` says that
+        the ingress has found a stop string in the text, which is an end like any other."""
         request_id, attempt = str(frame.meta.get("request_id")), frame.meta.get("attempt")
-        self._inbox.put(lambda: self._abort_if(request_id, lambda r: r.outbox is outbox and r.attempt == attempt))
+        reason = FinishReason.STOP if frame.meta.get("stopped") else FinishReason.ABORT
+
+        def own(request: _Request) -> bool:
+            return request.outbox is outbox and request.attempt == attempt
+
+        self._inbox.put(lambda: self._abort_if(request_id, own, reason))
 
     def abandon(self, outbox: Outbox) -> None:
         """The channel has ended: nobody waits for its requests."""
@@ -152,14 +158,19 @@ class StepLoop:
         request_log.taken(request)
         outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
 
-    def _abort_if(self, request_id: str, fits: Callable[[_Request], bool]) -> None:
+    def _abort_if(
+        self, request_id: str, fits: Callable[[_Request], bool], reason: FinishReason = FinishReason.ABORT
+    ) -> None:
         assert self._engine is not None
         request = self._requests.get(request_id)
         if request is not None and fits(request):
             if self._engine.abort(request_id):
-                self._figures.aborted()
-                request_log.ended(request.life, FinishReason.ABORT, time.monotonic())
+                self._ended(request.life, reason, time.monotonic())
             self._forget(request_id)
+
+    def _ended(self, life: Life, reason: FinishReason, now: float, error: str | None = None) -> None:
+        self._figures.end(life, reason, now)
+        request_log.ended(life, reason, now, error)
 
     def _abort_all(self, fits: Callable[[_Request], bool]) -> None:
         for request_id in list(self._requests):
@@ -203,8 +214,7 @@ class StepLoop:
                 request.life.cached_tokens = output.cached_tokens
                 self._figures.token(request.life, len(output.token_ids), now)
             if output.finish_reason is not None:
-                self._figures.end(request.life, output.finish_reason, now)
-                request_log.ended(request.life, output.finish_reason, now, output.error)
+                self._ended(request.life, output.finish_reason, now, output.error)
                 ended.append(output.request_id)
         for outbox, trees in by_outbox.items():
             outbox.put(Frame(Op.STEP, meta={"outputs": trees}))

@@ -55,6 +55,9 @@ class WatchedBackend:
                 self._tally.generated += len(output.token_ids)
                 yield output
 
+    def stopped(self, request_id: str) -> None:
+        self._backend.stopped(request_id)
+
 
 class BatchJob:
     """Used once, on one event loop. `concurrency`: sequences in flight, and lines held in memory, at most.

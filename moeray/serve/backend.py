@@ -56,6 +56,10 @@ class Backend(Protocol):
         """
         ...
 
+    def stopped(self, request_id: str) -> None:
+        """The text has come to a stop string: when its outputs are closed now, the sequence counts as ended by STOP."""
+        ...
+
 
 class ObservedBackend(Backend, Protocol):
     """One that also tells of the system behind it."""

@@ -149,6 +149,8 @@ class Generation:
                     if (delta := run.advance(output)) is not None:
                         await queue.put(delta)
                     if run.finished:
+                        if output.finish_reason is None:
+                            self._backend.stopped(output.request_id)
                         break
                 else:
                     raise GenerationFailedError("the sequence's stream ended without a reason")

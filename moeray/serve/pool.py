@@ -125,6 +125,11 @@ class RouterPool:
                 await self._stand_aside(request, refusal, until)
                 full.clear()
 
+    def stopped(self, request_id: str) -> None:
+        """The text of a request has come to a stop string; its outputs are about to be closed."""
+        for router in {*self._routers.values(), *self._staying}:
+            router.client.stopped(request_id)
+
     async def _acquire(self, until: float, full: set[_Router]) -> _Router:
         """The usable router with the fewest of our requests; waits for one. Raises RouterLostError at the deadline."""
         while True:

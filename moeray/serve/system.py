@@ -174,6 +174,9 @@ class SystemBackend:
             async for output in stream:
                 yield output
 
+    def stopped(self, request_id: str) -> None:
+        self._pool.stopped(request_id)
+
     async def status(self) -> dict[str, Any]:
         return dict(await self._controller.call("status"))
 

@@ -216,7 +216,8 @@ def test_a_request_too_large_for_a_frame_fails_alone(folder):
     run(Script(answer), folder, test)
 
 
-def test_an_abort_names_its_attempt(folder):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_abort_names_its_attempt_and_whether_a_stop_string_was_found(folder, stopped):
     def answer(frame, channel):
         if frame.op is Op.SUBMIT:
             channel.send(step(TokenOutput("r", 3, (7,))))
@@ -224,11 +225,12 @@ def test_an_abort_names_its_attempt(folder):
     async def test(client):
         stream = client.generate(request("r", attempt=3))
         await anext(stream)
+        client.stopped("r" if stopped else "another")
         await stream.aclose()
         return await asyncio.to_thread(script.next, Op.ABORT)
 
     script = Script(answer)
-    assert run(script, folder, test).meta == {"request_id": "r", "attempt": 3}
+    assert run(script, folder, test).meta == {"request_id": "r", "attempt": 3, "stopped": stopped}
 
 
 def test_a_router_that_is_not_there(folder):

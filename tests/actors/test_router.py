@@ -103,8 +103,15 @@ def test_a_report_counts_the_requests_that_missed_an_objective(model):
         submit(channel, request("b"))
         next(outputs(channel))
         channel.send(Frame(Op.ABORT, 2, meta={"request_id": "b", "attempt": 0}))
+        submit(channel, request("c"))
+        next(output for output in outputs(channel) if output.request_id == "c")
+        channel.send(Frame(Op.ABORT, 3, meta={"request_id": "c", "attempt": 0, "stopped": True}))
+        submit(channel, request("d", max_tokens=2))
+        until_end(channel)  # so the loop has seen the others' ends
         after = stats(channel)
-        assert (after.requests, after.late) == (1, 1)  # one that its client gave up says nothing
+        assert (after.requests, after.late) == (3, 3)  # "b", which its client gave up, says nothing
+        ends = after.metrics["moeray_request_success_total"]
+        assert {key[-1]: count for key, count in ends.items() if count} == {"length": 2, "abort": 1, "stop": 1}
 
 
 def test_a_report_does_not_wait_for_the_step_that_waits_for_an_expert(fleet):

@@ -70,6 +70,7 @@ class EchoBackend:
     gather: int = 0
     requests: list[GenerationRequest] = field(default_factory=list)
     held: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    stop_strings: list[str] = field(default_factory=list)
     closed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     open: int = 0
     looks: int = 0
@@ -87,6 +88,9 @@ class EchoBackend:
         finally:
             self.open -= 1
             self.closed.release()
+
+    def stopped(self, request_id: str) -> None:
+        self.stop_strings.append(request_id)
 
     async def _outputs(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
         while self.most_open < self.gather:

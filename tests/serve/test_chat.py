@@ -53,6 +53,7 @@ def test_a_stop_string_ends_the_sequence_and_counts_its_tokens(ai, backend):
     assert answer.choices[0].message.content == "h "
     assert answer.choices[0].finish_reason == "stop"
     assert backend.closed.acquire(timeout=10)
+    assert backend.stop_strings == [backend.requests[-1].request_id]
     assert answer.usage.completion_tokens == 3  # with the one that ended it
 
 
