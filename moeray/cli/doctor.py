@@ -7,14 +7,14 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.ray_address import unreachable
+from moeray.cli.ray_address import astray, unreachable
 from moeray.config import Config, default_cache_dir, load_config
 from moeray.errors import ConfigError, MoerayError
 
@@ -27,9 +27,10 @@ _MARKS = {"ok": "[green]✓", "warn": "[yellow]![/]", "fail": "[bold red]✗", "
 @click.command("doctor")
 @click.argument("model", required=False)
 @click.option("--config", "config_file", type=click.Path(), help="The YAML file that moeray is to run with.")
+@click.option("--port", type=int, help="The endpoint's port, as for `moeray serve` [default: the config's].")
 @click.option("--address", help="The Ray cluster's address [default: RAY_ADDRESS, else the local one].")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def command(model: str | None, config_file: str | None, address: str | None, output: str) -> None:
+def command(model: str | None, config_file: str | None, port: int | None, address: str | None, output: str) -> None:
     """Check this machine, its Ray cluster where there is one, and MODEL where one is named.
 
     Ends with 1 where something has to be mended before moeray can run.
@@ -37,7 +38,7 @@ def command(model: str | None, config_file: str | None, address: str | None, out
     from rich.console import Console
 
     with Console(stderr=True).status("looking at this machine and at Ray ..."):
-        findings = list(_examine(model, config_file, address))
+        findings = list(_examine({"model": model, "serve.port": port}, config_file, address))
     healthy = all(finding.verdict != "fail" for finding in findings)
     if output == "json":
         click.echo(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
@@ -47,21 +48,22 @@ def command(model: str | None, config_file: str | None, address: str | None, out
         raise MoerayError("what is marked ✗ is to be mended")
 
 
-def _examine(model: str | None, config_file: str | None, address: str | None) -> Iterator[Finding]:
+def _examine(flags: Mapping[str, Any], config_file: str | None, address: str | None) -> Iterator[Finding]:
     from moeray.cli.checks import cluster, nodes
     from moeray.cli.checks.finding import failed_by, ok
     from moeray.cli.checks.gather import surveying
 
+    given = {key: value for key, value in flags.items() if value is not None}
     try:
-        config = load_config(config_file, {"model": model} if model else None)
+        config = load_config(config_file, given)
         yield ok("config", config_file or "the defaults")
     except ConfigError as error:
-        config = Config(model=model or "")
+        config = Config(model=given.get("model", ""))
         yield failed_by("config", error)
-    lost = unreachable(address)
-    if lost is not None:
+    lost, stray = unreachable(address), astray(address)
+    if lost or stray:
         yield from _examine_here(config)
-        survey = {"error": lost}
+        survey = {"error": lost} if lost else {"absent": f"{stray}; `moeray serve` starts a cluster of its own"}
     else:
         with surveying(address) as asked:
             yield from _examine_here(config)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 REACH_S = 3.0
+"""For an address to answer."""
 
 
 def left_by_ray_start() -> Path:
@@ -31,6 +33,27 @@ def unreachable(address: str | None) -> str | None:
     except (OSError, OverflowError) as error:
         return f"nothing answers at {address}: {getattr(error, 'strerror', None) or error}"
     return None
+
+
+def astray(address: str | None) -> str | None:
+    """Why no raylet on this machine leads to a cluster, where Ray would join any that runs here: it sees those of
+    containers and of dead heads, too. None where one does or none runs, and where a cluster is named."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "auto" or left_by_ray_start().exists():
+        return None
+    reasons = [unreachable(head) for head in sorted(set(_of_raylets()))]
+    return f"{reasons[0]}, where a raylet on this machine has its head" if reasons and all(reasons) else None
+
+
+def _of_raylets() -> Iterator[str]:
+    """Where the raylets on this machine have their heads, found as Ray finds them."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if "raylet" in Path(command[0]).name:
+            words = " ".join(command).split()
+            yield from (word.partition("=")[2] for word in words if word.startswith("--gcs-address="))
 
 
 def _left_over(file: Path) -> str | None:

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from moeray.cli.ray_address import unreachable
+from moeray.cli.ray_address import astray, unreachable
 from moeray.config import Config
 from moeray.logs import setup_logging
 from moeray.serve.system import SystemBackend
@@ -118,7 +118,7 @@ def connect_ray(config: Config | None = None, **options: Any) -> None:
     if config and config.log_format == "json":  # what other libraries say in our processes, too
         options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
-        _check_reachable(None)
+        _refuse(unreachable(None))
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
     setup_logging(config)
 
@@ -137,7 +137,7 @@ def connect(address: str | None) -> None:
 
     from moeray.errors import MoerayError
 
-    _check_reachable(address)
+    _refuse(unreachable(address) or astray(address))
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
@@ -146,8 +146,8 @@ def connect(address: str | None) -> None:
         ) from error
 
 
-def _check_reachable(address: str | None) -> None:
+def _refuse(reason: str | None) -> None:
     from moeray.errors import MoerayError
 
-    if reason := unreachable(address):
+    if reason is not None:
         raise MoerayError(f"no Ray cluster: {reason}; name another by --address or RAY_ADDRESS (local: one of its own)")

@@ -136,7 +136,7 @@ FAR = NODE | {"address": "10.0.0.2"}
 @pytest.mark.parametrize(
     ("name", "survey", "verdict", "words"),
     [
-        ("ray", {"absent": "no cluster"}, "skipped", "ray start --head"),
+        ("ray", {"absent": "no Ray cluster runs here"}, "skipped", "no Ray cluster runs here"),
         ("ray", {"error": "nothing answers at 10.0.0.1:6379"}, "fail", "RAY_ADDRESS"),
         ("ray", [NODE, FAR], "ok", "2 nodes, 16 CPUs"),
         ("nodes", [NODE, FAR], "ok", ""),
@@ -262,13 +262,13 @@ def doctor(env: dict[str, str], *args: str, code: str = "", **options) -> tuple[
 
 
 def test_green_on_a_fresh_machine(lonely, tmp_path):
-    config = tmp_path / "moeray.yaml"
-    config.write_text(f"serve: {{port: {_free_port()}}}")
-    code, found, err = doctor(lonely, str(make_tiny("olmoe", tmp_path / "tiny")), "--config", str(config))
+    port = _free_port()
+    code, found, err = doctor(lonely, str(make_tiny("olmoe", tmp_path / "tiny")), "--port", str(port))
     red = {name: finding for name, finding in found.items() if finding["verdict"] == "fail"}
     assert (code, red) == (0, {}), err
     assert found["model"]["verdict"] == "ok"
     assert found["ray"]["verdict"] == "skipped"
+    assert str(port) in found["port"]["what"]
     assert found["packages"]["what"].startswith("torch ")
 
 

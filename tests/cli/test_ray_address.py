@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from moeray.cli.ray_address import left_by_ray_start, unreachable
+from moeray.cli.ray_address import astray, left_by_ray_start, unreachable
 
 
 @pytest.fixture
@@ -43,6 +44,29 @@ def test_addresses_that_ray_is_asked_for(folder):
 def test_no_cluster_was_ever_started(folder):
     assert unreachable(None) is None
     assert unreachable("auto") is None
+
+
+@contextlib.contextmanager
+def raylet(head: str):
+    """A process that looks like a raylet of the cluster at `head`."""
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    command = ["/x/raylet/raylet", "-c", code, f"--gcs-address={head}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, executable=sys.executable, **pipes) as process:
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
+def test_raylets_whose_cluster_cannot_be_reached_from_here(folder, monkeypatch):
+    """Where none is named, Ray joins any that it sees; one of another network namespace would hold it for a minute."""
+    with raylet("127.0.0.1:1"):
+        assert "nothing answers at 127.0.0.1:1" in (astray(None) or "")
+        assert astray("127.0.0.1:2") is None
+        with socket.create_server(("127.0.0.1", 0)) as held, raylet(f"127.0.0.1:{held.getsockname()[1]}"):
+            assert astray(None) is None
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:3")
+        assert astray(None) is None
 
 
 @pytest.mark.parametrize("command", [["status"], ["serve", "no-model"]])

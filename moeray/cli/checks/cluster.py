@@ -14,11 +14,10 @@ _ALIKE = ("python", "ray", "moeray", "code", "torch", "transformers")
 
 
 def examine(survey: Mapping[str, Any], here: Mapping[str, Any], wire_host: str, grpc: bool) -> list[Finding]:
-    """`survey`: `address` and `nodes`, or `error` (no cluster where one was named), or `absent` (none was named, none
-    runs). `here`: the facts of this machine."""
+    """`survey`: `address` and `nodes`, or `error` (no cluster where one was named), or `absent` (none was named, and
+    why there is none here). `here`: the facts of this machine."""
     if "absent" in survey:
-        why = "no Ray cluster runs here; `moeray serve` starts one, `ray start --head` one that stays"
-        return [skipped("ray", why)]
+        return [skipped("ray", survey["absent"])]
     if "error" in survey:
         mend = "see RAY_ADDRESS or --address (`ray start --head` prints HOST:PORT), the network, and `ray status` there"
         return [fail("ray", survey["error"], mend)]

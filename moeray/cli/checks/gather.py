@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import psutil
 
+from moeray.cli.ray_address import REACH_S
 from moeray.config import Config
 from moeray.errors import WireError
 
 SURVEY_S = 60.0
-REACH_S = 3.0
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
