@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -176,7 +177,7 @@ async def _kill_on(
         victim = await kill(rng.choice(KINDS) if plan.kill == "any" else plan.kill)
         if victim is not None:
             mending.append(asyncio.create_task(_mend(Kill(victim, time.monotonic() - began), whole, began)))
-        report("kills", len(mending), int(plan.for_s / plan.every_s) - 1)
+        report("kills", len(mending), math.ceil(plan.for_s / plan.every_s) - 1)
     return list(await asyncio.gather(*mending))
 
 

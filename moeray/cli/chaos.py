@@ -21,7 +21,7 @@ from moeray.cli.options import config_of, config_options
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
-    from moeray.bench.chaos import ChaosPlan
+    from moeray.bench.chaos import ChaosPlan, Result
     from moeray.config import Config
     from moeray.serve.system import SystemBackend
 
@@ -54,7 +54,7 @@ def command(
 
     Where no MODEL is named, a small random checkpoint is made. It starts a system of its own (two replicas of each
     expert and a warm pool of one, unless told otherwise) and stops it. Exits 1 when a request was lost or a token
-    changed.
+    changed. What is lost and moved on the way is what it is for, so it is counted; --log-level debug shows it all.
     """
     from moeray.bench.chaos import ChaosPlan, summary
     from moeray.bench.checkpoint import write_small_moe
@@ -64,9 +64,9 @@ def command(
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
         config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)
-        with _stdout_to_stderr():
-            result = asyncio.run(_run(config, plan, SIGNALS[how], report))
-    figures = summary(result)
+        with _ray_keeps_off_stdout(quiet=config.log_level != "debug"):
+            result, moved = asyncio.run(_run(config, plan, SIGNALS[how], report))
+    figures = summary(result) | {"moved_requests": moved}
     if output == "json":
         click.echo(json.dumps(figures))
     else:
@@ -76,13 +76,15 @@ def command(
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Ray tells of every worker that dies on stdout, which is the result's; until Ray is left, it goes to stderr."""
+def _ray_keeps_off_stdout(quiet: bool) -> Iterator[None]:
+    """Ray tells of every worker that dies on stdout, which is the result's; until Ray is left, that goes to stderr, or
+    nowhere."""
     import ray
 
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    kept, other = os.dup(1), os.open(os.devnull, os.O_WRONLY) if quiet else os.dup(2)
+    os.dup2(other, 1)
+    os.close(other)
     try:
         yield
     finally:
@@ -92,14 +94,21 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-async def _run(config: Config, plan: ChaosPlan, number: int, report: Callable[[str, int, int], None]) -> Any:
+async def _run(
+    config: Config, plan: ChaosPlan, number: int, report: Callable[[str, int, int], None]
+) -> tuple[Result, int]:
+    """The result, and how many requests went on at another router."""
     from moeray.bench.chaos import run_chaos
     from moeray.cli.session import ray_system
+    from moeray.logs import setup_logging
 
     async with ray_system(config) as backend:
         assert backend.model is not None
+        if config.log_level != "debug":
+            setup_logging(replace(config, log_level="error"))  # of this process alone
         fitting = replace(plan, vocab=min(backend.model.vocab_size, 32000))
-        return await run_chaos(backend, _killer(backend, number, plan.seed), lambda: _whole(backend), fitting, report)
+        result = await run_chaos(backend, _killer(backend, number, plan.seed), lambda: _whole(backend), fitting, report)
+        return result, int(sum(backend.reading().values["moeray_requests_moved_total"].values()))
 
 
 def _killer(backend: SystemBackend, number: int, seed: int) -> Callable[[str], Awaitable[str | None]]:
@@ -160,7 +169,8 @@ def _print(plan: ChaosPlan, figures: dict[str, Any]) -> None:
 
 
 _LINES = {
-    "requests": "requests", "lost_requests": "lost requests", "changed_tokens": "changed tokens", "tokens": "tokens",
+    "requests": "requests", "lost_requests": "lost requests", "changed_tokens": "changed tokens", "moved_requests":
+    "requests that went on at another router", "tokens": "tokens",
     "tokens_per_second": "tokens/s", "calm_gap_p99_seconds": "gap between tokens without kills, p99 (s)",
     "stall_p50_seconds": "longest gap per kill and stream, p50 (s)", "stall_p99_seconds": "p99 (s)",
     "stall_max_seconds": "maximum (s)", "recovery_p50_seconds": "until all is whole again, p50 (s)",
