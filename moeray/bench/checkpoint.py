@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from moeray.model.bars import without_bars
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -53,7 +55,8 @@ def write_random_moe(
                 weight.normal_(0.0, scale)
     if steering is not None:
         _steer(model, steering)
-    model.to(dtype).save_pretrained(folder)
+    with without_bars():
+        model.to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -56,7 +56,9 @@ def peer(name: str, python: str, model: str, threads: int) -> Iterator[Peer]:
     if name not in PEERS:
         raise MoerayError(f"--against {name}: there is no such peer; there are {', '.join(PEERS)}")
     command = [python, "-P", str(_FOLDER / f"peer_{name}.py"), model]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     except OSError as error:

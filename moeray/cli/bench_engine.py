@@ -71,21 +71,20 @@ def command(
     if output == "json":
         click.echo(json.dumps(result))
     else:
-        _print(result)
+        show(result)
 
 
-def _print(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
+    """Print the rates, then the budgets."""
     from rich.console import Console
-    from rich.table import Table
+
+    from moeray.cli.tables import narrow
 
     console = Console()
-    speed = Table(title=f"tokens/s of {result['model']}; ratios are moeray's to it", title_justify="left")
-    for column in ("batch", "engine", "prefill", "decode", "prefill ratio", "decode ratio"):
-        speed.add_column(column, justify="right")
+    title = f"tokens/s of {result['model']}; ratios are moeray's to it"
+    speed = narrow(title, "batch", "engine", "prefill", "decode", "prefill ratio", "decode ratio")
     parts = ("step", "trunk", "gate", "dispatch", "experts", "combine", "sampling", "other")
-    budget = Table(title="a decode step, ms; tax: the part that dispatching takes", title_justify="left")
-    for column in ("batch", "engine", *parts, "tax"):
-        budget.add_column(column, justify="right")
+    budget = narrow("a decode step, ms; tax: the part that dispatching takes", "batch", "engine", *parts, "tax")
     for row in result["rows"]:
         for name, figures in row.items():
             if name == "batch":
@@ -94,9 +93,15 @@ def _print(result: dict[str, Any]) -> None:
             rates = [f"{figures['prefill_tok_s']:.0f}", f"{figures['decode_tok_s']:.1f}"]
             speed.add_row(str(row["batch"]), name, *rates, *ratios)
             if spent := figures.get("budget"):
-                times = [f"{spent[f'{part}_ms']:.1f}" for part in parts]
-                budget.add_row(str(row["batch"]), name, *times, f"{spent['tax']:.1%}")
+                times = [_ms(spent[f"{part}_ms"]) for part in parts]
+                budget.add_row(str(row["batch"]), name, *times, f"{spent['tax']:.0%}")
     console.print(speed)
+    console.print()
     console.print(budget)
+    console.print()
     where = result["environment"]
     console.print(f"on {where['cpu']}, {where['cores']} cores, load average {result['load_average']:.1f}")
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"

@@ -56,7 +56,7 @@ def command(
     if output == "json":
         click.echo(json.dumps(result))
     else:
-        _print(result)
+        show(result)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -69,30 +69,30 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _print(result: dict[str, Any]) -> None:
-    from rich import box
+def show(result: dict[str, Any]) -> None:
+    """Print the table, and what its columns mean."""
     from rich.console import Console
-    from rich.table import Table
+
+    from moeray.cli.tables import narrow
 
     plan = result["plan"]
     title = (
         f"{plan['distinct']} experts of {plan['hidden']}x{plan['intermediate']} a forward, bf16 rows, "
         f"{result['machine']}; best of 3 x {plan['repeat']}"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("weights", "kernel", "rows", "threads", "ms", "median", "GB/s", "GFLOP/s", "roofline", "error"):
-        table.add_column(column, justify="right")
+    columns = ("weights", "kernel", "rows", "threads", "ms", "median", "GB/s", "GFLOP/s", "roofline", "error")
+    table = narrow(title, *columns)
     for f in result["figures"]:
         table.add_row(
             f["format"], f["kernel"], str(f["rows"]), str(f["threads"]),
-            f"{1e3 * f['seconds']:.2f}", f"{1e3 * f['median_s']:.2f}",
-            f"{f['gb_per_s']:.1f} ({f['gb_per_s'] / f['read_gb_per_s']:.0%})",
-            f"{f['gflop_per_s']:.0f} ({f['gflop_per_s'] / f['peak_gflop_per_s']:.0%})",
+            f"{1e3 * f['seconds']:.4g}", f"{1e3 * f['median_s']:.4g}",
+            f"{f['gb_per_s']:.1f} {f['gb_per_s'] / f['read_gb_per_s']:4.0%}",
+            f"{f['gflop_per_s']:.0f} {f['gflop_per_s'] / f['peak_gflop_per_s']:4.0%}",
             f"{f['roofline']:.0%}", f"{f['error']:.4f}",
         )  # fmt: skip
     console = Console()
     console.print(table)
     console.print(
-        f"rows: of each expert; (%): of what reading memory, or multiplying in {result['multiplies']}, reaches at most"
+        f"rows: of each expert; %: of what reading memory, or multiplying in {result['multiplies']}, reaches at most"
     )
     console.print(f"on {result['environment']['cpu']}, {result['environment']['cores']} cores")

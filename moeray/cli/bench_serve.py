@@ -51,7 +51,7 @@ def command(
     if output == "json":
         click.echo(json.dumps(result))
     else:
-        _print(result)
+        show(result)
     if any(row[name]["errors"] for row in result["rows"] for name in endpoints):
         raise SystemExit(1)
 
@@ -60,18 +60,19 @@ def _level(row: dict[str, Any]) -> str:
     return f"{row['concurrency']} at once" if row["rate"] is None else f"{row['rate']:g}/s"
 
 
-def _print(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
+    """Print the table, and what went wrong above it."""
     from rich.console import Console
-    from rich.table import Table
+
+    from moeray.cli.tables import narrow
 
     console, asked = Console(), result["requests"]
-    table = Table(
-        title=f"{asked['count']} requests of {asked['prompt']} tokens, {asked['output']} generated; times in ms",
-        title_justify="left",
+    title = (
+        f"{asked['count']} requests of {asked['prompt']} tokens, {asked['output']} generated; ms to the first token "
+        "(TTFT) and between tokens (TPOT)"
     )
-    columns = ("load", "endpoint", "requests/s", "tokens/s", "first token p50", "p99", "between p50", "p99", "errors")
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = ("load", "endpoint", "req/s", "tokens/s", "TTFT p50", "p99", "TPOT p50", "p99", "errors")
+    table = narrow(title, *columns)
     for row in result["rows"]:
         for name in result["endpoints"]:
             figures = row[name]

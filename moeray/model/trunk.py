@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moeray.config import EngineConfig, Kernel, LinearKernel
 from moeray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeray.model import attention, kernels
+from moeray.model.bars import without_bars
 from moeray.model.checkpoint import Checkpoint
 from moeray.model.family import Family, is_experts, model_class, without_experts
 from moeray.model.fusing import fuse
@@ -116,14 +117,15 @@ class Trunk:
         native = attends_natively(engine.attention, dtype, device)
         linear = choose_linear(engine.linear, dtype, device)
         trunk_class = without_experts(model_class(checkpoint.config))
-        model, info = trunk_class.from_pretrained(
-            None,
-            config=checkpoint.config,
-            state_dict=weights.trunk_state_dict(dtype),
-            dtype=dtype,
-            device_map={"": str(device)} if device.type != "cpu" else None,
-            output_loading_info=True,
-        )
+        with without_bars():
+            model, info = trunk_class.from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=weights.trunk_state_dict(dtype),
+                dtype=dtype,
+                device_map={"": str(device)} if device.type != "cpu" else None,
+                output_loading_info=True,
+            )
         for kind in ("missing_keys", "mismatched_keys"):
             if info[kind]:
                 raise CheckpointError(

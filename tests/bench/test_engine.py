@@ -22,6 +22,7 @@ def bench(*args):
     command = [sys.executable, "-m", "moeray.cli.main", "bench", "engine", *map(str, args), "--output", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Loading weights" not in done.stderr  # transformers' bars, which would be drawn over ours
     return json.loads(done.stdout)
 
 
