@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from moeray.config import ExpertGroupConfig, RouterConfig
 from moeray.errors import PlacementError
 
+_LESS = {
+    "CPU": "experts.actors or experts.threads (each thread asks for half a CPU), or set experts.num_cpus",
+    "GPU": "the actors or their num_gpus",
+}
+"""Resource -> what to lower where it is too little."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -59,6 +65,6 @@ def check_fits(requests: Sequence[Request], total: Mapping[str, float]) -> None:
         if amount > total.get(name, 0.0) + 1e-6:
             raise PlacementError(
                 f"the actors ask for {amount:g} {name} but the Ray cluster has {total.get(name, 0.0):g}; "
-                f"add nodes, or lower actors or num_{name.lower()}s in the config "
+                f"add nodes, or lower {_LESS.get(name, f'the actors or their resources: {name}')} "
                 "(where Ray's autoscaler adds nodes, set control.check_room to false)"
             )

@@ -31,9 +31,9 @@ def test_what_a_router_asks_for():
 @pytest.mark.parametrize(
     ("requests", "total", "words"),
     [
-        ([Request("cpu", 2, 0)] * 2, {"CPU": 3}, "4 CPU .* has 3"),
-        ([Request("cuda", 0, 0.5)], {"CPU": 3}, "0.5 GPU .* has 0"),
-        ([Request("cpu", 0, 0, {"spot": 1})], {"CPU": 1}, "1 spot .* has 0"),
+        ([Request("cpu", 2, 0)] * 2, {"CPU": 3}, r"4 CPU .* has 3; .*lower experts\.actors or experts\.threads"),
+        ([Request("cuda", 0, 0.5)], {"CPU": 3}, "0.5 GPU .* has 0; .*num_gpus"),
+        ([Request("cpu", 0, 0, {"spot": 1})], {"CPU": 1}, "1 spot .* has 0; .*resources: spot"),
     ],
 )
 def test_what_cannot_fit_is_named(requests, total, words):
