@@ -30,7 +30,7 @@ _DEFAULTS = {
 @click.option("--in-process", is_flag=True, help="Run the same engine with its experts in process too, in alternation.")
 @click.option("--grpc", is_flag=True, help="Run it over gRPC too, as between nodes, in alternation.")
 @click.option("--against", multiple=True, metavar="PEER=PYTHON", help="vllm or transformers, run in alternation.")
-@click.option("--plot", type=click.Path(), help="Write the budgets as a PNG.")
+@click.option("--plot", type=click.Path(), help="Write the budgets as a PNG (with moeray[plot]).")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options
 def command(

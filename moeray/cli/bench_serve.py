@@ -24,7 +24,7 @@ from moeray.cli.progress import progress
 @click.option("--model", help="[default: the first that the endpoint lists]")
 @click.option("--api-key", envvar="MOERAY_API_KEY", help="[default: MOERAY_API_KEY]")
 @click.option("--against", metavar="URL", help="Another endpoint, measured in alternation.")
-@click.option("--plot", type=click.Path(), help="Write the curves as a PNG.")
+@click.option("--plot", type=click.Path(), help="Write the curves as a PNG (with moeray[plot]).")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(
     url: str, concurrency: str, rates: str | None, count: int, prompt_tokens: int, output_tokens: int, vocab: int,

@@ -11,7 +11,7 @@ import click
 @click.command("dashboards")
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--datasource", default="", help="The uid of the Prometheus that they show at first.")
-@click.option("--draw", metavar="URL", help="Draw them as PNGs instead, from the data of the Prometheus at URL.")
+@click.option("--draw", metavar="URL", help="Draw them as PNGs (with moeray[plot]), from the Prometheus at URL.")
 @click.option("--minutes", type=float, default=60.0, show_default=True, help="The span that is drawn, up to now.")
 @click.option("--scrape", type=float, default=15.0, show_default=True, help="Prometheus' scrape interval, in seconds.")
 def command(out: Path, datasource: str, draw: str | None, minutes: float, scrape: float) -> None:
@@ -29,7 +29,7 @@ def _draw_all(out: Path, url: str, seconds: float, scrape_s: float) -> list[Path
     from moeray.cli.plots import require_matplotlib
     from moeray.dashboards.catalog import DASHBOARDS
 
-    require_matplotlib()
+    require_matplotlib("--draw")
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     with Prometheus(url) as prometheus:

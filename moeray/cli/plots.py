@@ -14,10 +14,10 @@ from moeray.control.trace import Trace
 from moeray.errors import MoerayError
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(flag: str = "--plot") -> None:
     """Raises MoerayError where it is not installed."""
     if find_spec("matplotlib") is None:
-        raise MoerayError("--plot needs matplotlib; install it with `pip install 'moeray[plot]'`")
+        raise MoerayError(f"{flag} needs matplotlib; install it with `pip install 'moeray[plot]'`")
 
 
 def write_plots(result: Comparison, trace: Trace, folder: str | Path) -> None:

@@ -51,7 +51,7 @@ CONTROL = {"policies": ("latency", "hot_experts"), "max_growth": 4.0, "interval_
 @click.option("--minutes", type=POSITIVE, help="How many minutes of the trace [default: all].")
 @click.option("--oracle-interval", type=POSITIVE, default=INTERVAL_S, show_default=True, help="Seconds.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--plot", "plot_dir", type=click.Path(), help="Folder for PNG and CSV files.")
+@click.option("--plot", "plot_dir", type=click.Path(), help="Folder for PNG and CSV files (with moeray[plot]).")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(trace_file: str, plot_dir: str | None, output: str, **flags: Any) -> None:
     """Replay a trace in a simulation of the live policies and placement, beside the best static placement.

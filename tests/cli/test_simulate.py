@@ -64,8 +64,11 @@ def test_plots_come_with_their_numbers(trace, tmp_path):
 
 def test_without_matplotlib_one_line_says_what_to_install(trace, tmp_path, monkeypatch):
     monkeypatch.setattr("moeray.cli.plots.find_spec", lambda name: None)
-    with pytest.raises(MoerayError, match=r"moeray\[plot\]"):
+    with pytest.raises(MoerayError, match=r"--plot needs .*moeray\[plot\]"):
         simulate("--trace", trace, "--plot", str(tmp_path))
+    draw = ["dashboards", str(tmp_path), "--draw", "http://127.0.0.1:1"]
+    with pytest.raises(MoerayError, match=r"--draw needs .*moeray\[plot\]"):
+        CliRunner().invoke(cli, draw, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
