@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from dataclasses import replace
 
 import httpx
 import openai
@@ -259,6 +260,11 @@ def test_refusals_of_the_backend(http, backend, refusal, status, retry_after, st
     assert reply.headers.get("retry-after") == retry_after
     assert "secret" not in reply.text
     assert reply.headers["x-request-id"]
+
+
+def test_a_model_without_a_tokenizer_says_so(http, backend, tmp_path):
+    backend.model = replace(backend.model, metadata_dir=tmp_path)
+    assert "no usable tokenizer" in error_of(http.post(TEXT_PATH, json=TEXT), 500)["message"]
 
 
 def test_loading_and_failed(http, backend):
