@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moeray.config import Config
@@ -23,6 +23,10 @@ class DatedConfig:
 
     config: Config
     since: float = 0.0
+
+    def public(self) -> DatedConfig:
+        """As actors get it: the token travels beside it."""
+        return replace(self, config=replace(self.config, wire=replace(self.config.wire, token=None)))
 
 
 @dataclass(frozen=True)

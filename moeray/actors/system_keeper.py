@@ -1,0 +1,252 @@
+"""Keeps the system as it is wanted: hears of its actors, decides, and has the fleet and the placement follow.
+
+Owned by the controller's loop, on whose thread everything here runs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from moeray.actors.accounts import Accounts
+from moeray.actors.adoption import Found
+from moeray.actors.audit import Audit
+from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
+from moeray.actors.controller_metrics import ControllerMetrics
+from moeray.actors.fleet_keeper import FleetKeeper
+from moeray.actors.hosting import Cluster
+from moeray.actors.loop import Loop
+from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
+from moeray.actors.readiness import Readiness
+from moeray.actors.roster import Actor, Roster
+from moeray.actors.spec import DatedConfig, SystemInfo
+from moeray.actors.standing import standing
+from moeray.actors.watch import Loss
+from moeray.config import Config
+from moeray.control.fleet import Phase
+from moeray.control.reports import Report, RouterReport
+from moeray.control.update import compare
+from moeray.errors import ConfigError, MoerayError
+from moeray.recorder import Reading
+
+EARLY_LOSSES = 3
+"""So many actors may die before the system is up; one more, and the start is given up."""
+HEAL_REPORTS = 3
+"""A router that reports rows without a taker so often in a row, while nothing is being changed, is helped."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the system serves: the commit of a hub's model, the tokens that end a sequence, and the experts."""
+
+    revision: str | None
+    eos_token_ids: tuple[int, ...]
+    shape: ModelShape
+
+
+class SystemKeeper:
+    """Implements `FleetEvents`. Made when the model has been opened; nothing happens before `begin`."""
+
+    def __init__(
+        self, dated: DatedConfig, cluster: Cluster, loop: Loop, roster: Roster, audit: Audit, autoscaler: Autoscaler,
+        metrics: ControllerMetrics, readiness: Readiness, model: Model, token: bytes, system: str, found: Found | None,
+    ) -> None:  # fmt: skip
+        config = dated.config
+        self.dated = dated
+        self.roster = roster
+        self.audit = audit
+        self.autoscaler = autoscaler
+        self.metrics = metrics
+        self._node = cluster.node_id
+        self._loop = loop
+        self._readiness = readiness
+        self._model = model
+        self._token = token
+        self._system = system
+        self._found = found
+        self.fleet = FleetKeeper(dated, cluster, loop, roster, audit, self, token, system)
+        self.fleet.revision = model.revision
+        self.places = PlacementKeeper(
+            config, roster, audit, model.shape, autoscaler, autoscaler.wanted, readiness.fail, metrics
+        )
+        self.accounts = Accounts(config.metrics, roster, metrics, model.shape.experts, found.books if found else None)
+        self._begun = False
+        self._next_decision = 0.0
+        self._next_look = 0.0
+        self._orphaned: dict[str, int] = {}
+        self._early_losses = 0
+
+    @property
+    def config(self) -> Config:
+        return self.dated.config
+
+    def begin(self) -> None:
+        """Take over what was found; from now on it is kept."""
+        if self._found is not None:
+            placement = self._found.enter(self.roster, self._loop, self.fleet, self.places)
+            self.autoscaler.adopt(placement)
+            if said := self.audit.last("pause", "resume"):  # by hand; where nobody did, the config holds
+                self.autoscaler.paused = said == "pause"
+        self._begun = True
+
+    # -- what the fleet tells -------------------------------------------------------------------------------------
+
+    def on_ready(self, actor: Actor) -> None:
+        assert self._begun
+        if actor.is_router and self.places.placement.replicas:
+            self.places.publish_to(actor)
+        self.replan()
+        self._look_ready()
+
+    def on_lost(self, actor: Actor, why: Loss, detail: str) -> None:
+        self.metrics.lost(actor.group, why)
+        if not self._readiness.decided:
+            self._early_losses += 1
+            if self._early_losses > EARLY_LOSSES:
+                self._readiness.fail(MoerayError(f"{actor.actor_id} died while the system started: {detail}"))
+        if not self._begun:
+            return
+        self._forget(actor)
+        self.places.on_lost(actor)
+        self._reconcile()
+        self._look_ready()
+
+    def on_reading(self, actor: Actor, reading: Reading) -> None:
+        self.accounts.take(reading)
+
+    def on_left(self, actor: Actor) -> None:
+        assert self._begun
+        self._forget(actor)
+        self.places.on_left(actor)
+        self._look_ready()
+
+    def _forget(self, actor: Actor) -> None:
+        self.autoscaler.forget(actor.actor_id)
+        self._orphaned.pop(actor.actor_id, None)
+
+    def on_start_failed(self, actor: Actor, error: Exception) -> None:
+        known = error if isinstance(error, MoerayError) else MoerayError(f"{actor.actor_id} did not start: {error}")
+        self._readiness.fail(known)
+
+    def on_report(self, actor: Actor, report: Report) -> None:
+        self.autoscaler.fold(report)
+        self.accounts.report(report)
+        if isinstance(report, RouterReport) and self._begun:
+            orphaned = self._orphaned.get(actor.actor_id, 0) + 1 if report.orphans else 0
+            self._orphaned[actor.actor_id] = orphaned
+            if orphaned >= HEAL_REPORTS:
+                self._orphaned[actor.actor_id] = 0
+                self.places.heal()
+
+    # -- what it does by itself -----------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Look at everything once more; to be called again and again."""
+        if not self._begun:
+            return
+        now, control = time.monotonic(), self.config.control
+        self.accounts.tick(now)
+        if now >= self._next_look:
+            self._next_look = now + control.report_s
+            self.fleet.look_at_nodes()
+        if self._readiness.decided and now >= self._next_decision:
+            self._next_decision = now + control.interval_s
+            self._decide()
+        for router in self.places.late_routers():
+            self.fleet.lose(
+                router, Loss.UNACKNOWLEDGED, f"it did not acknowledge a placement within {control.lease_s:g} s"
+            )
+        self.follow()
+        self._reconcile(refill=self.places.change is None)
+        for actor in self.places.emptied():
+            self.fleet.retire(actor)
+        self._look_ready()
+
+    def _decide(self) -> None:
+        before = self.autoscaler.wanted()
+        decision = self.autoscaler.decide(self.places.placement)
+        if decision is not None:
+            wish, seen = decision
+            self.metrics.decided(before, self.autoscaler.wanted())
+            self.audit.write("decision", **wish_tree(wish), inputs=summary(seen))
+
+    def follow(self) -> None:
+        """Have the fleet and the placement follow what is wanted."""
+        self._reconcile()
+        self.replan()
+
+    def _reconcile(self, refill: bool = False) -> None:
+        """Bring the numbers that are wanted to those who make them true. The reserve is filled up (`refill`) when
+        nothing more urgent is under way, since the start of a process competes with it."""
+        self.fleet.wanted = self.autoscaler.wanted()
+        self.places.replicas = self.autoscaler.wish.replicas
+        self.fleet.reconcile(self.places.placement, refill=refill)
+
+    def replan(self, force: bool = False) -> None:
+        """Change the placement where that is needed; `force`: where it is better in any degree."""
+        if self.places.placement.replicas or self._all_ready():
+            self.places.replan(force)
+
+    def _all_ready(self) -> bool:
+        """The first placement waits for the whole first set of expert actors."""
+        ready: dict[str, int] = {}
+        for actor in self.roster.experts(Phase.READY):
+            ready[actor.group] = ready.get(actor.group, 0) + 1
+        return all(ready.get(name, 0) >= count for name, count in self.autoscaler.wish.actors.items())
+
+    def _look_ready(self) -> None:
+        """Who serves may have changed: say so to those who ask, and end the start when all is there."""
+        if not self._begun or not self.places.placement.replicas:
+            return
+        info = self._readiness.info
+        routers = [r for r in self.roster.routers(Phase.READY) if r.epoch >= 1 and r.address]
+        if info is None and (not routers or self.places.change is not None):
+            return
+        addresses = tuple(router.address for router in routers if router.address)
+        if info is None or info.routers != addresses:
+            facts = [router.facts for router in routers] or [_facts(info)]
+            self._readiness.info = SystemInfo(
+                self.config.model, self.fleet.revision, self._token, self._system, addresses,
+                min(f["max_context"] for f in facts), facts[0]["vocab_size"], self._model.eos_token_ids,
+            )  # fmt: skip
+        self._readiness.succeed()
+
+    def standing(self) -> dict[str, Any]:
+        """How the system stands, as plain data."""
+        return standing(self.config, self._node, self.roster, self.autoscaler, self.places, self.audit)
+
+    # -- another config -------------------------------------------------------------------------------------------
+
+    def configure(self, dated: DatedConfig) -> bool:
+        """See `Controller.configure`."""
+        if dated.since <= self.dated.since:  # another endpoint was faster
+            return False
+        update = compare(self.config, dated.config)
+        token = dated.config.wire.token
+        other_token = token is not None and token.encode() != self._token
+        if refused := [*update.refused, *(["wire.token"] if other_token else [])]:
+            raise ConfigError(
+                f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
+                "the new system starts beside the old one, which ends when no endpoint asks for it any more"
+            )
+        if not update.changed:  # an endpoint was started by the same config
+            self.dated = DatedConfig(self.config, dated.since)
+            return False
+        self._take(dated.public())
+        self.audit.write("config", changed=update.changed, renewed=update.renewed)
+        self.follow()
+        return True
+
+    def _take(self, dated: DatedConfig) -> None:
+        self.autoscaler.configure(dated.config)  # may refuse it: first
+        self.dated = dated
+        self.metrics.configure(dated.config)
+        self.fleet.configure(dated)
+        self.places.configure(dated.config)
+
+
+def _facts(info: SystemInfo | None) -> dict[str, Any]:
+    """Of a router, while there is none: those of the ones before."""
+    assert info is not None
+    return {"max_context": info.max_context, "vocab_size": info.vocab_size}
