@@ -26,6 +26,12 @@ def build(cls: type[_T], tree: Any, where: str = "") -> _T:
     return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in tree.items()})
 
 
+def require(ok: bool, key: str, mend: str) -> None:
+    """Raises ConfigError, with the key and what it must be, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"config key {key}: {mend}")
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):

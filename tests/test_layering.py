@@ -8,8 +8,11 @@ import moeray
 ROOT = Path(moeray.__file__).parent
 
 # Each room may import the rooms named, and always the leaves.
-LEAVES = {"compiled", "config", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads"}
+LEAVES = {
+    "compiled", "config", "settings", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads",
+}  # fmt: skip
 ALLOWED = {
+    "settings": set(),
     "dashboards": set(),
     "model": set(),
     "wire": set(),

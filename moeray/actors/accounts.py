@@ -15,10 +15,10 @@ from moeray.actors.controller_metrics import CONTROLLER, ControllerMetrics
 from moeray.actors.expert_load import EXPERT_LOAD, by_expert, by_layer
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.roster import Roster
-from moeray.config import MetricsConfig
 from moeray.control.ledger import Books, Ledger
 from moeray.control.reports import ExpertReport, Report
 from moeray.recorder import Reading, Snapshot
+from moeray.settings.metrics import MetricsConfig
 from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,13 @@ from moeray.actors.loop import Loop
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import ROUTER, Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, DatedConfig
-from moeray.config import ExpertGroupConfig, config_from
+from moeray.config import config_from
 from moeray.control.fleet import Phase
 from moeray.control.ledger import Books, newer
 from moeray.control.placement import Placement
 from moeray.control.update import compare
 from moeray.errors import MoerayError
+from moeray.settings.experts import ExpertGroupConfig
 from moeray.types import Address, ExpertId
 
 log = logging.getLogger(__name__)

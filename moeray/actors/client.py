@@ -10,8 +10,8 @@ from typing import Any
 
 from moeray.actors.link import Link
 from moeray.actors.messages import error_from, output_from, request_tree
-from moeray.config import WireConfig
 from moeray.errors import MoerayError, RequestError, RouterLostError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address, GenerationRequest, TokenOutput
 from moeray.wire.channel import Channel, Identity, connect
 from moeray.wire.frame import Frame, Op

@@ -15,11 +15,13 @@ from moeray.actors.decisions import story
 from moeray.actors.figures import LATENCY_S, Sample, figures
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import ROUTER, Actor, Roster
-from moeray.config import Config, ExpertGroupConfig, RouterConfig
+from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, RouterReport
 from moeray.recorder import Snapshot
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 from moeray.types import ExpertId
 
 DECISIONS = 24

@@ -9,10 +9,12 @@ import moeray
 from moeray.actors.roster import ROUTER, Actor
 from moeray.actors.vigil import new_incarnation
 from moeray.actors.watch import Loss
-from moeray.config import Config, ExpertGroupConfig, RouterConfig
+from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.update import kinds_of
 from moeray.recorder import Reading, Recorder
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 
 CONTROLLER = "controller"
 PLANS = ("first", "repair", "scale", "rebalance")

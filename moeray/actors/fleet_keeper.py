@@ -15,13 +15,14 @@ from moeray.actors.loop import Loop
 from moeray.actors.roster import ROUTER, Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
 from moeray.actors.watch import Loss, Watcher
-from moeray.config import Config, ExpertGroupConfig
+from moeray.config import Config
 from moeray.control.fleet import Phase, fleet_steps
 from moeray.control.placement import Placement
 from moeray.control.reports import Report, RouterReport
 from moeray.control.update import compare
 from moeray.errors import MoerayError
 from moeray.recorder import Reading
+from moeray.settings.experts import ExpertGroupConfig
 from moeray.types import Address
 from moeray.wire.channel import connect
 

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from moeray.actors.spec import ActorSpec
-from moeray.config import ExpertGroupConfig, RouterConfig
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 
 
 class ActorHandle(Protocol):

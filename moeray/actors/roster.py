@@ -11,11 +11,12 @@ from moeray.actors.hosting import ActorHandle
 from moeray.actors.loop import Loop
 from moeray.actors.spec import ActorReport
 from moeray.actors.watch import Watcher
-from moeray.config import ROUTER as ROUTER
-from moeray.config import Config, ExpertGroupConfig
+from moeray.config import Config
 from moeray.control.fleet import Member, Phase
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, Report, RouterReport
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import ROUTER as ROUTER
 from moeray.types import Address
 
 BASE_BYTES = 512 << 20

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from enum import StrEnum
 from time import monotonic
 
-from moeray.config import ControlConfig
 from moeray.control.reports import Report, report_from
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.settings.control import ControlConfig
 from moeray.types import Address
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op

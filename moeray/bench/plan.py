@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from moeray.bench.environment import surroundings
-from moeray.config import ControlConfig
 from moeray.control.eplb import place, replicate
 from moeray.control.placement import Host, Placement
 from moeray.control.plan import plan_diff
+from moeray.settings.control import ControlConfig
 from moeray.types import ExpertId
 
 Load = Mapping[ExpertId, float]

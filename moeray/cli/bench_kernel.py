@@ -11,7 +11,7 @@ import click
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
-    from moeray.config import ExpertKernel
+    from moeray.settings.experts import ExpertKernel
 
 
 @click.command("kernel")

@@ -10,8 +10,9 @@ from moeray.actors.expert import ExpertActor
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.router import RouterActor
 from moeray.actors.spec import ActorSpec
-from moeray.config import ExpertGroupConfig, RouterConfig
 from moeray.errors import MoerayError
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 
 NODE = "local"
 

@@ -24,10 +24,12 @@ from moeray.actors.spec import ActorSpec, model_fingerprint
 from moeray.cluster.ray_metrics import RayMetrics
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
-from moeray.config import Config, ExpertGroupConfig, RouterConfig
+from moeray.config import Config
 from moeray.errors import MoerayError, SystemAbsentError
 from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 from moeray.threads import PASSIVE
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moeray.config import ExpertGroupConfig, RouterConfig
 from moeray.errors import PlacementError
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 
 _LESS = {
     "CPU": "experts.actors or experts.threads (each thread asks for half a CPU), or set experts.num_cpus",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeray.config import ControlConfig
+from moeray.settings.control import ControlConfig
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 
 from cronsim import CronSim
 
-from moeray.config import ScheduleConfig
 from moeray.control.eplb import replicate, skew_left
 from moeray.control.policy import ExpertActorView, GroupLimits, Policy, PolicyInput, Wish
+from moeray.settings.control import ScheduleConfig
 from moeray.types import ExpertId
 
 LEAST_PART = 0.33

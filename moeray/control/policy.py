@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from moeray.config import ControlConfig
 from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
 from moeray.errors import ConfigError
+from moeray.settings.control import ControlConfig
 from moeray.types import ExpertId
 
 

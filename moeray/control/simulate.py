@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from moeray.config import EngineConfig
 from moeray.control.cost import StepCosts, StepTable
 from moeray.control.objectives import Objectives
 from moeray.control.reports import RouterReport
 from moeray.control.trace import Trace
+from moeray.settings.engine import EngineConfig
 
 Floats = NDArray[np.float64]
 

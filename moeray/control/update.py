@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from moeray.config import ROUTER, Config, ExpertGroupConfig, ExpertsConfig, RouterConfig
+from moeray.config import Config
+from moeray.settings.experts import ExpertGroupConfig, ExpertsConfig
+from moeray.settings.router import ROUTER, RouterConfig
 
 
 class Reach(Enum):

@@ -6,13 +6,13 @@ import logging
 import time
 from dataclasses import dataclass
 
-from moeray.config import EngineConfig
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import Runner
 from moeray.engine.sampler import LogitsError, Sampler
 from moeray.engine.scheduler import Batch, Scheduler
 from moeray.engine.sequence import Sequence
 from moeray.errors import RequestError
+from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, GenerationRequest, TokenOutput
 
 log = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 
-from moeray.config import EngineConfig
 from moeray.engine.blocks import BlockManager
 from moeray.engine.sampling import SampledToken
 from moeray.engine.sequence import Sequence, Status
 from moeray.errors import QueueFullError, RequestError
 from moeray.logs import REQUESTS, log_names
+from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, TokenOutput
 
 log = logging.getLogger(REQUESTS)

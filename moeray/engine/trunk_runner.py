@@ -9,12 +9,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from moeray.config import EngineConfig
 from moeray.engine.runner import PackedBatch, pack
 from moeray.engine.scheduler import Batch
 from moeray.errors import ConfigError
 from moeray.model.paged import Decodes, Span, Step
 from moeray.model.trunk import ExpertRows, Seconds, Trunk, unheard
+from moeray.settings.engine import EngineConfig
 
 log = logging.getLogger(__name__)
 

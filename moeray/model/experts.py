@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeray.config import ExpertKernel
 from moeray.errors import PlacementError
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
@@ -22,6 +21,7 @@ from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer
 from moeray.model.kernels.layers import LayerKernels
 from moeray.model.kernels.native import CALL_FORMATS, Block
 from moeray.model.slices import ExpertTensor
+from moeray.settings.experts import ExpertKernel
 from moeray.types import ExpertId
 
 FP32_FROM_ROWS = 6

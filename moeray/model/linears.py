@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moeray.config import LinearKernel
 from moeray.errors import ConfigError
 from moeray.model import kernels
+from moeray.settings.engine import LinearKernel
 
 Product = Callable[[Tensor], Tensor]
 

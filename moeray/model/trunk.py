@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeray.config import EngineConfig, Kernel, LinearKernel
 from moeray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from moeray.model import attention, kernels
 from moeray.model.bars import without_bars
@@ -30,6 +29,7 @@ from moeray.model.latent import is_latent, keep_latents
 from moeray.model.linears import choose_linear, use_linear
 from moeray.model.paged import Decodes, PagedCache, PassThroughCache, Span, Step, attending
 from moeray.model.slices import WeightMap
+from moeray.settings.engine import EngineConfig, Kernel, LinearKernel
 
 log = logging.getLogger(__name__)
 

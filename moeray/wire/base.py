@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from moeray.config import WireConfig
 from moeray.errors import AuthenticationError
+from moeray.settings.wire import WireConfig
 from moeray.wire.frame import Frame, Limits
 from moeray.wire.rows import Forward, Place, Result
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moeray.config import WireConfig
 from moeray.errors import WireError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import Channel, Identity
 from moeray.wire.listener import Listener

@@ -13,8 +13,8 @@ from typing import Any
 
 import grpc
 
-from moeray.config import WireConfig
 from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import UNAUTHENTICATED, Identity
 from moeray.wire.frame import Frame, Op, VersionMismatchError, decode, encode

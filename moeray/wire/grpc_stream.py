@@ -19,8 +19,8 @@ from typing import Any
 
 import grpc
 
-from moeray.config import WireConfig
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, ConfigError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.wire.base import UNAUTHENTICATED, limits_of
 from moeray.wire.frame import ALIGN, PREFIX, Bytes, Frame, Limits, decode, encode, new_buffer
 from moeray.wire.rows import Forward, Result

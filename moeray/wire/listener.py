@@ -13,8 +13,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from moeray.config import WireConfig
 from moeray.errors import WireError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import Channel, Identity
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests

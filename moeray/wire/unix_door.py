@@ -6,8 +6,8 @@ import socket
 import struct
 from time import monotonic
 
-from moeray.config import WireConfig
 from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import Identity, limits_of
 from moeray.wire.frame import VersionMismatchError

@@ -12,8 +12,8 @@ import pytest
 
 from moeray.actors.client import RouterClient
 from moeray.actors.messages import error_tree, output_tree
-from moeray.config import WireConfig
 from moeray.errors import QueueFullError, RequestError, RouterLostError
+from moeray.settings.wire import WireConfig
 from moeray.types import FinishReason, GenerationRequest, TokenOutput
 from moeray.wire.channel import Channel, Identity, Listener
 from moeray.wire.frame import Frame, Op

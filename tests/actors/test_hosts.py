@@ -6,7 +6,8 @@ import pytest
 
 from moeray.actors.hosts import shares_of
 from moeray.actors.roster import Actor
-from moeray.config import Config, ExpertGroupConfig
+from moeray.config import Config
+from moeray.settings.experts import ExpertGroupConfig
 
 GROUP = ExpertGroupConfig(actors=4)
 

@@ -12,11 +12,11 @@ from moeray.actors.controller import Controller
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.expert_load import EXPERT_LOAD
 from moeray.actors.roster import Roster
-from moeray.config import MetricsConfig
 from moeray.control.ledger import merge
 from moeray.errors import NotReadyError
 from moeray.metrics import METRICS
 from moeray.recorder import Reading
+from moeray.settings.metrics import MetricsConfig
 from tests.actors.test_controller import config_of, settled, until
 from tests.checkpoints import make_tiny
 from tests.scraping import fallen, lasting, samples, total

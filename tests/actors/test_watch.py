@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from moeray.actors.watch import Loss, Watcher
-from moeray.config import WireConfig, load_config
+from moeray.config import load_config
 from moeray.control.reports import ExpertReport, report_tree
+from moeray.settings.wire import WireConfig
 from moeray.wire.channel import Identity, Listener, connect
 from moeray.wire.frame import Frame, Op
 

@@ -1,8 +1,9 @@
 import pytest
 
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
-from moeray.config import ExpertGroupConfig, RouterConfig
 from moeray.errors import PlacementError
+from moeray.settings.experts import ExpertGroupConfig
+from moeray.settings.router import RouterConfig
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 
-from moeray.config import ControlConfig
 from moeray.control.objectives import Objectives
+from moeray.settings.control import ControlConfig
 
 
 @pytest.mark.parametrize(

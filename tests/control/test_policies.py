@@ -3,12 +3,12 @@ from datetime import UTC, datetime
 
 import pytest
 
-from moeray.config import ControlConfig, ScheduleConfig
 from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
 from moeray.control.policies import SHIPPED, hot_experts, idle, latency, queue_wait, schedule, target_utilisation
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish, decide, load_policies
 from moeray.errors import ConfigError
+from moeray.settings.control import ControlConfig, ScheduleConfig
 from moeray.types import ExpertId
 
 NOON = datetime(2026, 3, 4, 12, 0, tzinfo=UTC).timestamp()

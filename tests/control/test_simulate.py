@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moeray.config import EngineConfig, config_from
+from moeray.config import config_from
 from moeray.control.comparison import compare
 from moeray.control.cost import Costs, StepCosts, load_costs
 from moeray.control.elastic import ElasticRun
@@ -20,6 +20,7 @@ from moeray.control.tally import queue_wait
 from moeray.control.trace import trace_of
 from moeray.control.world import World
 from moeray.errors import SimulationError
+from moeray.settings.engine import EngineConfig
 
 SHAPE = MoeShape(4, 16, 4)
 COSTS = Costs(trunk_tokens=(1, 2048), trunk_s=(0.002, 0.02), trunk_layers=4, row_s=5e-5, start_s=4, map_s=0.5)

@@ -14,12 +14,12 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from moeray.config import WireConfig
 from moeray.control.placement import Placement
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.errors import ChannelClosedError
 from moeray.recorder import Recorder
+from moeray.settings.wire import WireConfig
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel, Identity, Listener, connect
 from moeray.wire.frame import Frame, Op

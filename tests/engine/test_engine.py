@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from moeray.config import EngineConfig
 from moeray.engine.engine import Engine
 from moeray.errors import MoerayError, QueueFullError, RequestError
+from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, GenerationRequest, SamplingParams
 from tests.engine.history_runner import VOCAB, HistoryRunner
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from moeray.config import EngineConfig
 from moeray.engine.engine import Engine
 from moeray.errors import RequestError
+from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, GenerationRequest, SamplingParams
 from tests.engine.history_runner import VOCAB, HistoryRunner, alone, drain
 

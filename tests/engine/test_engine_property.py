@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeray.config import EngineConfig
 from moeray.engine.engine import Engine
 from moeray.errors import MoerayError, QueueFullError
+from moeray.settings.engine import EngineConfig
 from moeray.types import GenerationRequest, SamplingParams
 from tests.engine.history_runner import VOCAB, Collected, HistoryRunner, alone
 

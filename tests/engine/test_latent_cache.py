@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moeray.config import EngineConfig
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.model import kernels
 from moeray.model.loading import open_model
 from moeray.model.paged import Decodes, PagedCache, Span, Step
 from moeray.model.trunk import Trunk
+from moeray.settings.engine import EngineConfig
 from moeray.types import GenerationRequest
 from tests.checkpoints import make_tiny
 from tests.families.test_bf16 import InProcess

@@ -2,13 +2,13 @@
 
 import pytest
 
-from moeray.config import EngineConfig
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import pack
 from moeray.engine.sampling import SampledToken
 from moeray.engine.scheduler import Batch, Entry, Scheduler
 from moeray.engine.sequence import Sequence
 from moeray.errors import QueueFullError, RequestError
+from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, GenerationRequest, SamplingParams
 
 EOS = 99

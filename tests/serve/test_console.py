@@ -11,10 +11,11 @@ import httpx
 import pytest
 
 from moeray import __version__
-from moeray.config import Config, ServeConfig
+from moeray.config import Config
 from moeray.serve.backend import BackendState
 from moeray.serve.console.state import KEEP_S, ConsoleState
 from moeray.serve.errors import ControllerLostError
+from moeray.settings.serve import ServeConfig
 from tests.serve.support import EchoBackend, model_info, serving
 
 STATE = "/console/state"

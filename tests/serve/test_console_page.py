@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from moeray.config import Config, ServeConfig
+from moeray.config import Config
 from moeray.serve.backend import BackendState
 from moeray.serve.errors import ControllerLostError
+from moeray.settings.serve import ServeConfig
 from tests.browser import browser
 from tests.serve.support import EchoBackend, model_info, save_tokenizer, serving
 

@@ -8,9 +8,10 @@ import httpx
 import openai
 import pytest
 
-from moeray.config import Config, ServeConfig
+from moeray.config import Config
 from moeray.errors import QueueFullError, RequestError, RouterLostError
 from moeray.serve.backend import BackendState
+from moeray.settings.serve import ServeConfig
 from tests.serve.support import client, serving
 
 MODEL = "org/echo"

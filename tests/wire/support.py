@@ -12,8 +12,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
 
-from moeray.config import WireConfig
 from moeray.errors import ChannelClosedError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.channel import Channel, Identity, Listener, connect
 from moeray.wire.frame import Frame, Op

@@ -11,8 +11,8 @@ from time import monotonic
 import pytest
 import torch
 
-from moeray.config import WireConfig
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.wire.frame import ALIGN, Frame, Op
 from tests.wire.support import KINDS, SMALL, Host, echo, eventually
 from tests.wire.test_frame import same, tensors_to_try

@@ -12,8 +12,8 @@ import grpc
 import msgpack
 import pytest
 
-from moeray.config import WireConfig
 from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.channel import connect

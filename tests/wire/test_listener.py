@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moeray.config import WireConfig
 from moeray.errors import ChannelClosedError, ConfigError, WireError
+from moeray.settings.wire import WireConfig
 from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
 from tests.wire.support import SMALL, Host, echo, identity

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeray.config import ExpertKernel
 from moeray.errors import ConfigError
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.kernels import cuda, native
@@ -16,6 +15,7 @@ from moeray.model.kernels.cuda import TritonLayer
 from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer, UnsupportedByKernelError
 from moeray.model.kernels.tiles import Tiles
 from moeray.model.slices import ExpertTensor
+from moeray.settings.experts import ExpertKernel
 
 log = logging.getLogger(__name__)
 

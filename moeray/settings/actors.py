@@ -1,0 +1,34 @@
+"""What expert groups and routers have in common: a device, and how few and how many of them there may be."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from moeray.tree import require
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Kind(Protocol):
+    """A kind of actors, with how many there are at the start."""
+
+    @property
+    def actors(self) -> int: ...
+
+    @property
+    def actors_span(self) -> tuple[int, int]: ...
+
+
+def span(actors: int, low: int | None, high: int | None) -> tuple[int, int]:
+    """(fewest, most) actors, where None stands for the number at the start."""
+    return actors if low is None else low, actors if high is None else high
+
+
+def check_span(kind: Kind, key: str) -> None:
+    """Raises ConfigError where the number at the start is not between the fewest and the most."""
+    low, high = kind.actors_span
+    require(
+        1 <= low <= kind.actors <= high,
+        f"{key}.actors",
+        f"must lie between min_actors ({low}) and max_actors ({high}), got {kind.actors}",
+    )

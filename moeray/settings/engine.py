@@ -1,0 +1,51 @@
+"""How a router batches, keeps the KV cache and computes the trunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeray.tree import require
+
+Kernel = Literal["auto", "native", "torch"]
+LinearKernel = Literal["auto", "native", "onednn", "torch"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Batching and the KV cache.
+
+    `max_batch_tokens` is the token budget of a step (prefill chunks + one token per running sequence).
+    `prefill_chunk` bounds the prefill tokens of one step while sequences are decoding.
+    `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`.
+
+    `attention`: what computes the attention of decoding sequences: `native`, moeray's kernel in C (fp32 and bf16 on the
+    CPU), `torch`, or `auto`, the kernel where it can. `linear`: what computes the trunk's linear layers: `native`,
+    `onednn` (packed weights, bf16 on the CPU), `torch`, or `auto`, which goes by dtype, device and CPU.
+    """
+
+    max_context: int = 0
+    max_running: int = 64
+    max_waiting: int = 1024
+    max_batch_tokens: int = 2048
+    prefill_chunk: int = 256
+    block_size: int = 16
+    kv_blocks: int = 0
+    kv_cache_fraction: float = 0.2
+    kv_cache_bytes: int = 4 << 30
+    prefix_cache: bool = True
+    attention: Kernel = "auto"
+    linear: LinearKernel = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):
+            require(getattr(self, key) >= 1, f"engine.{key}", f"must be at least 1, got {getattr(self, key)}")
+        require(self.max_context >= 0, "engine.max_context", "must be 0 (the model's own) or more")
+        require(self.kv_blocks >= 0, "engine.kv_blocks", "must be 0 (chosen from free memory) or more")
+        require(0 < self.kv_cache_fraction <= 0.9, "engine.kv_cache_fraction", "must be above 0 and at most 0.9")
+        require(
+            self.max_running <= self.max_batch_tokens,
+            "engine.max_running",
+            f"must be at most engine.max_batch_tokens ({self.max_batch_tokens}), since each running sequence "
+            "decodes a token a step",
+        )

@@ -1,0 +1,30 @@
+"""The endpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moeray.tree import require
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open.
+
+    `wait_for_system`: Serve counts a replica as started once the system is ready, so that a rolling update waits for
+    it; without it a replica answers as soon as there is a controller, with 503 while the system loads.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "moeray"
+    model_name: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    replicas: int = 1
+    max_body_bytes: int = 4 << 20
+    request_timeout_s: float = 600.0
+    wait_for_system: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, "serve.port", f"must be between 0 and 65535, got {self.port}")
+        require(self.max_body_bytes >= 1024, "serve.max_body_bytes", "must be at least 1024")
