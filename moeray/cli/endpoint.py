@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import httpx
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from moeray.cli.progress import phases, progress
 from moeray.cli.session import connect_ray
-from moeray.cluster.ray import find_controller, start_controller, stop_controller
+from moeray.cluster.ray import ask, find_controller, start_controller, stop_controller, take_over
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.serve.app import application, serve_logging
@@ -26,57 +31,101 @@ from moeray.serve.app import application, serve_logging
 def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
     """Start the endpoint and wait until it is ready; its URL. Leaving the block stops what was started here.
 
-    Progress is shown on stderr. Raises MoerayError when the system does not start.
+    Progress is shown on stderr. Raises MoerayError when the system does not start, and where what runs in this Ray
+    cluster already leaves no room for it: that goes on as it was.
     """
     connect_ray(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = f"http://{config.serve.host}:{config.serve.port}"
+    serving = _check_address(config)
+    take_over(config)
     try:
-        start_controller(config)  # its actors come up while Serve does
+        controller = start_controller(config)  # its actors come up while Serve does
         http = {"host": config.serve.host, "port": config.serve.port}
         serve.start(http_options=http, logging_config=serve_logging(config))
-        serve.run(application(config), name=config.serve.name, route_prefix="/")
+        _deploy(config)
         with progress() as report:
-            _wait_ready(url, phases(report), timeout)
+            _wait_ready(url, config.serve.name, controller, phases(report), timeout)
         yield url
     finally:
-        _stop(config)
+        _stop(config, serving)
 
 
-def _wait_ready(url: str, show: Callable[[str], None], timeout: float) -> None:
+def _check_address(config: Config) -> bool:
+    """True where Serve runs in this Ray cluster. Raises MoerayError where it answers at another address than ours."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    at = client.http_config
+    if (at.host, at.port) != (config.serve.host, config.serve.port):
+        raise MoerayError(
+            f"Ray Serve answers in this cluster at --host {at.host} --port {at.port} and nowhere else: give these, end "
+            "it by `serve shutdown`, or set RAY_ADDRESS=local for a cluster of your own"
+        )
+    return True
+
+
+def _deploy(config: Config) -> None:
+    try:
+        target = serve.RunTarget(application(config), config.serve.name)
+        serve.run_many([target], wait_for_applications_running=False)
+    except RayServeException as error:  # another application has our paths
+        raise MoerayError(f"{_error_of(str(error))} Set RAY_ADDRESS=local for a cluster of your own") from error
+
+
+def _wait_ready(url: str, name: str, controller: Any, show: Callable[[str], None], timeout: float) -> None:
+    """Until the endpoint answers. The controller says how far it is: Serve holds back what is asked before."""
     until, last = time.monotonic() + timeout, ""
     with httpx.Client(timeout=5.0) as client:
         while time.monotonic() < until:
-            state = _health(client, url)
-            if state.get("status") == "ok":
+            state = ask(controller, "state")
+            if state["status"] == "failed":
+                raise MoerayError(state["detail"])
+            if state["status"] == "ready" and _healthy(client, url):
                 return
-            detail = str(state.get("detail", "starting"))
-            if state.get("status") == "failed":
-                raise MoerayError(detail)
+            _check_deployment(name)
+            detail = "starting the endpoint" if state["status"] == "ready" else str(state["detail"])
             if detail != last:
                 show(detail)
                 last = detail
             time.sleep(0.25)
-    raise MoerayError(f"the endpoint at {url} was not ready after {timeout:g} s; it says: {last}")
+    raise MoerayError(f"the endpoint at {url} was not ready after {timeout:g} s; at last it was {last}")
 
 
-def _health(client: httpx.Client, url: str) -> dict[str, Any]:
+def _healthy(client: httpx.Client, url: str) -> bool:
     try:
-        return dict(client.get(f"{url}/health").json())
-    except (httpx.HTTPError, ValueError):
-        return {"status": "loading", "detail": "starting the endpoint"}
+        return client.get(f"{url}/health").is_success
+    except httpx.HTTPError:
+        return False
 
 
-def _stop(config: Config) -> None:
+def _check_deployment(name: str) -> None:
+    """Raises MoerayError with the last line of what Serve says of an application that it has given up."""
+    overview = serve.status().applications[name]
+    if overview.status == ApplicationStatus.DEPLOY_FAILED:
+        said = [overview.message, *(deployment.message for deployment in overview.deployments.values())]
+        raise MoerayError(f"Ray Serve could not start the endpoint: {_error_of(' '.join(said))}")
+
+
+def _error_of(traceback: str) -> str:
+    """Its last line without the name of the error's class."""
+    return re.sub(r"^[\w.]+: ", "", traceback.strip().rpartition("\n")[2])
+
+
+def _stop(config: Config, serving: bool) -> None:
     """The endpoint first, since it would start a controller that it misses; then the actors.
 
-    A Ray that was started here ends with everything in it; one that was there before goes on.
+    A Ray that was started here ends with everything in it; one that was there before goes on, and so does a Serve that
+    was (`serving`) or that others use.
     """
     if config.serve.name in serve.status().applications:
         serve.delete(config.serve.name)
     with suppress(MoerayError):
         stop_controller(find_controller(config.serve.name))
-    ray.shutdown()
+    with redirect_stdout(io.StringIO()):  # Ray prints there that Serve's controller has ended itself
+        if not serving and not serve.status().applications:
+            serve.shutdown()
+        ray.shutdown()
 
 
 def wait_for_interrupt() -> None:

@@ -298,6 +298,20 @@ def _look_up(name: str) -> Future[Any]:
     return answer
 
 
+def take_over(config: Config, timeout: float = 60.0) -> None:
+    """A system that runs under `config.serve.name` goes by this config from now on; one that had failed makes room.
+
+    Raises MoerayError, and leaves the system as it is, where it cannot.
+    """
+    try:
+        controller = find_controller(config.serve.name)
+    except SystemAbsentError:
+        return
+    state = _answer(controller.renew.remote(config, time.time()), timeout)
+    if state["status"] in ("failed", "gone"):
+        stop_controller(controller)
+
+
 def stop_controller(controller: Any, timeout: float = 120.0) -> None:
     """Stop every actor of the system, then the controller itself; one that is gone has been stopped by others."""
     with suppress(ActorDiedError):

@@ -171,6 +171,24 @@ def test_steering_by_hand(endpoint, client):
     assert "experts-77" in steer("drain", "experts-77", code=1)["error"]
 
 
+@pytest.mark.slow
+def test_a_second_serve_in_the_cluster_is_refused_and_the_first_goes_on(endpoint, client, tmp_path):
+    url, _ = endpoint
+    before = stream_text(client, PROMPTS[3])
+    other = make_tiny("olmoe", tmp_path / "other", tokenizer=True)
+    for options, words in (
+        (("--port", url.rpartition(":")[2]), "a system that runs cannot change model"),
+        (("--port", "9", "--serve-name", "second"), "--port " + url.rpartition(":")[2]),
+        (("--port", url.rpartition(":")[2], "--serve-name", "second"), 'used by application "moeray"'),
+    ):
+        command = [sys.executable, "-m", "moeray.cli.main", "serve", str(other), "--dtype", "float32", *options]
+        env = {**os.environ, "RAY_ADDRESS": "auto", "MOERAY_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        assert done.returncode == 1
+        assert words in done.stderr.splitlines()[-1]
+        assert stream_text(client, PROMPTS[3]) == before
+
+
 @pytest.mark.parametrize("load", [("--concurrency", "1,4"), ("--rate", "20,40")])
 def test_a_sweep_over_http(endpoint, load):
     done = subprocess.run(
