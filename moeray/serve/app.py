@@ -72,7 +72,7 @@ class RayPort:
                 return await asyncio.wrap_future(getattr(actor, method).remote(*args).future())
         except RayTaskError as error:
             if isinstance(error.cause, MoerayError):
-                raise error.cause from error
+                raise error.cause from None  # it says all; `serve status` would show Ray's lines around it
             raise MoerayError(f"the controller failed: {_line(error)[-300:]}") from error
         except ActorDiedError as error:
             self._lookup = None

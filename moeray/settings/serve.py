@@ -12,7 +12,8 @@ class ServeConfig:
     """The endpoint. `api_key` None: read MOERAY_API_KEY; without one the endpoint is open.
 
     `wait_for_system`: Serve counts a replica as started once the system is ready, so that a rolling update waits for
-    it; without it a replica answers as soon as there is a controller, with 503 while the system loads.
+    it; without it a replica answers as soon as there is a controller, with 503 while the system loads. Requests that
+    come while there is no replica at all are held back by Serve until there is one.
     """
 
     host: str = "127.0.0.1"

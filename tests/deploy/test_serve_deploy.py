@@ -17,6 +17,7 @@ import pytest
 import ray
 import yaml
 
+from moeray.cluster.ray import LEASE_S, ask, find_controller
 from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port
 from tests.cluster.test_serve_tools import wait_until_ready
@@ -68,6 +69,14 @@ class Deployed:
         end = time.monotonic() + give_up
         while (now := self.replicas()) & replicas or len(now) < 2:
             assert time.monotonic() < end, f"the replicas {replicas} were not replaced: {now}"
+
+    def until_serve_says(self, words, give_up=180.0) -> None:
+        end, said = time.monotonic() + give_up, ""
+        while words not in said:
+            assert time.monotonic() < end, said
+            command = [SERVE, "status", "--name", "moeray", "--address", self.dashboard]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            said = " ".join(done.stdout.split())
 
     def text(self, prompt: str) -> str:
         stream = self.client.completions.create(
@@ -171,6 +180,7 @@ def test_actors_are_renewed_by_a_rolling_update_under_live_streams(deployed, exp
     """Changed `args`: Serve replaces the replicas, each when its streams have ended, and the routers are renewed."""
     before, replicas = deployed.until(whole), deployed.replicas()
     deployed.args["engine"]["prefill_chunk"] = 64
+    deployed.args["serve"] = {"wait_for_system": True}
     with deployed.clients(expected):
         deployed.deploy()
         after = deployed.until(lambda s: whole(s) and "router-0" not in actors(s))
@@ -193,3 +203,33 @@ def test_a_config_that_cannot_be_taken_changes_nothing(deployed, expected):
         deployed.until(lambda s: s["decisions"][-1]["event"] == "config")
     assert deployed.replicas() == replicas
     assert [deployed.text(prompt) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.slow
+def test_a_rolling_update_that_is_refused_ends_with_its_first_replica(deployed, expected):
+    dtype = deployed.args["dtype"]
+    with deployed.clients(expected):
+        deployed.args["dtype"] = "bfloat16"
+        deployed.deploy()
+        deployed.until_serve_says("cannot change dtype")
+        assert deployed.replicas(), "the others serve on"
+        deployed.args["dtype"] = dtype
+        deployed.deploy()
+        deployed.until_serve_says("status: RUNNING")
+
+
+@pytest.mark.slow
+def test_another_system_takes_over_from_this_one(deployed, expected):
+    """What no running system can take, under another name: nobody is refused, and the first one ends by itself."""
+    replicas = deployed.replicas()
+    deployed.args["serve"] = {"wait_for_system": True, "name": "second"}
+    deployed.args["wire"] = {"max_channels": 128}
+    with deployed.clients(expected):
+        deployed.deploy()
+        deployed.until_replaced(replicas)
+    assert "router-0" in actors(deployed.until(whole))  # it counts from 0 again
+    assert ask(find_controller("second"), "state")["status"] == "ready"
+    end = time.monotonic() + 3 * LEASE_S
+    while "moeray:controller" in {row["name"] for row in ray.util.list_named_actors(all_namespaces=True)}:
+        assert time.monotonic() < end, "the first system does not end"
+        assert [deployed.text(prompt) for prompt in PROMPTS] == expected
