@@ -67,7 +67,7 @@ async def run_batch(
     return tally
 
 
-def grown_to(path: Path, size: int, ended: Callable[[], bool], within: float = 120.0) -> None:
+def grown_to(path: Path, size: int, ended: Callable[[], bool], within: float = 600.0) -> None:
     """Until the file has `size` bytes, or who writes it has ended."""
     pause, until = threading.Event(), time.monotonic() + within
     while not ended() and not (path.exists() and path.stat().st_size >= size):
