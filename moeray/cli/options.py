@@ -62,8 +62,11 @@ def config_options(command: _F) -> _F:
 
 
 def config_of(model: str, config_file: str | None, flags: dict[str, Any], **defaults: Any) -> Config:
-    """The config that the flags describe; `defaults` (`__` for dots) rank below the file. Raises ConfigError."""
-    overrides: dict[str, Any] = {"model": model}
+    """The config that the flags describe; `defaults` (`__` for dots) rank below the file, and so does a model of "".
+
+    Raises ConfigError.
+    """
+    overrides: dict[str, Any] = {"model": model} if model else {}
     for name, value in flags.items():
         if name.startswith("config__") and value is not None:
             overrides[name.removeprefix("config__").replace("__", ".")] = value
