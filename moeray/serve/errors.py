@@ -1,4 +1,5 @@
-"""Every failure as an OpenAI-style error: `{"error": {"message", "type", "param", "code"}}` and its HTTP status."""
+"""Every failure as an OpenAI-style error, `{"error": {"message", "type", "param", "code"}}` with the `request_id` that
+names it in the logs, and its HTTP status."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from moeray.errors import CheckpointError, MoerayError, NotReadyError, QueueFullError, RequestError, RouterLostError
+from moeray.logs import REQUEST_ID
 
 log = logging.getLogger("moeray.serve")
 
@@ -70,9 +72,10 @@ class ErrorReply:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        return json.dumps(
-            {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-        ).encode()
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        if (request_id := REQUEST_ID.get()) is not None:  # a batch's line has none
+            error["request_id"] = request_id
+        return json.dumps({"error": error}).encode()
 
     def response(self) -> Response:
         return Response(self.body(), self.status, headers=self.headers, media_type="application/json")

@@ -91,11 +91,11 @@ class Endpoint:
         await self._calls.warm_up()
 
     async def health(self) -> Response:
-        """200 when ready, 503 while loading or when failed."""
+        """200 when ready, 503 while loading, without a router or when failed; of these the last alone is for good."""
         state = self._backend.state
         if state.status == "ready":
             return JSONResponse({"status": "ok"})
-        headers = {"Retry-After": str(LOADING_RETRY_S)} if state.status == "loading" else None
+        headers = {"Retry-After": str(LOADING_RETRY_S)} if state.status != "failed" else None
         return JSONResponse({"status": state.status, "detail": state.detail}, 503, headers)
 
     async def metrics(self, request: Request) -> Response:

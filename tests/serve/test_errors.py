@@ -23,7 +23,8 @@ CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 def error_of(reply, status):
     assert reply.status_code == status, reply.text
     assert set(reply.json()) == {"error"}
-    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code", "request_id"}
+    assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
     assert "Traceback" not in reply.text
     assert "\n" not in reply.json()["error"]["message"]
     return reply.json()["error"]
@@ -277,9 +278,12 @@ def test_loading_and_failed(http, backend):
         assert reply.headers["retry-after"] == "5"
     health = http.get("/health")
     assert (health.status_code, health.json()) == (503, {"status": "loading", "detail": "tensors 3/9"})
+    backend.state = BackendState("waiting", "no router can be reached")
+    assert (health.headers["retry-after"], http.get("/health").headers["retry-after"]) == ("5", "5")
     backend.state = BackendState("failed", "a.safetensors is truncated; fetch it again")
     assert "a.safetensors" in error_of(http.post(TEXT_PATH, json=TEXT), 503)["message"]
-    assert http.get("/health").json()["status"] == "failed"
+    failed = http.get("/health")
+    assert (failed.json()["status"], failed.headers.get("retry-after")) == ("failed", None)
     backend.state, backend.model = BackendState("ready"), model
     assert http.post(TEXT_PATH, json=TEXT).status_code == 200
 
@@ -294,10 +298,12 @@ def test_errors_of_a_running_sequence(http, ai, backend):
     assert "".join(received)
     assert "a b c d".startswith("".join(received))
     backend.break_with = ZeroDivisionError("secret detail")
-    with http.stream("POST", TEXT_PATH, json=TEXT | {"prompt": "a b c d", "stream": True}) as reply:
+    headers = {"X-Request-Id": "abc"}
+    with http.stream("POST", TEXT_PATH, json=TEXT | {"prompt": "a b c d", "stream": True}, headers=headers) as reply:
         lines = [line for line in reply.iter_lines() if line]
     assert reply.status_code == 200
     assert lines[-1].startswith('data: {"error": ')
+    assert '"request_id": "abc"' in lines[-1]
     assert "secret" not in "".join(lines)
 
 
