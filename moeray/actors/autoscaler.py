@@ -22,6 +22,7 @@ from moeray.control.policy import (
     load_policies,
 )
 from moeray.control.reports import Report
+from moeray.control.reserve import Busiest
 from moeray.control.update import kinds_of, wanted_after
 from moeray.control.votes import settle
 from moeray.errors import ConfigError
@@ -37,6 +38,7 @@ class Autoscaler:
         self._clock = clock
         self._policies = load_policies(config.control.policies)
         self._book = LoadBook(config.control.window_s)
+        self._busiest = Busiest()
         self._history: deque[Wish] = deque(maxlen=config.control.shrink_votes)
         self._kinds = kinds_of(config)
         self.paused = not config.control.autoscale
@@ -129,6 +131,7 @@ class Autoscaler:
         return PolicyInput(
             time.time(), self._book.idle_s(now), self.load(), self._book.peak(now), experts, routers, placement,
             limits, router_limits, self._config.experts.replicas, self._config.control,
+            self._busiest.within(self._config.control.reserve_s, now), self._config.engine.step_s,
         )  # fmt: skip
 
     def _limits(self, name: str) -> GroupLimits:
@@ -141,6 +144,7 @@ class Autoscaler:
     def decide(self, placement: Placement) -> tuple[Wish, PolicyInput] | None:
         """Let the policies decide; the new wish and what it rests on, or None where nothing changes or it is paused."""
         seen = self.seen(placement)
+        self._busiest.note(seen.experts, self._clock())
         self._history.append(decide(self._policies, seen))
         if self.paused:
             return None

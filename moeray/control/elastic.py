@@ -31,6 +31,7 @@ from moeray.control.policy import (
     decide,
     load_policies,
 )
+from moeray.control.reserve import Busiest
 from moeray.control.simulate import Engine
 from moeray.control.tally import Tally, share
 from moeray.control.votes import settle
@@ -59,6 +60,7 @@ class ElasticRun:
         self.world, self.settings = world, world.config.control
         self._policies = load_policies(self.settings.policies)
         self._book = LoadBook(self.settings.window_s)
+        self._busiest = Busiest()
         self._wishes: deque[Wish] = deque(maxlen=self.settings.shrink_votes)
         self._rng = np.random.default_rng(seed)
         self._members = Members(world.actors_per_node, world.costs.start_s, self.settings.warm_pool)
@@ -163,7 +165,9 @@ class ElasticRun:
 
     def _decide(self, now: float) -> None:
         counts = {group: self._members.count(group) for group in self.world.groups}
-        self._wishes.append(decide(self._policies, self._seen(now, counts)))
+        seen = self._seen(now, counts)
+        self._busiest.note(seen.experts, now)
+        self._wishes.append(decide(self._policies, seen))
         current = Wish(counts, self._routers, self._wanted.replicas)
         self._wanted = settle(current, list(self._wishes), self.settings.shrink_votes)
         self._scale_routers(self._wanted.routers, now)
@@ -191,7 +195,8 @@ class ElasticRun:
         return PolicyInput(
             EPOCH_S + now, book.idle_s(now), book.expert_rates(now), book.peak(now), experts, routers,
             self._placement, limits, GroupLimits(self._routers, *router.actors_span, router.price_per_hour),
-            world.config.experts.replicas, self.settings,
+            world.config.experts.replicas, self.settings, self._busiest.within(self.settings.reserve_s, now),
+            world.config.engine.step_s,
         )  # fmt: skip
 
     def _scale_routers(self, wanted: int | None, now: float) -> None:

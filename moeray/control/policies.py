@@ -10,6 +10,7 @@ from cronsim import CronSim
 
 from moeray.control.eplb import replicate, skew_left
 from moeray.control.policy import ExpertActorView, GroupLimits, Policy, PolicyInput, Wish
+from moeray.control.reserve import reserve
 from moeray.settings.control import ScheduleConfig
 from moeray.types import ExpertId
 
@@ -137,7 +138,8 @@ def latency(seen: PolicyInput) -> Wish:
 
     Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
     sequence waits for its next token as it did for the last ones. Since load comes unevenly, both waits are aimed at a
-    part of what is allowed: `slo_aim`, more while fewer requests are late than may be, less while more are. Of them,
+    part of what is allowed: `slo_aim`, more while fewer requests are late than may be, less while more are. (Where
+    routers cut prompts short to keep steps to `engine.step_s`, that is the wait between tokens aimed at.) Of them,
     only what waits for expert actors changes with their number, at best in inverse proportion: that part has to fit
     into what the trunk leaves. A growth that was too small is seen at the next decision; a shrink stops where those who
     stay would be busy for `_FULL` of the time, since waits rise faster there.
@@ -186,7 +188,8 @@ def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:
         running = sum(load.running for load in loads)
         tpot_s = sum(load.running * load.tpot_s for load in loads) / running
         experts_s = sum(load.running * load.tpot_s * load.expert_part for load in loads) / running
-        yield _fit(tpot_s, experts_s / tpot_s, _aim(seen) * slo), f"{tpot_s:.3f} s between tokens"
+        aim_s = _aim(seen) * slo if seen.step_s is None else min(seen.step_s, slo)
+        yield _fit(tpot_s, experts_s / tpot_s, aim_s), f"{tpot_s:.3f} s between tokens"
 
 
 def _aim(seen: PolicyInput) -> float:
@@ -319,5 +322,6 @@ def queue_wait(seen: PolicyInput) -> Wish:
 
 
 SHIPPED: dict[str, Policy] = {
-    policy.__name__: policy for policy in (target_utilisation, latency, hot_experts, idle, schedule, queue_wait)
+    policy.__name__: policy
+    for policy in (target_utilisation, latency, hot_experts, idle, schedule, queue_wait, reserve)
 }

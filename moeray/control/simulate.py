@@ -24,7 +24,7 @@ from moeray.control.cost import StepCosts, StepTable
 from moeray.control.objectives import Objectives
 from moeray.control.reports import RouterReport
 from moeray.control.trace import Trace
-from moeray.settings.engine import EngineConfig
+from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 
 Floats = NDArray[np.float64]
 
@@ -233,14 +233,16 @@ class Engine:
 
     def _time_steps(self, router: SimRouter) -> None:
         """How long a step of its batch takes with the present placement, beside what the other routers do."""
-        table, costs, tokens = self.table, self._costs, router.tokens
-        others = min(max(self._busy - router.busy, 0.0), 1 - 1 / len(self.routers))
-        experts_s = table.slowest_s[tokens] / (1 - others)
-        router.step_s = costs.trunk_s[tokens] + costs.decode_s * len(router.decodes) + experts_s
+        router.step_s, router.expert_s = self._step_s(router, len(router.decodes), router.tokens)
         if router.waking:
-            router.step_s += costs.costs.wake_s
-        router.expert_s = experts_s
-        self._set_busy(router, table.bottleneck_s[tokens] / router.step_s)
+            router.step_s += self._costs.costs.wake_s
+        self._set_busy(router, self.table.bottleneck_s[router.tokens] / router.step_s)
+
+    def _step_s(self, router: SimRouter, decodes: int, tokens: int) -> tuple[float, float]:
+        """The same for any batch, and the part of it that is spent on experts."""
+        others = min(max(self._busy - router.busy, 0.0), 1 - 1 / len(self.routers))
+        experts_s = self.table.slowest_s[tokens] / (1 - others)
+        return self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + experts_s, experts_s
 
     def _rest(self, router: SimRouter) -> None:
         router.takes, router.tokens, router.steps, router.credited, router.worked = [], 0, 0, 0, 0.0
@@ -261,7 +263,7 @@ class Engine:
         settings, prefills = self._settings, router.prefills
         budget = settings.max_batch_tokens - decodes
         if decodes:
-            budget = min(budget, settings.prefill_chunk)
+            budget = self._chunk(router, decodes, budget)
         takes: list[int] = []
         while budget:
             if len(takes) == len(prefills):
@@ -277,6 +279,13 @@ class Engine:
             takes[i] += more
             budget -= more
         return takes
+
+    def _chunk(self, router: SimRouter, decodes: int, most: int) -> int:
+        """Prefill tokens beside decoding sequences: those at which `engine.pace` settles."""
+        step_s, chunk = self._settings.step_s, min(most, self._settings.prefill_chunk)
+        while step_s is not None and chunk > LEAST_CHUNK and self._step_s(router, decodes, decodes + chunk)[0] > step_s:
+            chunk = max(LEAST_CHUNK, chunk // 2)
+        return chunk
 
     def _credit(self, router: SimRouter, done: float) -> None:
         """Count `done` of its steps: the work also of one that has not ended, the tokens of those that have."""

@@ -119,6 +119,7 @@ class Engine:
         self._last_step_seconds = seconds
         decodes = batch.num_decodes
         prefilled = batch.num_tokens - decodes
+        self._scheduler.pace.note(decodes, prefilled, seconds)
         self._decode_tokens += decodes
         self._decode_seconds += decodes * seconds
         if prefilled:

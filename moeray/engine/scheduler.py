@@ -14,6 +14,7 @@ from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 
 from moeray.engine.blocks import BlockManager
+from moeray.engine.pace import Pace
 from moeray.engine.sampling import SampledToken
 from moeray.engine.sequence import Sequence, Status
 from moeray.errors import QueueFullError, RequestError
@@ -61,6 +62,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, blocks: BlockManager, max_context: int) -> None:
         self._config = config
         self._blocks = blocks
+        self.pace = Pace(config)  # told by its owner how long steps took
         self._max_context = min(max_context, blocks.num_blocks * blocks.block_size)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of arrival
@@ -208,7 +210,7 @@ class Scheduler:
 
     def _prefill_budget(self, decodes: int) -> int:
         left = self._config.max_batch_tokens - decodes
-        return min(left, self._config.prefill_chunk) if decodes else left
+        return min(left, self.pace.chunk) if decodes else left
 
     def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
         """Split the budget over the prefills, admitting as long as some is left.

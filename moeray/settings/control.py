@@ -10,7 +10,10 @@ from cronsim import CronSim, CronSimError
 from moeray.errors import ConfigError
 from moeray.tree import require
 
-_SECONDS = ("report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s")
+_SECONDS = (
+    "report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s",
+    "reserve_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ControlConfig:
     `slo_ttft_s` (to the first token) and `slo_tpot_s` (between tokens) are what the policy `latency` keeps to, by
     aiming at `slo_aim` of them (without them it has no opinion), and at more or less of them while more or fewer than
     `slo_attainment` of the requests keep to both.
+    `reserve` is the part of the actors that were busy at once in the last `reserve_s` to be kept for the next burst.
     `replica_budget` bounds the replicas of hot experts beyond `experts.replicas`, as a part of all experts;
     `max_skew` is the max/mean load per actor of a layer above which experts are moved or replicated, and
     `migration_cost` what moving one expert costs, in units of the mean expert's load.
@@ -74,13 +78,17 @@ class ControlConfig:
     orphan_s: float = 600.0
     interval_s: float = 2.0
     window_s: float = 10.0
-    policies: tuple[str, ...] = ("target_utilisation", "latency", "hot_experts", "idle", "schedule", "queue_wait")
+    policies: tuple[str, ...] = (
+        "target_utilisation", "latency", "hot_experts", "idle", "schedule", "queue_wait", "reserve",
+    )  # fmt: skip
     target_utilisation: float = 0.6
     slo_queue_wait_s: float = 0.25
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     slo_aim: float = 0.7
     slo_attainment: float = 0.99
+    reserve: float = 0.0
+    reserve_s: float = 600.0
     shrink_votes: int = 15
     max_growth: float = 2.0
     idle_s: float = 300.0
@@ -106,6 +114,7 @@ class ControlConfig:
         require(0 < self.slo_aim <= 1, "control.slo_aim", "must be above 0 and at most 1")
         require(0 < self.slo_attainment < 1, "control.slo_attainment", "must be above 0 and below 1")
         require(0 < self.target_utilisation <= 1, "control.target_utilisation", "must be above 0 and at most 1")
+        require(0 <= self.reserve <= 1, "control.reserve", f"must be 0 to 1, got {self.reserve}")
         require(self.shrink_votes >= 1, "control.shrink_votes", f"must be at least 1, got {self.shrink_votes}")
         require(self.max_growth > 1, "control.max_growth", f"must be above 1, got {self.max_growth}")
         require(self.replica_budget >= 0, "control.replica_budget", "must be 0 or more")

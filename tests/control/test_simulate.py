@@ -20,7 +20,7 @@ from moeray.control.tally import queue_wait
 from moeray.control.trace import trace_of
 from moeray.control.world import World
 from moeray.errors import SimulationError
-from moeray.settings.engine import EngineConfig
+from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 
 SHAPE = MoeShape(4, 16, 4)
 COSTS = Costs(trunk_tokens=(1, 2048), trunk_s=(0.002, 0.02), trunk_layers=4, row_s=5e-5, start_s=4, map_s=0.5)
@@ -168,6 +168,27 @@ def test_no_router_takes_more_than_max_running_and_steps_keep_the_token_budget()
     assert most == 8
     assert engine.prompt_tokens == 40 * 100
     assert engine.generation_tokens == 40 * 50
+
+
+def test_steps_beside_decodes_are_cut_to_last_no_longer():
+    """As `engine.pace` does it; what is cut costs throughput, and no token."""
+    trace = trace_of("mixed", [(0.0, 4, 400)] * 4 + [(0.5, 500, 2)] * 4)
+    it = world(trace)
+    costs = StepCosts(COSTS, SHAPE, 256)
+    table = it_table(costs, it, it.settled_placement(it.hosts(2), it.hindsight.load))
+    longest, ends = {}, {}
+    for step_s in (None, 0.05):
+        engine = Engine(trace, EngineConfig(max_batch_tokens=256, step_s=step_s), costs, table, 1)
+        longest[step_s] = 0.0
+        while not engine.done:
+            engine.advance(engine.now + 0.01)
+            (router,) = engine.routers
+            if router.decodes and router.tokens > len(router.decodes) + LEAST_CHUNK:
+                longest[step_s] = max(longest[step_s], router.step_s)
+        assert engine.prompt_tokens == trace.prompt.sum()
+        ends[step_s] = engine.now
+    assert longest[0.05] <= 0.05 < longest[None]
+    assert ends[0.05] >= ends[None]
 
 
 def test_a_placement_is_in_force_within_a_step_and_work_is_counted_as_it_is_done():
