@@ -52,7 +52,7 @@ def skew_left(load: Mapping[ExpertId, float], counts: Mapping[ExpertId, int], ac
     actors that have any."""
     total = sum(load.values())
     used = min(actors, sum(counts.values()))
-    return max(load[expert] / counts[expert] for expert in load) * used / total if total > 0 else 1.0
+    return max([rows / counts[expert] for expert, rows in load.items()]) * used / total if total > 0 else 1.0
 
 
 def place(

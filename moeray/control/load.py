@@ -56,6 +56,7 @@ class _Expert:
     served_busy_s: float = 0.0
     waits: deque[tuple[float, float]] = field(default_factory=deque)
     recent: deque[tuple[float, NDArray[np.int64], Vector]] = field(default_factory=deque)
+    recent_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,9 @@ class LoadBook:
 
     def _remember(self, actor: _Expert, span: float, delta: Vector) -> None:
         actor.recent.append((span, actor.numbers, delta))
-        while sum(seconds for seconds, _, _ in actor.recent) - actor.recent[0][0] >= RECENT_S:
-            actor.recent.popleft()
+        actor.recent_s += span
+        while actor.recent_s - actor.recent[0][0] >= RECENT_S:
+            actor.recent_s -= actor.recent.popleft()[0]
 
     def _wait(self, actor: _Expert, report: ExpertReport, now: float) -> None:
         while actor.waits and (actor.waits[-1][1] <= report.queue_wait_p99_s):

@@ -232,12 +232,10 @@ def hot_experts(seen: PolicyInput) -> Wish:
     reasons = []
     # Judged with the base replicas: were it the present ones, a replica that helps would be given up for helping.
     skews = {layer: skew_left(load, dict.fromkeys(load, seen.base_replicas), actors) for layer, load in layers.items()}
-    held = {layer: _held(load, seen) for layer, load in layers.items()}
-    rank = {layer: skew * (_KEPT if sum(held[layer].values()) > len(held[layer]) * seen.base_replicas else 1.0)
-            for layer, skew in skews.items()}  # fmt: skip
-    for layer in sorted(layers, key=lambda layer: (-rank[layer], layer)):
-        if skews[layer] <= seen.settings.max_skew:
-            continue
+    held = {layer: _held(layers[layer], seen) for layer, skew in skews.items() if skew > seen.settings.max_skew}
+    rank = {layer: skews[layer] * (_KEPT if sum(counts.values()) > len(counts) * seen.base_replicas else 1.0)
+            for layer, counts in held.items()}  # fmt: skip
+    for layer in sorted(held, key=lambda layer: (-rank[layer], layer)):
         counts = _kept_or_split(layers[layer], held[layer], seen, budget)
         if counts is None:
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeray.control.policy import Wish
+from moeray.types import ExpertId
 
 
 def settle(current: Wish, wishes: Sequence[Wish], shrink_votes: int) -> Wish:
@@ -33,11 +34,20 @@ def settle(current: Wish, wishes: Sequence[Wish], shrink_votes: int) -> Wish:
     replicas = {}
     for expert in {**current.replicas, **wishes[-1].replicas}:
         had, newest = current.replicas.get(expert, 0), wishes[-1].replicas.get(expert, 0)
-        # Only what may shrink needs the history, which is long and has many experts.
-        votes = [wish.replicas.get(expert, 0) for wish in recent] if newest < had and patient else [newest]
-        if settled := _settle(had, votes, patient):
+        if settled := _shrunk(expert, had, recent) if newest < had and patient else max(had, newest):
             replicas[expert] = settled
     return Wish(actors, routers, replicas, wishes[-1].reasons)
+
+
+def _shrunk(expert: ExpertId, had: int, recent: Sequence[Wish]) -> int:
+    """Down to the largest of the votes. There are many experts and many votes, so the first against it is the last."""
+    most = 0
+    for wish in reversed(recent):
+        vote = wish.replicas.get(expert, 0)
+        if vote >= had:
+            return had
+        most = max(most, vote)
+    return most
 
 
 def _settle(current: int | None, votes: Sequence[int | None], patient: bool) -> int:
