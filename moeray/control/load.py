@@ -188,8 +188,9 @@ class LoadBook:
         if actor.ids != tuple(report.rows):
             self._renumber(actor, tuple(report.rows))
         rows = _counts(report)
-        afresh = (rows < actor.rows) | restarted  # one expert's count falls when it was dropped and hosted again
-        delta = np.where(afresh, rows, rows - actor.rows)
+        delta = rows if restarted else rows - actor.rows
+        if len(delta) and delta.min() < 0:  # an expert's count falls when it was dropped and hosted again
+            delta = np.where(delta < 0, rows, delta)
         busy_before = 0.0 if restarted or report.busy_s < actor.busy_total else actor.busy_total
         actor.incarnation, actor.rows, actor.busy_total = report.incarnation, rows, report.busy_s
         return delta, report.busy_s - busy_before

@@ -55,9 +55,11 @@ def _held(placement: Placement, shape: tuple[int, ...], actors: Mapping[str, int
     """The actors that host each expert, -1 where there are fewer than R."""
     layers, experts = shape
     hosts = [placement.replicas[ExpertId(layer, e)] for layer in range(layers) for e in range(experts)]
-    widest = max(map(len, hosts))
-    padded = [[actors[a] for a in held] + [-1] * (widest - len(held)) for held in hosts]
-    return np.array(padded, np.int64).reshape(layers, experts, widest)
+    counts = np.array([len(held) for held in hosts])
+    there = np.arange(counts.max()) < counts[:, None]
+    padded = np.full(there.shape, -1, np.int64)
+    padded[there] = [actors[actor] for held in hosts for actor in held]
+    return padded.reshape(layers, experts, -1)
 
 
 def _share(batches_LGE: Floats, held_LER: Ints, single_LE: Bools, speed_A: Floats, so_far: Spread) -> None:

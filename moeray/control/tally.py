@@ -36,7 +36,8 @@ class Tally:
         """Host other experts: (expert, its replicas, which of them this is). Counts of those that stay go on."""
         had = dict(zip(self.experts, self.rows.tolist(), strict=True))
         self.experts = tuple(expert for expert, _, _ in shares)
-        table = np.array([(e.layer, e.expert, of, nth) for e, of, nth in shares], np.int64).reshape(-1, 4)
+        flat = [number for expert, of, nth in shares for number in (*expert, of, nth)]
+        table = np.array(flat, np.int64).reshape(-1, 4)
         self.layers, self.numbers, self.of, self.nth = table.T
         self.rows = np.array([had.get(expert, 0) for expert in self.experts], np.int64)
 
