@@ -66,8 +66,9 @@ class _Sent(NamedTuple):
 
 @dataclass
 class _Work:
-    """One layer's rows: `sent` are in flight; `waiting` are those of `orphans`, experts that had no replica when the
-    view was at `version`, the first of them at `waited_from`. `failed`: who failed at an expert."""
+    """One layer's rows: `sent` are in flight, `undated` while of some of them the deadline is not known; `waiting` are
+    those of `orphans`, experts that had no replica when the view was at `version`, the first of them at `waited_from`.
+    `failed`: who failed at an expert."""
 
     layer: int
     x_TD: Tensor
@@ -75,6 +76,7 @@ class _Work:
     began: float
     out_TKD: Tensor = field(init=False)
     sent: list[_Sent] = field(default_factory=list)
+    undated: bool = False
     waiting: list[Ints] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
     version: int = -1
@@ -198,6 +200,7 @@ class Dispatcher:
         for i, (share, channel) in enumerate(zip(shares, channels, strict=True)):
             if went[i] and channel is not None:
                 work.sent.append(_Sent(first + i, share, channel, at, UNKNOWN))
+                work.undated = True
             else:
                 left.append(share)
         return left
@@ -274,29 +277,30 @@ class Dispatcher:
     def _first(self, work: _Work) -> tuple[int, float | None]:
         """Which of those in flight is to be taken next; its actor's seconds of compute, where the part in C has put its
         rows already."""
-        quick, found = native is not None and all(sent.channel.lane for sent in work.sent), None
-        until = min(sent.until for sent in work.sent)
-        if any(sent.until == UNKNOWN for sent in work.sent):
-            found = self._take_result(work, min(until, self._clock() + LEAST_S)) if quick else None
+        soonest = min(work.sent, key=_until)
+        if work.undated:
+            least = self._clock() + min(LEAST_S, self._deadline_s)
+            found = self._take_result(work, min(soonest.until, least))
             self._date_all(work)
-            until = min(sent.until for sent in work.sent)
-        if found is None and quick:
-            found = self._take_result(work, until)
-        soonest = next(place for place, sent in enumerate(work.sent) if sent.until == until)
-        return found or (soonest, None)
+            if found is not None:
+                return found
+            soonest = min(work.sent, key=_until)
+        return self._take_result(work, soonest.until) or (work.sent.index(soonest), None)
 
     def _date_all(self, work: _Work) -> None:
         for place, sent in enumerate(work.sent):
             if sent.until == UNKNOWN:
                 work.sent[place] = self._dated(work, sent)
+        work.undated = False
 
     def _take_result(self, work: _Work, until: float) -> tuple[int, float | None] | None:
-        assert native is not None
-        out_TKD = work.out_TKD
-        rows, width = out_TKD.shape[0] * out_TKD.shape[1], out_TKD.shape[2]
+        """As `_first`; None where nothing came until then, or the part in C does not speak on all of the channels."""
+        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in work.sent]
+        if native is None or not all(lane for lane, _, _ in wanted):
+            return None
+        tokens, top_k, width = work.out_TKD.shape
         found = native.take_result(
-            [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in work.sent],
-            CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), rows,
+            wanted, CODES[work.x_TD.dtype], width, width * work.x_TD.itemsize, work.out_TKD.data_ptr(), tokens * top_k,
             max(0.0, until - self._clock()),
         )  # fmt: skip
         return None if found is None else (found[0], found[1])
@@ -395,6 +399,10 @@ class Dispatcher:
         """Close every channel."""
         self.count()
         self._links.close()
+
+
+def _until(sent: _Sent) -> float:
+    return sent.until
 
 
 def _at_home(tensor: Tensor) -> Tensor:

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from moeray.config import ControlConfig
 from moeray.control.placement import Placement
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, Wish
 from moeray.control.reserve import Busiest, reserve
+from moeray.settings.control import ControlConfig
 
 
 def views(**busy):

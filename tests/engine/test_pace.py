@@ -1,6 +1,6 @@
 import pytest
 
-from moeray.config import EngineConfig
+from moeray.settings.engine import EngineConfig
 from moeray.engine.pace import Pace
 
 
