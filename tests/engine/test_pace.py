@@ -1,7 +1,7 @@
 import pytest
 
-from moeray.settings.engine import EngineConfig
 from moeray.engine.pace import Pace
+from moeray.settings.engine import EngineConfig
 
 
 @pytest.mark.parametrize(
