@@ -7,9 +7,9 @@ url=http://127.0.0.1:8000 scrape=5 work=$(mktemp -d) began=$(date +%s)
 prometheus=
 trap 'kill $prometheus; kill -INT "$server"; wait "$server" || true; rm -rf "$work"' EXIT
 
-moeray serve "$@" --experts-replicas 2 --experts-min-actors 2 --experts-max-actors 4 --router-max-actors 2 \
+moeray serve --experts-replicas 2 --experts-min-actors 2 --experts-max-actors 4 --router-max-actors 2 \
   --experts-num-cpus 0.1 --router-num-cpus 0.1 --control-slo-ttft-s 5 --control-slo-tpot-s 0.6 \
-  --control-shrink-votes 5 >"$work/serve.log" 2>&1 &
+  --control-shrink-votes 5 "$@" >"$work/serve.log" 2>&1 &
 server=$!
 until grep -q "^serving" "$work/serve.log"; do
   kill -0 "$server" || { tail "$work/serve.log"; exit 1; }
@@ -19,17 +19,20 @@ sed "s/interval: 15s/interval: ${scrape}s/; s#rules/#$PWD/deploy/prometheus/rule
 prometheus --config.file="$work/prometheus.yml" --storage.tsdb.path="$work/data" --web.listen-address=127.0.0.1:9090 2>"$work/prometheus.log" &
 prometheus=$!
 
-load() { # CONCURRENCY REQUESTS
-  moeray bench serve "$url" --concurrency "$1" --requests "$2" --prompt-tokens 64 --output-tokens 32
+load() { # CONCURRENCY SECONDS
+  local until=$((SECONDS + $2))
+  while [ "$SECONDS" -lt "$until" ]; do
+    moeray bench serve "$url" --concurrency "$1" --requests $((6 * $1)) --prompt-tokens 64 --output-tokens 32
+  done
 }
 victim() { # the process of an expert actor that serves
   moeray status --output json | python -c 'import json, sys
 print(next(row["pid"] for row in json.load(sys.stdin)["actors"] if row["kind"] == "expert" and row["state"] == "ready"))'
 }
-load 2 16
-load 12 72
-(sleep 20 && kill -9 "$(victim)") & # under the load that follows
-load 12 72
-load 1 24
+load 2 15
+load 12 55
+(sleep 15 && kill -9 "$(victim)") & # under the load that follows
+load 12 45
+load 1 40
 moeray dashboards dashboards --draw http://127.0.0.1:9090 --scrape "$scrape" \
   --minutes "$(python -c "import time; print((time.time() - $began) / 60)")"

@@ -108,7 +108,7 @@ class Viewer:
         if instant:
             found = self.prometheus.ask("query", query=expr, time=self.end)["result"]
         else:
-            begin = self.end - self.seconds
+            begin = self.end - self.seconds // step * step  # the last point is now: what has just happened shows
             found = self.prometheus.ask("query_range", query=expr, start=begin, end=self.end, step=step)["result"]
         for series in found:
             values = series["values"] if "values" in series else [series["value"]]

@@ -139,8 +139,6 @@ def _draw_bars(axes: Any, panel: Panel, lines: list[Line]) -> None:
 
 
 def _finish_lines(axes: Any, panel: Panel, lines: list[Line]) -> None:
-    from matplotlib.dates import AutoDateLocator, DateFormatter
-
     for line in lines:
         if line.bound:
             axes.plot(*_xy(line), color=BOUND, linewidth=1.2, linestyle="--", label=_label(line, panel))
@@ -148,9 +146,16 @@ def _finish_lines(axes: Any, panel: Panel, lines: list[Line]) -> None:
         axes.axhline(value, color=color, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, panel.axis_max or max(axes.get_ylim()[1], 1e-9))
     axes.yaxis.set_major_formatter(lambda value, _: shown(value, panel.unit, None))
-    axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
-    axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
+    _mark_time(axes)
     axes.grid(color=FAINT, linewidth=0.4)
+
+
+def _mark_time(axes: Any) -> None:
+    """At whole minutes, also where few are shown."""
+    from matplotlib.dates import AutoDateLocator, DateFormatter
+
+    axes.xaxis.set_major_locator(AutoDateLocator(minticks=2, maxticks=6))
+    axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
 
 
 def _draw_marks(axes: Any, viewer: Viewer, marks: list[tuple[str, float]]) -> None:
@@ -198,14 +203,12 @@ def _draw_matrix(axes: Any, panel: Panel, lines: list[Line]) -> None:
 
 
 def _draw_heatmap(axes: Any, panel: Panel, lines: list[Line]) -> None:
-    from matplotlib.dates import DateFormatter
-
     times = sorted({at for line in lines for at, _ in line.points})
     by_time = [dict(line.points) for line in lines]
     cells = [[row.get(at, math.nan) for at in times] for row in by_time]
     mesh = axes.pcolormesh([_time(at) for at in times], range(len(lines)), cells, cmap="inferno", shading="nearest")
     axes.set_yticks(range(len(lines)), [line.legend for line in lines], fontsize=7)
-    axes.xaxis.set_major_formatter(DateFormatter("%H:%M"))
+    _mark_time(axes)
     axes.figure.colorbar(mesh, ax=axes, pad=0.01, aspect=40)
 
 
