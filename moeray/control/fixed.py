@@ -13,6 +13,7 @@ import numpy as np
 
 from moeray.control.cost import StepTable
 from moeray.control.outcome import ATTAINED, Outcome, Sample, Slo, outcome
+from moeray.control.placement import Placement
 from moeray.control.simulate import Engine
 from moeray.control.world import World
 from moeray.errors import PlacementError, SimulationError
@@ -38,6 +39,7 @@ class FixedRuns:
     def __init__(self, world: World) -> None:
         self.world = world
         self.routers = world.config.router.actors_span[1]
+        self._placements: dict[tuple[int, int | None], Placement] = {}
         self._tables: dict[tuple[int, int, bool], tuple[StepTable, int]] = {}
 
     def constant(self, actors: int) -> Schedule:
@@ -84,9 +86,12 @@ class FixedRuns:
 
     def _build(self, actors: int, epoch: int, known: bool) -> tuple[StepTable, int]:
         world = self.world
-        popularity = world.popularity.of_epoch(epoch) if known else world.hindsight
         hosts = world.hosts(actors)
-        placement = world.settled_placement(hosts, popularity.load)
+        key = actors, epoch if known else None
+        if key not in self._placements:
+            popularity = world.popularity.of_epoch(epoch) if known else world.hindsight
+            self._placements[key] = world.settled_placement(hosts, popularity.load)
+        placement = self._placements[key]
         return world.table_of(placement, hosts, epoch), sum(map(len, placement.replicas.values()))
 
     def _sample(self, now: float, actors: int, routers: int, replicas: int) -> Sample:
