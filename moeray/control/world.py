@@ -89,7 +89,10 @@ class World:
         """Where the experts belong if the load is known and stays: the hot ones with the replicas that the policy
         gives them. Raises PlacementError where memory does not suffice."""
         base = self.config.experts.replicas
-        placement = place(load, hosts, experts=self.experts, expert_bytes=self.expert_sizes, replicas=base)
+        # The policy counts replicas and does not look where they are, so these need not be placed well.
+        somewhere = tuple(host.actor_id for host in hosts[:base])
+        every = {ExpertId(layer, e): somewhere for layer, count in self.experts.items() for e in range(count)}
+        placement = Placement(0, every)
         wish = decide(load_policies([_REPLICATE]), self._seen(hosts, load, placement))
         replicas = {expert: wish.replicas.get(expert, base) for expert in placement.replicas}
         return place(load, hosts, experts=self.experts, expert_bytes=self.expert_sizes, replicas=replicas)
