@@ -78,7 +78,9 @@ def test_the_death_of_an_expert_actor(running, number):
     run, live, calm = running
     victim = run(live.rows("expert"))[0]
     run(survives(live, calm, lambda: kill(victim, number)))
-    assert victim["actor"] not in {row["actor"] for row in run(live.whole())["actors"]}
+    # That it leaves is known with its next report, by which time all may have been answered.
+    run(live.until(lambda status: victim["actor"] not in {row["actor"] for row in status["actors"]}))
+    run(live.whole())
 
 
 def test_a_scrape_does_not_wait_for_an_actor_that_hangs(running):

@@ -235,16 +235,15 @@ static const char TAKE_USAGE[] = "take_result(wanted, dtype, width, row_bytes, o
 
 /* (place, compute_s, queue_s) of the first of `wanted` that is answered, whose rows are in `out` then: each is (lane, id,
    rows), where the rows go as int64 bytes. (place, None, None) for one where something else is to be read, None where
-   nothing came in time. Other threads run meanwhile. */
+   nothing came in time or they are more than MAX_LANES. Other threads run meanwhile. */
 PyObject *moeray_take_result(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!wants(count == 7 && PyList_Check(args[0]) && PyFloat_Check(args[6]) &&
-                   PyList_GET_SIZE(args[0]) <= MAX_LANES, TAKE_USAGE))
-        return NULL;
+    if (!wants(count == 7 && PyList_Check(args[0]) && PyFloat_Check(args[6]), TAKE_USAGE)) return NULL;
     const Target target = {number(args[1]), number(args[2]), number(args[3]), number(args[5]), PyLong_AsVoidPtr(args[4])};
     const Py_ssize_t size = PyList_GET_SIZE(args[0]);
     struct pollfd polled[MAX_LANES];
     if (PyErr_Occurred()) return NULL;
+    if (size > MAX_LANES) Py_RETURN_NONE;
     for (int waited = 0;; waited = 1) {
         for (Py_ssize_t i = 0; i < size; i++) {
             PyObject *wanted = PyList_GET_ITEM(args[0], i);
