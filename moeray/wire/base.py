@@ -51,7 +51,10 @@ class Channel(Protocol):
         """Hand a layer's rows or their outputs over, as `send` does with their frame, in less time."""
 
     def place_outputs(self, nbytes: int) -> Place | None:
-        """Shared memory for the next RESULT's outputs, which are spared a copy there; None where there is none."""
+        """Shared memory for the next RESULT's outputs, which are spared a copy there; None where there is none.
+
+        Until it is sent, nothing else may be sent on the channel: payloads are read in the order of their places.
+        """
 
     def recv(self, timeout: float | None = None) -> Frame:
         """The next frame; waits `timeout` seconds, or for ever where it is None.

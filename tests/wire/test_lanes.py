@@ -80,6 +80,13 @@ def test_a_share_arrives_as_the_frame_that_it_is(ends, width):
     assert check_forward(frame).rows == 3
 
 
+@pytest.mark.parametrize(("kib", "goes"), [(128, True), (256, False)])
+def test_a_share_whose_copy_lets_other_threads_run_is_left_to_the_channel(ends, kib, goes):
+    x_TD = x_of(1, kib << 8)
+    share = ("expert", [0], [1], ints(0), ints(0), ints(0))
+    assert send([ends[0]], [share], x_TD) == [goes]
+
+
 def test_a_message_that_the_socket_takes_in_part_is_finished_before_the_next(ends):
     a, b = ends
     x_TD, sent = x_of(1, 2000), 0

@@ -5,7 +5,7 @@
 #include "lane.h"
 #include "message.h"
 
-enum { QUICK_BYTES = 1 << 20 }; /* larger ones take so long that other threads are to run */
+enum { QUICK_BYTES = 1 << 20 }; /* larger ones take so long to read that other threads are to run */
 enum { MAX_LANES = 1024 };
 
 static Lane *lane_at(PyObject *address) { return PyLong_AsVoidPtr(address); }
@@ -37,11 +37,14 @@ static void commit(Lane *lane, const Message *m) {
     if (m->ring) lane->out->head = m->where + m->ring_bytes;
 }
 
+/* Whether its bytes are copied under the interpreter's lock. Nobody else may come to the end, or close it, meanwhile. */
+static int stays_locked(int64_t size) { return size < UNLOCKED_FROM; }
+
 /* Whether it went out; -1 with an exception. */
 static int send_rows(Lane *lane, const Ids *ids, const Rows *rows) {
     const int64_t payload = rows_payload(rows);
     Message m;
-    if (payload > QUICK_BYTES || !may_send(lane) || !place(&m, lane, payload)) return 0;
+    if (!stays_locked(payload) || !may_send(lane) || !place(&m, lane, payload)) return 0;
     const int64_t bytes = put_rows_message(&m, ids, rows);
     if (bytes <= 0) return (int)bytes;
     if (!send_now(lane, bytes)) return 0;
@@ -120,7 +123,7 @@ PyObject *moeray_send_outputs(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (!may_send(lane)) Py_RETURN_FALSE;
     Message m = message_on(lane);
     if (position != INLINE) put_in_ring(&m, lane, position, size);
-    else if (size > QUICK_BYTES || !place(&m, lane, size)) Py_RETURN_FALSE;
+    else if (!stays_locked(size) || !place(&m, lane, size)) Py_RETURN_FALSE;
     const int64_t bytes = put_outputs_message(&m, &ids, &outputs);
     if (bytes <= 0) return bytes ? NULL : Py_NewRef(Py_False);
     if (!send_now(lane, bytes)) Py_RETURN_FALSE;
