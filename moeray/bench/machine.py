@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeray.errors import ConfigError
 from moeray.model.kernels import available
-from moeray.model.kernels.native import best_instructions, multiply, read_all
+from moeray.model.kernels.native import Instructions, best_instructions, multiply, read_all
 
 
 class Machine(Protocol):
@@ -52,11 +52,11 @@ class Cpu:
     """On torch's number of threads."""
 
     device = torch.device("cpu")
-    multiplies = "fp32"
     _BYTES, _TIMES, _TURNS = 64 << 20, 100_000, 3
 
     def __init__(self) -> None:
         self.what = f"{best_instructions().name.lower()} kernels"
+        self.multiplies = "bf16" if best_instructions() == Instructions.AVX512_BF16 else "fp32"
         self.cache_bytes = last_cache_bytes()
         self._memory: Tensor = torch.ones(self._TURNS, self._BYTES, dtype=torch.uint8)
 

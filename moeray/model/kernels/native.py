@@ -25,11 +25,13 @@ _MODULE = "moeray.model.kernels._native"
 
 
 class Instructions(IntEnum):
-    """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits."""
+    """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but for bf16 times
+    bf16, which the last one multiplies in pairs."""
 
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512_BF16 = 3
 
 
 CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
@@ -155,7 +157,8 @@ def read_all(memory: Tensor) -> None:
 
 
 def multiply(times: int) -> int:
-    """Multiply and add fp32 numbers in registers, on torch's number of threads; the operations done."""
+    """Multiply and add numbers in registers, pairs of bf16 where the CPU can and else fp32, on torch's number of
+    threads; the operations done."""
     lib = library()
     assert lib is not None
     return int(lib.moeray_multiply(times, torch.get_num_threads(), best_instructions()))

@@ -40,9 +40,10 @@ def test_it_is_the_product(outputs, inputs, weight_dtype, instructions):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("instructions", SETS)
-def test_a_row_does_not_depend_on_others_or_on_threads(instructions):
-    layer, x = NativeLinear(random(100, 300, dtype=torch.bfloat16)), random(140, 300, seed=1)
+def test_a_row_does_not_depend_on_others_or_on_threads(instructions, dtype):
+    layer, x = NativeLinear(random(100, 300, dtype=torch.bfloat16)), random(140, 300, dtype=dtype, seed=1)
     together = layer(x, instructions)
     before = torch.get_num_threads()
     try:

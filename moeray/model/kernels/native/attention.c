@@ -86,7 +86,7 @@ static inline void fetch(const char *from, int64_t bytes) {
 
 static const Kernels *kernels_of(int64_t instructions) {
 #if defined(__x86_64__)
-    if (instructions == AVX512) return &kernels_avx512;
+    if (instructions >= AVX512) return &kernels_avx512;
     if (instructions == AVX2) return &kernels_avx2;
 #endif
     (void)instructions;

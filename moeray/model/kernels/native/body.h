@@ -3,7 +3,8 @@
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
-   fused multiply-add, on the instruction set. */
+   fused multiply-add, on the instruction set. BF16 times BF16 is the exception where the CPU multiplies pairs of them:
+   such a sum has 16 parts as well, but each takes two products at a time, and rounds in the CPU's own way. */
 
 #include "vectors.h"
 
@@ -121,39 +122,53 @@ INLINE Row FN(filled)(const int format, const Matrix *m, Row w, int64_t k, uint8
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 /* A block of each of `outs` weight rows times that of `rows` rows of inputs. */
-INLINE void FN(step)(const int format, const int rows, const int outs, const Row *w, const float *x, int64_t x_step,
+INLINE void FN(step)(const int format, const int rows, const int outs, const Row *w, const char *x, int64_t x_step,
                      FN(wide) *sums) {
+#if defined(__AVX512BF16__)
+    if (format == PAIRS) {
+        __m512bh v[4];
+        for (int n = 0; n < outs; n++) v[n] = LOAD(__m512bh, w[n].data);
+        for (int r = 0; r < rows; r++) {
+            __m512bh in = LOAD(__m512bh, x + r * x_step);
+            for (int n = 0; n < outs; n++) {
+                __m512 *sum = (__m512 *)sums[r * outs + n].part;
+                *sum = _mm512_dpbf16_ps(*sum, in, v[n]);
+            }
+        }
+        return;
+    }
+#endif
     for (int j = 0; j < (int)stride_of(format); j++) {
         FN(wide) v[4];
         for (int n = 0; n < outs; n++)
             for (int p = 0; p < PARTS; p++) v[n].part[p] = FN(decode)(format, w[n], j, p);
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < PARTS; p++) {
-                FN(vec) in = LOAD(FN(vec), x + r * x_step + 16 * j + p * LANES);
+                FN(vec) in = LOAD(FN(vec), x + r * x_step + 4 * (16 * j + p * LANES));
                 for (int n = 0; n < outs; n++) sums[r * outs + n].part[p] += in * v[n].part[p];
             }
     }
 }
 
 /* `rows` rows of inputs against `outs` weight rows: the partial sums. */
-INLINE void FN(dot)(const int format, const int rows, const int outs, const Matrix *m, const Row *w, const float *x,
+INLINE void FN(dot)(const int format, const int rows, const int outs, const Matrix *m, const Row *w, const char *x,
                     int64_t x_step, Ahead ahead, FN(wide) *partial) {
-    const int64_t block = 16 * stride_of(format), whole = m->in / block * block;
+    const int64_t block = block_of(format), whole = m->in / block * block;
     FN(wide) sums[MOST * 4];
     Row at[4];
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < outs; n++)
             for (int p = 0; p < PARTS; p++) sums[r * outs + n].part[p] = (FN(vec)){0};
-    for (int64_t k = 0, byte = 0; k < whole; k += block, byte += stride_of(format) * ahead.pace) {
+    for (int64_t k = 0, byte = 0; k < whole; k += block, byte += block / 16 * ahead.pace) {
         for (int n = 0; n < outs; n++) at[n] = FN(at)(format, m, w[n], k);
-        FN(step)(format, rows, outs, at, x + k, x_step, sums);
+        FN(step)(format, rows, outs, at, x + input_bytes(format) * k, x_step, sums);
         if (byte % 64 == 0 && byte < ahead.bytes)
             for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
     }
     if (whole < m->in) {
         uint8_t fillers[4][FILLER];
         for (int n = 0; n < outs; n++) at[n] = FN(filled)(format, m, w[n], whole, fillers[n]);
-        FN(step)(format, rows, outs, at, x + whole, x_step, sums);
+        FN(step)(format, rows, outs, at, x + input_bytes(format) * whole, x_step, sums);
     }
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < outs; n++) partial[r * TILE + n] = sums[r * outs + n];
@@ -166,19 +181,24 @@ INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
 }
 
 /* A function for each format and number of rows, so that each has all registers. `w`: a tile of weight rows. */
-typedef void (*FN(Dot))(const Matrix *m, const Row *w, const float *x, int64_t x_step, Ahead ahead, FN(wide) *partial);
+typedef void (*FN(Dot))(const Matrix *m, const Row *w, const char *x, int64_t x_step, Ahead ahead, FN(wide) *partial);
 #define DOT(format, rows)                                                                                              \
-    static NOINLINE void FN(dot_##format##_##rows)(const Matrix *m, const Row *w, const float *x, int64_t x_step,      \
+    static NOINLINE void FN(dot_##format##_##rows)(const Matrix *m, const Row *w, const char *x, int64_t x_step,       \
                                                    Ahead ahead, FN(wide) *partial) {                                   \
         for (int n = 0; n < TILE; n += OUTS(rows))                                                                     \
             FN(dot)(format, rows, OUTS(rows), m, w + n, x, x_step, FN(share)(ahead, n / OUTS(rows), TILE / OUTS(rows)),  \
                     partial + n);                                                                                      \
     }
 #define DOTS(format) UP_TO_MOST(DOT, format)
-FORMATS(DOTS)
+#if defined(__AVX512BF16__)
+#define COMPUTED(EACH) FORMATS(EACH) EACH(PAIRS)
+#else
+#define COMPUTED FORMATS
+#endif
+COMPUTED(DOTS)
 #define DOT_NAME(format, rows) FN(dot_##format##_##rows),
 #define DOT_NAMES(format) {UP_TO_MOST(DOT_NAME, format)},
-static const FN(Dot) FN(dot_of)[][MOST] = {FORMATS(DOT_NAMES)};
+static const FN(Dot) FN(dot_of)[][MOST] = {COMPUTED(DOT_NAMES)};
 
 /* A row's weights, decoded. */
 typedef void (*FN(Unpack))(const Matrix *m, Row w, float *decoded);
@@ -241,8 +261,8 @@ INLINE f32x16 FN(reduce)(const FN(wide) *partial) {
     return LOAD(f32x16, &sums);
 }
 
-/* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step floats apart, times TILE weight rows. */
-static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const float *x, int64_t x_step, int64_t count,
+/* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step bytes apart, times TILE weight rows. */
+static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const char *x, int64_t x_step, int64_t count,
                      Ahead ahead, f32x16 *out, float *decoded) {
     const Matrix dense = {.format = F32, .in = padded(m->format, m->in)};
     f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
@@ -252,7 +272,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const flo
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
     if (count > many_for(m->format)) {
         for (int n = 0; n < TILE; n++) {
-            float *row = decoded + n * (dense.in + APART);
+            float *row = decoded + n * (dense.in + APART / 4);
             FN(unpack_of)[m->format](m, w[n], row);
             rows[n].data = (const uint8_t *)row;
         }
@@ -323,6 +343,19 @@ static void FN(read)(const char *data, int64_t size) {
 
 /* Multiplies and adds in as many sums as a product has, `times` times; the operations. */
 static int64_t FN(multiply)(int64_t times) {
+#if defined(__AVX512BF16__)
+    __m512 pairs[MOST][OUTS(MOST)];
+    __m512bh factors = (__m512bh)_mm512_set1_epi16(0x3f00);
+    __asm__ volatile("" : "+m"(factors));
+    for (int r = 0; r < MOST; r++)
+        for (int n = 0; n < OUTS(MOST); n++) pairs[r][n] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < times; t++)
+        for (int r = 0; r < MOST; r++)
+            for (int n = 0; n < OUTS(MOST); n++) pairs[r][n] = _mm512_dpbf16_ps(pairs[r][n], factors, factors);
+    for (int r = 0; r < MOST; r++)
+        for (int n = 0; n < OUTS(MOST); n++) __asm__ volatile("" : : "m"(pairs[r][n]));
+    return times * MOST * OUTS(MOST) * 64;
+#else
     FN(vec) sums[MOST][OUTS(MOST) * PARTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
     __asm__ volatile("" : "+m"(factor), "+m"(term));
     for (int r = 0; r < MOST; r++)
@@ -333,6 +366,7 @@ static int64_t FN(multiply)(int64_t times) {
     for (int r = 0; r < MOST; r++)
         for (int n = 0; n < OUTS(MOST) * PARTS; n++) __asm__ volatile("" : : "m"(sums[r][n]));
     return times * MOST * OUTS(MOST) * 32;
+#endif
 }
 
 static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store), FN(read), FN(multiply)};
@@ -343,6 +377,7 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef MOST
 #undef UP_TO_MOST
 #undef OUTS
+#undef COMPUTED
 #undef MERGE
 #undef LANES_OF
 #undef DOT

@@ -5,7 +5,10 @@
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
-enum { PORTABLE, AVX2, AVX512 };
+enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
+
+/* A format inside a call alone: BF16 weights whose inputs stay BF16, for instructions that multiply pairs of them. */
+enum { PAIRS = MXFP4 + 1 };
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
@@ -49,7 +52,7 @@ typedef struct {
     int64_t format, threads, instructions;
 } Call;
 
-int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_t threads);
+int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, const Call *call);
 void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
                     const Call *call);
 
@@ -93,7 +96,7 @@ typedef struct {
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
-    APART = 16,      /* floats between rows, lest all of them want the same places of a cache */
+    APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
     READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
 };
@@ -114,8 +117,11 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
    which decoding yields weights. */
 INLINE int64_t stride_of(int64_t format) { return format == BF16 ? 2 : format == MXFP4 ? 8 : 1; }
 
+/* Inputs whose weights are decoded at once. */
+INLINE int64_t block_of(int64_t format) { return format == PAIRS ? 32 : 16 * stride_of(format); }
+
 INLINE int64_t padded(int64_t format, int64_t inputs) {
-    int64_t block = 16 * stride_of(format);
+    int64_t block = block_of(format);
     return (inputs + block - 1) / block * block;
 }
 
@@ -127,12 +133,15 @@ INLINE int64_t place_of(int64_t stride, int64_t k) {
 
 INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
     if (format == F32) return 4 * inputs;
-    if (format == F16 || format == BF16) return 2 * inputs;
+    if (format == F16 || format == BF16 || format == PAIRS) return 2 * inputs;
     return format == MXFP4 ? inputs / 2 : inputs;
 }
 
+/* An input in scratch. */
+INLINE int64_t input_bytes(int64_t format) { return format == PAIRS ? 2 : 4; }
+
 /* More rows than that want weights decoded once, not anew for each few rows. */
 INLINE int64_t many_for(int64_t format) {
-    if (format == F32) return INT64_MAX;
+    if (format == F32 || format == PAIRS) return INT64_MAX;
     return format == FP8 || format == MXFP4 ? 12 : 48;
 }

@@ -68,7 +68,7 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     if (counts && !PyErr_Occurred() && !sum_to(counts, count, rows))
         PyErr_SetString(PyExc_ValueError, "the experts' counts do not sum to the rows");
     if (counts && !PyErr_Occurred()) {
-        needed = moeray_scratch(layer, rows, count, call.threads);
+        needed = moeray_scratch(layer, rows, count, &call);
         if (needed <= room) {
             Py_BEGIN_ALLOW_THREADS
             moeray_forward(layer, (const Expert *const *)experts, counts, count, &call);

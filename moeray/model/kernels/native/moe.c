@@ -12,7 +12,7 @@
 
 /* Vectors go by pointer: how they go by value depends on the instruction set. */
 typedef struct {
-    void (*tile)(const Matrix *, const Row *, const float *bias, const float *x, int64_t x_step, int64_t count,
+    void (*tile)(const Matrix *, const Row *, const float *bias, const char *x, int64_t x_step, int64_t count,
                  Ahead ahead, f32x16 *out, float *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
@@ -51,13 +51,24 @@ typedef struct {
 #define OUTS(rows) 4
 #include "body.h"
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#define FN(name) name##_avx512_bf16
+#define LANES 16
+#define MOST 6
+#define UP_TO_MOST(EACH, format) \
+    EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
+#define OUTS(rows) 4
+#include "body.h"
+#pragma GCC pop_options
 #endif
 
 /* The most capable instruction set that this CPU has. */
 int64_t moeray_instructions(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return AVX512;
+        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
     return PORTABLE;
@@ -65,6 +76,7 @@ int64_t moeray_instructions(void) {
 
 static const Kernels *kernels_of(int64_t instructions) {
 #if defined(__x86_64__)
+    if (instructions == AVX512_BF16) return &kernels_avx512_bf16;
     if (instructions == AVX512) return &kernels_avx512;
     if (instructions == AVX2) return &kernels_avx2;
 #endif
@@ -97,26 +109,35 @@ typedef struct {
 
 /* Scratch: inputs and intermediate values in the order of blocks, chunks, and what each thread decodes. */
 typedef struct {
-    float *xs, *hs;
+    char *xs, *hs;
     Chunk *chunks;
     float *decoded;
 } Scratch;
 
-/* Floats from one packed row of inputs to the next. */
-static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) + APART; }
+/* The layer in the formats that the call computes with. */
+static Layer computed(const Layer *layer, const Call *call) {
+    Layer own = *layer;
+    if (call->format != BF16 || call->instructions != AVX512_BF16) return own;
+    if (own.up.format == BF16) own.up.format = PAIRS;
+    if (own.down.format == BF16) own.down.format = PAIRS;
+    return own;
+}
+
+/* Bytes from one packed row of inputs to the next. */
+static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) * input_bytes(m->format) + APART; }
 
 /* What a thread needs for decoded weights of either matrix, where an expert may have so many rows. */
 static int64_t decoded_floats(const Layer *layer, int64_t rows) {
     int64_t up = rows > many_for(layer->up.format) ? step_of(&layer->up) : 0;
     int64_t down = rows > many_for(layer->down.format) ? step_of(&layer->down) : 0;
-    return TILE * (up > down ? up : down);
+    return TILE * (up > down ? up : down) / 4;
 }
 
 /* Lays `s` out from `at` on; the end. */
 static char *lay_out(const Layer *layer, int64_t rows, int64_t experts, int64_t threads, char *at, Scratch *s) {
-    s->xs = (float *)at;
+    s->xs = at;
     s->hs = s->xs + (layer->up.out ? rows * step_of(&layer->up) : 0);
-    s->decoded = s->hs + rows * step_of(&layer->down);
+    s->decoded = (float *)(s->hs + rows * step_of(&layer->down));
     s->chunks = (Chunk *)(s->decoded + threads * decoded_floats(layer, rows));
     return (char *)(s->chunks + rows / CHUNK + experts);
 }
@@ -156,14 +177,18 @@ static void find_tile(const Stage *s, int64_t item, Tile *t) {
 }
 
 /* Activated outputs of `up` to where `down` finds them. */
-static void put_up(const Layer *layer, const Stage *s, const Tile *t, const f32x16 *out, float *hs) {
+static void put_up(const Kernels *k, const Layer *layer, const Stage *s, const Tile *t, const f32x16 *out, char *hs) {
     const int64_t step = step_of(&layer->down), stride = stride_of(layer->down.format);
     const int64_t left = s->width - t->from, lanes = left < s->lanes ? left : s->lanes;
     int64_t place[TILE];
     for (int64_t n = 0; n < lanes; n++) place[n] = place_of(stride, t->from + n);
     for (int64_t r = 0; r < t->chunk->count; r++) {
-        float *to = hs + (t->chunk->first + r) * step;
-        for (int64_t n = 0; n < lanes; n++) to[place[n]] = ((const float *)(out + r))[n];
+        char *to = hs + (t->chunk->first + r) * step;
+        if (layer->down.format == PAIRS) {
+            k->store(BF16, to, t->from, out + r, lanes);
+            continue;
+        }
+        for (int64_t n = 0; n < lanes; n++) ((float *)to)[place[n]] = ((const float *)(out + r))[n];
     }
 }
 
@@ -177,11 +202,11 @@ static void compute_tile(const Kernels *k, const Layer *layer, const Stage *s, c
                          const Scratch *scratch, const Call *call, float *decoded) {
     const int64_t step = step_of(s->m);
     f32x16 out[CHUNK];
-    const float *in = (s->is_up ? scratch->xs : scratch->hs) + t->chunk->first * step;
+    const char *in = (s->is_up ? scratch->xs : scratch->hs) + t->chunk->first * step;
     k->tile(s->m, t->w, t->bias, in, step, t->chunk->count, ahead, out, decoded);
     if (!s->is_up) return put_down(k, s, t, out, call);
     k->activate(&layer->activation, (int)s->gated, out, t->chunk->count);
-    put_up(layer, s, t, out, scratch->hs);
+    put_up(k, layer, s, t, out, scratch->hs);
 }
 
 static int64_t claim(int64_t *taken) { return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED); }
@@ -208,23 +233,31 @@ static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, con
     const Matrix *first = layer->up.out ? &layer->up : &layer->down;
     const int64_t from = call->rows ? call->rows[r] : r;
     const void *x = (const char *)call->x + bytes_of(call->format, from * first->in);
-    k->pack(call->format, x, first->in, stride_of(first->format), s->xs + r * step_of(first));
+    char *packed = s->xs + r * step_of(first);
+    if (first->format == PAIRS) {
+        memcpy(packed, x, 2 * first->in);
+        memset(packed + 2 * first->in, 0, 2 * (padded(PAIRS, first->in) - first->in));
+    } else {
+        k->pack(call->format, x, first->in, stride_of(first->format), (float *)packed);
+    }
     if (!layer->up.out) return;
-    const int64_t block = 16 * stride_of(layer->down.format);  /* the last one may not be filled */
-    memset(s->hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block * 4);
+    const int64_t block = block_of(layer->down.format) * input_bytes(layer->down.format); /* may not be filled */
+    memset(s->hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block);
 }
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
 
-int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, int64_t threads) {
+int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, const Call *call) {
+    const Layer own = computed(layer, call);
     Scratch s;
-    return lay_out(layer, rows, experts, threads, NULL, &s) - (char *)NULL;
+    return lay_out(&own, rows, experts, call->threads, NULL, &s) - (char *)NULL;
 }
 
 /* `count` experts, each with the next counts[i] rows, to the same rows of y. */
-void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
+void moeray_forward(const Layer *stored, const Expert *const *experts, const int64_t *counts, int64_t count,
                     const Call *call) {
     const Kernels *k = kernels_of(call->instructions);
+    const Layer own = computed(stored, call), *layer = &own;
     int64_t rows = 0, taken[2] = {0, 0};
     for (int64_t e = 0; e < count; e++) rows += counts[e];
     Scratch s;
