@@ -8,6 +8,7 @@ Shapes: T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def choose_linear(asked: LinearKernel, dtype: torch.dtype, device: torch.device)
     """What computes the linear layers. Raises ConfigError where that cannot be.
 
     `auto` goes by what the CPU can, not by a measurement, so that every router of one kind of machine gives the same
-    bits: in bf16 oneDNN where there are bf16 instructions, which torch's own plain weights use worse, else the kernels,
-    since oneDNN then converts on the way. fp32 stays with torch, whose results transformers' are.
+    bits: in bf16 the kernels, which decode faster and read the checkpoint's own memory; but oneDNN where the CPU has
+    matrix tiles (AMX), which the kernels do not use. fp32 stays with torch, whose results transformers' are.
     """
     low = dtype is torch.bfloat16 and device.type == "cpu"
     if asked == "auto":
@@ -49,9 +50,10 @@ def choose_linear(asked: LinearKernel, dtype: torch.dtype, device: torch.device)
 
 
 def _best() -> LinearKernel:
-    if torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported():
-        return "onednn"
-    return "native" if kernels.available() else "torch"
+    onednn = torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported()
+    if kernels.available() and not (onednn and torch.cpu._is_amx_tile_supported()):
+        return "native"
+    return "onednn" if onednn else "torch"
 
 
 def use_linear(model: nn.Module, kernel: LinearKernel) -> None:
@@ -75,7 +77,8 @@ def use_linear(model: nn.Module, kernel: LinearKernel) -> None:
                 _release(module)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if kernel == "native" and type(head) is nn.Linear:
-        head.forward = _in_fp32(head.forward)  # type: ignore[method-assign,assignment]
+        # Rounded to bf16, the two likeliest tokens are often equally likely.
+        head.forward = partial(head.forward, dtype=torch.float32)  # type: ignore[method-assign,call-arg]
 
 
 def _same_input(model: nn.Module) -> Iterator[list[nn.Linear]]:
@@ -105,11 +108,6 @@ def _product(weight_OI: Tensor, bias_O: Tensor | None, kernel: LinearKernel) -> 
         return y
 
     return onednn
-
-
-def _in_fp32(product: Product) -> Product:
-    """The logits' sums are in fp32 as it is: rounded to bf16, the two likeliest tokens are often equally likely."""
-    return lambda x: product(x.float())
 
 
 class _Joined:

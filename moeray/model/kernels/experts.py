@@ -102,7 +102,7 @@ class NativeLayer(KernelLayer):
         self._check_width(x.width)
         run(
             ctypes.addressof(self.form), experts, counts, x.address, index, out,
-            CALL_FORMATS[x.dtype], threads, best_instructions(),
+            CALL_FORMATS[x.dtype], CALL_FORMATS[x.dtype], threads, best_instructions(),
         )  # fmt: skip
 
     def _check_width(self, width: int) -> None:

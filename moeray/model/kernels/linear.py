@@ -38,10 +38,12 @@ class NativeLinear:
         self._expert = Expert(down=Outputs(weight_OI.data_ptr(), None, bias, 0, 1))
         self._address = ctypes.addressof(self._expert)
 
-    def __call__(self, x_TI: Tensor, instructions: Instructions | None = None) -> Tensor:
-        """x [..., I] bf16, fp16 or fp32 -> [..., O] of the same dtype."""
+    def __call__(
+        self, x_TI: Tensor, instructions: Instructions | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x [..., I] bf16, fp16 or fp32 -> [..., O] of `dtype`, or of the same; sums are rounded to it once."""
         rows_TI = x_TI.reshape(-1, self.in_features)
-        y_TO = forward(self._layer, [self._address], [len(rows_TI)], rows_TI, self.out_features, instructions)
+        y_TO = forward(self._layer, [self._address], [len(rows_TI)], rows_TI, self.out_features, instructions, dtype)
         return y_TO.view(*x_TI.shape[:-1], self.out_features)
 
 

@@ -25,8 +25,8 @@ _MODULE = "moeray.model.kernels._native"
 
 
 class Instructions(IntEnum):
-    """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but for bf16 times
-    bf16, which the last one multiplies in pairs."""
+    """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but that the last
+    one multiplies bf16 inputs with bf16 and int8 weights in pairs."""
 
     PORTABLE = 0
     AVX2 = 1
@@ -82,33 +82,46 @@ def best_instructions() -> Instructions:
 
 
 def forward(
-    layer: Layer, experts: list[int], counts: list[int], x_RI: Tensor, outputs: int, chosen: Instructions | None
-) -> Tensor:
-    """x [R, I] float -> [R, outputs] of its dtype: of each expert (by its `Expert` structure's address) the next rows.
+    layer: Layer, experts: list[int], counts: list[int], x_RI: Tensor, outputs: int, chosen: Instructions | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """x [R, I] float -> [R, outputs] of `dtype` (x's if None): of each expert (by its `Expert` structure's address) the
+    next rows.
 
     Runs on torch's number of threads; the interpreter's lock is released meanwhile.
     """
-    dtype = x_RI.dtype
-    if dtype not in CALL_FORMATS:
+    dtype = x_RI.dtype if dtype is None else dtype
+    if x_RI.dtype not in CALL_FORMATS:
         x_RI = x_RI.float()
     x_RI = x_RI.contiguous()
-    y_RO = x_RI.new_empty(len(x_RI), outputs)
+    y_RO = x_RI.new_empty(len(x_RI), outputs, dtype=dtype if dtype in CALL_FORMATS else torch.float32)
     run(
         ctypes.addressof(layer), experts, counts, x_RI.data_ptr(), len(x_RI), y_RO.data_ptr(), CALL_FORMATS[x_RI.dtype],
-        torch.get_num_threads(), best_instructions() if chosen is None else chosen,
+        CALL_FORMATS[y_RO.dtype], torch.get_num_threads(), best_instructions() if chosen is None else chosen,
     )  # fmt: skip
     return y_RO.to(dtype)
 
 
 def run(
-    layer: int, experts: list[int], counts: list[int], x: int, rows: bytes | int, y: int, call_format: Format,
-    threads: int, instructions: Instructions,
+    layer: int, experts: list[int], counts: list[int], x: int, rows: bytes | int, y: int, x_format: Format,
+    y_format: Format, threads: int, instructions: Instructions,
 ) -> None:  # fmt: skip
     """The same from addresses: x is read at `rows` (int64 as bytes), or so many rows of it one after the other; y takes
     as many. Raises ValueError where the counts do not sum to the rows."""
     forward_all, memory = functions().forward, scratch(0)
     while needed := forward_all(
-        layer, experts, counts, x, rows, y, memory.address, memory.nbytes, call_format, threads, instructions
+        layer,
+        experts,
+        counts,
+        x,
+        rows,
+        y,
+        memory.address,
+        memory.nbytes,
+        x_format,
+        y_format,
+        threads,
+        instructions,
     ):
         memory = scratch(needed)
 

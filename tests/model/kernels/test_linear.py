@@ -76,6 +76,15 @@ def test_special_values_survive_rounding_to_bfloat16():
 
 
 @needs_kernels
+@pytest.mark.parametrize("instructions", SETS)
+def test_sums_of_bfloat16_can_stay_in_fp32(instructions):
+    weight, x = random(33, 1000, dtype=torch.bfloat16), random(9, 1000, dtype=torch.bfloat16, seed=1)
+    found, expected = NativeLinear(weight)(x, instructions, torch.float32), F.linear(x.double(), weight.double())
+    assert found.dtype is torch.float32
+    assert (found.double() - expected).norm() <= ROUNDING[torch.float32] * expected.norm()
+
+
+@needs_kernels
 def test_leading_dimensions_views_and_no_rows():
     whole = random(40, 96, dtype=torch.bfloat16)
     view, x = whole[8:24, 16:80], random(2, 3, 64)

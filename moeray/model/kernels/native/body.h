@@ -3,12 +3,20 @@
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
-   fused multiply-add, on the instruction set. BF16 times BF16 is the exception where the CPU multiplies pairs of them:
-   such a sum has 16 parts as well, but each takes two products at a time, and rounds in the CPU's own way. */
+   fused multiply-add, on the instruction set. The exception are BF16 inputs of BF16 and INT8 weights where the CPU
+   multiplies pairs: such a sum has 16 parts as well, but each takes two products at a time, in the CPU's own way. */
 
 #include "vectors.h"
 
 #define PARTS (16 / LANES)
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+#define COMPUTED(EACH) FORMATS(EACH) EACH(PAIRS) EACH(INT8_PAIRS)
+#else
+#define HAS_PAIRS 0
+#define COMPUTED FORMATS
+#endif
+#define APIECE (LANES / OUTS) /* products for a vector of outputs */
 
 typedef float FN(vec) __attribute__((vector_size(4 * LANES)));
 typedef int32_t FN(ivec) __attribute__((vector_size(4 * LANES)));
@@ -121,57 +129,128 @@ INLINE Row FN(filled)(const int format, const Matrix *m, Row w, int64_t k, uint8
 
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
-/* A block of each of `outs` weight rows times that of `rows` rows of inputs. */
-INLINE void FN(step)(const int format, const int rows, const int outs, const Row *w, const char *x, int64_t x_step,
-                     FN(wide) *sums) {
-#if defined(__AVX512BF16__)
+#if HAS_PAIRS
+/* A block of BF16 or INT8 as BF16, the latter as two vectors in the order of interleave. */
+INLINE void FN(decode_pairs)(const int format, const uint8_t *w, __m512i *v) {
     if (format == PAIRS) {
-        __m512bh v[4];
-        for (int n = 0; n < outs; n++) v[n] = LOAD(__m512bh, w[n].data);
-        for (int r = 0; r < rows; r++) {
-            __m512bh in = LOAD(__m512bh, x + r * x_step);
-            for (int n = 0; n < outs; n++) {
-                __m512 *sum = (__m512 *)sums[r * outs + n].part;
-                *sum = _mm512_dpbf16_ps(*sum, in, v[n]);
-            }
-        }
+        *v = LOAD(__m512i, w);
         return;
     }
+    const __m512i weights = LOAD(__m512i, w), size = _mm512_abs_epi8(weights);
+    const __m512i low = _mm512_permutex2var_epi8(LOAD(__m512i, bf16_low), size, LOAD(__m512i, bf16_low + 64));
+    const __m512i high = _mm512_permutex2var_epi8(LOAD(__m512i, bf16_high), size, LOAD(__m512i, bf16_high + 64));
+    const __m512i with_sign = _mm512_ternarylogic_epi32(high, weights, _mm512_set1_epi8(-128), 0xf8); /* a | b & c */
+    v[0] = _mm512_unpacklo_epi8(low, with_sign);
+    v[1] = _mm512_unpackhi_epi8(low, with_sign);
+}
+
+INLINE void FN(step_pairs)(const int format, const int rows, const Row *w, const char *x, int64_t x_step,
+                           FN(wide) *sums) {
+    const int vectors = format == PAIRS ? 1 : 2;
+    __m512i v[OUTS][2];
+    for (int n = 0; n < OUTS; n++) FN(decode_pairs)(format, w[n].data, v[n]);
+    for (int j = 0; j < vectors; j++)
+        for (int r = 0; r < rows; r++) {
+            __m512bh in = LOAD(__m512bh, x + r * x_step + 64 * j);
+            for (int n = 0; n < OUTS; n++) {
+                FN(vec) *sum = sums[r * OUTS + n].part;
+                *sum = (FN(vec))_mm512_dpbf16_ps((__m512)*sum, in, (__m512bh)v[n][j]);
+            }
+        }
+}
+#endif
+
+INLINE void FN(decode_block)(const int format, Row w, char *decoded) {
+#if HAS_PAIRS
+    if (in_pairs(format)) return FN(decode_pairs)(format, w.data, (__m512i *)decoded);
+#endif
+    for (int j = 0; j < (int)stride_of(format); j++)
+        for (int p = 0; p < PARTS; p++) ((FN(vec) *)decoded)[j * PARTS + p] = FN(decode)(format, w, j, p);
+}
+
+/* A block of each of OUTS weight rows times that of `rows` rows of inputs. */
+INLINE void FN(step)(const int format, const int rows, const Row *w, const char *x, int64_t x_step, FN(wide) *sums) {
+#if HAS_PAIRS
+    if (in_pairs(format)) return FN(step_pairs)(format, rows, w, x, x_step, sums);
 #endif
     for (int j = 0; j < (int)stride_of(format); j++) {
-        FN(wide) v[4];
-        for (int n = 0; n < outs; n++)
+        FN(wide) v[OUTS];
+        for (int n = 0; n < OUTS; n++)
             for (int p = 0; p < PARTS; p++) v[n].part[p] = FN(decode)(format, w[n], j, p);
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < PARTS; p++) {
                 FN(vec) in = LOAD(FN(vec), x + r * x_step + 4 * (16 * j + p * LANES));
-                for (int n = 0; n < outs; n++) sums[r * outs + n].part[p] += in * v[n].part[p];
+                for (int n = 0; n < OUTS; n++) sums[r * OUTS + n].part[p] += in * v[n].part[p];
             }
     }
 }
 
-/* `rows` rows of inputs against `outs` weight rows: the partial sums. */
-INLINE void FN(dot)(const int format, const int rows, const int outs, const Matrix *m, const Row *w, const char *x,
-                    int64_t x_step, Ahead ahead, FN(wide) *partial) {
+/* Two vectors' halves, quarters, ... added at once: what is left of both lies side by side. */
+#define MERGE(a, b, low, high)                                                                                         \
+    (__builtin_shuffle(a, b, (FN(ivec))LANES_OF low) + __builtin_shuffle(a, b, (FN(ivec))LANES_OF high))
+#define LANES_OF(...) {__VA_ARGS__}
+
+/* Of OUTS sums the parts, then halves, then quarters, ..., added until they share one vector, in order. */
+INLINE FN(vec) FN(fold)(FN(wide) *sums) {
+    FN(vec) s[OUTS];
+    for (int n = 0; n < OUTS; n++) {
+        for (int left = PARTS / 2; left; left /= 2)
+            for (int p = 0; p < left; p++) sums[n].part[p] += sums[n].part[p + left];
+        s[n] = sums[n].part[0];
+    }
+#if LANES == 16
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(s[i], s[i + 2], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                     (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+    return MERGE(s[0], s[1], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+                 (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+#elif LANES == 8
+    return MERGE(s[0], s[1], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15));
+#else
+    return MERGE(s[0], s[1], (0, 1, 4, 5), (2, 3, 6, 7));
+#endif
+}
+
+/* Of APIECE folds what is left added: the sum of fold i's n-th in lane i + n * APIECE. */
+INLINE FN(vec) FN(unite)(const FN(vec) *folds) {
+#if LANES == 16
+    FN(vec) s[2];
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(folds[i], folds[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                     (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+    return MERGE(s[0], s[1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+                 (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+#elif LANES == 8
+    FN(vec) s[2];
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(folds[i], folds[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15));
+    return MERGE(s[0], s[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15));
+#else
+    return MERGE(folds[0], folds[1], (0, 4, 2, 6), (1, 5, 3, 7));
+#endif
+}
+
+/* `rows` rows of inputs against OUTS weight rows, APIECE apart: a fold for each row, TILE / OUTS folds apart. */
+INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
+                    Ahead ahead, FN(vec) *folds) {
     const int64_t block = block_of(format), whole = m->in / block * block;
-    FN(wide) sums[MOST * 4];
-    Row at[4];
+    FN(wide) sums[MOST * OUTS];
+    Row at[OUTS];
     for (int r = 0; r < rows; r++)
-        for (int n = 0; n < outs; n++)
-            for (int p = 0; p < PARTS; p++) sums[r * outs + n].part[p] = (FN(vec)){0};
+        for (int n = 0; n < OUTS; n++)
+            for (int p = 0; p < PARTS; p++) sums[r * OUTS + n].part[p] = (FN(vec)){0};
     for (int64_t k = 0, byte = 0; k < whole; k += block, byte += block / 16 * ahead.pace) {
-        for (int n = 0; n < outs; n++) at[n] = FN(at)(format, m, w[n], k);
-        FN(step)(format, rows, outs, at, x + input_bytes(format) * k, x_step, sums);
+        for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, w[n * APIECE], k);
+        FN(step)(format, rows, at, x + input_bytes(format) * k, x_step, sums);
         if (byte % 64 == 0 && byte < ahead.bytes)
             for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
     }
     if (whole < m->in) {
-        uint8_t fillers[4][FILLER];
-        for (int n = 0; n < outs; n++) at[n] = FN(filled)(format, m, w[n], whole, fillers[n]);
-        FN(step)(format, rows, outs, at, x + input_bytes(format) * whole, x_step, sums);
+        uint8_t fillers[OUTS][FILLER];
+        for (int n = 0; n < OUTS; n++) at[n] = FN(filled)(format, m, w[n * APIECE], whole, fillers[n]);
+        FN(step)(format, rows, at, x + input_bytes(format) * whole, x_step, sums);
     }
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < outs; n++) partial[r * TILE + n] = sums[r * outs + n];
+    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = FN(fold)(sums + r * OUTS);
 }
 
 /* Part i of n equal ones. */
@@ -181,98 +260,47 @@ INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
 }
 
 /* A function for each format and number of rows, so that each has all registers. `w`: a tile of weight rows. */
-typedef void (*FN(Dot))(const Matrix *m, const Row *w, const char *x, int64_t x_step, Ahead ahead, FN(wide) *partial);
+typedef void (*FN(Dot))(const Matrix *m, const Row *w, const char *x, int64_t x_step, Ahead ahead, FN(vec) *folds);
 #define DOT(format, rows)                                                                                              \
     static NOINLINE void FN(dot_##format##_##rows)(const Matrix *m, const Row *w, const char *x, int64_t x_step,       \
-                                                   Ahead ahead, FN(wide) *partial) {                                   \
-        for (int n = 0; n < TILE; n += OUTS(rows))                                                                     \
-            FN(dot)(format, rows, OUTS(rows), m, w + n, x, x_step, FN(share)(ahead, n / OUTS(rows), TILE / OUTS(rows)),  \
-                    partial + n);                                                                                      \
+                                                   Ahead ahead, FN(vec) *folds) {                                      \
+        for (int i = 0; i < TILE / OUTS; i++)                                                                          \
+            FN(dot)(format, rows, m, w + i / APIECE * LANES + i % APIECE, x, x_step,                                   \
+                    FN(share)(ahead, i, TILE / OUTS), folds + i);                                                      \
     }
 #define DOTS(format) UP_TO_MOST(DOT, format)
-#if defined(__AVX512BF16__)
-#define COMPUTED(EACH) FORMATS(EACH) EACH(PAIRS)
-#else
-#define COMPUTED FORMATS
-#endif
 COMPUTED(DOTS)
 #define DOT_NAME(format, rows) FN(dot_##format##_##rows),
 #define DOT_NAMES(format) {UP_TO_MOST(DOT_NAME, format)},
 static const FN(Dot) FN(dot_of)[][MOST] = {COMPUTED(DOT_NAMES)};
 
-/* A row's weights, decoded. */
-typedef void (*FN(Unpack))(const Matrix *m, Row w, float *decoded);
+/* A row's weights, decoded to F32, or from INT8_PAIRS to PAIRS. */
+typedef void (*FN(Unpack))(const Matrix *m, Row w, char *decoded);
 #define UNPACK(format)                                                                                                 \
-    static void FN(unpack_##format)(const Matrix *m, Row w, float *decoded) {                                          \
-        const int64_t stride = stride_of(format), block = 16 * stride;                                                 \
-        for (int64_t k = 0; k < m->in; k += block, decoded += block) {                                                 \
+    static void FN(unpack_##format)(const Matrix *m, Row w, char *decoded) {                                           \
+        const int64_t block = block_of(format);                                                                        \
+        for (int64_t k = 0; k < m->in; k += block, decoded += block * input_bytes(format)) {                           \
             uint8_t filler[FILLER];                                                                                    \
             Row at = k + block <= m->in ? FN(at)(format, m, w, k) : FN(filled)(format, m, w, k, filler);               \
-            for (int j = 0; j < stride; j++)                                                                           \
-                for (int p = 0; p < PARTS; p++) ((FN(vec) *)decoded)[j * PARTS + p] = FN(decode)(format, at, j, p);    \
+            FN(decode_block)(format, at, decoded);                                                                     \
         }                                                                                                              \
     }
-FORMATS(UNPACK)
+COMPUTED(UNPACK)
 #define UNPACK_NAME(format) FN(unpack_##format),
-static const FN(Unpack) FN(unpack_of)[] = {FORMATS(UNPACK_NAME)};
-
-/* Two vectors' halves, quarters, ... added at once: what is left of both lies side by side. */
-#define MERGE(a, b, low, high)                                                                                         \
-    (__builtin_shuffle(a, b, (FN(ivec))LANES_OF low) + __builtin_shuffle(a, b, (FN(ivec))LANES_OF high))
-#define LANES_OF(...) {__VA_ARGS__}
-
-/* The sums of LANES vectors, in order. */
-INLINE FN(vec) FN(merged)(FN(vec) *s) {
-#if LANES == 16
-    for (int i = 0; i < 8; i++)
-        s[i] = MERGE(s[i], s[i + 8], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                     (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-    for (int i = 0; i < 4; i++)
-        s[i] = MERGE(s[i], s[i + 4], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                     (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
-    for (int i = 0; i < 2; i++)
-        s[i] = MERGE(s[i], s[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                     (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
-    return MERGE(s[0], s[1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-                 (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
-#elif LANES == 8
-    for (int i = 0; i < 4; i++) s[i] = MERGE(s[i], s[i + 4], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15));
-    for (int i = 0; i < 2; i++) s[i] = MERGE(s[i], s[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15));
-    return MERGE(s[0], s[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15));
-#else
-    for (int i = 0; i < 2; i++) s[i] = MERGE(s[i], s[i + 2], (0, 1, 4, 5), (2, 3, 6, 7));
-    return MERGE(s[0], s[1], (0, 4, 2, 6), (1, 5, 3, 7));
-#endif
-}
-
-/* Of TILE times 16 lanes the sums: the parts of each, as far apart as can be, added until one is left. */
-INLINE f32x16 FN(reduce)(const FN(wide) *partial) {
-    FN(wide) sums;
-    for (int part = 0; part < PARTS; part++) {
-        FN(vec) s[LANES];
-        for (int i = 0; i < LANES; i++) {
-            FN(wide) w = partial[part * LANES + i];
-            for (int left = PARTS / 2; left; left /= 2)
-                for (int p = 0; p < left; p++) w.part[p] += w.part[p + left];
-            s[i] = w.part[0];
-        }
-        sums.part[part] = FN(merged)(s);
-    }
-    return LOAD(f32x16, &sums);
-}
+static const FN(Unpack) FN(unpack_of)[] = {COMPUTED(UNPACK_NAME)};
 
 /* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step bytes apart, times TILE weight rows. */
 static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const char *x, int64_t x_step, int64_t count,
-                     Ahead ahead, f32x16 *out, float *decoded) {
-    const Matrix dense = {.format = F32, .in = padded(m->format, m->in)};
+                     Ahead ahead, f32x16 *out, char *decoded) {
+    const Matrix dense = {.format = m->format == INT8_PAIRS ? PAIRS : F32, .in = padded(m->format, m->in)};
     f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
-    FN(wide) partial[MOST * TILE];
+    FN(vec) folds[MOST * (TILE / OUTS)];
     Row rows[TILE];
-    if (m->format == INT8)
+    if (m->format == INT8 || m->format == INT8_PAIRS)
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
     if (count > many_for(m->format)) {
         for (int n = 0; n < TILE; n++) {
-            float *row = decoded + n * (dense.in + APART / 4);
+            char *row = decoded + n * (dense.in * input_bytes(m->format) + APART);
             FN(unpack_of)[m->format](m, w[n], row);
             rows[n].data = (const uint8_t *)row;
         }
@@ -281,8 +309,12 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
     const int64_t groups = (count + MOST - 1) / MOST;
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
-        FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), partial);
-        for (int64_t r = 0; r < few; r++) out[r] = FN(reduce)(partial + r * TILE) * scale + term;
+        FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), folds);
+        for (int64_t r = 0; r < few; r++) {
+            FN(vec) sums[PARTS];
+            for (int p = 0; p < PARTS; p++) sums[p] = FN(unite)(folds + r * (TILE / OUTS) + p * APIECE);
+            out[r] = LOAD(f32x16, sums) * scale + term;
+        }
         count -= few, x += few * x_step, out += few;
     }
 }
@@ -341,32 +373,24 @@ static void FN(read)(const char *data, int64_t size) {
     __asm__ volatile("" : : "m"(sums[0]));
 }
 
-/* Multiplies and adds in as many sums as a product has, `times` times; the operations. */
-static int64_t FN(multiply)(int64_t times) {
-#if defined(__AVX512BF16__)
-    __m512 pairs[MOST][OUTS(MOST)];
-    __m512bh factors = (__m512bh)_mm512_set1_epi16(0x3f00);
-    __asm__ volatile("" : "+m"(factors));
-    for (int r = 0; r < MOST; r++)
-        for (int n = 0; n < OUTS(MOST); n++) pairs[r][n] = _mm512_setzero_ps();
-    for (int64_t t = 0; t < times; t++)
-        for (int r = 0; r < MOST; r++)
-            for (int n = 0; n < OUTS(MOST); n++) pairs[r][n] = _mm512_dpbf16_ps(pairs[r][n], factors, factors);
-    for (int r = 0; r < MOST; r++)
-        for (int n = 0; n < OUTS(MOST); n++) __asm__ volatile("" : : "m"(pairs[r][n]));
-    return times * MOST * OUTS(MOST) * 64;
+#if HAS_PAIRS
+#define MULTIPLY_ADD(sum, a, b) ((FN(vec))_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(a), (__m512bh)(b)))
 #else
-    FN(vec) sums[MOST][OUTS(MOST) * PARTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
+#define MULTIPLY_ADD(sum, a, b) ((sum) * (a) + (b))
+#endif
+/* Multiplies and adds in as many sums as a product has, `times` times: pairs of BF16 where there is an instruction for
+   them, else floats. The operations. */
+static int64_t FN(multiply)(int64_t times) {
+    FN(vec) sums[MOST][OUTS * PARTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
     __asm__ volatile("" : "+m"(factor), "+m"(term));
     for (int r = 0; r < MOST; r++)
-        for (int n = 0; n < OUTS(MOST) * PARTS; n++) sums[r][n] = term;
+        for (int n = 0; n < OUTS * PARTS; n++) sums[r][n] = term;
     for (int64_t t = 0; t < times; t++)
         for (int r = 0; r < MOST; r++)
-            for (int n = 0; n < OUTS(MOST) * PARTS; n++) sums[r][n] = sums[r][n] * factor + term;
+            for (int n = 0; n < OUTS * PARTS; n++) sums[r][n] = MULTIPLY_ADD(sums[r][n], factor, term);
     for (int r = 0; r < MOST; r++)
-        for (int n = 0; n < OUTS(MOST) * PARTS; n++) __asm__ volatile("" : : "m"(sums[r][n]));
-    return times * MOST * OUTS(MOST) * 32;
-#endif
+        for (int n = 0; n < OUTS * PARTS; n++) __asm__ volatile("" : : "m"(sums[r][n]));
+    return times * MOST * OUTS * (HAS_PAIRS ? 64 : 32);
 }
 
 static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store), FN(read), FN(multiply)};
@@ -377,7 +401,10 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef MOST
 #undef UP_TO_MOST
 #undef OUTS
+#undef APIECE
+#undef HAS_PAIRS
 #undef COMPUTED
+#undef MULTIPLY_ADD
 #undef MERGE
 #undef LANES_OF
 #undef DOT

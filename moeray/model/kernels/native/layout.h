@@ -3,12 +3,17 @@
 #include <stdint.h>
 #include <string.h>
 
+#define NOINLINE __attribute__((noinline))
+#define INLINE static inline __attribute__((always_inline))
+
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
 enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 
-/* A format inside a call alone: BF16 weights whose inputs stay BF16, for instructions that multiply pairs of them. */
-enum { PAIRS = MXFP4 + 1 };
+/* Formats inside a call alone, for CPUs that multiply pairs of BF16: weights that are BF16, or INT8 (-127 to 127) and
+   so exact as BF16, whose inputs stay BF16, two in 4 bytes. */
+enum { PAIRS = MXFP4 + 1, INT8_PAIRS };
+INLINE int in_pairs(int64_t format) { return format == PAIRS || format == INT8_PAIRS; }
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
@@ -42,14 +47,14 @@ typedef struct {
     Outputs gate, up, down;
 } Expert;
 
-/* rows: the row of x that each one is, or NULL where they lie one after the other. format: of x and y, F32 or BF16.
+/* rows: the row of x that each one is, or NULL where they lie one after the other. x_format, y_format: F32 or BF16.
    scratch: as many bytes as moeray_scratch says, aligned to 64. */
 typedef struct {
     const void *x;
     const int64_t *rows;
     void *y;
     char *scratch;
-    int64_t format, threads, instructions;
+    int64_t x_format, y_format, threads, instructions;
 } Call;
 
 int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, const Call *call);
@@ -94,6 +99,7 @@ typedef struct {
 } Ahead;
 
 enum {
+    RUN = 8,         /* inputs that stay together in INT8_PAIRS */
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
@@ -108,8 +114,6 @@ typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
-#define NOINLINE __attribute__((noinline))
-#define INLINE static inline __attribute__((always_inline))
 #define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
 #define SPLAT(value) ((f32x16){0} + (value))
 
@@ -118,17 +122,21 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 INLINE int64_t stride_of(int64_t format) { return format == BF16 ? 2 : format == MXFP4 ? 8 : 1; }
 
 /* Inputs whose weights are decoded at once. */
-INLINE int64_t block_of(int64_t format) { return format == PAIRS ? 32 : 16 * stride_of(format); }
+INLINE int64_t block_of(int64_t format) {
+    return format == PAIRS ? 32 : format == INT8_PAIRS ? 64 : 16 * stride_of(format);
+}
 
 INLINE int64_t padded(int64_t format, int64_t inputs) {
     int64_t block = block_of(format);
     return (inputs + block - 1) / block * block;
 }
 
-/* Where input k of a row lies in that order. */
-INLINE int64_t place_of(int64_t stride, int64_t k) {
-    int64_t within = k % (16 * stride);
-    return k - within + within % stride * 16 + within / stride;
+/* Where input k of a row lies in that order. INT8_PAIRS: even runs of a block before odd ones, as bytes are unpacked. */
+INLINE int64_t place_of(int64_t format, int64_t k) {
+    const int64_t within = k % block_of(format), stride = stride_of(format), first = k - within;
+    if (format == PAIRS) return k;
+    if (format == INT8_PAIRS) return first + within / RUN % 2 * 32 + within / (2 * RUN) * RUN + within % RUN;
+    return first + within % stride * 16 + within / stride;
 }
 
 INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
@@ -138,10 +146,11 @@ INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
 }
 
 /* An input in scratch. */
-INLINE int64_t input_bytes(int64_t format) { return format == PAIRS ? 2 : 4; }
+INLINE int64_t input_bytes(int64_t format) { return in_pairs(format) ? 2 : 4; }
 
 /* More rows than that want weights decoded once, not anew for each few rows. */
 INLINE int64_t many_for(int64_t format) {
     if (format == F32 || format == PAIRS) return INT64_MAX;
+    if (format == INT8_PAIRS) return 8;
     return format == FP8 || format == MXFP4 ? 12 : 48;
 }

@@ -7,7 +7,7 @@
 #include "layout.h"
 
 static const char USAGE[] =
-    "forward(layer, experts, counts, x, rows, y, scratch, scratch_bytes, format, threads, instructions)";
+    "forward(layer, experts, counts, x, rows, y, scratch, scratch_bytes, x_format, y_format, threads, instructions)";
 
 static int64_t number(PyObject *value) { return PyLong_AsLongLong(value); }
 
@@ -51,7 +51,7 @@ static int sum_to(const int64_t *counts, int64_t count, int64_t rows) {
    bytes of scratch it takes where there are fewer. Other threads run meanwhile. */
 static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
     (void)self;
-    if (arg_count != 11 || !PyList_Check(args[1]) || !PyList_Check(args[2]) ||
+    if (arg_count != 12 || !PyList_Check(args[1]) || !PyList_Check(args[2]) ||
         PyList_GET_SIZE(args[1]) != PyList_GET_SIZE(args[2])) {
         PyErr_SetString(PyExc_TypeError, USAGE);
         return NULL;
@@ -62,7 +62,7 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     int64_t *experts = numbers(args[1]), *counts = experts ? numbers(args[2]) : NULL;
     const Layer *layer = (const Layer *)number(args[0]);
     const Call call = {(const void *)number(args[3]), index,           (void *)number(args[5]), (char *)number(args[6]),
-                       number(args[8]),               number(args[9]), number(args[10])};
+                       number(args[8]),               number(args[9]), number(args[10]),        number(args[11])};
     const int64_t count = PyList_GET_SIZE(args[1]), room = number(args[7]);
     int64_t needed = 0;
     if (counts && !PyErr_Occurred() && !sum_to(counts, count, rows))

@@ -13,7 +13,7 @@
 /* Vectors go by pointer: how they go by value depends on the instruction set. */
 typedef struct {
     void (*tile)(const Matrix *, const Row *, const float *bias, const char *x, int64_t x_step, int64_t count,
-                 Ahead ahead, f32x16 *out, float *decoded);
+                 Ahead ahead, f32x16 *out, char *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
     void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
@@ -21,13 +21,24 @@ typedef struct {
     int64_t (*multiply)(int64_t times);
 } Kernels;
 
+/* BF16 of 0 to 127, in bytes that an instruction finds by their number. */
+static uint8_t bf16_low[128] __attribute__((aligned(64))), bf16_high[128] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (int i = 0; i < 128; i++) {
+        const float value = (float)i;
+        const uint32_t bits = LOAD(uint32_t, &value);
+        bf16_low[i] = bits >> 16 & 0xff, bf16_high[i] = bits >> 24;
+    }
+}
+
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
 #define FN(name) name##_portable
 #define LANES 4
 #define MOST 2
 #define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
-#define OUTS(rows) 2
+#define OUTS 2
 #include "body.h"
 
 #if defined(__x86_64__)
@@ -37,7 +48,7 @@ typedef struct {
 #define LANES 8
 #define MOST 2
 #define UP_TO_MOST(EACH, format) EACH(format, 1) EACH(format, 2)
-#define OUTS(rows) 2
+#define OUTS 2
 #include "body.h"
 #pragma GCC pop_options
 
@@ -48,18 +59,18 @@ typedef struct {
 #define MOST 6
 #define UP_TO_MOST(EACH, format) \
     EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
-#define OUTS(rows) 4
+#define OUTS 4
 #include "body.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma")
 #define FN(name) name##_avx512_bf16
 #define LANES 16
 #define MOST 6
 #define UP_TO_MOST(EACH, format) \
     EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
-#define OUTS(rows) 4
+#define OUTS 4
 #include "body.h"
 #pragma GCC pop_options
 #endif
@@ -68,7 +79,7 @@ typedef struct {
 int64_t moeray_instructions(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+        return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
     return PORTABLE;
@@ -109,17 +120,20 @@ typedef struct {
 
 /* Scratch: inputs and intermediate values in the order of blocks, chunks, and what each thread decodes. */
 typedef struct {
-    char *xs, *hs;
+    char *xs, *hs, *decoded;
     Chunk *chunks;
-    float *decoded;
 } Scratch;
+
+static int64_t computed_as(int64_t format, const Call *call) {
+    if (call->x_format != BF16 || call->instructions != AVX512_BF16) return format;
+    return format == BF16 ? PAIRS : format == INT8 ? INT8_PAIRS : format;
+}
 
 /* The layer in the formats that the call computes with. */
 static Layer computed(const Layer *layer, const Call *call) {
     Layer own = *layer;
-    if (call->format != BF16 || call->instructions != AVX512_BF16) return own;
-    if (own.up.format == BF16) own.up.format = PAIRS;
-    if (own.down.format == BF16) own.down.format = PAIRS;
+    own.up.format = computed_as(own.up.format, call);
+    own.down.format = computed_as(own.down.format, call);
     return own;
 }
 
@@ -127,18 +141,18 @@ static Layer computed(const Layer *layer, const Call *call) {
 static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) * input_bytes(m->format) + APART; }
 
 /* What a thread needs for decoded weights of either matrix, where an expert may have so many rows. */
-static int64_t decoded_floats(const Layer *layer, int64_t rows) {
+static int64_t decoded_bytes(const Layer *layer, int64_t rows) {
     int64_t up = rows > many_for(layer->up.format) ? step_of(&layer->up) : 0;
     int64_t down = rows > many_for(layer->down.format) ? step_of(&layer->down) : 0;
-    return TILE * (up > down ? up : down) / 4;
+    return TILE * (up > down ? up : down);
 }
 
 /* Lays `s` out from `at` on; the end. */
 static char *lay_out(const Layer *layer, int64_t rows, int64_t experts, int64_t threads, char *at, Scratch *s) {
     s->xs = at;
     s->hs = s->xs + (layer->up.out ? rows * step_of(&layer->up) : 0);
-    s->decoded = (float *)(s->hs + rows * step_of(&layer->down));
-    s->chunks = (Chunk *)(s->decoded + threads * decoded_floats(layer, rows));
+    s->decoded = s->hs + rows * step_of(&layer->down);
+    s->chunks = (Chunk *)(s->decoded + threads * decoded_bytes(layer, rows));
     return (char *)(s->chunks + rows / CHUNK + experts);
 }
 
@@ -178,28 +192,30 @@ static void find_tile(const Stage *s, int64_t item, Tile *t) {
 
 /* Activated outputs of `up` to where `down` finds them. */
 static void put_up(const Kernels *k, const Layer *layer, const Stage *s, const Tile *t, const f32x16 *out, char *hs) {
-    const int64_t step = step_of(&layer->down), stride = stride_of(layer->down.format);
+    const int64_t format = layer->down.format, step = step_of(&layer->down);
     const int64_t left = s->width - t->from, lanes = left < s->lanes ? left : s->lanes;
     int64_t place[TILE];
-    for (int64_t n = 0; n < lanes; n++) place[n] = place_of(stride, t->from + n);
+    for (int64_t n = 0; n < lanes; n++) place[n] = place_of(format, t->from + n);
     for (int64_t r = 0; r < t->chunk->count; r++) {
         char *to = hs + (t->chunk->first + r) * step;
-        if (layer->down.format == PAIRS) {
-            k->store(BF16, to, t->from, out + r, lanes);
-            continue;
+        if (in_pairs(format)) {
+            uint16_t rounded[TILE];
+            k->store(BF16, rounded, 0, out + r, TILE);
+            for (int64_t n = 0; n < lanes; n++) ((uint16_t *)to)[place[n]] = rounded[n];
+        } else {
+            for (int64_t n = 0; n < lanes; n++) ((float *)to)[place[n]] = ((const float *)(out + r))[n];
         }
-        for (int64_t n = 0; n < lanes; n++) ((float *)to)[place[n]] = ((const float *)(out + r))[n];
     }
 }
 
 static void put_down(const Kernels *k, const Stage *s, const Tile *t, const f32x16 *out, const Call *call) {
     const int64_t left = s->width - t->from, lanes = left < TILE ? left : TILE;
     for (int64_t r = 0; r < t->chunk->count; r++)
-        k->store(call->format, call->y, (t->chunk->first + r) * s->width + t->from, out + r, lanes);
+        k->store(call->y_format, call->y, (t->chunk->first + r) * s->width + t->from, out + r, lanes);
 }
 
 static void compute_tile(const Kernels *k, const Layer *layer, const Stage *s, const Tile *t, Ahead ahead,
-                         const Scratch *scratch, const Call *call, float *decoded) {
+                         const Scratch *scratch, const Call *call, char *decoded) {
     const int64_t step = step_of(s->m);
     f32x16 out[CHUNK];
     const char *in = (s->is_up ? scratch->xs : scratch->hs) + t->chunk->first * step;
@@ -214,7 +230,7 @@ static int64_t claim(int64_t *taken) { return __atomic_fetch_add(taken, 1, __ATO
 /* Tiles until all of the stage's are taken. The next one is claimed before one is computed, so that its weights can be
    fetched meanwhile. */
 static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, int64_t *taken, const Scratch *scratch,
-                          const Call *call, float *decoded) {
+                          const Call *call, char *decoded) {
     Tile tiles[2];
     int64_t item = claim(taken);
     if (item < s->count) find_tile(s, item, tiles);
@@ -229,17 +245,27 @@ static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, 
     }
 }
 
+/* A row of BF16, in the order of blocks and filled up with zeros. */
+static void pack_pairs(const Matrix *m, const void *x, char *packed) {
+    const int64_t whole = m->format == PAIRS ? m->in : m->in / RUN * RUN;
+    memset(packed + 2 * (padded(m->format, m->in) - block_of(m->format)), 0, 2 * block_of(m->format));
+    if (m->format == PAIRS) {
+        memcpy(packed, x, 2 * whole);
+        return;
+    }
+    for (int64_t k = 0; k < m->in; k += RUN)
+        memcpy(packed + 2 * place_of(m->format, k), (const char *)x + 2 * k, 2 * (m->in - k < RUN ? m->in - k : RUN));
+}
+
 static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, const Call *call, int64_t r) {
     const Matrix *first = layer->up.out ? &layer->up : &layer->down;
     const int64_t from = call->rows ? call->rows[r] : r;
-    const void *x = (const char *)call->x + bytes_of(call->format, from * first->in);
+    const void *x = (const char *)call->x + bytes_of(call->x_format, from * first->in);
     char *packed = s->xs + r * step_of(first);
-    if (first->format == PAIRS) {
-        memcpy(packed, x, 2 * first->in);
-        memset(packed + 2 * first->in, 0, 2 * (padded(PAIRS, first->in) - first->in));
-    } else {
-        k->pack(call->format, x, first->in, stride_of(first->format), (float *)packed);
-    }
+    if (in_pairs(first->format))
+        pack_pairs(first, x, packed);
+    else
+        k->pack(call->x_format, x, first->in, stride_of(first->format), (float *)packed);
     if (!layer->up.out) return;
     const int64_t block = block_of(layer->down.format) * input_bytes(layer->down.format); /* may not be filled */
     memset(s->hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block);
@@ -266,7 +292,7 @@ void moeray_forward(const Layer *stored, const Expert *const *experts, const int
     const Stage up = stage_of(layer, 1, s.chunks, chunk_count), down = stage_of(layer, 0, s.chunks, chunk_count);
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
-        float *decoded = s.decoded + omp_get_thread_num() * decoded_floats(layer, rows);
+        char *decoded = s.decoded + omp_get_thread_num() * decoded_bytes(layer, rows);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) pack_row(k, layer, &s, call, r);
         if (layer->up.out) compute_stage(k, layer, &up, taken, &s, call, decoded);
