@@ -159,7 +159,8 @@ class StepCosts:
         )  # fmt: skip
 
     def _by_tokens(self, values_G: Floats) -> list[float]:
-        return [float(v) for v in np.interp(self._tokens, (0, *self.grid), (0.0, *values_G))]
+        values: list[float] = np.interp(self._tokens, (0, *self.grid), (0.0, *values_G)).tolist()
+        return values
 
     def _drawn(self, popularity: Popularity) -> Ints:
         key = id(popularity)

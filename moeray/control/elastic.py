@@ -33,7 +33,7 @@ from moeray.control.policy import (
 )
 from moeray.control.reserve import Busiest
 from moeray.control.simulate import Engine
-from moeray.control.tally import Tally, share
+from moeray.control.tally import Tallies
 from moeray.control.votes import settle
 from moeray.control.world import World, group_of
 from moeray.errors import PlacementError
@@ -71,8 +71,7 @@ class ElasticRun:
         self._replicas: Mapping[ExpertId, int] = {}  # those of the placement
         self._routers = world.config.router.actors
         self._router_starts: list[float] = []
-        self._kept: dict[str, Tally] = {}
-        self._tallies: list[Tally] = []
+        self._tallies = Tallies(world.shape.layers, world.shape.experts)
         self._next: _Next | None = None
         self._looked = 0.0
         hosts = self._hosts(self._members.serving(0.0))
@@ -137,23 +136,21 @@ class ElasticRun:
         """Tell the load book what the actors and routers would."""
         self._count()
         others = len(self._engine.routers) - 1
-        for tally in self._tallies:
-            self._book.fold(tally.report(self.settings.interval_s, others), now)
+        for report in self._tallies.reports(self.settings.interval_s, others):
+            self._book.fold(report, now)
         for router in self._engine.routers:
             self._book.fold(self._engine.report_of(router), now)
 
     def _count(self) -> None:
         """Enter into the actors' tallies what was done since the last time, all of it with the present table."""
-        engine = self._engine
-        weights_G = np.array(engine.steps_by_tokens) @ self.world.step_costs.weights_TG
-        tokens = float(np.dot(engine.steps_by_tokens, np.arange(len(engine.steps_by_tokens))))
-        tokens = max(tokens, 0.0)  # a step that was timed anew may be counted back by a rounding error
-        engine.steps_by_tokens = [0.0] * len(engine.steps_by_tokens)
+        engine, costs = self._engine, self.world.step_costs
+        steps_T = np.array(engine.steps_by_tokens)
+        engine.steps_by_tokens = [0.0] * len(steps_T)
+        weights_G = steps_T @ costs.weights_TG
+        # A step that was timed anew may be counted back by a rounding error.
+        tokens = max(float(np.dot(steps_T, np.arange(len(steps_T)))), 0.0)
         rows_LE = self._rng.poisson(tokens * self.world.popularity.of_epoch(self._epoch).chosen_LE)
-        busy_A = (weights_G @ self._table.busy_GA).tolist()
-        forwards_A = (weights_G @ self._table.forwards_GA).tolist()
-        for tally, busy, forwards in zip(self._tallies, busy_A, forwards_A, strict=True):
-            tally.count(rows_LE, busy, forwards)
+        self._tallies.count(rows_LE.ravel(), weights_G @ self._table.busy_GA, weights_G @ self._table.forwards_GA)
 
     def _advance_routers(self, now: float) -> None:
         ready = sum(at <= now for at in self._router_starts)
@@ -177,13 +174,14 @@ class ElasticRun:
     def _seen(self, now: float, counts: Mapping[str, int]) -> PolicyInput:
         book, world = self._book, self.world
         busy, rates, waits = book.busy(now), book.service_rates(), book.queue_waits(now)
+        placed = set(self._table.actors)
         experts = tuple(
             ExpertActorView(
                 m.actor_id, m.group, str(m.node), busy.get(m.actor_id, 0.0), rates.get(m.actor_id, 0.0),
                 waits.get(m.actor_id, 0.0),
             )
             for m in self._members.serving(now)
-            if m.actor_id in self._kept  # those of the placement in force take rows, as live
+            if m.actor_id in placed  # those of the placement in force take rows, as live
         )  # fmt: skip
         known = book.routers(now)
         routers = tuple(RouterView(r.name, "", known.get(r.name, RouterLoad())) for r in self._engine.routers)
@@ -245,7 +243,6 @@ class ElasticRun:
         self._members.leave(coming.leaving, now + self.settings.interval_s)
         for member in coming.leaving:
             self._book.forget(member.actor_id)
-            self._kept.pop(member.actor_id, None)
 
     def _refresh(self, now: float) -> None:
         """The same placement costs something else when the popularity has changed."""
@@ -258,9 +255,7 @@ class ElasticRun:
 
     def _publish(self, table: StepTable) -> None:
         self._table = table
-        self._kept |= {actor: Tally(actor) for actor in table.actors if actor not in self._kept}
-        self._tallies = [self._kept[actor] for actor in table.actors]
-        share(self._tallies, self._placement)
+        self._tallies.host(table.actors, self._placement)
         self._engine.publish(table)
 
     # -- helpers ------------------------------------------------------------------------------------------------------
@@ -269,12 +264,11 @@ class ElasticRun:
         return [self.world.host(m.actor_id, m.group, str(m.node)) for m in members]
 
     def _place(self, load: Mapping[ExpertId, float], hosts: list[Host], replicas: Mapping[ExpertId, int]) -> Placement:
-        world, base = self.world, self.world.config.experts.replicas
-        every = {ExpertId(layer, e): base for layer, count in world.experts.items() for e in range(count)}
+        world, most = self.world, len(hosts)
+        base = dict.fromkeys(world.every, min(world.config.experts.replicas, most))
         return place(
             load, hosts, experts=world.experts, expert_bytes=world.expert_sizes,
-            replicas={expert: min(count, len(hosts)) for expert, count in (every | dict(replicas)).items()},
-            current=self._placement,
+            replicas=base | {expert: min(count, most) for expert, count in replicas.items()}, current=self._placement,
             migration_cost=self.settings.migration_cost, max_skew=self.settings.max_skew,
         )  # fmt: skip
 

@@ -71,12 +71,13 @@ class FixedRuns:
         end = max(float(np.max(engine.latencies().last_s + trace.arrival_s)), trace.duration_s)
         return outcome(name, trace, engine.latencies(), curve, served, end, slo)
 
-    def meets(self, schedule: Schedule, slo: Slo) -> bool:
+    def static(self, actors: int, slo: Slo) -> Outcome | None:
+        """So many actors all the time. None where the experts do not fit, or the SLO is missed."""
         try:
-            result = self.run("", schedule, slo, patient=False)
+            result = self.run("static", self.constant(actors), slo, patient=False)
         except PlacementError:
-            return False
-        return result is not None and result.attainment >= ATTAINED
+            return None
+        return result if result is not None and result.attainment >= ATTAINED else None
 
     def _at(self, schedule: Schedule, now: float) -> tuple[StepTable, int]:
         key = _at(schedule.actors, schedule.interval_s, now), self.world.popularity.epoch_at(now + 1e-9), schedule.known
@@ -112,18 +113,17 @@ def best_static(runs: FixedRuns, slo: Slo) -> Outcome:
     """The smallest constant number of actors that meets the SLO. Raises SimulationError where none does."""
     world = runs.world
     low, high = world.fewest_actors, world.most_actors
-    if not runs.meets(runs.constant(high), slo):
+    best = runs.static(high, slo)
+    if best is None:
         raise SimulationError(_out_of_reach(runs, slo, high))
     # A system that is far too small takes longest to simulate, so come from above.
     while low < high:
         middle = max(low, int(math.sqrt(low * high)) if high > 4 * low else (low + high) // 2)
-        if runs.meets(runs.constant(middle), slo):
-            high = middle
+        if (result := runs.static(middle, slo)) is not None:
+            high, best = middle, result
         else:
             low = middle + 1
-    result = runs.run("static", runs.constant(high), slo)
-    assert result is not None
-    return result
+    return best
 
 
 def _at(counts: Sequence[int], interval_s: float, now: float) -> int:

@@ -174,11 +174,14 @@ class LoadBook:
         actor.time_s = fade * actor.time_s + span
         actor.since = now
         forget = math.exp(-busy / MEMORY_S)
-        actor.served = forget * actor.served + float(delta.sum())
+        served = float(delta.sum())
+        actor.served = forget * actor.served + served
         actor.served_busy_s = forget * actor.served_busy_s + busy
         self._remember(actor, span, delta)
         self._wait(actor, report, now)
-        self._count(actor.numbers, delta, since, now)
+        self._advance(now)
+        if served:
+            self._count(actor.numbers, delta, since, now)
 
     def _delta(self, actor: _Expert, report: ExpertReport) -> tuple[Vector, float]:
         """New rows (in the report's order) and new busy seconds."""
@@ -222,9 +225,6 @@ class LoadBook:
 
     def _count(self, numbers: NDArray[np.int64], delta: Vector, since: float, now: float) -> None:
         """Rows that were served between `since` and `now`, evenly as far as the buckets are concerned."""
-        self._advance(now)
-        if not delta.any():
-            return
         self._rows[numbers] += delta
         self._served_at = now
         size = len(self._buckets)

@@ -29,7 +29,7 @@ from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 Floats = NDArray[np.float64]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class SimRouter:
     """A router's sequences and the run of equal steps that it is in: `steps` of `step_s` each since `began`."""
 
@@ -216,12 +216,13 @@ class Engine:
     def _plan(self, router: SimRouter) -> None:
         """Choose the next batch and how many steps it stays the same."""
         decodes = len(router.decodes)
-        takes = self._prefill_takes(router, decodes)
+        takes = self._prefill_takes(router, decodes) if router.prefills or router.waiting else []
         steps = router.decodes[0][0] - router.step if decodes else 1 << 60
         if router.waking:
             steps = 1
         for (_, left), take in zip(router.prefills, takes, strict=False):
-            steps = min(steps, left // take)
+            if left < steps * take:
+                steps = left // take
         tokens = decodes + sum(takes)
         if not tokens:
             self._rest(router)
@@ -240,7 +241,8 @@ class Engine:
 
     def _step_s(self, router: SimRouter, decodes: int, tokens: int) -> tuple[float, float]:
         """The same for any batch, and the part of it that is spent on experts."""
-        others = min(max(self._busy - router.busy, 0.0), 1 - 1 / len(self.routers))
+        others, most = self._busy - router.busy, 1 - 1 / len(self.routers)
+        others = 0.0 if others < 0 else min(others, most)
         experts_s = self.table.slowest_s[tokens] / (1 - others)
         return self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + experts_s, experts_s
 
@@ -275,6 +277,8 @@ class Engine:
             takes.append(take)
             budget -= take
         for i, take in enumerate(takes):
+            if not budget:
+                break
             more = min(prefills[i][1] - take, budget)
             takes[i] += more
             budget -= more
@@ -313,13 +317,15 @@ class Engine:
         self._credit(router, steps)
         router.waking = False
         router.step += steps
-        while router.decodes and router.decodes[0][0] == router.step:
-            self._end(router, heapq.heappop(router.decodes)[1])
-        for prefill, take in zip(router.prefills, router.takes, strict=False):
-            prefill[1] -= take * steps
-            if not prefill[1]:
-                self._first_token(router, prefill[0], now)
-        router.prefills = [prefill for prefill in router.prefills if prefill[1]]
+        decodes, step = router.decodes, router.step
+        while decodes and decodes[0][0] == step:
+            self._end(router, heapq.heappop(decodes)[1])
+        if router.takes:
+            for prefill, take in zip(router.prefills, router.takes, strict=False):
+                prefill[1] -= take * steps
+                if not prefill[1]:
+                    self._first_token(router, prefill[0], now)
+            router.prefills = [prefill for prefill in router.prefills if prefill[1]]
         self._plan(router)
 
     def _first_token(self, router: SimRouter, request: int, now: float) -> None:

@@ -6,14 +6,13 @@ S = steps (G x L: entries of a token grid and layers), E = experts, A = actors, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeray.control.placement import Placement
-from moeray.types import ExpertId
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,6 +22,10 @@ MIN_PIECE = 16
 """An expert is split into pieces of at least so many rows, as by the dispatcher (a test compares)."""
 NEAR = 1.1
 """Costs that differ by less take turns, as by the dispatcher (a test compares)."""
+
+
+_Given = tuple[Floats, Floats, Floats]
+"""What each replica gets: rows and experts in the mean over steps, the most rows in one."""
 
 
 class Spread(NamedTuple):
@@ -41,80 +44,77 @@ def spread(placement: Placement, batches_GLE: Ints, actors: Mapping[str, int], s
     first. With `2 * MIN_PIECE` rows and more it is split so that they are done at the same time; with fewer all rows go
     to one, and replicas that would be done at nearly the same time take turns.
     """
-    held_LER = _held(placement, batches_GLE.shape[1:], actors)
-    single_LE = (held_LER >= 0).sum(axis=2) == 1
-    onto_LEA = np.where(single_LE[..., None], held_LER[:, :, :1] == np.arange(len(actors)), False).astype(np.float64)
+    held_LER, nowhere = _held(placement, batches_GLE.shape[1:], actors), len(actors)
+    single_LE = (held_LER < nowhere).sum(axis=2) == 1
+    onto_LEA = (single_LE[..., None] & (held_LER[:, :, :1] == np.arange(nowhere + 1))).astype(np.float64)
     batches_LGE = batches_GLE.transpose(1, 0, 2).astype(np.float64)
     rows_LGA, distinct_LGA = batches_LGE @ onto_LEA, (batches_LGE > 0) @ onto_LEA
-    whole_LGA = rows_LGA.copy()
-    _share(batches_LGE, held_LER, single_LE, speed_A, Spread(rows_LGA, distinct_LGA, whole_LGA))
-    return Spread(*(of_LGA.transpose(1, 0, 2) for of_LGA in (rows_LGA, distinct_LGA, whole_LGA)))
+    rows_LGA[..., nowhere] = np.inf  # so full that it gets none
+    so_far = Spread(rows_LGA, distinct_LGA, rows_LGA.copy())
+    _share(np.where(single_LE[:, None], 0.0, batches_LGE), held_LER, speed_A, so_far)
+    return Spread(*(of_LGA[..., :nowhere].transpose(1, 0, 2) for of_LGA in so_far))
 
 
 def _held(placement: Placement, shape: tuple[int, ...], actors: Mapping[str, int]) -> Ints:
-    """The actors that host each expert, -1 where there are fewer than R."""
+    """The actors that host each expert; A, which is nowhere, where there are fewer than R."""
     layers, experts = shape
-    hosts = [placement.replicas[ExpertId(layer, e)] for layer in range(layers) for e in range(experts)]
+    hosts: list[tuple[str, ...]] = [()] * (layers * experts)
+    for (layer, expert), held in placement.replicas.items():
+        hosts[layer * experts + expert] = held
     counts = np.array([len(held) for held in hosts])
     there = np.arange(counts.max()) < counts[:, None]
-    padded = np.full(there.shape, -1, np.int64)
+    padded = np.full(there.shape, len(actors), np.int64)
     padded[there] = [actors[actor] for held in hosts for actor in held]
     return padded.reshape(layers, experts, -1)
 
 
-def _share(batches_LGE: Floats, held_LER: Ints, single_LE: Bools, speed_A: Floats, so_far: Spread) -> None:
-    """Add the rows of the experts with several replicas, in place."""
-    layers, entries, experts = batches_LGE.shape
-    waiting_LGE = np.where(single_LE[:, None], -1.0, batches_LGE)
-    order_LGE = np.argsort(-waiting_LGE, axis=2, kind="stable")
-    index_S = np.repeat(np.arange(layers), entries)
-    flat = [of_LGA.reshape(layers * entries, -1) for of_LGA in so_far]
-    for nth in range(experts - int(single_LE.sum(axis=1).min())):
-        expert_S = order_LGE[:, :, nth].ravel()
-        n_S = np.take_along_axis(waiting_LGE, order_LGE[:, :, nth : nth + 1], axis=2).ravel()
-        at_S = np.flatnonzero(n_S > 0)
-        if not len(at_S):
-            return
-        held_SR = held_LER[index_S[at_S], expert_S[at_S]]
-        _add(n_S[at_S], at_S[:, None], held_SR, np.where(held_SR < 0, 0.0, speed_A[held_SR]), flat)
+def _share(batches_LGE: Floats, held_LER: Ints, speed_A: Floats, so_far: Spread) -> None:
+    """Add the rows of these experts, in place."""
+    layers, entries, _ = batches_LGE.shape
+    order_LGE = np.argsort(-batches_LGE, axis=2, kind="stable")
+    n_SE = np.take_along_axis(batches_LGE, order_LGE, axis=2).reshape(layers * entries, -1)
+    order_SE, layer_S = order_LGE.reshape(n_SE.shape), np.repeat(np.arange(layers), entries)
+    flat = [of_LGA.reshape(-1) for of_LGA in so_far]
+    speed_A, columns = np.append(speed_A, 1.0), len(speed_A) + 1
+    for nth in range(np.count_nonzero(n_SE, axis=1).max(initial=0)):
+        n_S = n_SE[:, nth]
+        for those_S, give in ((n_S >= 2 * MIN_PIECE, _level), ((n_S > 0) & (n_S < 2 * MIN_PIECE), _turns)):
+            if len(at_S := np.flatnonzero(those_S)):
+                held_SR = held_LER[layer_S[at_S], order_SE[at_S, nth]]
+                _add(n_S[at_S, None], columns * at_S[:, None] + held_SR, speed_A[held_SR], give, flat)
 
 
-def _add(n_S: Floats, at_S1: Ints, held_SR: Ints, speed_SR: Floats, flat: list[Floats]) -> None:
-    """Give `n_S` rows of one expert of each step to its replicas."""
-    rows_SA, distinct_SA, whole_SA = flat
-    there_SR = held_SR >= 0
-    cost_SR = np.where(there_SR, rows_SA[at_S1, held_SR] / np.where(there_SR, speed_SR, 1.0), np.inf)
-    turns_SR = _turns(n_S, cost_SR, speed_SR)
-    split_SR = _level(n_S, cost_SR, speed_SR)
-    big_S1 = n_S[:, None] >= 2 * MIN_PIECE
-    given_SR = np.where(big_S1, split_SR, turns_SR * n_S[:, None])
-    most_SR = np.where(big_S1, split_SR, np.where(turns_SR > 0, n_S[:, None], 0.0))
-    step_S, nth_R = np.nonzero(given_SR)
-    cell = at_S1[step_S, 0], held_SR[step_S, nth_R]  # an expert's replicas are on different actors: no cell comes twice
-    whole_SA[cell] = np.maximum(whole_SA[cell], rows_SA[cell] + most_SR[step_S, nth_R])
-    rows_SA[cell] += given_SR[step_S, nth_R]
-    distinct_SA[cell] += np.where(big_S1, 1.0, turns_SR)[step_S, nth_R]
+def _add(
+    n_S1: Floats, cells_SR: Ints, speed_SR: Floats, give: Callable[[Floats, Floats, Floats], _Given], flat: list[Floats]
+) -> None:
+    """Give `n_S1` rows of one expert of each step to its replicas, which are on different actors."""
+    rows, distinct, whole = flat
+    rows_SR = rows[cells_SR]
+    given_SR, distinct_SR, most_SR = give(n_S1, rows_SR / speed_SR, speed_SR)
+    whole[cells_SR] = np.maximum(whole[cells_SR], rows_SR + most_SR)
+    rows[cells_SR] = rows_SR + given_SR
+    distinct[cells_SR] += distinct_SR
 
 
-def _turns(n_S: Floats, cost_SR: Floats, speed_SR: Floats) -> Floats:
-    """The part of the steps in which each replica takes all rows."""
-    done_SR = cost_SR + np.divide(n_S[:, None], speed_SR, out=np.full_like(cost_SR, np.inf), where=speed_SR > 0)
+def _turns(n_S1: Floats, cost_SR: Floats, speed_SR: Floats) -> _Given:
+    """All rows to one replica: those that would be done at nearly the same time take turns."""
+    done_SR = cost_SR + n_S1 / speed_SR
     near_SR = done_SR <= NEAR * done_SR.min(axis=1, keepdims=True)
-    turns_SR: Floats = near_SR / near_SR.sum(axis=1, keepdims=True)
-    return turns_SR
+    turns_SR = near_SR / near_SR.sum(axis=1, keepdims=True)
+    return turns_SR * n_S1, turns_SR, near_SR * n_S1
 
 
-def _level(n_S: Floats, cost_SR: Floats, speed_SR: Floats) -> Floats:
+def _level(n_S1: Floats, cost_SR: Floats, speed_SR: Floats) -> _Given:
     """Fill the replicas like water: those that take rows are done at the same time, the others no sooner."""
-    order_SR = np.argsort(cost_SR, axis=1, kind="stable")
-    cost, speed = (np.take_along_axis(of_SR, order_SR, axis=1) for of_SR in (cost_SR, speed_SR))
-    cost = np.where(speed > 0, cost, 0.0)
-    level = (n_S[:, None] + np.cumsum(cost * speed, axis=1)) / np.cumsum(speed, axis=1)
-    pieces = np.maximum(n_S // MIN_PIECE, 1)[:, None]
-    open_SR = (speed > 0) & (level > cost) & (np.arange(cost.shape[1]) < pieces)
-    last_S1 = open_SR.shape[1] - 1 - np.argmax(open_SR[:, ::-1], axis=1)[:, None]
-    taken = np.maximum(np.take_along_axis(level, last_S1, axis=1) - cost, 0.0) * speed
-    taken[np.arange(cost.shape[1]) > last_S1] = 0.0
-    given_SR = np.zeros_like(taken)
-    np.put_along_axis(given_SR, order_SR, taken, axis=1)
-    return given_SR
+    steps, replicas = cost_SR.shape
+    order_SR = cost_SR.argsort(axis=1, kind="stable") + replicas * np.arange(steps)[:, None]
+    cost, speed = cost_SR.ravel()[order_SR], speed_SR.ravel()[order_SR]
+    level = (n_S1 + (cost * speed).cumsum(axis=1)) / speed.cumsum(axis=1)
+    nth_R = np.arange(replicas)
+    open_SR = (level > cost) & (nth_R < n_S1 // MIN_PIECE)
+    last_S1 = np.where(open_SR, nth_R, 0).max(axis=1, keepdims=True)
+    filled_S1 = level.ravel()[last_S1 + replicas * np.arange(steps)[:, None]]
+    taken = np.where(nth_R <= last_S1, np.maximum(filled_S1 - cost, 0.0) * speed, 0.0)
+    given_SR = np.empty_like(taken)
+    given_SR.ravel()[order_SR] = taken
+    return given_SR, (given_SR > 0).astype(np.float64), given_SR

@@ -46,7 +46,8 @@ def _shrunk(expert: ExpertId, had: int, recent: Sequence[Wish]) -> int:
         vote = wish.replicas.get(expert, 0)
         if vote >= had:
             return had
-        most = max(most, vote)
+        if vote > most:
+            most = vote
     return most
 
 

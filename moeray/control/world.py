@@ -47,7 +47,12 @@ class World:
         """The groups, the one whose work is cheapest first."""
         return tuple(sorted(self.groups.values(), key=lambda group: group.price_per_hour / group.share))
 
-    @property
+    @cached_property
+    def every(self) -> Sequence[ExpertId]:
+        """All experts."""
+        return [ExpertId(layer, e) for layer, count in self.experts.items() for e in range(count)]
+
+    @cached_property
     def experts(self) -> Mapping[int, int]:
         return dict.fromkeys(range(self.shape.layers), self.shape.experts)
 
@@ -91,10 +96,9 @@ class World:
         base = self.config.experts.replicas
         # The policy counts replicas and does not look where they are, so these need not be placed well.
         somewhere = tuple(host.actor_id for host in hosts[:base])
-        every = {ExpertId(layer, e): somewhere for layer, count in self.experts.items() for e in range(count)}
-        placement = Placement(0, every)
+        placement = Placement(0, dict.fromkeys(self.every, somewhere))
         wish = decide(load_policies([_REPLICATE]), self._seen(hosts, load, placement))
-        replicas = {expert: wish.replicas.get(expert, base) for expert in placement.replicas}
+        replicas = dict.fromkeys(self.every, base) | dict(wish.replicas)
         return place(load, hosts, experts=self.experts, expert_bytes=self.expert_sizes, replicas=replicas)
 
     def _seen(self, hosts: Sequence[Host], load: Mapping[ExpertId, float], placement: Placement) -> PolicyInput:
