@@ -142,8 +142,8 @@ class RouterActor:
             self._loop.start(Engine(config.engine, runner))
         return self._facts
 
-    def _connect(self, address: Address) -> Channel:
-        return connect(address, self._identity, self._spec.config.wire, timeout=5.0)
+    def _connect(self, address: Address, seconds: float) -> Channel:
+        return connect(address, self._identity, self._spec.config.wire, timeout=seconds)
 
     def publish(
         self,

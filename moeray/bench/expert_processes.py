@@ -49,7 +49,10 @@ class ExpertProcesses:
         view.publish(self.placement, self.addresses)
         wire = self.config.wire
         dispatcher = Dispatcher(
-            view, lambda address: connect(address, identity, wire, timeout=10.0), Recorder(), deadline_s=wire.deadline_s
+            view,
+            lambda address, seconds: connect(address, identity, wire, timeout=seconds),
+            Recorder(),
+            deadline_s=wire.deadline_s,
         )
         try:
             yield dispatcher

@@ -23,7 +23,6 @@ MIN_PIECE = 16
 NEAR = 1.1
 """Costs that differ by less take turns, as by the dispatcher (a test compares)."""
 
-
 _Given = tuple[Floats, Floats, Floats]
 """What each replica gets: rows and experts in the mean over steps, the most rows in one."""
 
@@ -70,17 +69,18 @@ def _held(placement: Placement, shape: tuple[int, ...], actors: Mapping[str, int
 
 def _share(batches_LGE: Floats, held_LER: Ints, speed_A: Floats, so_far: Spread) -> None:
     """Add the rows of these experts, in place."""
-    layers, entries, _ = batches_LGE.shape
+    layers, entries, experts = batches_LGE.shape
     order_LGE = np.argsort(-batches_LGE, axis=2, kind="stable")
     n_SE = np.take_along_axis(batches_LGE, order_LGE, axis=2).reshape(layers * entries, -1)
-    order_SE, layer_S = order_LGE.reshape(n_SE.shape), np.repeat(np.arange(layers), entries)
+    held_NR = held_LER.reshape(-1, held_LER.shape[2])  # N: experts of all layers
+    expert_SE = order_LGE.reshape(n_SE.shape) + experts * np.repeat(np.arange(layers), entries)[:, None]
     flat = [of_LGA.reshape(-1) for of_LGA in so_far]
     speed_A, columns = np.append(speed_A, 1.0), len(speed_A) + 1
     for nth in range(np.count_nonzero(n_SE, axis=1).max(initial=0)):
         n_S = n_SE[:, nth]
         for those_S, give in ((n_S >= 2 * MIN_PIECE, _level), ((n_S > 0) & (n_S < 2 * MIN_PIECE), _turns)):
             if len(at_S := np.flatnonzero(those_S)):
-                held_SR = held_LER[layer_S[at_S], order_SE[at_S, nth]]
+                held_SR = held_NR[expert_SE[at_S, nth]]
                 _add(n_S[at_S, None], columns * at_S[:, None] + held_SR, speed_A[held_SR], give, flat)
 
 
@@ -107,13 +107,14 @@ def _turns(n_S1: Floats, cost_SR: Floats, speed_SR: Floats) -> _Given:
 def _level(n_S1: Floats, cost_SR: Floats, speed_SR: Floats) -> _Given:
     """Fill the replicas like water: those that take rows are done at the same time, the others no sooner."""
     steps, replicas = cost_SR.shape
-    order_SR = cost_SR.argsort(axis=1, kind="stable") + replicas * np.arange(steps)[:, None]
+    row_S1 = replicas * np.arange(steps)[:, None]
+    order_SR = cost_SR.argsort(axis=1, kind="stable") + row_S1
     cost, speed = cost_SR.ravel()[order_SR], speed_SR.ravel()[order_SR]
     level = (n_S1 + (cost * speed).cumsum(axis=1)) / speed.cumsum(axis=1)
     nth_R = np.arange(replicas)
     open_SR = (level > cost) & (nth_R < n_S1 // MIN_PIECE)
     last_S1 = np.where(open_SR, nth_R, 0).max(axis=1, keepdims=True)
-    filled_S1 = level.ravel()[last_S1 + replicas * np.arange(steps)[:, None]]
+    filled_S1 = level.ravel()[last_S1 + row_S1]
     taken = np.where(nth_R <= last_S1, np.maximum(filled_S1 - cost, 0.0) * speed, 0.0)
     given_SR = np.empty_like(taken)
     given_SR.ravel()[order_SR] = taken

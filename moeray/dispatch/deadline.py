@@ -16,6 +16,9 @@ FRESH_S = 5.0
 FRESH_ROW_S = 0.001
 """A first contact, or an expert whose pages may not be in memory yet, gets `FRESH_S` and this for each row."""
 
+DIAL_S = 1.0
+"""To be reached takes a process that runs moments, whatever it computes."""
+
 _MEAN_WEIGHT = 1 / 8
 _DEVIATION_WEIGHT = 1 / 4
 _DEVIATIONS = 4.0
@@ -63,3 +66,8 @@ def deadline_s(latency: Latency, rows: int, *, fresh: bool, most_s: float) -> fl
     if latency.rows:
         forecast = (latency.mean_s + _DEVIATIONS * latency.deviation_s) * max(1.0, rows / latency.rows)
     return min(most_s, max(least, SLACK * forecast) * 2.0 ** min(latency.timeouts, 16))
+
+
+def dial_s(latency: Latency) -> float:
+    """Seconds that an actor has to be reached."""
+    return float(min(FRESH_S, DIAL_S * 2.0 ** min(latency.timeouts, 16)))

@@ -165,7 +165,8 @@ class Dispatcher:
                 work.waited_from = work.waited_from or self._clock()
                 work.orphans |= set(plan.orphans)
                 work.waiting.append(plan.orphan_rows_R)
-            todo.extend(share.rows_R for share in self._send_at_once(work, plan.shares) if not self._send(work, share))
+            left = {share.actor_id: share for share in self._send_at_once(work, plan.shares)}
+            todo.extend(left[actor].rows_R for actor in self._links.dialled(left) if not self._send(work, left[actor]))
         before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
         if self._orphans and not before:
             self._on_orphans()
@@ -188,8 +189,7 @@ class Dispatcher:
         dialled first, on channels of another kind, or large."""
         x_TD, code = work.x_TD, CODES.get(work.x_TD.dtype)
         if native is None or code is None:
-            # Who must be dialled first would keep the others waiting for their rows.
-            return sorted(shares, key=lambda share: self._links.open_channel(share.actor_id) is None)
+            return shares
         channels = [self._links.open_channel(share.actor_id) for share in shares]
         first, self._next_id = self._next_id, self._next_id + len(shares)
         went = native.send_forwards(

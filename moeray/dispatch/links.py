@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from moeray.dispatch.deadline import Latency, deadline_s, observed, timed_out
+from moeray.dispatch.deadline import Latency, deadline_s, dial_s, observed, timed_out
 from moeray.dispatch.view import PlacementView
 from moeray.errors import ChannelClosedError
 from moeray.types import Address
 from moeray.wire.channel import Channel
 
-Connect = Callable[[Address], Channel]
+Connect = Callable[[Address, float], Channel]
+"""Called with how many seconds it may take."""
 
 
 class UnknownActorError(LookupError):
     """The newest placement does not know the actor any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Link:
+    """`dialling`: the thread that is to bring the channel, or else the `error`."""
+
     address: Address
     channel: Channel | None = None
+    dialling: threading.Thread | None = None
+    error: Exception | None = None
     latency: Latency = field(default_factory=Latency)
     served: dict[int, set[int]] = field(default_factory=dict)
 
@@ -37,8 +43,8 @@ class Links:
         self._view = view
         self._connect = connect
         self._links: dict[str, _Link] = {}
-        self._lock = threading.Lock()  # guards every link's channel, and the list of threads
-        self._hanging_up: list[threading.Thread] = []
+        self._changed = threading.Condition()  # guards every link's channel and dialling, and the list of threads
+        self._threads: list[threading.Thread] = []
         self._version = -1
         view.subscribe(self.cut)
 
@@ -55,24 +61,70 @@ class Links:
             return None
         return link.channel if now.addresses.get(actor_id) == link.address else None
 
+    def dialled(self, actors: Iterable[str]) -> Iterator[str]:
+        """The actors, as soon as there is a channel to each, or none to be had. All are dialled at the same time."""
+        left = list(actors)
+        for actor_id in left:
+            if (address := self._view.now.addresses.get(actor_id)) is not None:
+                self._reach(actor_id, address)
+        while left:
+            with self._changed:
+                while not (ended := [actor_id for actor_id in left if not self._expects(actor_id)]):
+                    self._changed.wait()
+            left = [actor_id for actor_id in left if actor_id not in ended]
+            yield from ended
+
     def channel(self, actor_id: str) -> Channel:
-        """The actor's channel, dialled where there is none. Raises UnknownActorError, and WireError as `connect`."""
-        address = self._view.now.addresses.get(actor_id)
-        if address is None:
+        """The channel to an actor that was dialled. Raises UnknownActorError, WireError as `connect`, and at once where
+        the actor was named dead meanwhile."""
+        link = self._links.get(actor_id)
+        if link is None or self._view.now.addresses.get(actor_id) != link.address:
             raise UnknownActorError(actor_id)
+        self.check(actor_id)
+        channel = link.channel  # whoever cuts it meanwhile closes it, so that using it fails
+        if channel is None:
+            raise link.error or ChannelClosedError(f"{actor_id} was given up while it was dialled")
+        return channel
+
+    def _expects(self, actor_id: str) -> bool:
+        """Whether it is worth waiting for a channel to it."""
+        link, now = self._links.get(actor_id), self._view.now
+        return link is not None and link.dialling is not None and actor_id not in now.dead
+
+    def _reach(self, actor_id: str, address: Address) -> None:
+        """See to it that there is a channel, or one on its way."""
         link = self._links.get(actor_id)
         if link is None or link.address != address:
             self.drop(actor_id)
-            with self._lock:
+            with self._changed:
                 link = self._links[actor_id] = _Link(address)
-        channel = link.channel  # whoever cuts it meanwhile closes it, so that using it fails
-        if channel is None or channel.closed:
+        elif link.channel is not None and link.channel.closed:
             self.drop(actor_id)
-            channel = self._connect(address)
-            with self._lock:
-                link.channel = channel
-        self.check(actor_id)  # it may have been named dead while it was dialled, when there was nothing to cut
-        return channel
+        with self._changed:
+            if link.channel is None and link.dialling is None:
+                link.dialling = self._start(f"dial-{actor_id}", self._dial, link, dial_s(link.latency))
+
+    def _dial(self, link: _Link, seconds: float) -> None:
+        """In a thread of its own: a process that is stopped lets one in, and never says a word."""
+        channel, error = None, None
+        try:
+            channel = self._connect(link.address, seconds)
+        except Exception as failure:
+            error = failure
+        with self._changed:
+            wanted = link.dialling is threading.current_thread()
+            if wanted:
+                link.channel, link.error, link.dialling = channel, error, None
+                self._changed.notify_all()
+        if channel is not None and not wanted:
+            channel.close()
+
+    def _start(self, name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
+        """A thread that `close` joins. The lock is held."""
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+        thread.start()
+        return thread
 
     def check(self, actor_id: str) -> None:
         """Raise ChannelClosedError where it would be in vain to wait for the actor."""
@@ -80,27 +132,26 @@ class Links:
             raise ChannelClosedError(f"{actor_id} is dead, says the controller")
 
     def cut(self, actors: Sequence[str]) -> None:
-        """Close the channels to dead actors, from any thread."""
+        """Close the channels to dead actors, and dial them no longer, from any thread."""
         for actor_id in actors:
             self.drop(actor_id)
 
     def cut_all(self) -> None:
         """Close every channel, from any thread."""
-        with self._lock:
+        with self._changed:
             actors = list(self._links)
         self.cut(actors)
 
     def drop(self, actor_id: str) -> None:
         """Close the actor's channel, if there is one, in a thread of its own: across nodes, a peer that does not
         answer makes that take a second."""
-        with self._lock:
-            link = self._links.get(actor_id)
-            if link is None or link.channel is None:
+        with self._changed:
+            if (link := self._links.get(actor_id)) is None:
                 return
-            channel, link.channel = link.channel, None
-            thread = threading.Thread(target=channel.close, name=f"hang-up-{actor_id}", daemon=True)
-            self._hanging_up = [*(t for t in self._hanging_up if t.is_alive()), thread]
-            thread.start()
+            channel, link.channel, link.dialling, link.error = link.channel, None, None, None
+            self._changed.notify_all()
+            if channel is not None:
+                self._start(f"hang-up-{actor_id}", channel.close)
 
     def sweep(self) -> None:
         """Forget actors that the placement no longer knows. Called while nothing is in flight."""
@@ -110,7 +161,7 @@ class Links:
         self._version = now.version
         for actor_id in [actor for actor in self._links if actor not in now.addresses]:
             self.drop(actor_id)
-            with self._lock:
+            with self._changed:
                 del self._links[actor_id]
 
     def deadline_s(self, actor_id: str, layer: int, experts: Iterable[int], rows: int, most_s: float) -> float:
@@ -135,6 +186,6 @@ class Links:
         self._view.unsubscribe(self.cut)
         for actor_id in self._links:
             self.drop(actor_id)
-        for thread in self._hanging_up:
+        for thread in self._threads:
             thread.join(timeout=5.0)
         self._links.clear()

@@ -106,13 +106,16 @@ class FakeActor:
 
 
 class Stage:
-    """A dispatcher, its view and some actors. `losses` has what `on_loss` was told."""
+    """A dispatcher, its view and some actors. `losses` has what `on_loss` was told, `dialling` the actors that are
+    being dialled; each may take `patience_s` for that."""
 
     def __init__(self, folder: Path, names: str = "ab", *, deadline_s: float = 30.0, nodes: str = "here") -> None:
         self.actors = {name: FakeActor(name, folder, nodes) for name in names}
         self.view = PlacementView()
         self.recorder = Recorder()
         self.losses: list[tuple[str, str]] = []
+        self.dialling: list[str] = []
+        self.patience_s = 0.0
         self.dispatcher = Dispatcher(
             self.view,
             self._connect,
@@ -121,8 +124,12 @@ class Stage:
             on_loss=lambda actor_id, reason: self.losses.append((actor_id, reason)),
         )
 
-    def _connect(self, address: Address) -> Channel:
-        return connect(address, identity("router-0"), WIRE, timeout=5.0)
+    def _connect(self, address: Address, seconds: float) -> Channel:
+        self.dialling.append(address.actor_id)
+        try:
+            return connect(address, identity("router-0"), WIRE, timeout=max(seconds, self.patience_s))
+        finally:
+            self.dialling.remove(address.actor_id)
 
     def publish(self, epoch: int, replicas: dict[int, str], *, lost: Iterable[str] = (), known: str = "") -> None:
         """Experts of layer 0 and their replicas; `known`: the actors with an address (default: those that host)."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeray.dispatch.deadline import FRESH_S, Latency, deadline_s, observed, timed_out
+from moeray.dispatch.deadline import DIAL_S, FRESH_S, Latency, deadline_s, dial_s, observed, timed_out
 
 STEADY = Latency(0.01, 0.002, 8.0)
 
@@ -26,6 +26,11 @@ STEADY = Latency(0.01, 0.002, 8.0)
 )
 def test_the_deadline(latency, rows, fresh, seconds):
     assert deadline_s(latency, rows, fresh=fresh, most_s=60.0) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("timeouts", "seconds"), [(0, DIAL_S), (1, 2 * DIAL_S), (2, 4 * DIAL_S), (50, FRESH_S)])
+def test_the_deadline_of_a_call(timeouts, seconds):
+    assert dial_s(Latency(timeouts=timeouts)) == seconds
 
 
 def test_the_first_answer_is_the_mean():

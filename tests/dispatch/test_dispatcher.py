@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -14,6 +16,7 @@ import torch
 from moeray.dispatch.deadline import FRESH_S
 from moeray.errors import MoerayError, PlacementError, WireError
 from tests.dispatch.actors import WIRE, Background, Stage, garbage, hang, hold, misfit, refuse, vanish
+from tests.wire.support import OtherProcess
 
 BOTH = {0: "ab", 1: "ab", 2: "ab"}
 SPLIT = {0: "a", 1: "b"}
@@ -121,6 +124,51 @@ def test_a_placement_that_names_the_actor_lost_wakes_the_wait_at_once(folder, no
         assert stage.losses == []
     finally:
         stage.close()
+
+
+@pytest.fixture
+def stopped(folder, stage):
+    """An actor `s`, whose process is stopped before anybody speaks to it: it lets one in, and never says a word."""
+    other = folder / "other"
+    other.mkdir(mode=0o700)
+    actor = OtherProcess(other)
+    actor.process.send_signal(signal.SIGSTOP)
+    os.waitpid(actor.process.pid, os.WUNTRACED)
+    stage.actors["s"] = actor
+    return actor
+
+
+def test_a_stopped_actor_keeps_nobody_elses_rows_waiting_and_is_dialled_no_longer_once_it_is_named_dead(stage, stopped):
+    stage.patience_s = 600.0
+    stage.publish(1, {0: "s", 1: "b"})
+    dispatch = Background(lambda: stage.dispatch([[0, 1]]))
+    assert stage.actors["b"].received.get(timeout=10) == {1: 1}
+    assert stage.dialling == [stopped.address.actor_id]
+    stage.publish(2, {0: "b", 1: "b"}, lost=["s"])
+    dispatch.join()
+    assert stage.actors["b"].received.get(timeout=10) == {0: 1}
+    assert stage.dialling == [stopped.address.actor_id]
+    stopped.process.kill()
+
+
+def test_a_stopped_actor_is_given_up_when_it_does_not_take_the_call(stage, stopped):
+    stage.publish(1, {0: "s"})
+    stage.dispatcher._on_loss = lambda *loss: (stage.losses.append(loss), stage.publish(2, {0: "b"}))
+    began = time.monotonic()
+    stage.dispatch([[0]])
+    assert stage.losses == [("s", "timeout")]
+    assert time.monotonic() - began < FRESH_S
+
+
+def test_an_abandoned_dispatcher_dials_nobody(stage, stopped):
+    stage.patience_s = 600.0
+    stage.publish(1, {0: "s", 1: "b"})
+    dispatch = Background(lambda: stage.dispatch([[0, 1]]))
+    stage.actors["b"].received.get(timeout=10)
+    stage.dispatcher.abandon()
+    with pytest.raises(MoerayError, match="is being stopped"):
+        dispatch.join()
+    stopped.process.kill()
 
 
 def test_a_drained_actor_may_finish(stage):
