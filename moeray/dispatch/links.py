@@ -16,6 +16,9 @@ from moeray.wire.channel import Channel
 Connect = Callable[[Address, float], Channel]
 """Called with how many seconds it may take."""
 
+MAX_DIALS = 32
+"""So many at a time: hundreds would keep each other waiting for the interpreter until they count as late."""
+
 
 class UnknownActorError(LookupError):
     """The newest placement does not know the actor any more."""
@@ -45,6 +48,7 @@ class Links:
         self._links: dict[str, _Link] = {}
         self._changed = threading.Condition()  # guards every link's channel and dialling, and the list of threads
         self._threads: list[threading.Thread] = []
+        self._dials = threading.Semaphore(MAX_DIALS)
         self._version = -1
         view.subscribe(self.cut)
 
@@ -108,7 +112,8 @@ class Links:
         """In a thread of its own: a process that is stopped lets one in, and never says a word."""
         channel, error = None, None
         try:
-            channel = self._connect(link.address, seconds)
+            with self._dials:
+                channel = self._connect(link.address, seconds)
         except Exception as failure:
             error = failure
         with self._changed:
