@@ -86,6 +86,7 @@ async def _round(system: System, traffic: Traffic, plan: GrowPlan) -> Round:
     grown = time.time()
     before = traffic.rate(begin, grown)
     await system.call("scale", plan.group, count + 1)
+    await asyncio.sleep(POLL_S)  # looking would cost what is measured
     status = await until(system, lambda status: _firsts(status, known, grown), SETTLE_S)
     first = min(_firsts(status, known, grown))
     await until(system, settled, SETTLE_S)
