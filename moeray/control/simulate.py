@@ -293,24 +293,21 @@ class Engine:
 
     def _credit(self, router: SimRouter, done: float) -> None:
         """Count `done` of its steps: the work also of one that has not ended, the tokens of those that have."""
-        steps = max(int(done + 1e-6), router.credited)
-        self.steps_by_tokens[router.tokens] += done - router.worked
-        self._tally(router, done - router.worked)
-        self.generation_tokens += (steps - router.credited) * len(router.decodes)
-        self.prompt_tokens += (steps - router.credited) * (router.tokens - len(router.decodes))
-        router.worked, router.credited = done, steps
-
-    def _tally(self, router: SimRouter, steps: float) -> None:
-        totals, decodes = router.totals, len(router.decodes)
-        prefilled = router.tokens - decodes
-        totals[0] += steps
-        totals[1] += steps * router.step_s
-        totals[2] += steps * router.expert_s
-        totals[3] += steps * decodes
-        totals[4] += steps * decodes * router.step_s
+        steps, more = max(int(done + 1e-6), router.credited), done - router.worked
+        ended, decodes = steps - router.credited, len(router.decodes)
+        prefilled, step_s, totals = router.tokens - decodes, router.step_s, router.totals
+        self.steps_by_tokens[router.tokens] += more
+        self.generation_tokens += ended * decodes
+        self.prompt_tokens += ended * prefilled
+        totals[0] += more
+        totals[1] += more * step_s
+        totals[2] += more * router.expert_s
+        totals[3] += more * decodes
+        totals[4] += more * decodes * step_s
         if prefilled:
-            totals[5] += steps * prefilled
-            totals[6] += steps * router.step_s
+            totals[5] += more * prefilled
+            totals[6] += more * step_s
+        router.worked, router.credited = done, steps
 
     def _finish_steps(self, router: SimRouter) -> None:
         steps, now = router.steps, self.now
