@@ -10,6 +10,11 @@ from pathlib import Path
 
 REACH_S = 3.0
 """For an address to answer."""
+_SPEAK_S = 5.0
+"""For a GCS that has taken a connection to say something: one that is stopped, or hangs, never does."""
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What a client of HTTP/2 says first, with no settings of its own; a server's answer is its settings."""
+_SETTINGS = 4
 
 
 def left_by_ray_start() -> Path:
@@ -29,9 +34,22 @@ def unreachable(address: str | None) -> str | None:
     if found is None:
         return f"{address!r} is no address: HOST:PORT is"
     try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=REACH_S).close()
+        with socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=REACH_S) as gcs:
+            return None if os.environ.get("RAY_USE_TLS", "0") not in ("0", "") else _mute(gcs, address)
     except (OSError, OverflowError) as error:
         return f"nothing answers at {address}: {getattr(error, 'strerror', None) or error}"
+
+
+def _mute(gcs: socket.socket, address: str) -> str | None:
+    """Why no GCS is at the other end, None where one is: they speak gRPC, which is HTTP/2."""
+    gcs.settimeout(_SPEAK_S)
+    try:
+        gcs.sendall(_GREETING)
+        head = gcs.recv(9, socket.MSG_WAITALL)
+    except TimeoutError:
+        return f"what listens at {address} has said nothing for {_SPEAK_S:g} s: it hangs, or is no head of Ray's (GCS)"
+    if len(head) < 9 or head[3] != _SETTINGS:
+        return f"what listens at {address} is no head of Ray's (GCS)"
     return None
 
 

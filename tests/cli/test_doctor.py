@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,16 @@ def test_red_with_a_mend_on_a_broken_one(lonely, tmp_path):
     assert all(found[name]["mend"] for name in red)
     assert "tooshort" not in json.dumps(found)
     assert "mended" in err
+
+
+def test_red_within_seconds_where_the_head_of_the_cluster_says_nothing(lonely):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        begun = time.monotonic()
+        code, found, _ = doctor(lonely, "--address", f"127.0.0.1:{held.getsockname()[1]}", "--port", str(_free_port()))
+        assert time.monotonic() - begun < gather.SURVEY_S / 2
+    assert code == 1
+    check(Finding(**found["ray"]), "fail", "has said nothing")
+    assert "RAY_ADDRESS" in found["ray"]["mend"]
 
 
 def test_a_config_that_is_wrong_and_packages_that_are_missing(lonely, tmp_path):

@@ -7,7 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
 import pytest
 
 from moeray.cli.ray_address import astray, left_by_ray_start, unreachable
@@ -31,14 +36,41 @@ def test_addresses_where_no_ray_can_be(folder, monkeypatch, address, words):
     assert words in (unreachable(None) or "")
 
 
-def test_addresses_that_ray_is_asked_for(folder):
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        address = f"127.0.0.1:{held.getsockname()[1]}"
-        assert unreachable(address) is None
-        left_by_ray_start().write_text(address)
-        assert unreachable(None) is None
+@pytest.fixture
+def gcs():
+    """The address of what speaks as Ray's GCS does."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def test_addresses_that_ray_is_asked_for(folder, gcs):
+    assert unreachable(gcs) is None
+    left_by_ray_start().write_text(gcs)
+    assert unreachable(None) is None
     assert unreachable("local") is None
     assert unreachable("ray://127.0.0.1:1") is None
+
+
+def test_a_head_that_takes_connections_and_says_nothing(folder, monkeypatch):
+    """As one does that is stopped, or hangs. Behind TLS nobody can tell from outside."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        begun = time.monotonic()
+        assert "has said nothing" in (unreachable(address) or "")
+        assert time.monotonic() - begun < 15.0
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        assert unreachable(address) is None
+
+
+def test_a_port_of_something_else(folder):
+    """The dashboard's, say, which looks like the head's address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert "is no head of Ray's" in (unreachable(f"127.0.0.1:{server.server_port}") or "")
+        server.shutdown()
 
 
 def test_no_cluster_was_ever_started(folder):
@@ -58,12 +90,12 @@ def raylet(head: str):
         process.stdin.close()
 
 
-def test_raylets_whose_cluster_cannot_be_reached_from_here(folder, monkeypatch):
+def test_raylets_whose_cluster_cannot_be_reached_from_here(folder, monkeypatch, gcs):
     """Where none is named, Ray joins any that it sees; one of another network namespace would hold it for a minute."""
     with raylet("127.0.0.1:1"):
         assert "nothing answers at 127.0.0.1:1" in (astray(None) or "")
         assert astray("127.0.0.1:2") is None
-        with socket.create_server(("127.0.0.1", 0)) as held, raylet(f"127.0.0.1:{held.getsockname()[1]}"):
+        with raylet(gcs):
             assert astray(None) is None
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:3")
         assert astray(None) is None
