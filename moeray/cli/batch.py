@@ -94,7 +94,7 @@ def _end(tally: Tally) -> tuple[int, str]:
 
 def _work(job: Job, lines: BatchInput, ledger: Ledger, survey: Survey, tally: Tally) -> tuple[int, str]:
     """Ask the lines that are left: the exit code and the outcome in words."""
-    from moeray.cli.session import connect_ray
+    from moeray.cli.session import connect_where_it_runs
     from moeray.errors import BatchPausedError
     from moeray.logs import setup_logging
 
@@ -106,7 +106,7 @@ def _work(job: Job, lines: BatchInput, ledger: Ledger, survey: Survey, tally: Ta
     if job.local:
         setup_logging()
     else:
-        connect_ray()  # before our signal handlers, since it sets its own
+        connect_where_it_runs(job.config.serve.name)  # before our signal handlers, since it sets its own
     try:
         return asyncio.run(_run(job, lines, ledger, survey, tally))
     except BatchPausedError as error:

@@ -56,22 +56,36 @@ def _mute(gcs: socket.socket, address: str) -> str | None:
 def astray(address: str | None) -> str | None:
     """Why no raylet on this machine leads to a cluster, where Ray would join any that runs here: it sees those of
     containers and of dead heads, too. None where one does or none runs, and where a cluster is named."""
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
-    if address != "auto" or left_by_ray_start().exists():
+    if _is_named(address):
         return None
-    reasons = [unreachable(head) for head in sorted(set(_of_raylets()))]
+    reasons = [unreachable(head) for head in sorted({head for head, _ in _of_raylets()})]
     return f"{reasons[0]}, where a raylet on this machine has its head" if reasons and all(reasons) else None
 
 
-def _of_raylets() -> Iterator[str]:
-    """Where the raylets on this machine have their heads, found as Ray finds them."""
+def unnamed(address: str | None) -> list[str]:
+    """The clusters of this user's that run here without a name, as that of a bare `moeray serve` does, newest first.
+    Empty where a cluster is named: then that one is meant."""
+    if _is_named(address):
+        return []
+    heads = dict.fromkeys(head for head, owner in _of_raylets() if owner == os.getuid())
+    return [head for head in heads if unreachable(head) is None]
+
+
+def _is_named(address: str | None) -> bool:
+    return (address or os.environ.get("RAY_ADDRESS") or "auto") != "auto" or left_by_ray_start().exists()
+
+
+def _of_raylets() -> Iterator[tuple[str, int]]:
+    """Where the raylets on this machine have their heads, found as Ray finds them, and whose they are; newest first."""
     import psutil
 
-    for process in psutil.process_iter(["cmdline"]):
+    found = list(psutil.process_iter(["cmdline", "create_time", "uids"]))
+    for process in sorted(found, key=lambda process: process.info["create_time"] or 0.0, reverse=True):
         command = process.info["cmdline"] or [""]
         if "raylet" in Path(command[0]).name:
             words = " ".join(command).split()
-            yield from (word.partition("=")[2] for word in words if word.startswith("--gcs-address="))
+            heads = (word.partition("=")[2] for word in words if word.startswith("--gcs-address="))
+            yield from ((head, process.info["uids"].real) for head in heads)
 
 
 def _left_over(file: Path) -> str | None:

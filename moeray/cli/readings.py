@@ -104,7 +104,7 @@ def _write_readings(name: str, address: str | None, interval: float, output: int
     from moeray.cli.session import connect
     from moeray.cluster.ray import ask, find_controller, gcs_address
 
-    connect(address)
+    connect(address, name)
     controller = None
     while True:
         begun = time.monotonic()

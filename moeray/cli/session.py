@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from moeray.cli.ray_address import astray, unreachable
+from moeray.cli.ray_address import astray, unnamed, unreachable
 from moeray.config import Config
 from moeray.logs import setup_logging
 from moeray.serve.system import SystemBackend
@@ -48,7 +48,7 @@ def running_or_own(config: Config, purpose: str) -> AbstractAsyncContextManager[
     from moeray.actors.spec import model_fingerprint
     from moeray.cluster.ray import running
 
-    connect_ray(config)
+    connect_where_it_runs(config.serve.name, config)
     served = running(config.serve.name)
     if served is not None and model_fingerprint(served) == model_fingerprint(config):
         return attached_system(served, served.serve.request_timeout_s)
@@ -115,31 +115,72 @@ def connect_ray(config: Config | None = None, **options: Any) -> None:
     """
     import ray
 
-    if config and config.log_format == "json":  # what other libraries say in our processes, too
-        options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
     if not ray.is_initialized():
         _refuse(unreachable(None))
-        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
+        ray.init(configure_logging=True, **_quiet(config), **options)
     setup_logging(config)
+
+
+def connect_where_it_runs(name: str, config: Config | None = None) -> None:
+    """Connect to the cluster in which the system `name` runs; where none has it, as `connect_ray`."""
+    import ray
+
+    if not ray.is_initialized():
+        _join(name, None, config)
+    connect_ray(config)
+
+
+def _join(name: str, address: str | None, config: Config | None = None) -> bool:
+    """Connect to the cluster of this user's on this machine in which the system runs, though nothing names that
+    cluster, as where a bare `moeray serve` has started it. False, and no connection, where there is none, and where
+    `address`, RAY_ADDRESS or `ray start` name one."""
+    import ray
+    from ray.exceptions import RayError
+
+    from moeray.cluster.ray import find_controller, take_token
+    from moeray.errors import MoerayError
+
+    for head in unnamed(address):
+        take_token()
+        try:
+            ray.init(address=head, configure_logging=True, **_quiet(config))
+            find_controller(name)
+            return True
+        except (MoerayError, RayError, ConnectionError, RuntimeError):  # another's, or of another release of Ray
+            ray.shutdown()
+    return False
+
+
+def _quiet(config: Config | None) -> dict[str, Any]:
+    """Options of `ray.init`: what actors log stays where they run."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config and config.log_format == "json":  # what other libraries say in our processes, too
+        options["logging_config"] = ray.LoggingConfig(encoding="JSON", log_level="WARNING")
+    return options
 
 
 def attach(name: str, address: str | None) -> Any:
     """The controller of a running system. Raises MoerayError where there is no cluster or no such system."""
     from moeray.cluster.ray import find_controller
 
-    connect(address)
+    connect(address, name)
     return find_controller(name)
 
 
-def connect(address: str | None) -> None:
-    """Connect to a cluster that runs. Raises MoerayError where there is none."""
+def connect(address: str | None, name: str | None = None) -> None:
+    """Connect to a cluster that runs: where nothing says which one, to that in which the system `name` runs.
+    Raises MoerayError where there is none."""
     import ray
 
     from moeray.errors import MoerayError
 
+    if name is not None and _join(name, address):
+        return
     _refuse(unreachable(address) or astray(address))
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address or "auto", **_quiet(None))
     except ConnectionError as error:
         raise MoerayError(
             "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"

@@ -319,6 +319,15 @@ def stop_controller(controller: Any, timeout: float = 120.0) -> None:
     ray.kill(controller)
 
 
+def take_token() -> None:
+    """Send Ray's token along, where this user has one, as Ray does by itself where it finds a cluster by itself."""
+    with suppress(ImportError):  # of a Ray that has no tokens yet
+        from ray._private.authentication import authentication_token_setup as setup
+
+        logging.getLogger("ray").setLevel(logging.ERROR)  # its warning is for those who start a cluster
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def gcs_address() -> str:
     """`HOST:PORT` of the GCS of the cluster that this process is connected to."""
     return str(ray.get_runtime_context().gcs_address)

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import grpc
 import pytest
 
-from moeray.cli.ray_address import astray, left_by_ray_start, unreachable
+from moeray.cli.ray_address import astray, left_by_ray_start, unnamed, unreachable
 
 
 @pytest.fixture
@@ -99,6 +99,18 @@ def test_raylets_whose_cluster_cannot_be_reached_from_here(folder, monkeypatch, 
             assert astray(None) is None
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:3")
         assert astray(None) is None
+
+
+def test_clusters_of_this_user_that_nothing_names(folder, monkeypatch, gcs):
+    with raylet("127.0.0.1:1"), raylet(gcs):
+        assert gcs in unnamed(None)
+        assert "127.0.0.1:1" not in unnamed(None)
+        assert unnamed("127.0.0.1:2") == []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+            assert unnamed(None) == []
+        left_by_ray_start().write_text("127.0.0.1:2")
+        assert unnamed(None) == []
 
 
 @pytest.mark.parametrize("command", [["status"], ["serve", "no-model"]])

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from tests.checkpoints import make_tiny
+from tests.jobs.support import answers, entry, write_lines
 
 PROMPTS = [f"message number {i}, {'and so on ' * (i % 7)}" for i in range(32)]
 
@@ -151,6 +152,34 @@ def steer(*args: str, code: int = 0) -> dict:
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err[-2000:]
     return json.loads(out) if code == 0 else {"error": err.strip()}
+
+
+def test_generate_and_batch_use_it_though_nothing_names_its_cluster(endpoint, client, tmp_path):
+    folder = Path(endpoint[1].args[endpoint[1].args.index("serve") + 1])
+    env = {**os.environ, "MOERAY_CACHE_DIR": str(folder.parent)}
+    before = generated(endpoint[0])
+    asked = ("--prompt", PROMPTS[3], "--max-tokens", "12", "--ignore-eos", "--output", "json")
+    config = ("--dtype", "float32", "--engine-kv-blocks", "512")
+    process = moeray("generate", str(folder), *asked, *config, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    assert json.loads(out)["text"] == stream_text(client, PROMPTS[3])
+    assert generated(endpoint[0]) == before + 2 * 12
+
+    source = write_lines(tmp_path / "in.jsonl", [entry(f"r{i}", "tiny-moe", max_tokens=4) for i in range(8)])
+    files = ("--input", str(source), "--output", str(tmp_path / "out.jsonl"))
+    process = moeray("batch", *files, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    assert "using the system 'moeray' that serves" in err
+    assert len(answers(tmp_path / "out.jsonl")) == 8
+    assert {row["state"] for row in steer("status")["actors"]} == {"ready"}
+
+
+def generated(url: str) -> float:
+    """The tokens that the system has generated."""
+    text = httpx.get(f"{url}/metrics", timeout=30.0).text
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("moeray_generation_tokens_t"))
 
 
 @pytest.mark.slow
