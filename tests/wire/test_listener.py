@@ -15,6 +15,7 @@ from moeray.errors import ChannelClosedError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
+from moeray.wire.grpc_door import only_address
 from tests.wire.support import SMALL, Host, echo, identity
 
 UNIX_ONLY = replace(SMALL, grpc=False)
@@ -180,6 +181,37 @@ def test_a_host_that_is_not_ours_is_named(folder):
     with pytest.raises(WireError, match=r"wire\.host 192\.0\.2\.7"):
         listener(folder, replace(SMALL, host="192.0.2.7")).start()
     assert not list(folder.iterdir())
+
+
+def test_a_host_for_all_addresses_is_one_that_others_can_dial(folder):
+    """On a machine without any network, too."""
+    host = Host(folder, replace(SMALL, host="0.0.0.0"))
+    try:
+        assert not (host.address.grpc or "").startswith("0.0.0.0")
+        for end in host.pair("grpc"):
+            end.close()
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize(
+    ("addresses", "one"),
+    [
+        (["127.0.0.1"], "127.0.0.1"),
+        (["127.0.0.1", "10.0.0.7"], "10.0.0.7"),
+        (["::1", "fe80::1%eth0", "2001:db8::7"], "2001:db8::7"),
+    ],
+)
+def test_the_address_of_a_machine_without_a_default_route(addresses, one):
+    assert only_address("0.0.0.0", addresses) == one
+
+
+@pytest.mark.parametrize(
+    ("addresses", "words"), [(["127.0.0.1", "10.0.0.7", "172.17.0.1"], "10.0.0.7, 172.17.0.1"), ([], "no such address")]
+)
+def test_a_machine_without_a_default_route_that_may_have_any_address(addresses, words):
+    with pytest.raises(WireError, match=rf"wire\.host 0\.0\.0\.0: .*{words}.*; set wire\.host"):
+        only_address("0.0.0.0", addresses)
 
 
 @pytest.fixture
