@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tests.checkpoints import save_tokenizer
 from tests.cli.test_serve import free_port
 from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.cluster.test_serve_tools import wait_until_ready
+from tests.jobs.test_ray_job import until
 from tests.systems import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -42,6 +45,7 @@ PLACES = 3
 """Actors of ours that fit on a node, so that the next one goes to the next node."""
 DEADLINE_S = 240.0
 NAME = "nodes"
+UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
 @dataclass
@@ -56,9 +60,7 @@ class World:
         return self.runner.run(coroutine)
 
     def add_node(self) -> Any:
-        node = self.cluster.add_node(num_cpus=1, resources={"place": PLACES})
-        self.cluster.wait_for_nodes()
-        return node
+        return self.cluster.add_node(num_cpus=1, resources={"place": PLACES})  # which waits for it
 
     def events(self, since: float = 0.0) -> list[dict[str, Any]]:
         lines = Path(self.config.control.audit_log or "").read_text().splitlines()
@@ -125,27 +127,78 @@ def gcs_lives(cluster: Cluster) -> bool:
     return "gcs_server" in cluster.head_node.all_processes
 
 
-def test_a_node_that_drains_is_left_before_its_deadline(world):
-    old, began = world.cluster.worker_nodes.copy().pop(), time.time()
-    new = world.add_node()
-    before = world.run(world.live.whole())["actors"]
-    assert {row["node"] for row in before} == {old.node_id}
-    processes = [psutil.Process(row["pid"]) for row in before]
+def leave(world: World, old: str, new: str, drain: Callable[..., Any], *which: str) -> None:
+    """All actors go from node `old` to `new` by `moeray drain`, which ends well, and no request notices it."""
+    began = time.time()
+    where = ("--name", NAME, "--address", world.cluster.address, *which)
+    command = [sys.executable, "-m", "moeray.cli.main", "drain", *where, "--within", f"{DEADLINE_S:g}", "--wait"]
 
-    def drain() -> None:
-        where = ("--name", NAME, "--address", world.cluster.address, "--node", old.node_id[:16])
-        command = [sys.executable, "-m", "moeray.cli.main", "drain", *where, "--within", f"{DEADLINE_S:g}", "--wait"]
-        subprocess.run(command, check=True, timeout=DEADLINE_S)
+    def run() -> None:
+        done = drain(command, timeout=DEADLINE_S, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
-    assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(drain))) == world.calm
-    moved = lambda s: is_whole(s) and {row["node"] for row in s["actors"]} == {new.node_id}  # noqa: E731
+    assert {row["node"] for row in world.run(world.live.whole())["actors"]} == {old}
+    assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(run))) == world.calm
+    moved = lambda s: is_whole(s) and {row["node"] for row in s["actors"]} == {new}  # noqa: E731
     world.run(world.stream_until(moved))
-    assert psutil.wait_procs(processes, timeout=20)[1] == []
     assert time.time() < began + DEADLINE_S
     happened = {entry["event"] for entry in world.events(began)}
     assert "node_draining" in happened
     assert "lost" not in happened
+
+
+def test_a_node_that_drains_is_left_before_its_deadline(world):
+    old = world.cluster.worker_nodes.copy().pop()
+    new = world.add_node()
+    processes = [psutil.Process(row["pid"]) for row in world.run(world.live.whole())["actors"]]
+    leave(world, old.node_id, new.node_id, subprocess.run, "--node", old.node_id[:16])
+    assert psutil.wait_procs(processes, timeout=20)[1] == []
     world.cluster.remove_node(old)
+
+
+class Pod:
+    """A node that sees no processes but its own, as in a pod: what asks there for the node of Ray's finds this one."""
+
+    def __init__(self, address: str, folder: Path) -> None:
+        ray_start = [str(Path(sys.executable).with_name("ray")), "start", "--address", address, "--block"]
+        room = ["--num-cpus", "1", "--resources", json.dumps({"place": PLACES}), "--disable-usage-stats"]
+        room += ["--dashboard-agent-listen-port", str(free_port())]
+        env = {**os.environ, "MOERAY_RUNTIME_DIR": str(folder), "RAY_AUTH_MODE": "disabled"}
+        before = {node["NodeID"] for node in ray.nodes()}
+        with (folder / "log").open("w") as log:
+            self._shell = subprocess.Popen([*UNSHARE, *ray_start, *room], env=env, stdout=log, stderr=log)
+        self.node_id = until(lambda: self._joined(before), "the pod's node is in the cluster")
+
+    def _joined(self, before: set[str]) -> str | None:
+        assert self._shell.poll() is None, "the pod has ended"
+        return next((node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in before), None)
+
+    def exec(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """As `kubectl exec` and a hook do."""
+        (first,) = psutil.Process(self._shell.pid).children()
+        return subprocess.run(["nsenter", f"--target={first.pid}", "--pid", "--mount", *command], **options)
+
+    def delete(self) -> None:
+        self._shell.kill()
+        self._shell.wait()
+
+
+@pytest.fixture
+def pod(world):
+    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not make a namespace of processes")
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="pod") as folder:  # sockets want a short path
+        pod = Pod(world.cluster.address, Path(folder))
+        yield pod
+        pod.delete()
+
+
+def test_the_hook_of_a_pod_that_ends_drains_the_node_that_it_runs_on(world, pod):
+    old = world.cluster.worker_nodes.copy().pop()
+    leave(world, old.node_id, pod.node_id, subprocess.run, "--node", old.node_id[:16])
+    world.cluster.remove_node(old)
+    new = world.add_node()
+    leave(world, pod.node_id, new.node_id, pod.exec, "--here")
 
 
 def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
