@@ -1,7 +1,8 @@
 /* Attention of one token a sequence over a paged cache (decoding), for CPUs; see attention_body.h for the sums.
 
    Keys and values are read where they lie: nothing is gathered. One parallel region a call, over parts of PART keys of
-   a sequence and up to HEADS queries that share a key/value head. Threads are those of torch's OpenMP runtime. */
+   a sequence and up to HEADS queries: of one key/value head, or of several whole ones, so that what lies together is
+   read together. Threads are those of torch's OpenMP runtime. */
 #include "layout.h"
 
 #include <omp.h>
@@ -16,23 +17,34 @@ enum {
 };
 #define LOWEST -3.0e38f /* less than any score; minus infinity would give NaN as a difference */
 
-/* out: the unscaled sums of [heads, v_size]; most, sum: of each query's exponentials. */
+/* Queries [head, head + heads) and keys [from, to). out: the unscaled sums of [heads, v_size]; most, sum: of each query's
+   exponentials. */
 typedef struct {
     int64_t sequence, head, heads, from, to;
     float *out, most[HEADS], sum[HEADS];
 } Part;
 
-/* What a thread writes. */
+/* What a thread writes. k_rows, v_rows: a tile's keys and values of the first key/value head, where they lie; next_...:
+   of the next tile, `share` of which, from `ahead` on, are asked for while this head is computed. keys, values: those of
+   the head, maybe decoded to k and v. */
 typedef struct {
     float *q, *k, *v, scores[HEADS * KEYS], fade[HEADS];
     int64_t slots[PART];
-    const char *keys[KEYS], *values[KEYS], *next_keys[KEYS], *next_values[KEYS];
+    const char *k_rows[KEYS], *v_rows[KEYS], *next_k_rows[KEYS], *next_v_rows[KEYS], *keys[KEYS], *values[KEYS];
+    int64_t ahead, share, k_bytes, v_bytes;
 } Work;
 
 typedef struct {
     void (*attend)(const Attention *, Part *, Work *);
     void (*join)(const Attention *, const Part *, int64_t count, int64_t step, int64_t h, void *y);
 } Kernels;
+
+/* Whether pairs of BF16 are multiplied. */
+static int takes_pairs(const Attention *a) {
+    return a->instructions == AVX512_BF16 && a->format == BF16 && a->k_size % 32 == 0 && a->v_size % 32 == 0;
+}
+
+static int64_t queries_of(const Attention *a) { return a->heads / a->groups; } /* that share a key/value head */
 
 static int64_t whole(int64_t size) { return (size + 15) / 16 * 16; }
 
@@ -53,9 +65,11 @@ static const char *value_at(const Attention *a, int64_t slot, int64_t group) {
     return (const char *)a->v + slot * a->v_slot + group * a->v_head;
 }
 
-/* Asks for memory that is read a tile later. */
-static inline void fetch(const char *from, int64_t bytes) {
-    for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(from + d, 0, 2);
+/* Asks for the share of rows that goes with keys [n, n + count) of this tile: a few at a time, for as many as memory can
+   be asked for at once. */
+static inline void fetch(const Work *w, const char *const *rows, int64_t bytes, int64_t n, int64_t count) {
+    for (int64_t r = w->share * n / KEYS; r < w->share * (n + count) / KEYS; r++)
+        for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(rows[w->ahead + r] + d, 0, 2);
 }
 
 #define FN(name) name##_portable
@@ -82,11 +96,21 @@ static inline void fetch(const char *from, int64_t bytes) {
 #undef FN
 #undef SUMS
 #pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#define FN(name) name##_avx512_bf16
+#define SUMS 16
+#include "attention_body.h"
+#undef FN
+#undef SUMS
+#pragma GCC pop_options
 #endif
 
 static const Kernels *kernels_of(int64_t instructions) {
 #if defined(__x86_64__)
-    if (instructions >= AVX512) return &kernels_avx512;
+    if (instructions == AVX512_BF16) return &kernels_avx512_bf16;
+    if (instructions == AVX512) return &kernels_avx512;
     if (instructions == AVX2) return &kernels_avx2;
 #endif
     (void)instructions;
@@ -97,8 +121,19 @@ static int64_t parts_of(const Attention *a, int64_t sequence) {
     return (a->end[sequence] - a->first[sequence] + PART - 1) / PART;
 }
 
-/* Head blocks: of each group's queries, HEADS at a time. */
-static int64_t blocks_of(const Attention *a) { return (a->heads / a->groups + HEADS - 1) / HEADS * a->groups; }
+/* How many key/value heads a part has: as many as there may be, while there are parts for all threads. */
+static int64_t groups_of(const Attention *a) {
+    int64_t units = 0, most = HEADS / queries_of(a);
+    for (int64_t i = 0; i < a->sequences; i++) units += parts_of(a, i) * a->groups;
+    if (units / (2 * a->threads) < most) most = units / (2 * a->threads);
+    if (a->groups < most) most = a->groups;
+    return most > 1 ? most : 1;
+}
+
+/* Parts of the same keys. */
+static int64_t blocks_of(const Attention *a, int64_t together) {
+    return together > 1 ? (a->groups + together - 1) / together : (queries_of(a) + HEADS - 1) / HEADS * a->groups;
+}
 
 static int64_t work_floats(const Attention *a) {
     return HEADS * whole(a->k_size) + KEYS * (whole(a->k_size) + whole(a->v_size));
@@ -107,13 +142,14 @@ static int64_t work_floats(const Attention *a) {
 int64_t moeray_attention_scratch(const Attention *a) {
     int64_t parts = 0;
     for (int64_t i = 0; i < a->sequences; i++) parts += parts_of(a, i);
-    parts *= blocks_of(a);
+    parts *= blocks_of(a, groups_of(a));
     return parts * ((int64_t)sizeof(Part) + HEADS * whole(a->v_size) * 4 + 64) + 4 * a->threads * work_floats(a) + 128;
 }
 
 void moeray_attention(const Attention *a) {
     const Kernels *k = kernels_of(a->instructions);
-    const int64_t blocks = blocks_of(a), queries = a->heads / a->groups, out = HEADS * whole(a->v_size);
+    const int64_t together = groups_of(a), blocks = blocks_of(a, together), out = HEADS * whole(a->v_size);
+    const int64_t in_group = blocks < a->groups ? 1 : blocks / a->groups, queries = queries_of(a) * together;
     int64_t count = 0;
     for (int64_t i = 0; i < a->sequences; i++) count += parts_of(a, i) * blocks;
     float *works = (float *)a->scratch, *outs = works + a->threads * work_floats(a);
@@ -121,10 +157,11 @@ void moeray_attention(const Attention *a) {
     for (int64_t i = 0, n = 0; i < a->sequences; i++)
         for (int64_t p = 0; p < parts_of(a, i); p++)
             for (int64_t b = 0; b < blocks; b++, n++) {
-                int64_t group = b / (blocks / a->groups), within = b % (blocks / a->groups) * HEADS;
+                int64_t within = b % in_group * HEADS, head = b / in_group * queries + within;
                 int64_t from = a->first[i] + p * PART, heads = queries - within;
+                if (a->heads - head < heads) heads = a->heads - head;
                 parts[n].sequence = i;
-                parts[n].head = group * queries + within;
+                parts[n].head = head;
                 parts[n].heads = heads < HEADS ? heads : HEADS;
                 parts[n].from = from;
                 parts[n].to = from + PART < a->end[i] ? from + PART : a->end[i];

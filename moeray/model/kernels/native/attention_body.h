@@ -2,7 +2,9 @@
    (how many vectors of sums the registers hold) defined.
 
    Flash-decoding (Dao et al. 2023): parts of the keys by themselves, with a running maximum and a running sum of
-   exponentials (online softmax), joined afterwards. Sums are fp32, their order follows from the sequence alone. */
+   exponentials (online softmax), joined afterwards. Sums are fp32, their order follows from the sequence alone.
+
+   As PAIRS, where the CPU multiplies pairs of BF16, two dimensions of a key, or two keys' values, are taken at once. */
 
 #include "vectors.h"
 
@@ -26,37 +28,50 @@ INLINE void FN(unpack)(int64_t format, const char *from, int64_t count, float sc
 
 /* -- scores -------------------------------------------------------------------------------------------------------- */
 
-/* 16 scores: of `heads` queries with 16 / heads keys, those of a query side by side. */
-INLINE void FN(dots)(const int format, const int heads, const float *q, int64_t q_step, const char *const *keys,
-                     int64_t width, float *scores) {
+/* sum + a b; as PAIRS, both products of a lane's two BF16. */
+INLINE f32x16 FN(multiply_add)(const int format, f32x16 sum, f32x16 a, f32x16 b) {
+#if defined(__AVX512BF16__)
+    if (format == PAIRS) return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return sum + a * b;
+}
+
+/* 16 scores: of `heads` queries with 16 / heads keys, those of a query side by side. q_step: bytes. */
+INLINE void FN(dots)(const int format, const int heads, const char *q, int64_t q_step, const char *const *keys,
+                     int64_t width, float scale, float *scores) {
     const int count = 16 / heads, at_once = SUMS / heads > count ? count : SUMS / heads;
+    const int64_t vector = format == PAIRS ? 32 : 16;
     f32x16 sums[16];
     for (int n = 0; n < count; n += at_once) {
         f32x16 own[SUMS];
         UNROLL
         for (int i = 0; i < heads * at_once; i++) own[i] = (f32x16){0};
-        for (int64_t d = 0; d < width; d += 16)
+        for (int64_t d = 0; d < width; d += vector)
             UNROLL
             for (int j = 0; j < at_once; j++) {
-                f32x16 key = FN(load)(format, keys[n + j], d);
+                f32x16 key = format == PAIRS ? LOAD(f32x16, keys[n + j] + 2 * d) : FN(load)(format, keys[n + j], d);
                 UNROLL
-                for (int h = 0; h < heads; h++) own[h * at_once + j] += LOAD(f32x16, q + h * q_step + d) * key;
+                for (int h = 0; h < heads; h++) {
+                    f32x16 query = LOAD(f32x16, q + h * q_step + d * (64 / vector));
+                    own[h * at_once + j] = FN(multiply_add)(format, own[h * at_once + j], query, key);
+                }
             }
         UNROLL
         for (int h = 0; h < heads; h++)
             UNROLL
             for (int j = 0; j < at_once; j++) sums[h * count + n + j] = own[h * at_once + j];
     }
-    f32x16 all = FN(sums_of)(sums);
+    f32x16 all = FN(sums_of)(sums) * scale;
     UNROLL
     for (int h = 0; h < heads; h++) memcpy(scores + h * KEYS, (float *)&all + h * count, 4 * count);
 }
 
 INLINE void FN(score)(const int format, const int heads, const Attention *a, Work *w, int64_t h) {
-    const int64_t width = whole(a->k_size);
+    const int64_t width = whole(a->k_size), q_step = 4 * width;
     for (int n = 0; n < KEYS; n += 16 / heads) {
-        for (int i = n; h == 0 && i < n + 16 / heads; i++) fetch(w->next_keys[i], bytes_of(a->format, a->k_size));
-        FN(dots)(format, heads, w->q + h * width, width, w->keys + n, width, w->scores + h * KEYS + n);
+        fetch(w, w->next_k_rows, w->k_bytes, n, 16 / heads);
+        FN(dots)(format, heads, (const char *)w->q + h * q_step, q_step, w->keys + n, width,
+                 format == PAIRS ? a->scale : 1, w->scores + h * KEYS + n);
     }
 }
 
@@ -72,24 +87,80 @@ INLINE void FN(mix)(const int format, const int heads, const int vectors, const 
         UNROLL
         for (int j = 0; j < vectors; j++)
             sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
-    for (int64_t n = 0; n < count; n++)
+    for (int64_t n = 0; n < count; n++) {
+        if (d == 0) fetch(w, w->next_v_rows, w->v_bytes, n, 1);
         UNROLL
         for (int j = 0; j < vectors; j++) {
             f32x16 value = FN(load)(format, w->values[n], d + 16 * j);
             UNROLL
             for (int h = 0; h < heads; h++) sums[h * vectors + j] += value * p[h * KEYS + n];
         }
+    }
     UNROLL
     for (int h = 0; h < heads; h++)
         UNROLL
         for (int j = 0; j < vectors; j++) memcpy(out + h * width + d + 16 * j, &sums[h * vectors + j], 64);
 }
 
+#if defined(__AVX512BF16__)
+/* The same of two keys at once. Dimensions of `out` are in the order of unpacked words, until `in_order`. */
+INLINE void FN(mix_pairs)(const int heads, const int vectors, const Work *w, int64_t h0, int64_t d, int64_t count,
+                          float *out, int64_t width) {
+    f32x16 sums[16];
+    uint16_t p[4][KEYS];
+    UNROLL
+    for (int h = 0; h < heads; h++) {
+        const float *scores = w->scores + (h0 + h) * KEYS;
+        __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(scores + 16), _mm512_loadu_ps(scores));
+        memcpy(p[h], &rounded, sizeof rounded);
+        UNROLL
+        for (int j = 0; j < vectors; j++)
+            sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
+    }
+    for (int64_t n = 0; n < count; n += 2) {
+        if (d == 0) fetch(w, w->next_v_rows, w->v_bytes, n, 2);
+        UNROLL
+        for (int j = 0; j < vectors; j += 2) {
+            __m512i a = LOAD(__m512i, w->values[n] + 2 * (d + 16 * j));
+            __m512i b = LOAD(__m512i, w->values[n + 1] + 2 * (d + 16 * j));
+            f32x16 low = (f32x16)_mm512_unpacklo_epi16(a, b), high = (f32x16)_mm512_unpackhi_epi16(a, b);
+            UNROLL
+            for (int h = 0; h < heads; h++) {
+                f32x16 both = (f32x16)_mm512_set1_epi32(LOAD(int32_t, p[h] + n)), *sum = sums + h * vectors + j;
+                sum[0] = FN(multiply_add)(PAIRS, sum[0], low, both);
+                sum[1] = FN(multiply_add)(PAIRS, sum[1], high, both);
+            }
+        }
+    }
+    UNROLL
+    for (int h = 0; h < heads; h++)
+        UNROLL
+        for (int j = 0; j < vectors; j++) memcpy(out + h * width + d + 16 * j, &sums[h * vectors + j], 64);
+}
+
+/* Two vectors of unpacked words -> their 32 dimensions as they follow one another. */
+static void FN(in_order)(float *out, int64_t count) {
+    for (int64_t d = 0; d < count; d += 32) {
+        f32x16 low = LOAD(f32x16, out + d), high = LOAD(f32x16, out + d + 16);
+        f32x16 first = __builtin_shuffle(low, high, (i32x16){0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23});
+        f32x16 last = __builtin_shuffle(low, high, (i32x16){8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31});
+        memcpy(out + d, &first, 64);
+        memcpy(out + d + 16, &last, 64);
+    }
+}
+#endif
+
 INLINE void FN(mixed)(const int format, const int heads, const Attention *a, const Work *w, int64_t h, int64_t count,
                       float *out) {
     const int64_t width = whole(a->v_size);
     int64_t d = 0;
-    for (int64_t n = 0; h == 0 && n < count; n++) fetch(w->next_values[n], bytes_of(a->format, a->v_size));
+#if defined(__AVX512BF16__)
+    if (format == PAIRS) {
+        for (; d + 64 <= width; d += 64) FN(mix_pairs)(heads, 4, w, h, d, count, out + h * width, width);
+        for (; d < width; d += 32) FN(mix_pairs)(heads, 2, w, h, d, count, out + h * width, width);
+        return;
+    }
+#endif
     for (; d + 4 * SUMS <= width; d += 4 * SUMS)
         FN(mix)(format, heads, SUMS / 4, w, h, d, count, out + h * width, width);
     for (; d < width; d += 16) FN(mix)(format, heads, 1, w, h, d, count, out + h * width, width);
@@ -138,24 +209,36 @@ INLINE void FN(soften)(float softcap, int64_t count, float *scores, f32x16 *most
 
 /* -- a part -------------------------------------------------------------------------------------------------------- */
 
-/* A tile of `count` keys and values, where they lie or, decoded, in `w`; the last one again where there are no more. */
-static void FN(take)(const Attention *a, const Part *part, int64_t from, int64_t count, int decoded, Work *w) {
-    const int64_t group = part->head / (a->heads / a->groups), k_width = whole(a->k_size), v_width = whole(a->v_size);
-    for (int64_t n = 0; n < count; n++) {
-        const int64_t i = from - part->from + n, slot = w->slots[i];
-        const int64_t next = w->slots[i + KEYS < part->to - part->from ? i + KEYS : i];
-        w->keys[n] = key_at(a, slot, group);
-        w->values[n] = value_at(a, slot, group);
-        w->next_keys[n] = key_at(a, next, group);
-        w->next_values[n] = value_at(a, next, group);
-        if (!decoded) continue;
+/* Where a tile of `count` keys and values lies, and the next one; the last one again where there are no more. */
+static void FN(find_rows)(const Attention *a, const Part *part, int64_t from, int64_t count, Work *w) {
+    const int64_t group = part->head / queries_of(a);
+    for (int64_t n = 0; n < KEYS; n++) {
+        const int64_t i = from - part->from + (n < count ? n : count - 1), last = part->to - part->from - 1;
+        const int64_t slot = w->slots[i], next = w->slots[i + KEYS < last ? i + KEYS : last];
+        w->k_rows[n] = key_at(a, slot, group);
+        w->v_rows[n] = value_at(a, slot, group);
+        w->next_k_rows[n] = key_at(a, next, group);
+        w->next_v_rows[n] = value_at(a, next, group);
+    }
+}
+
+/* Those of the part's key/value head i of `count`, and a share of the next tile's rows is asked for. */
+static void FN(take)(const Attention *a, int64_t i, int64_t count, int decoded, Work *w) {
+    const int64_t k_width = whole(a->k_size), v_width = whole(a->v_size);
+    w->ahead = KEYS * i / count, w->share = KEYS * (i + 1) / count - w->ahead;
+    w->k_bytes = (count - 1) * a->k_head + bytes_of(a->format, a->k_size);
+    w->v_bytes = a->v == a->k ? 0 : (count - 1) * a->v_head + bytes_of(a->format, a->v_size);
+    for (int64_t n = 0; n < KEYS; n++) {
+        w->keys[n] = w->k_rows[n] + i * a->k_head;
+        w->values[n] = w->v_rows[n] + i * a->v_head;
+    }
+    for (int64_t n = 0; decoded && n < KEYS; n++) {
         float *k = w->k + n * k_width, *v = a->v == a->k ? k : w->v + n * v_width;
         FN(unpack)(a->format, w->keys[n], a->k_size, 1, k);
         if (v != k) FN(unpack)(a->format, w->values[n], a->v_size, 1, v); /* else a value is the beginning of its key */
         w->keys[n] = (const char *)k;
         w->values[n] = (const char *)v;
     }
-    for (int64_t n = count; n < KEYS; n++) w->keys[n] = w->next_keys[n] = w->keys[count - 1];
 }
 
 /* One tile for queries [h, h + heads). */
@@ -165,25 +248,31 @@ INLINE void FN(tile)(const int format, const int heads, const Attention *a, Work
     for (int i = 0; i < heads; i++)
         FN(soften)(a->softcap, count, w->scores + (h + i) * KEYS, most + h + i, sum + h + i, w->fade + h + i);
     FN(mixed)(format, heads, a, w, h, count, out);
+    w->share = 0; /* the next queries of the same keys need not ask again */
 }
 
-INLINE void FN(tiles)(const int format, const Attention *a, const Part *part, int64_t count, Work *w, f32x16 *most,
-                      f32x16 *sum) {
-    int64_t h = 0;
-    for (; h + 4 <= part->heads; h += 4) FN(tile)(format, 4, a, w, h, count, most, sum, part->out);
-    for (; h + 2 <= part->heads; h += 2) FN(tile)(format, 2, a, w, h, count, most, sum, part->out);
-    for (; h < part->heads; h++) FN(tile)(format, 1, a, w, h, count, most, sum, part->out);
+/* ... for queries [h, end). */
+INLINE void FN(tiles)(const int format, const Attention *a, const Part *part, int64_t h, int64_t end, int64_t count,
+                      Work *w, f32x16 *most, f32x16 *sum) {
+    for (; h + 4 <= end; h += 4) FN(tile)(format, 4, a, w, h, count, most, sum, part->out);
+    for (; h + 2 <= end; h += 2) FN(tile)(format, 2, a, w, h, count, most, sum, part->out);
+    for (; h < end; h++) FN(tile)(format, 1, a, w, h, count, most, sum, part->out);
 }
 
-/* Up to HEADS queries of one key/value head over keys [from, to) of one sequence. */
+/* The queries of one key/value head, or of several, over keys [from, to) of one sequence. */
 static void FN(attend)(const Attention *a, Part *part, Work *w) {
     const int64_t heads = part->heads, k_width = whole(a->k_size);
+    const int64_t each = queries_of(a) < heads ? queries_of(a) : heads, groups = heads / each;
     const char *q = (const char *)a->q + part->sequence * a->q_row + part->head * a->q_head;
+    const int pairs = takes_pairs(a);
     /* For more than 4 queries keys are decoded once; only whole vectors can be read where they lie. */
-    const int decoded = heads > 4 || k_width != a->k_size || whole(a->v_size) != a->v_size;
+    const int decoded = !pairs && (each > 4 || k_width != a->k_size || whole(a->v_size) != a->v_size);
     f32x16 most[HEADS], sum[HEADS];
     for (int64_t h = 0; h < heads; h++) {
-        FN(unpack)(a->format, q + h * a->q_head, a->k_size, a->scale, w->q + h * k_width);
+        if (pairs)
+            memcpy(w->q + h * k_width, q + h * a->q_head, 2 * a->k_size);
+        else
+            FN(unpack)(a->format, q + h * a->q_head, a->k_size, a->scale, w->q + h * k_width);
         most[h] = SPLAT(LOWEST);
         sum[h] = SPLAT(0);
     }
@@ -191,12 +280,25 @@ static void FN(attend)(const Attention *a, Part *part, Work *w) {
     find(a, a->tables + part->sequence * a->table_width, part->from, part->to, w->slots);
     for (int64_t from = part->from; from < part->to; from += KEYS) {
         const int64_t count = part->to - from < KEYS ? part->to - from : KEYS;
-        FN(take)(a, part, from, count, decoded, w);
-        if (decoded || a->format == F32)
-            FN(tiles)(F32, a, part, count, w, most, sum);
-        else
-            FN(tiles)(BF16, a, part, count, w, most, sum);
+        FN(find_rows)(a, part, from, count, w);
+        for (int64_t i = 0; i < groups; i++) {
+            FN(take)(a, i, groups, decoded, w);
+            const int64_t h = i * each;
+#if defined(__AVX512BF16__)
+            if (pairs) {
+                FN(tiles)(PAIRS, a, part, h, h + each, count, w, most, sum);
+                continue;
+            }
+#endif
+            if (decoded || a->format == F32)
+                FN(tiles)(F32, a, part, h, h + each, count, w, most, sum);
+            else
+                FN(tiles)(BF16, a, part, h, h + each, count, w, most, sum);
+        }
     }
+#if defined(__AVX512BF16__)
+    if (pairs) FN(in_order)(part->out, heads * whole(a->v_size));
+#endif
     for (int64_t h = 0; h < heads; h++) {
         part->most[h] = most[h][0];
         part->sum[h] = 0;
