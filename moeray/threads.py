@@ -1,6 +1,7 @@
 """How compute threads wait, and whom they make wait. A router and its experts take turns on the same cores, so a thread
 that has nothing to do must not spin on a core that another process computes on: libgomp's threads then run for
-milliseconds in vain. And an expert that is sent rows must not push the router off its core, which has more to send.
+milliseconds in vain. But from one product of a layer to the next they are better awake, for it takes 50 us to wake
+one. And an expert that is sent rows must not push the router off its core, which has more to send.
 
 libgomp reads its settings when it is loaded, so they are set before torch is imported.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""Environment of every process that computes."""
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+"""Environment of every process that computes. 2,000 rounds take about 50 us: as long as Python takes between two of a
+layer's products, and less than it takes from the last one until an expert begins."""
 
 
 def wait_passively() -> None:

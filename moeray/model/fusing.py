@@ -1,5 +1,5 @@
 """What of transformers' modules costs more than it must on a CPU: norms and rotary positions are computed in one pass
-each by the kernels in C, and gates that compute in fp32 keep their weights so.
+each by the kernels in C, gates that compute in fp32 keep their weights so, and the others multiply by the kernels.
 
 A family's own form is not known by its name but by what it computes: something is replaced where that gives the
 module's results on random numbers, and is left alone otherwise.
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from moeray.model import kernels
-from moeray.model.kernels import RmsNorm, can_rotate, rotate
+from moeray.model.kernels import NativeLinear, RmsNorm, can_rotate, rotate
 from moeray.model.kernels.native import CALL_FORMATS
 
 _EPS = ("variance_epsilon", "eps")
@@ -39,6 +40,7 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> None:
                 module.forward = norm
         elif "Router" in type(module).__name__:
             _widen(module, dtype)
+            _multiply_natively(module)
     for file in {type(module).__module__ for module in model.modules()}:
         _fuse_rotary(sys.modules[file], dtype)
 
@@ -70,6 +72,32 @@ def _widen(gate: Any, dtype: torch.dtype) -> None:
     gate.weight = nn.Parameter(narrow.float(), requires_grad=False)
     if not _are_equal(_results(gate, probe), theirs):  # such as one that multiplies in the dtype of its input
         gate.weight = narrow
+
+
+def _multiply_natively(gate: Any) -> None:
+    """Gates multiply by a call of `F.linear`, not of a layer that could be replaced."""
+    weight: nn.Parameter | None = gate._parameters.get("weight")
+    if weight is not None and weight.dim() == 2 and weight.dtype is torch.bfloat16 and weight.is_contiguous():
+        gate.weight = _GateWeight.of(weight)
+
+
+class _GateWeight(nn.Parameter):
+    """A parameter whose products are the kernels'. Whatever else is done with it is torch's."""
+
+    product: NativeLinear
+
+    @classmethod
+    def of(cls, weight: nn.Parameter) -> _GateWeight:
+        made: _GateWeight = torch.Tensor._make_subclass(cls, weight.detach(), False)
+        made.product = NativeLinear(weight.detach())
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], cls):
+            return args[1].product(args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 def _results(call: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -107,6 +108,20 @@ def test_gates_that_compute_in_fp32_keep_their_weights_so(kind, family, wide):
     fuse(gate, torch.bfloat16)
     assert gate.weight.dtype is (torch.float32 if wide else torch.bfloat16)
     assert all(map(torch.equal, tree_leaves(gate(x)), theirs))
+
+
+def test_a_gate_multiplies_by_the_kernels_and_stays_a_gate():
+    torch.manual_seed(0)
+    gate = MixtralTopKRouter(config_of("mixtral")).requires_grad_(False).bfloat16()
+    gate.weight.copy_(torch.randn_like(gate.weight))
+    plain, x = gate.weight.detach().clone(), torch.randn(32, 48).bfloat16()
+    fuse(gate, torch.bfloat16)
+    exact = F.linear(x.double(), plain.double())
+    assert torch.equal(F.linear(x, gate.weight), kernels.NativeLinear(plain)(x))
+    torch.testing.assert_close(F.linear(x, gate.weight).double(), exact, rtol=8e-3, atol=1e-2)
+    assert type(gate.weight + 1) is torch.Tensor  # all else is torch's own
+    assert torch.equal(F.linear(x.float(), gate.weight.float()), F.linear(x.float(), plain.float()))
+    assert torch.equal(gate.state_dict()["weight"], plain)
 
 
 class GatedRMSNorm(CenteredRMSNorm):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moeray.model.kernels.layout import Expert, Format, Layer, Matrix, Outputs
-from moeray.model.kernels.native import Instructions, available, forward
+from moeray.model.kernels.native import Instructions, available, forward, threads_for
 
 DENSE = {torch.float32: Format.F32, torch.float16: Format.F16, torch.bfloat16: Format.BF16}
+_ROWS_AT_ONCE = 8  # or so many, while a weight is read from memory
 
 
 class NativeLinear:
@@ -43,7 +44,10 @@ class NativeLinear:
     ) -> Tensor:
         """x [..., I] bf16, fp16 or fp32 -> [..., O] of `dtype`, or of the same; sums are rounded to it once."""
         rows_TI = x_TI.reshape(-1, self.in_features)
-        y_TO = forward(self._layer, [self._address], [len(rows_TI)], rows_TI, self.out_features, instructions, dtype)
+        threads = threads_for(self.out_features, self._weight.numel() * (1 + len(rows_TI) // _ROWS_AT_ONCE))
+        y_TO = forward(
+            self._layer, [self._address], [len(rows_TI)], rows_TI, self.out_features, instructions, dtype, threads
+        )
         return y_TO.view(*x_TI.shape[:-1], self.out_features)
 
 

@@ -83,12 +83,12 @@ def best_instructions() -> Instructions:
 
 def forward(
     layer: Layer, experts: list[int], counts: list[int], x_RI: Tensor, outputs: int, chosen: Instructions | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, threads: int | None = None,
 ) -> Tensor:  # fmt: skip
     """x [R, I] float -> [R, outputs] of `dtype` (x's if None): of each expert (by its `Expert` structure's address) the
     next rows.
 
-    Runs on torch's number of threads; the interpreter's lock is released meanwhile.
+    Runs on torch's number of threads unless told otherwise; the interpreter's lock is released meanwhile.
     """
     dtype = x_RI.dtype if dtype is None else dtype
     if x_RI.dtype not in CALL_FORMATS:
@@ -97,7 +97,8 @@ def forward(
     y_RO = x_RI.new_empty(len(x_RI), outputs, dtype=dtype if dtype in CALL_FORMATS else torch.float32)
     run(
         ctypes.addressof(layer), experts, counts, x_RI.data_ptr(), len(x_RI), y_RO.data_ptr(), CALL_FORMATS[x_RI.dtype],
-        CALL_FORMATS[y_RO.dtype], torch.get_num_threads(), best_instructions() if chosen is None else chosen,
+        CALL_FORMATS[y_RO.dtype], torch.get_num_threads() if threads is None else threads,
+        best_instructions() if chosen is None else chosen,
     )  # fmt: skip
     return y_RO.to(dtype)
 
