@@ -314,8 +314,10 @@ def take_over(config: Config, timeout: float = 60.0) -> None:
 
 def stop_controller(controller: Any, timeout: float = 120.0) -> None:
     """Stop every actor of the system, then the controller itself; one that is gone has been stopped by others."""
-    with suppress(ActorDiedError):
-        ray.get(controller.stop.remote(), timeout=timeout)
+    for _ in range(2):  # one that died with its node is put elsewhere, and is asked again there
+        with suppress(ActorDiedError):
+            ray.get(controller.stop.remote(), timeout=timeout)
+            break
     ray.kill(controller)
 
 

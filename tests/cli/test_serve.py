@@ -132,7 +132,8 @@ def test_a_client_that_hangs_up_frees_its_blocks(endpoint, client):
     assert router["kv_blocks_used"] == 0
 
 
-def test_status_shows_the_actors(endpoint):
+def test_status_shows_the_actors(endpoint, client):
+    client.completions.create(model="tiny-moe", prompt="count me", max_tokens=8)
     process = moeray("status", "--output", "json", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
@@ -141,7 +142,7 @@ def test_status_shows_the_actors(endpoint):
         "router-0": "ready", "experts-0": "ready", "experts-1": "ready"
     }  # fmt: skip
     experts = [row for row in status["actors"] if row["kind"] == "expert"]
-    assert sum(row["experts"] for row in experts) == 3 * 8 or sum(row["experts"] for row in experts) > 0
+    assert all(row["experts"] > 0 for row in experts)
     assert all(row["rows_total"] > 0 for row in experts)
     assert status["epoch"] >= 1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from moeray.cluster.ray import start_controller
+from moeray.cluster.ray import start_controller, stop_controller
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.serve.app import RayPort
@@ -129,5 +129,4 @@ async def live_system(config: Config) -> AsyncIterator[Live]:
         yield Live(backend, controller)
     finally:
         await backend.close()
-        await asyncio.to_thread(ray.get, start_controller(config).stop.remote(), timeout=120)
-        ray.kill(start_controller(config))
+        await asyncio.to_thread(stop_controller, start_controller(config))
