@@ -93,9 +93,10 @@ def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.metadata_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
+        there = any(Path(model.metadata_dir).glob("tokenizer*"))
+        reason = " ".join(str(error).split())[:300] if there else "there are no files of one"
         raise CheckpointError(
-            f"no usable tokenizer in {model.metadata_dir}: {' '.join(str(error).split())[:300]}; "
-            "put tokenizer.json and tokenizer_config.json there"
+            f"no usable tokenizer in {model.metadata_dir}: {reason}; put tokenizer.json and tokenizer_config.json there"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
