@@ -40,7 +40,7 @@ def test_a_broken_template_is_answered(metadata_dir, template):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no usable tokenizer in .*: there are no files of one; put tokenizer"):
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer in .*: there are no files of one; put tokenizer"):
         load_encoder(model_info(tmp_path), None)
     with pytest.raises(ConfigError, match="chat_template"):
         read_template(str(tmp_path / "missing.jinja"))
