@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from pathlib import Path
+
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 """Environment of every process that computes. 2,000 rounds take about 50 us: as long as Python takes between two of a
@@ -27,3 +30,22 @@ def wait_for_a_core() -> None:
     it sleeps, or its time slice is over. Their share of the machine stays the same (Linux: SCHED_BATCH)."""
     with suppress(OSError):  # forbidden here, say by a container's rules: then as all others
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def cpu_quota(path: Path = _CGROUP_QUOTA) -> float | None:
+    """The cores that a cgroup allows (version 2), None for all."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def all_cores() -> int:
+    """As many threads as this process may keep busy."""
+    return within_quota(len(os.sched_getaffinity(0)), cpu_quota())
+
+
+def within_quota(cores: int, quota: float | None) -> int:
+    """How many of the cores a quota pays for, at least one."""
+    return cores if quota is None else max(1, min(cores, int(quota)))

@@ -101,13 +101,14 @@ def _machine(config: Config) -> Iterator[Finding]:
 
     from moeray.cli.checks import gather, machine, nodes, software
     from moeray.model.kernels import native
+    from moeray.threads import cpu_quota
 
     instructions = native.best_instructions().name if native.available() else None
     yield software.kernels(instructions, config.experts.kernel)
     groups = config.experts.resolved()
     computing = sum(group.actors * group.threads for group in groups if group.device == "cpu")
     wanted = "cuda" in {config.router.device, *(group.device for group in groups)}
-    yield machine.cpu(len(os.sched_getaffinity(0)), gather.cpu_quota(), computing)
+    yield machine.cpu(len(os.sched_getaffinity(0)), cpu_quota(), computing)
     yield machine.gpus(nodes.count_gpus(), torch.cuda.device_count(), nodes.cuda_build(), wanted)
     ring = gather.ring_error(config.wire.shared_memory_bytes)
     yield machine.shared_memory(ring, gather.ring_bytes(config), psutil.virtual_memory().available)

@@ -30,14 +30,12 @@ class Process:
         import torch
 
         from moeray.logs import setup_logging
+        from moeray.threads import all_cores
 
         node_id = ray.get_runtime_context().get_node_id()
         self._actor: Any = None
         setup_logging(spec.config, actor=spec.actor_id, group=spec.group, kind=kind, node=node_id, epoch=self._epoch)
-        # In a fork of a zygote torch was there before Ray's choice, which follows from num_cpus.
-        threads = spec.threads or int(os.environ.get("OMP_NUM_THREADS", "0").partition(",")[0])
-        if threads:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(spec.threads or all_cores())  # Ray's own choice is one for each of num_cpus
         self._actor = _make(kind, spec, node_id)
         signal.signal(signal.SIGTERM, lambda *_: self._actor.leave())
 

@@ -18,6 +18,7 @@ from moeray.cli.checks import cluster, files, gather, machine, nodes, secrets, s
 from moeray.cli.checks.finding import Finding
 from moeray.cli.checks.gather import surveying
 from moeray.config import Config
+from moeray.threads import cpu_quota
 from tests.checkpoints import make_tiny
 
 
@@ -182,8 +183,8 @@ def test_ports_that_are_held_and_free():
 @pytest.mark.parametrize(("text", "quota"), [("max 100000", None), ("150000 100000", 1.5), ("", None)])
 def test_a_cgroups_quota(tmp_path, text, quota):
     (tmp_path / "cpu.max").write_text(text)
-    assert gather.cpu_quota(tmp_path / "cpu.max") == quota
-    assert gather.cpu_quota(tmp_path / "none") is None
+    assert cpu_quota(tmp_path / "cpu.max") == quota
+    assert cpu_quota(tmp_path / "none") is None
 
 
 def test_shared_memory_is_tried():

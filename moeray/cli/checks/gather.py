@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,16 +22,6 @@ from moeray.config import Config
 from moeray.errors import WireError
 
 SURVEY_S = 60.0
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-def cpu_quota(path: Path = _CGROUP_QUOTA) -> float | None:
-    """The cores that a cgroup allows (version 2), None for all."""
-    try:
-        quota, period = path.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def ring_error(nbytes: int) -> str | None:
