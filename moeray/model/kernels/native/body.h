@@ -130,7 +130,7 @@ INLINE Row FN(filled)(const int format, const Matrix *m, Row w, int64_t k, uint8
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 #if HAS_PAIRS
-/* A block of BF16 or INT8 as BF16, the latter as two vectors in the order of interleave. */
+/* A block of BF16 or INT8 as BF16, the latter as two vectors, in the order that place_of tells. */
 INLINE void FN(decode_pairs)(const int format, const uint8_t *w, __m512i *v) {
     if (format == PAIRS) {
         *v = LOAD(__m512i, w);
