@@ -20,7 +20,9 @@ from moeray.engine.sampler import Sampler
 from moeray.engine.sampling import SampledToken
 from moeray.engine.scheduler import Batch
 from moeray.engine.sequence import Sequence
-from moeray.model.trunk import ExpertRows, Trunk
+from moeray.model.dispatched import ExpertRows
+from moeray.model.recording import perform
+from moeray.model.trunk import Trunk
 
 _now = time.perf_counter
 
@@ -106,10 +108,10 @@ class TimedRunner:
         self._block_began = self._experts_began = self._moe_s = 0.0
         for layer in trunk.family.layers.values():
             block = trunk.model.get_submodule(layer.name.rpartition(".")[0])
-            block.register_forward_pre_hook(self._enter_block)
+            block.register_forward_pre_hook(lambda *_: perform(self._enter_block))
             experts = trunk.model.get_submodule(layer.name)
-            experts.register_forward_pre_hook(self._enter_experts)
-            experts.register_forward_hook(self._leave_experts)
+            experts.register_forward_pre_hook(lambda *_: perform(self._enter_experts))
+            experts.register_forward_hook(lambda *_: perform(self._leave_experts))
 
     def run(self, batch: Batch) -> Tensor:
         """As `Runner.run`."""
@@ -120,15 +122,15 @@ class TimedRunner:
         budget.trunk = _now() - began - self._moe_s
         return logits
 
-    def _enter_block(self, *_: Any) -> None:
+    def _enter_block(self) -> None:
         self._block_began = _now()
 
-    def _enter_experts(self, *_: Any) -> None:
+    def _enter_experts(self) -> None:
         self._experts_began = _now()
         self._budget().gate += self._experts_began - self._block_began
         self._dispatched = self._budget().dispatch + self._budget().experts
 
-    def _leave_experts(self, *_: Any) -> None:
+    def _leave_experts(self) -> None:
         now, budget = _now(), self._budget()
         budget.combine += now - self._experts_began - (budget.dispatch + budget.experts - self._dispatched)
         self._moe_s += now - self._block_began

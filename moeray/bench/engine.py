@@ -25,8 +25,9 @@ from moeray.config import Config
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
+from moeray.model.dispatched import ExpertRows
 from moeray.model.loading import open_bank, open_model, pick_device
-from moeray.model.trunk import ExpertRows, Trunk
+from moeray.model.trunk import Trunk
 from moeray.types import ExpertId, GenerationRequest, SamplingParams
 
 Report = Callable[[str, int, int], None]

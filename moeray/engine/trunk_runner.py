@@ -12,8 +12,9 @@ from torch import Tensor
 from moeray.engine.runner import PackedBatch, pack
 from moeray.engine.scheduler import Batch
 from moeray.errors import ConfigError
+from moeray.model.dispatched import ExpertRows, Seconds, unheard
 from moeray.model.paged import Decodes, Span, Step
-from moeray.model.trunk import ExpertRows, Seconds, Trunk, unheard
+from moeray.model.trunk import Trunk
 from moeray.settings.engine import EngineConfig
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class TrunkRunner:
         longest = max(map(len, tables))
         return Decodes(
             torch.tensor([packed.query_starts[i] for i in entries], device=self._trunk.device),
-            tuple(packed.context_lens[i] for i in entries),
+            torch.tensor([packed.context_lens[i] for i in entries]),
             torch.tensor([table + [0] * (longest - len(table)) for table in tables]),
             self._block_size,
         )

@@ -146,7 +146,7 @@ def _prefill(
     q_NHD: Tensor, pool: LayerCache, latent: Latent | None, span: Span, pattern: Pattern, extra: _Extra
 ) -> Tensor:
     begin = span.context - span.count
-    first = pattern.first_key(begin)
+    first = int(pattern.first_keys(torch.tensor(begin)))
     slots = span.slots_L[first : span.context]
     k_LGD, v_LGD = (pool.k[slots], pool.v[slots]) if latent is None else latent.expand(pool.k[slots])
     device = q_NHD.device

@@ -83,13 +83,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Decodes:
-    """One token of each of B sequences: row `rows_B` (int64) of the step, the last of `contexts` tokens.
+    """One token of each of B sequences: row `rows_B` (int64) of the step, the last of `contexts_B` tokens (int64,
+    on the CPU).
 
     Token i of a sequence is in slot `tables_BW[b, i // block_size] * block_size + i % block_size` (int64, on the CPU).
     """
 
     rows_B: Tensor
-    contexts: tuple[int, ...]
+    contexts_B: Tensor
     tables_BW: Tensor
     block_size: int
     _known: dict[tuple[str, Pattern], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
@@ -98,8 +99,7 @@ class Decodes:
         """The keys that each query sees: from the first, int64 [B], to before the end, int64 [B]."""
         key = "bounds", pattern
         if key not in self._known:
-            first_B = torch.tensor([pattern.first_key(context - 1) for context in self.contexts])
-            self._known[key] = first_B, torch.tensor(self.contexts)
+            self._known[key] = pattern.first_keys(self.contexts_B - 1), self.contexts_B
         return self._known[key]
 
     def gathered(self, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeray.errors import UnsupportedModelError
+from moeray.model.recording import unrecorded
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Pattern:
     kind: str
     size: int = 0
 
-    def first_key(self, q: int) -> int:
-        """Position of the first visible key."""
+    def first_keys(self, q_N: Tensor) -> Tensor:
+        """Position of the first visible key of each, int64 [N]."""
         if self.kind == "sliding":
-            return max(0, q - self.size + 1)
+            return (q_N - (self.size - 1)).clamp(min=0)
         if self.kind == "chunked":
-            return q - q % self.size
-        return 0
+            return q_N - q_N % self.size
+        return torch.zeros_like(q_N)
 
     def visible(self, q_N: Tensor, k_L: Tensor) -> Tensor:
         """Bool [N, L] for positions `q_N` [N] and `k_L` [L]."""
@@ -56,7 +57,8 @@ def draw(
         raise UnsupportedModelError(
             "the model draws an attention mask of its own (beyond causal, sliding or chunked), which moeray cannot page"
         )
-    return _recognise(_Probe(mask_function, local_size))
+    with unrecorded():  # a family's pattern is the same in every step
+        return _recognise(_Probe(mask_function, local_size))
 
 
 @dataclass(frozen=True, eq=False)

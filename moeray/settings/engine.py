@@ -27,6 +27,8 @@ class EngineConfig:
     `attention`: what computes the attention of decoding sequences: `native`, moeray's kernel in C (fp32 and bf16 on the
     CPU), `torch`, or `auto`, the kernel where it can. `linear`: what computes the trunk's linear layers: `native`,
     `onednn` (packed weights, bf16 on the CPU), `torch`, or `auto`, which goes by dtype, device and CPU.
+    `eager`: each step is computed anew by the modules; else, where the native kernel attends, steps that do nothing but
+    decode are recorded and repeated, with the same results.
     """
 
     max_context: int = 0
@@ -42,6 +44,7 @@ class EngineConfig:
     prefix_cache: bool = True
     attention: Kernel = "auto"
     linear: LinearKernel = "auto"
+    eager: bool = False
 
     def __post_init__(self) -> None:
         for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):

@@ -61,7 +61,7 @@ def test_absorbed_is_expanded(family, attention, tmp_path):
     expanded = run(cache(), 0, None, (Span(0, 40, 40, rows),))
     own = cache()
     trunk.forward(ids[:39], rows[:39], Step(own, rows[:39], None, (Span(0, 39, 39, rows[:39]),)), rows[38:39], experts)
-    absorbed = run(own, 39, Decodes(torch.tensor([0]), (40,), torch.arange(3)[None], 16), ())
+    absorbed = run(own, 39, Decodes(torch.tensor([0]), torch.tensor([40]), torch.arange(3)[None], 16), ())
     assert float((absorbed - expanded).norm() / expanded.norm()) < 1e-5
 
 

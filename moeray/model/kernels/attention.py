@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moeray.model.kernels.linear import DENSE
-from moeray.model.kernels.native import Instructions, best_instructions, functions, scratch
+from moeray.model.kernels.native import Instructions, best_instructions, functions, with_scratch
+from moeray.model.recording import perform
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -54,7 +55,5 @@ def decode(
         tables_BW.stride(0), block_size, torch.get_num_threads(),
         best_instructions() if instructions is None else instructions, scale, softcap or 0.0,
     )  # fmt: skip
-    attend, memory = functions().attend, scratch(0)
-    while needed := attend(call, memory.address, memory.nbytes):
-        memory = scratch(needed)
+    perform(with_scratch, functions().attend, call)
     return y_BHD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moeray.compiled import compiled
 from moeray.model.kernels.layout import Format, Layer
+from moeray.model.recording import perform
 
 ALIGNMENT = 64
 _KEPT_BYTES = 16 << 20
@@ -109,21 +111,15 @@ def run(
 ) -> None:  # fmt: skip
     """The same from addresses: x is read at `rows` (int64 as bytes), or so many rows of it one after the other; y takes
     as many. Raises ValueError where the counts do not sum to the rows."""
-    forward_all, memory = functions().forward, scratch(0)
-    while needed := forward_all(
-        layer,
-        experts,
-        counts,
-        x,
-        rows,
-        y,
-        memory.address,
-        memory.nbytes,
-        x_format,
-        y_format,
-        threads,
-        instructions,
-    ):
+    perform(
+        with_scratch, functions().forward, layer, experts, counts, x, rows, y, x_format, y_format, threads, instructions
+    )
+
+
+def with_scratch(function: Callable[..., int], *args: Any) -> None:
+    """Call it with so much memory of this thread behind its arguments as it says that it takes."""
+    memory = scratch(0)
+    while needed := function(*args, memory.address, memory.nbytes):
         memory = scratch(needed)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeray.model.kernels.native import CALL_FORMATS, functions, threads_for
+from moeray.model.recording import perform
 
 
 class RmsNorm:
@@ -30,8 +31,8 @@ class RmsNorm:
         x = x.contiguous()
         y, rows = torch.empty_like(x), x.numel() // self._size
         assert x.shape[-1] == self._size
-        self._norm(
-            CALL_FORMATS[x.dtype], x.data_ptr(), self._address, rows, self._size, self._early, y.data_ptr(),
+        perform(
+            self._norm, CALL_FORMATS[x.dtype], x.data_ptr(), self._address, rows, self._size, self._early, y.data_ptr(),
             threads_for(rows, x.numel()), self._eps,
         )  # fmt: skip
         return y
@@ -60,8 +61,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _, heads, tokens, size = x.shape
     _, head, token, _ = x.stride()
     y = x.new_empty(1, tokens, heads, size)
-    functions().rotate(
-        CALL_FORMATS[x.dtype], x.data_ptr(), token, head, tokens, heads, size, cos.data_ptr(), sin.data_ptr(),
-        y.data_ptr(), threads_for(tokens, tokens * heads * size),
+    perform(
+        functions().rotate, CALL_FORMATS[x.dtype], x.data_ptr(), token, head, tokens, heads, size, cos.data_ptr(),
+        sin.data_ptr(), y.data_ptr(), threads_for(tokens, tokens * heads * size),
     )  # fmt: skip
     return y.transpose(1, 2)

@@ -7,7 +7,7 @@
 #include "layout.h"
 
 static const char USAGE[] =
-    "forward(layer, experts, counts, x, rows, y, scratch, scratch_bytes, x_format, y_format, threads, instructions)";
+    "forward(layer, experts, counts, x, rows, y, x_format, y_format, threads, instructions, scratch, scratch_bytes)";
 
 static int64_t number(PyObject *value) { return PyLong_AsLongLong(value); }
 
@@ -61,9 +61,9 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     const int64_t rows = indexed ? PyBytes_GET_SIZE(args[4]) / 8 : number(args[4]);
     int64_t *experts = numbers(args[1]), *counts = experts ? numbers(args[2]) : NULL;
     const Layer *layer = (const Layer *)number(args[0]);
-    const Call call = {(const void *)number(args[3]), index,           (void *)number(args[5]), (char *)number(args[6]),
-                       number(args[8]),               number(args[9]), number(args[10]),        number(args[11])};
-    const int64_t count = PyList_GET_SIZE(args[1]), room = number(args[7]);
+    const Call call = {(const void *)number(args[3]), index,           (void *)number(args[5]), (char *)number(args[10]),
+                       number(args[6]),               number(args[7]), number(args[8]),         number(args[9])};
+    const int64_t count = PyList_GET_SIZE(args[1]), room = number(args[11]);
     int64_t needed = 0;
     if (counts && !PyErr_Occurred() && !sum_to(counts, count, rows))
         PyErr_SetString(PyExc_ValueError, "the experts' counts do not sum to the rows");
