@@ -9,8 +9,13 @@ libgomp reads its settings when it is loaded, so they are set before torch is im
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -30,6 +35,17 @@ def wait_for_a_core() -> None:
     it sleeps, or its time slice is over. Their share of the machine stays the same (Linux: SCHED_BATCH)."""
     with suppress(OSError):  # forbidden here, say by a container's rules: then as all others
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def apart(call: Callable[[], T]) -> T:
+    """Call it in a thread of its own, for whose end the caller waits: what computes now and then, beside what computes
+    all the time.
+
+    libgomp keeps a team of threads for each thread that has ever computed. Where all of them are more than the cores,
+    those that compute go to sleep after a 20th of their rounds. A thread's team ends with it.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="apart") as own:
+        return own.submit(call).result()
 
 
 def cpu_quota(path: Path = _CGROUP_QUOTA) -> float | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import threading
+import time
 
-from moeray.threads import within_quota
+import pytest
+import torch
+
+from moeray.threads import apart, within_quota
 
 
 @pytest.mark.parametrize(
@@ -13,3 +18,24 @@ from moeray.threads import within_quota
 )
 def test_a_quota_bounds_the_cores(cores, quota, threads):
     assert within_quota(cores, quota) == threads
+
+
+def test_what_computes_apart_leaves_no_threads_behind():
+    numbers = torch.ones(1 << 20)
+    before = set(os.listdir("/proc/self/task"))
+
+    def compute():
+        total = float((numbers + 1).sum())
+        assert threading.current_thread() is not threading.main_thread()
+        return total
+
+    assert apart(compute) == 2 << 20
+    until = time.monotonic() + 60
+    while not set(os.listdir("/proc/self/task")) <= before:  # libgomp's end a moment after their leader
+        assert time.monotonic() < until
+        os.sched_yield()
+
+
+def test_what_fails_apart_fails_here():
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 // 0)

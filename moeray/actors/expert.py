@@ -26,7 +26,7 @@ from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.recorder import Reading, Recorder, Snapshot
-from moeray.threads import wait_for_a_core
+from moeray.threads import apart, wait_for_a_core
 from moeray.tree import to_tree
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
@@ -109,7 +109,7 @@ class ExpertActor:
             if not bank.hosted:
                 self._rows.tally.first_at = None
             wanted = [ExpertId(*expert) for expert in experts]
-            bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted))))
+            apart(lambda: bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted)))))
             if self._cores is None and self._spec.threads and self._pins:
                 self._cores = claim(self._spec.threads, machine_dir() / "cores")
             return bank.nbytes

@@ -33,6 +33,7 @@ from moeray.errors import MoerayError, WireError
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
 from moeray.recorder import Reading, Recorder, Snapshot
+from moeray.threads import apart
 from moeray.tree import to_tree
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
@@ -115,6 +116,9 @@ class RouterActor:
         that was stopped meanwhile.
         """
         self._heard()
+        return apart(lambda: self._load_trunk(revision))  # the step loop is what computes here
+
+    def _load_trunk(self, revision: str | None) -> dict[str, Any]:
         config = self._spec.config
         files = open_model(config.model, revision or config.revision, node=self._node_id)
         dtype = files.dtype(config.dtype)
