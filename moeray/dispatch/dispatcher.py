@@ -9,16 +9,14 @@ Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from moeray.dispatch.deadline import LEAST_S
+from moeray.dispatch.flight import Flight, Sent
 from moeray.dispatch.hops import MANY, Hop
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Ints, Plan, Share
@@ -41,9 +39,6 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 """Rows that wait in vain for so long try the replicas that were given up once more."""
-UNKNOWN = math.inf
-LEAST_READ_S = 0.1
-"""What an answer may take to be read, also where its actor's deadline passed while another's was read."""
 
 HOPS = ("unix", "grpc")
 RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
@@ -52,31 +47,17 @@ RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
 OnLoss = Callable[[str, str], None]
 
 
-class _Sent(NamedTuple):
-    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up, which is not
-    before LEAST_S: until then it need not be known (UNKNOWN)."""
-
-    frame_id: int
-    share: Share
-    channel: Channel
-    at: float
-    until: float
-    allowed: float = 0.0
-
-
 @dataclass
 class _Work:
-    """One layer's rows: `sent` are in flight, `undated` while of some of them the deadline is not known; `waiting` are
-    those of `orphans`, experts that had no replica when the view was at `version`, the first of them at `waited_from`.
-    `failed`: who failed at an expert."""
+    """One layer's rows, in flight or `waiting`: those of `orphans`, experts that had no replica when the view was at
+    `version`, the first of them at `waited_from`. `failed`: who failed at an expert."""
 
     layer: int
     x_TD: Tensor
     ids_TK: Tensor
     began: float
+    flight: Flight
     out_TKD: Tensor = field(init=False)
-    sent: list[_Sent] = field(default_factory=list)
-    undated: bool = False
     waiting: list[Ints] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
     version: int = -1
@@ -133,15 +114,16 @@ class Dispatcher:
         Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
         failed.
         """
-        work = _Work(layer, _at_home(x_TD), _at_home(ids_TK), self._clock())
+        flight = Flight(layer, self._links, self._deadline_s, self._clock)
+        work = _Work(layer, _at_home(x_TD), _at_home(ids_TK), self._clock(), flight)
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
             self._send_rows(work, None)
             # What need not be done before the actors have their rows is done after.
             work.out_TKD = work.x_TD.new_empty(*work.ids_TK.shape, work.x_TD.shape[1])
-            while work.sent or work.waiting:
-                if work.sent:
+            while flight.sent or work.waiting:
+                if flight.sent:
                     self._gather(work)
                 else:
                     self._await_replicas(work)
@@ -199,8 +181,7 @@ class Dispatcher:
         left, at = [], self._clock()
         for i, (share, channel) in enumerate(zip(shares, channels, strict=True)):
             if went[i] and channel is not None:
-                work.sent.append(_Sent(first + i, share, channel, at, UNKNOWN))
-                work.undated = True
+                work.flight.add(Sent(first + i, share, channel, at))
             else:
                 left.append(share)
         return left
@@ -211,7 +192,7 @@ class Dispatcher:
         channel = None
         try:
             channel = self._links.channel(share.actor_id)
-            work.sent.append(self._forward(work, share, channel))
+            work.flight.add(self._forward(work, share, channel))
         except UnknownActorError:
             return False
         except WireError as error:
@@ -222,9 +203,9 @@ class Dispatcher:
             return False
         return True
 
-    def _forward(self, work: _Work, share: Share, channel: Channel) -> _Sent:
+    def _forward(self, work: _Work, share: Share, channel: Channel) -> Sent:
         frame_id, self._next_id = self._next_id, self._next_id + 1
-        sent = self._dated(work, _Sent(frame_id, share, channel, self._clock(), UNKNOWN))
+        sent = work.flight.dated(Sent(frame_id, share, channel, self._clock()))
         channel.send_timeout_s = sent.allowed
         channel.send_rows(
             Forward(
@@ -234,28 +215,20 @@ class Dispatcher:
         )  # fmt: skip
         return sent
 
-    def _dated(self, work: _Work, sent: _Sent) -> _Sent:
-        """With the deadline: behind those of what its actor was sent before."""
-        share, channel, at = sent.share, sent.channel, sent.at
-        allowed = self._links.deadline_s(share.actor_id, work.layer, share.experts, share.size, self._deadline_s)
-        known = (other.until for other in work.sent if other.channel is channel and other.until != UNKNOWN)
-        return sent._replace(until=max(at, max(known, default=at)) + allowed, allowed=allowed)
-
     # -- gathering ------------------------------------------------------------------------------------------------
 
     def _gather(self, work: _Work) -> None:
         """Take the answer that comes first, else that of the actor whose deadline ends first, and send again what did
         not come back."""
         self._check_wanted()
-        place, answer = self._first(work)
-        sent = work.sent.pop(place)
-        if answer is not None:
-            self._took(work, sent, answer)
+        sent, compute_s = work.flight.first(work.out_TKD)
+        if compute_s is not None:
+            self._took(work, sent, compute_s)
             return
         share = sent.share
         try:
             self._links.check(share.actor_id)
-            frame = self._answer(sent)
+            frame = work.flight.answer(sent)
             if frame.op is not Op.ERROR:
                 self._take(work, sent, frame)
                 return
@@ -274,46 +247,7 @@ class Dispatcher:
             self._note_failure(work, share, message)
         self._send_rows(work, share.rows_R)
 
-    def _first(self, work: _Work) -> tuple[int, float | None]:
-        """Which of those in flight is to be taken next; its actor's seconds of compute, where the part in C has put its
-        rows already."""
-        soonest = min(work.sent, key=_until)
-        if work.undated:
-            least = self._clock() + min(LEAST_S, self._deadline_s)
-            found = self._take_result(work, min(soonest.until, least))
-            self._date_all(work)
-            if found is not None:
-                return found
-            soonest = min(work.sent, key=_until)
-        return self._take_result(work, soonest.until) or (work.sent.index(soonest), None)
-
-    def _date_all(self, work: _Work) -> None:
-        for place, sent in enumerate(work.sent):
-            if sent.until == UNKNOWN:
-                work.sent[place] = self._dated(work, sent)
-        work.undated = False
-
-    def _take_result(self, work: _Work, until: float) -> tuple[int, float | None] | None:
-        """As `_first`; None where nothing came until then, or the part in C does not speak on all of the channels."""
-        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in work.sent]
-        if native is None or not all(lane for lane, _, _ in wanted):
-            return None
-        tokens, top_k, width = work.out_TKD.shape
-        found = native.take_result(
-            wanted, CODES[work.x_TD.dtype], width, width * work.x_TD.itemsize, work.out_TKD.data_ptr(), tokens * top_k,
-            max(0.0, until - self._clock()),
-        )  # fmt: skip
-        return None if found is None else (found[0], found[1])
-
-    def _answer(self, sent: _Sent) -> Frame:
-        """The frame that answers `sent`; answers to earlier frames that came too late are passed over."""
-        until = max(sent.until, self._clock() + LEAST_READ_S)
-        while True:
-            frame = sent.channel.recv(timeout=max(0.0, until - self._clock()))
-            if frame.id == sent.frame_id:
-                return frame
-
-    def _take(self, work: _Work, sent: _Sent, frame: Frame) -> None:
+    def _take(self, work: _Work, sent: Sent, frame: Frame) -> None:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
         share, compute_s = sent.share, frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
@@ -322,7 +256,7 @@ class Dispatcher:
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         self._took(work, sent, compute_s)
 
-    def _took(self, work: _Work, sent: _Sent, compute_s: float) -> None:
+    def _took(self, work: _Work, sent: Sent, compute_s: float) -> None:
         share, out_TKD, took = sent.share, work.out_TKD, self._clock() - sent.at
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
         rows, row_bytes = share.size, out_TKD.shape[2] * out_TKD.itemsize
@@ -337,10 +271,9 @@ class Dispatcher:
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 
-    def _give_up(self, work: _Work, sent: _Sent, reason: str, message: str) -> None:
+    def _give_up(self, work: _Work, sent: Sent, reason: str, message: str) -> None:
         """Lose the actor (unless it was, or has moved, since), and send all rows of this channel elsewhere."""
-        lost = [sent, *(other for other in work.sent if other.channel is sent.channel)]
-        work.sent = [other for other in work.sent if other.channel is not sent.channel]
+        lost = [sent, *work.flight.take_all(sent.channel)]
         rows_R = np.concatenate([item.share.rows_R for item in lost])
         if self._links.holds(sent.share.actor_id, sent.channel):
             self._lose(sent.share.actor_id, reason, message)
@@ -399,10 +332,6 @@ class Dispatcher:
         """Close every channel."""
         self.count()
         self._links.close()
-
-
-def _until(sent: _Sent) -> float:
-    return sent.until
 
 
 def _at_home(tensor: Tensor) -> Tensor:

@@ -1,0 +1,113 @@
+"""A layer's forwards on their way: until when each may take, and whose answer is taken next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moeray.dispatch.deadline import LEAST_S
+from moeray.dispatch.links import Links
+from moeray.dispatch.plan import Share
+from moeray.wire.channel import Channel
+from moeray.wire.frame import CODES, Frame
+from moeray.wire.rows import native
+
+UNKNOWN = math.inf
+LEAST_READ_S = 0.1
+"""What an answer may take to be read, also where its actor's deadline passed while another's was read."""
+
+
+class Sent(NamedTuple):
+    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up, which is not
+    before LEAST_S: until then it need not be known (UNKNOWN)."""
+
+    frame_id: int
+    share: Share
+    channel: Channel
+    at: float
+    until: float = UNKNOWN
+    allowed: float = 0.0
+
+
+class Flight:
+    """The forwards of one layer that are not answered yet. `deadline_s`: what an actor is allowed at most."""
+
+    def __init__(self, layer: int, links: Links, deadline_s: float, clock: Callable[[], float]) -> None:
+        self.sent: list[Sent] = []
+        self._layer = layer
+        self._links = links
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._undated = False
+
+    def add(self, sent: Sent) -> None:
+        """One more. What is not dated yet is dated when there is nothing better to do."""
+        self.sent.append(sent)
+        self._undated = self._undated or sent.until == UNKNOWN
+
+    def take_all(self, channel: Channel) -> list[Sent]:
+        """Those on this channel, which are in flight no longer."""
+        taken = [sent for sent in self.sent if sent.channel is channel]
+        self.sent = [sent for sent in self.sent if sent.channel is not channel]
+        return taken
+
+    def dated(self, sent: Sent) -> Sent:
+        """With the deadline: behind those of what its actor was sent before."""
+        share, channel, at = sent.share, sent.channel, sent.at
+        allowed = self._links.deadline_s(share.actor_id, self._layer, share.experts, share.size, self._deadline_s)
+        known = (other.until for other in self.sent if other.channel is channel and other.until != UNKNOWN)
+        return sent._replace(until=max(at, max(known, default=at)) + allowed, allowed=allowed)
+
+    def first(self, out_TKD: Tensor) -> tuple[Sent, float | None]:
+        """What is answered first, else that whose deadline ends first; in flight no longer.
+
+        With it its actor's seconds of compute, where the part in C has put its rows to `out_TKD` already.
+        """
+        place, compute_s = self._first(out_TKD)
+        return self.sent.pop(place), compute_s
+
+    def answer(self, sent: Sent) -> Frame:
+        """The frame that answers `sent`; answers to earlier frames that came too late are passed over. Raises
+        WireError."""
+        until = max(sent.until, self._clock() + LEAST_READ_S)
+        while True:
+            frame = sent.channel.recv(timeout=max(0.0, until - self._clock()))
+            if frame.id == sent.frame_id:
+                return frame
+
+    def _first(self, out_TKD: Tensor) -> tuple[int, float | None]:
+        soonest = min(self.sent, key=_until)
+        if self._undated:
+            least = self._clock() + min(LEAST_S, self._deadline_s)
+            found = self._take_result(out_TKD, min(soonest.until, least))
+            self._date_all()
+            if found is not None:
+                return found
+            soonest = min(self.sent, key=_until)
+        return self._take_result(out_TKD, soonest.until) or (self.sent.index(soonest), None)
+
+    def _date_all(self) -> None:
+        for place, sent in enumerate(self.sent):
+            if sent.until == UNKNOWN:
+                self.sent[place] = self.dated(sent)
+        self._undated = False
+
+    def _take_result(self, out_TKD: Tensor, until: float) -> tuple[int, float | None] | None:
+        """As `first`, with its place; None where nothing came until then, or the part in C does not speak on all of
+        the channels."""
+        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in self.sent]
+        if native is None or not all(lane for lane, _, _ in wanted):
+            return None
+        tokens, top_k, width = out_TKD.shape
+        found = native.take_result(
+            wanted, CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), tokens * top_k,
+            max(0.0, until - self._clock()),
+        )  # fmt: skip
+        return None if found is None else (found[0], found[1])
+
+
+def _until(sent: Sent) -> float:
+    return sent.until
