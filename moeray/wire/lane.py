@@ -32,14 +32,14 @@ class Lane(Structure):
     `buffer`: `room` bytes, of which [start, end) are received and not yet read; start is a multiple of 64. `message`:
     memory of `message_room` bytes for a message on its way out; of the last one, [unsent_from, unsent_to) has not gone
     out. `reading`: a frame has been read in part, and unix.py goes on with it. `out`, `inward`: the rings, where there
-    are any. `most_header`, `most_payload`: limits in bytes.
+    are any. `most_header`, `most_payload`: limits in bytes. `ring_from`: payloads of so many bytes go through the ring.
     """
 
     _fields_ = (
         ("fd", c_int64), ("busy", c_int64), ("buffer", c_void_p), ("room", c_int64), ("start", c_int64),
         ("end", c_int64), ("message", c_void_p), ("message_room", c_int64), ("unsent_from", c_int64),
         ("unsent_to", c_int64), ("reading", c_int64), ("out", POINTER(Ring)), ("inward", POINTER(Ring)),
-        ("most_header", c_int64), ("most_payload", c_int64),
+        ("most_header", c_int64), ("most_payload", c_int64), ("ring_from", c_int64),
     )  # fmt: skip
     fd: int
     busy: int
@@ -54,6 +54,7 @@ class Lane(Structure):
     reading: int
     most_header: int
     most_payload: int
+    ring_from: int
 
     @property
     def address(self) -> int:

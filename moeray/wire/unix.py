@@ -96,6 +96,7 @@ class UnixChannel:
         self._use(new_buffer(_BUFFER_BYTES))
         lane = self._lane
         lane.most_header, lane.most_payload = limits.max_header_bytes, limits.max_payload_bytes
+        lane.ring_from = RING_THRESHOLD
         lane.join(self._writer.ring if self._writer else None, self._reader.ring if self._reader else None)
         lane.fd = self._sock.fileno()
 

@@ -21,10 +21,9 @@ typedef struct {
     uint8_t *message;
     int64_t message_room, unsent_from, unsent_to, reading;
     Ring *out, *in;
-    int64_t most_header, most_payload;
+    int64_t most_header, most_payload, ring_from;
 } Lane;
 
-enum { RING_FROM = 32 << 10 };
 enum { NO_ROOM = -1, LIE = -2 };
 
 static int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

@@ -26,7 +26,7 @@ static void put_in_ring(Message *m, Lane *lane, int64_t position, int64_t size) 
 static int place(Message *m, Lane *lane, int64_t size) {
     *m = message_on(lane);
     if (size > lane->most_payload) return 0;
-    if (!lane->out || size < RING_FROM || size > lane->out->capacity) return 1;
+    if (!lane->out || size < lane->ring_from || size > lane->out->capacity) return 1;
     const int64_t position = reserve(lane->out, size);
     if (position == LIE) return 0;
     if (position != NO_ROOM) put_in_ring(m, lane, position, size);
