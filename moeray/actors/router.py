@@ -161,6 +161,8 @@ class RouterActor:
         `rates`: rows per second of each actor, where known; `lost`: actors that are dead.
         """
         self._heard()
+        if self._dispatcher:
+            self._dispatcher.expect(addresses)
         if self._view.publish(Placement.from_tree(placement), addresses, rates=rates, lost=lost):
             before = self._published[1]
             self._published = placement, dict(addresses)

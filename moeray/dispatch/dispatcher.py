@@ -30,7 +30,7 @@ from moeray.errors import (
     WireError,
 )
 from moeray.recorder import Recorder
-from moeray.types import ExpertId
+from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel
 from moeray.wire.frame import CODES, Frame, Op
 from moeray.wire.rows import Forward, native, put_rows
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 """Rows that wait in vain for so long try the replicas that were given up once more."""
+EXPECT_S = 0.1
+"""A placement waits for the channels to its new actors so long at most."""
 
 HOPS = ("unix", "grpc")
 RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
@@ -107,6 +109,11 @@ class Dispatcher:
     def orphans(self) -> int:
         """Rows that wait at this moment because their expert has no replica. Any thread may ask."""
         return self._orphans
+
+    def expect(self, addresses: Mapping[str, Address]) -> None:
+        """Dial the actors that are new here, before a placement names them; one that does not answer within `EXPECT_S`
+        is dialled by whoever sends it rows. Any thread may call it."""
+        self._links.expect(addresses, EXPECT_S)
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class _Link:
 
 
 class Links:
-    """Owned by a dispatcher's thread; only `cut` and `cut_all` are called by others, to wake that thread.
+    """Owned by a dispatcher's thread; only `expect`, `cut` and `cut_all` are called by others.
 
     What is known of an actor outlives its channel, but not the actor's name in the placement, nor its address.
     """
@@ -50,7 +50,20 @@ class Links:
         self._threads: list[threading.Thread] = []
         self._dials = threading.Semaphore(MAX_DIALS)
         self._version = -1
+        self._closed = False
         view.subscribe(self.cut)
+
+    def expect(self, addresses: Mapping[str, Address], within_s: float) -> None:
+        """Dial those that were never spoken to, and wait for so long at most: from any thread, before a placement names
+        them, so that no step waits for what can be done beside it."""
+        with self._changed:
+            if self._closed:
+                return
+            new = {actor_id: _Link(where) for actor_id, where in addresses.items() if actor_id not in self._links}
+            self._links.update(new)
+            for actor_id, link in new.items():
+                self._dial_if_due(actor_id, link)
+            self._changed.wait_for(lambda: all(link.dialling is None for link in new.values()), within_s)
 
     def holds(self, actor_id: str, channel: Channel) -> bool:
         """Whether the actor is still spoken to on this channel."""
@@ -98,15 +111,18 @@ class Links:
     def _reach(self, actor_id: str, address: Address) -> None:
         """See to it that there is a channel, or one on its way."""
         link = self._links.get(actor_id)
-        if link is None or link.address != address:
-            self.drop(actor_id)
-            with self._changed:
-                link = self._links[actor_id] = _Link(address)
-        elif link.channel is not None and link.channel.closed:
+        if link is not None and (link.address != address or (link.channel is not None and link.channel.closed)):
             self.drop(actor_id)
         with self._changed:
-            if link.channel is None and link.dialling is None:
-                link.dialling = self._start(f"dial-{actor_id}", self._dial, link, dial_s(link.latency))
+            link = self._links.get(actor_id)
+            if link is None or link.address != address:
+                link = self._links[actor_id] = _Link(address)
+            self._dial_if_due(actor_id, link)
+
+    def _dial_if_due(self, actor_id: str, link: _Link) -> None:
+        """The lock is held."""
+        if link.channel is None and link.dialling is None:
+            link.dialling = self._start(f"dial-{actor_id}", self._dial, link, dial_s(link.latency))
 
     def _dial(self, link: _Link, seconds: float) -> None:
         """In a thread of its own: a process that is stopped lets one in, and never says a word."""
@@ -164,7 +180,7 @@ class Links:
         if now.version == self._version:
             return
         self._version = now.version
-        for actor_id in [actor for actor in self._links if actor not in now.addresses]:
+        for actor_id in [actor for actor in list(self._links) if actor not in now.addresses]:
             self.drop(actor_id)
             with self._changed:
                 del self._links[actor_id]
@@ -189,6 +205,8 @@ class Links:
     def close(self) -> None:
         """Close every channel."""
         self._view.unsubscribe(self.cut)
+        with self._changed:
+            self._closed = True
         for actor_id in self._links:
             self.drop(actor_id)
         for thread in self._threads:

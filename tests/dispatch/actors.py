@@ -107,7 +107,7 @@ class FakeActor:
 
 class Stage:
     """A dispatcher, its view and some actors. `losses` has what `on_loss` was told, `dialling` the actors that are
-    being dialled; each may take `patience_s` for that."""
+    being dialled, `dialled` those that were; each may take `patience_s` for that."""
 
     def __init__(self, folder: Path, names: str = "ab", *, deadline_s: float = 30.0, nodes: str = "here") -> None:
         self.actors = {name: FakeActor(name, folder, nodes) for name in names}
@@ -115,6 +115,7 @@ class Stage:
         self.recorder = Recorder()
         self.losses: list[tuple[str, str]] = []
         self.dialling: list[str] = []
+        self.dialled: list[str] = []
         self.patience_s = 0.0
         self.dispatcher = Dispatcher(
             self.view,
@@ -129,6 +130,7 @@ class Stage:
         try:
             return connect(address, identity("router-0"), WIRE, timeout=max(seconds, self.patience_s))
         finally:
+            self.dialled.append(address.actor_id)
             self.dialling.remove(address.actor_id)
 
     def publish(self, epoch: int, replicas: dict[int, str], *, lost: Iterable[str] = (), known: str = "") -> None:

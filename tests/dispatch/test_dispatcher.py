@@ -151,6 +151,25 @@ def test_a_stopped_actor_keeps_nobody_elses_rows_waiting_and_is_dialled_no_longe
     stopped.process.kill()
 
 
+def test_an_expected_actor_has_its_channel_before_it_is_sent_rows(stage):
+    stage.publish(1, {0: "a"})
+    stage.dispatcher.expect({name: stage.actors[name].address for name in "abc"})
+    assert sorted(stage.dialled) == ["a", "b", "c"]
+    stage.publish(2, BOTH)
+    stage.dispatch([[0, 1]])
+    assert sorted(stage.dialled) == ["a", "b", "c"]
+    assert stage.actors["c"].hung_up.wait(10)  # no placement names it: it is forgotten
+
+
+def test_who_does_not_answer_is_not_expected_for_ever(stage, stopped, monkeypatch):
+    monkeypatch.setattr("moeray.dispatch.dispatcher.EXPECT_S", 0.01)
+    stage.patience_s = 600.0
+    stage.dispatcher.expect({"s": stopped.address, "b": stage.actors["b"].address})
+    stage.publish(1, {0: "b"})
+    stage.dispatch([[0]])
+    stopped.process.kill()
+
+
 def test_a_stopped_actor_is_given_up_when_it_does_not_take_the_call(stage, stopped):
     stage.publish(1, {0: "s"})
     stage.dispatcher._on_loss = lambda *loss: (stage.losses.append(loss), stage.publish(2, {0: "b"}))
