@@ -9,6 +9,7 @@ libgomp reads its settings when it is loaded, so they are set before torch is im
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,6 +47,21 @@ def apart(call: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1, thread_name_prefix="apart") as own:
         return own.submit(call).result()
+
+
+def in_idle_time(work: Callable[[], None], within_s: float) -> None:
+    """Run it in a thread that gives its core to any other thread which wakes up, and wait for its end so long at most.
+
+    On a busy machine it may hardly run, so it is nothing that must be done (Linux: SCHED_IDLE)."""
+
+    def run() -> None:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        work()
+
+    thread = threading.Thread(target=run, name="idle-time", daemon=True)
+    thread.start()
+    thread.join(within_s)
 
 
 def cpu_quota(path: Path = _CGROUP_QUOTA) -> float | None:

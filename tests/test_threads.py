@@ -1,4 +1,4 @@
-"""How many threads an actor computes on where its config does not say."""
+"""How many threads an actor computes on where its config does not say, and what runs beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from moeray.threads import apart, within_quota
+from moeray.threads import apart, in_idle_time, within_quota
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,13 @@ def test_what_computes_apart_leaves_no_threads_behind():
 def test_what_fails_apart_fails_here():
     with pytest.raises(ZeroDivisionError):
         apart(lambda: 1 // 0)
+
+
+def test_work_in_idle_time_gives_way_and_nobody_waits_for_it_for_long():
+    seen, go = [], threading.Event()
+    in_idle_time(lambda: seen.append(os.sched_getscheduler(0)), 20.0)
+    assert seen == [os.SCHED_IDLE]
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
+    in_idle_time(lambda: seen.append(go.wait(20)), 0.01)
+    assert len(seen) == 1
+    go.set()

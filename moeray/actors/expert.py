@@ -26,13 +26,17 @@ from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.recorder import Reading, Recorder, Snapshot
-from moeray.threads import apart, wait_for_a_core
+from moeray.threads import apart, in_idle_time, wait_for_a_core
 from moeray.tree import to_tree
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
 
 log = logging.getLogger(__name__)
+
+BRING_IN_S = 0.25
+"""An actor that hosts further experts says so after this time, however much of their weights is in memory by then. The
+rest follows, while the cores have nothing better to do."""
 
 
 class ExpertActor:
@@ -110,9 +114,14 @@ class ExpertActor:
                 self._rows.tally.first_at = None
             wanted = [ExpertId(*expert) for expert in experts]
             apart(lambda: bank.load(wanted, lambda done: setattr(self, "_loaded", (done, len(wanted)))))
+            self._bring_in(bank, wanted)
             if self._cores is None and self._spec.threads and self._pins:
                 self._cores = claim(self._spec.threads, machine_dir() / "cores")
             return bank.nbytes
+
+    def _bring_in(self, bank: ExpertBank, experts: Sequence[ExpertId]) -> None:
+        """The pages of their weights, which their first rows would wait for."""
+        in_idle_time(lambda: bank.fault_in(experts, lambda: self._state is not Lifecycle.READY), BRING_IN_S)
 
     def unhost(self, experts: Sequence[tuple[int, int]]) -> int:
         """Forget the weights of `experts`; stored bytes of those left. Rows being computed finish, later ones are told
@@ -187,6 +196,7 @@ class ExpertActor:
     def _serve(self, channel: Channel) -> None:
         """One peer's channel, until it closes."""
         wait_for_a_core()
+        self._rows.warm_up()
         kept: Cores | None = None
         while True:
             try:

@@ -24,6 +24,7 @@ from moeray.wire.rows import Given, Place, Result, check_forward
 log = logging.getLogger(__name__)
 
 KEPT_BYTES = 16 << 20
+WARM_UP_ROWS = 8
 
 
 @dataclass(eq=False, slots=True)
@@ -105,6 +106,20 @@ class RowServer:
     def use(self, bank: ExpertBank) -> None:
         """Compute with the experts of this bank from now on, on as many threads as torch has by now."""
         self._bank, self._threads = bank, torch.get_num_threads()
+
+    def warm_up(self) -> None:
+        """Compute some rows for nobody, if an expert is hosted: a thread's first forward takes several times as long as
+        those after it."""
+        found = self._bank.hold_any() if self._bank is not None else None
+        if found is None:
+            return
+        expert, held = found
+        x_UD, token_of_row_R = held.zeros(WARM_UP_ROWS), torch.arange(WARM_UP_ROWS)
+        meta = {"experts": [expert.expert], "counts": [WARM_UP_ROWS]}
+        frame = Frame(Op.FORWARD, layer=expert.layer, meta=meta, tensors=(x_UD, token_of_row_R))
+        index = token_of_row_R.numpy().tobytes()
+        given = Given(x_UD.data_ptr(), WARM_UP_ROWS, x_UD.shape[1], x_UD.dtype, index, WARM_UP_ROWS)
+        self._run(_Forward(frame, given, lambda nbytes: None, held, time.perf_counter()))
 
     @property
     def in_flight(self) -> int:

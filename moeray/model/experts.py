@@ -20,6 +20,7 @@ from moeray.model.int8 import Int8Cache
 from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer
 from moeray.model.kernels.layers import LayerKernels
 from moeray.model.kernels.native import CALL_FORMATS, Block
+from moeray.model.residence import fault_in
 from moeray.model.slices import ExpertTensor
 from moeray.settings.experts import ExpertKernel
 from moeray.types import ExpertId
@@ -117,6 +118,15 @@ class ExpertBank:
                     self._layers[expert.layer] = {**self._of(expert.layer), expert.expert: loaded}
             progress(done)
 
+    def fault_in(self, experts: Iterable[ExpertId], until: Callable[[], bool] = lambda: False) -> None:
+        """Bring the mapped weights of those that are hosted into this process's page table, until it is `until`."""
+        for layer, expert in experts:
+            held = self._of(layer).get(expert)
+            if until():
+                return
+            for linear in (held.up, held.down) if held is not None else ():
+                fault_in(tensor for part in linear.weight.parts for tensor in part.tensors)
+
     def forget(self, experts: Iterable[ExpertId]) -> None:
         """Host these no more; those that are not hosted are passed over."""
         with self._lock:
@@ -158,6 +168,15 @@ class ExpertBank:
         with self._lock:
             return sum(expert.nbytes for experts in self._layers.values() for expert in experts.values())
 
+    def hold_any(self) -> tuple[ExpertId, HeldExperts] | None:
+        """One of the hosted experts, if there is any."""
+        with self._lock:
+            layers = list(self._layers.items())
+        for layer, hosted in layers:
+            for expert, held in hosted.items():
+                return ExpertId(layer, expert), self._held(layer, {expert: held})
+        return None
+
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of a layer's experts that are not hosted."""
         hosted = self._of(layer)
@@ -180,7 +199,10 @@ class ExpertBank:
             raise PlacementError(
                 f"expert {missing} of layer {layer} is not hosted here; the sender's epoch is stale"
             ) from None
-        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), held)
+        return self._held(layer, held)
+
+    def _held(self, layer: int, experts: Mapping[int, _Expert]) -> HeldExperts:
+        return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), experts)
 
 
 def _by_layer(experts: Iterable[ExpertId]) -> dict[int, set[int]]:
@@ -208,6 +230,11 @@ class HeldExperts(NamedTuple):
         act = self.moe.activate
         pieces = zip(self.experts.values(), torch.split(x_RD, counts), strict=True)
         return torch.cat([expert.down(act(expert.up(x_rD))) for expert, x_rD in pieces])
+
+    def zeros(self, rows: int) -> Tensor:
+        """Rows of zeros as the experts take them, [rows, D]."""
+        up = next(iter(self.experts.values())).up
+        return torch.zeros(rows, up.weight.shape[0 if up.transposed else 1], dtype=up.dtype)
 
     def compute_at(self, x: Block, index: bytes, counts: list[int], place: Callable[[], int], threads: int) -> bool:
         """The same without tensors: a row of x for each number of the index (int64); outputs go to the address that

@@ -31,6 +31,10 @@ class StoredWeight(Protocol):
         """The decoded tensor's shape."""
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored: the weight, and its scales if it has any."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes as stored, scales included."""
 
@@ -50,6 +54,10 @@ class Plain:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +83,10 @@ class Fp8Block:
         return tuple(self.weight.shape)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight, self.scale_inv)
+
+    @property
     def nbytes(self) -> int:
         return self.weight.nbytes + self.scale_inv.nbytes
 
@@ -95,6 +107,10 @@ class Mxfp4:
     @property
     def shape(self) -> tuple[int, ...]:
         return mxfp4_shape(tuple(self.blocks.shape))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.blocks, self.scales)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +135,10 @@ class Int8:
     def shape(self) -> tuple[int, ...]:
         shape = tuple(self.weight.shape)
         return shape[::-1] if self.transposed else shape
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.weight, self.scale)
 
     @property
     def nbytes(self) -> int:

@@ -20,6 +20,7 @@ from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel, Identity, connect
 from moeray.wire.frame import Frame, Op
 from tests.checkpoints import make_tiny
+from tests.pages import CAN_FAULT_IN, in_page_table
 from tests.systems import tiny_config
 
 NODE = "expert-test"
@@ -86,6 +87,18 @@ def test_a_warm_actor_is_ready_and_hosts_nothing(started):
         assert answer.meta["experts"] == [0, 1]
         started.actor.host([(0, 0), (0, 1)])
         assert ask(channel, torch.randn(2, 64), [0, 1]).op is Op.RESULT
+
+
+@pytest.mark.skipif(not CAN_FAULT_IN, reason="the kernel does not know how")
+def test_what_an_actor_hosts_is_in_its_page_table(tmp_path):
+    started = Started(make_tiny("mixtral", tmp_path / "m"))
+    try:
+        started.actor.prepare()
+        before = in_page_table(tmp_path)
+        held = started.actor.host([(0, 0), (0, 1)])
+        assert in_page_table(tmp_path) >= before + held
+    finally:
+        started.actor.stop()
 
 
 def test_rows_come_back_as_the_bank_computes_them(started, model):

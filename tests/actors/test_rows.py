@@ -27,10 +27,14 @@ def path(tmp_path_factory):
 
 
 def bank_of(path, dtype, kernel):
-    files = open_model(str(path), None, node="rows-test")
-    bank = ExpertBank(files.family, files.weights, dtype, CPU, kernel)
+    bank = ExpertBank(*opened(path), dtype, CPU, kernel)
     bank.load(ExpertId(layer, e) for layer in range(2) for e in range(8))
     return bank
+
+
+def opened(path):
+    files = open_model(str(path), None, node="rows-test")
+    return files.family, files.weights
 
 
 def frames(dtype, count=3, layer=0):
@@ -119,6 +123,17 @@ def test_those_of_one_layer_that_wait_together_run_together(path, monkeypatch):
     served = server.tally.rows()
     assert served[ExpertId(0, 5)] == 3
     assert sum(served.values()) == 35
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), KINDS)
+def test_warming_up_counts_for_nothing(path, dtype, kernel):
+    server = RowServer(CPU, Recorder(group="experts"))
+    server.warm_up()
+    server.use(ExpertBank(*opened(path), dtype, CPU, kernel))
+    server.warm_up()
+    server.use(bank_of(path, dtype, kernel))
+    server.warm_up()
+    assert (server.tally.totals(), server.tally.first_at, server.in_flight) == ((0, 0, 0.0), None, 0)
 
 
 @pytest.mark.parametrize("experts", [[1, 1, 5], [5, 5, 5]])
