@@ -43,10 +43,14 @@ class Round:
 
     `first_row_s`: from the call to the first row that the new actor had served; `shrink_s`: from the call until the
     actor that leaves had stopped. Ratios compare the tokens per second of a window with those before it: until the
-    first row, until all had settled (the reserve filled up again), after that, and while the actor left.
+    first row, until all had settled (the reserve filled up again), after that, and while the actor left. `noise_ratio`:
+    the lowest tenth of windows before the call, as long as that until the first row, had no more: what such a window
+    has where nothing happens. `lost_s`: of decoding, until the first row.
     """
 
     first_row_s: float
+    lost_s: float
+    noise_ratio: float
     settled_s: float
     shrink_s: float
     before: float
@@ -97,10 +101,27 @@ async def _round(system: System, traffic: Traffic, plan: GrowPlan) -> Round:
     await system.call("scale", plan.group, count)
     await until(system, settled, SETTLE_S)
     gone = time.time()
+    grow_ratio = traffic.rate(grown, first) / before
     return Round(
-        first - grown, calm - grown, gone - shrunk, before, traffic.rate(grown, first) / before,
-        traffic.rate(grown, calm) / before, after / before, traffic.rate(shrunk, gone) / after,
-    )  # fmt: skip
+        first_row_s=first - grown,
+        lost_s=(first - grown) * (1.0 - grow_ratio),
+        noise_ratio=low_rate(traffic.rate, begin, grown, first - grown) / before,
+        settled_s=calm - grown,
+        shrink_s=gone - shrunk,
+        before=before,
+        grow_ratio=grow_ratio,
+        settle_ratio=traffic.rate(grown, calm) / before,
+        after_ratio=after / before,
+        shrink_ratio=traffic.rate(shrunk, gone) / after,
+    )
+
+
+def low_rate(rate: Callable[[float, float], float], begin: float, end: float, length: float) -> float:
+    """What a tenth of the windows of that length between two moments, one after the other, do not exceed."""
+    length = min(length, end - begin)
+    count = int((end - begin) / length)
+    rates = sorted(rate(begin + n * length, begin + (n + 1) * length) for n in range(count))
+    return rates[(count - 1) // 10]
 
 
 def _serving(status: Status) -> set[str]:

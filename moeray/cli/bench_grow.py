@@ -71,6 +71,8 @@ async def _run(config: Config, plan: GrowPlan, local: bool, report: Report) -> d
 _LINES = {
     "first_row_s": "from the call to the new actor's first row (s)",
     "grow_ratio": "tokens/s until then, over those before",
+    "noise_ratio": "the same of a window as long before it, the lowest tenth",
+    "lost_s": "decoding lost until then (s)",
     "settled_s": "until the warm pool is full again (s)",
     "settle_ratio": "tokens/s until then, over those before",
     "after_ratio": "tokens/s with one actor more, over those before",
@@ -91,7 +93,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for key, text in _LINES.items():
         figure = result["figures"][key]
-        table.add_row(text, f"{figure['median']:.2f}", f"{figure['worst']:.2f}")
+        digits = 3 if key in ("first_row_s", "lost_s") else 2
+        table.add_row(text, f"{figure['median']:.{digits}f}", f"{figure['worst']:.{digits}f}")
     console = Console()
     console.print(table)
     console.print(f"{result['requests']} requests, {result['lost_requests']} lost", highlight=False)

@@ -122,6 +122,19 @@ def test_an_actor_that_is_added_under_load_serves_and_leaves_without_a_lost_requ
     assert left == 2
 
 
+@pytest.mark.parametrize(
+    ("length", "low"),
+    [(1.0, 5.0), (0.5, 5.0), (2.0, 7.5), (0.25, 5.0), (0.05, 5.0), (60.0, 9.5)],
+)
+def test_noise_is_what_the_lowest_tenth_of_windows_as_long_have(length, low):
+    """10 tokens in each second, but in the fourth one 5."""
+
+    def rate(begin, end):
+        return 10.0 - 5.0 * max(0.0, min(end, 4.0) - max(begin, 3.0)) / (end - begin)
+
+    assert grow.low_rate(rate, 0.0, 10.0, length) == pytest.approx(low)
+
+
 def test_a_rate_counts_tokens_evenly_over_the_wait_for_them(monkeypatch):
     moments = iter([0.0, 2.0, 3.0])
     monkeypatch.setattr("moeray.bench.traffic.time.time", lambda: next(moments))
