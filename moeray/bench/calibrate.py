@@ -132,9 +132,9 @@ def fit_rhythm(rhythm: Rhythm, experts: Costs, shape: MoeShape, actors: int) -> 
     steps = {n: seconds for n, seconds in prefills.items() if n > most}
     steps |= {n: seconds - n * decode_s for n, seconds in streams.items()}
     tokens = sorted(steps)
-    trunk_s = np.maximum.accumulate([max(0.0, steps[n] - rest_s(n)) for n in tokens])
+    trunk_s = rising([max(0.0, steps[n] - rest_s(n)) for n in tokens])
     return hops | {
-        "trunk_tokens": tokens, "trunk_s": trunk_s.tolist(), "trunk_layers": shape.layers, "decode_s": decode_s,
+        "trunk_tokens": tokens, "trunk_s": trunk_s, "trunk_layers": shape.layers, "decode_s": decode_s,
         "request_s": request_s, "wake_s": wake_s,
     }  # fmt: skip
 
@@ -199,6 +199,19 @@ def _top_k(files: ModelFiles) -> int:
 
 def _hidden(files: ModelFiles) -> int:
     return int(files.family.config.hidden_size)
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The sequence that never falls with the least squared difference to these (Ayer et al. 1955, pool adjacent
+    violators): one value that came out too high lifts only those beside it, and by a part of that."""
+    pools: list[tuple[float, int]] = []  # mean, and of how many
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            other, more = pools.pop()
+            mean, count = (other * more + mean * count) / (more + count), more + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _median_s(call: Callable[[int], object], repeat: int) -> float:

@@ -19,7 +19,7 @@ from moeray.errors import MoerayError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
 
 STREAMS = (1, 2, 4, 8, 16)
-PROMPTS = (1, 16, 64, 256, 1024)
+PROMPTS = (1, 16, 64, 128, 256, 512, 1024)
 CONTEXT, ANSWER = 64, 64
 REST_S = 0.3
 """How long the system has nothing to do before a prompt: all its threads sleep by then."""

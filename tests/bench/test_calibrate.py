@@ -36,6 +36,21 @@ def test_no_cost_is_negative():
     assert 1 < intercept < 3
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], []),
+        ([1.0, 2.0, 2.0, 5.0], [1.0, 2.0, 2.0, 5.0]),
+        ([1.0, 4.0, 3.0, 8.0], [1.0, 3.5, 3.5, 8.0]),
+        ([1.0, 7.0, 3.0, 2.0, 8.0], [1.0, 4.0, 4.0, 4.0, 8.0]),
+        ([3.0, 2.0, 1.0], [2.0, 2.0, 2.0]),
+        ([2.0, 4.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]),
+    ],
+)
+def test_a_value_that_falls_is_evened_out_with_its_neighbours(values, expected):
+    assert calibration.rising(values) == pytest.approx(expected)
+
+
 def test_a_simulated_step_lasts_as_long_as_the_one_that_was_seen():
     truth = Costs(
         trunk_tokens=(1, 64), trunk_s=(0.004, 0.020), trunk_layers=2, decode_s=0.0005, forward_s=1e-4, row_s=1e-5,
