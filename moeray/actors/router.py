@@ -158,7 +158,8 @@ class RouterActor:
     ) -> int:
         """Take a placement (plain data) and where its actors listen; the epoch now held is the acknowledgement.
 
-        `rates`: rows per second of each actor, where known; `lost`: actors that are dead.
+        `rates`: rows per second of each actor, where known; `lost`: actors that are dead. Those that are new here are
+        dialled first, so that no step waits for that.
         """
         self._heard()
         if self._dispatcher:
