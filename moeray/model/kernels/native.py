@@ -28,7 +28,7 @@ _MODULE = "moeray.model.kernels._native"
 
 class Instructions(IntEnum):
     """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but that the last
-    one multiplies bf16 inputs with bf16 and int8 weights in pairs."""
+    one multiplies bf16 inputs in pairs, with all weights but fp32 and fp16."""
 
     PORTABLE = 0
     AVX2 = 1

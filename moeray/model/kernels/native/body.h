@@ -3,153 +3,23 @@
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
-   fused multiply-add, on the instruction set. The exception are BF16 inputs of BF16 and INT8 weights where the CPU
-   multiplies pairs: such a sum has 16 parts as well, but each takes two products at a time, in the CPU's own way. */
+   fused multiply-add, on the instruction set. The exception are BF16 inputs where the CPU multiplies pairs, of all weights
+   that have a format for it: such a sum has 16 parts as well, but each takes two products at a time, in the CPU's own
+   way, and where FP8's scales change, the parts so far are scaled and added to those of the whole. */
 
 #include "vectors.h"
+#include "decode.h"
 
-#define PARTS (16 / LANES)
-#if defined(__AVX512BF16__)
-#define HAS_PAIRS 1
-#define COMPUTED(EACH) FORMATS(EACH) EACH(PAIRS) EACH(INT8_PAIRS)
-#else
-#define HAS_PAIRS 0
-#define COMPUTED FORMATS
-#endif
 #define APIECE (LANES / OUTS) /* products for a vector of outputs */
-
-typedef float FN(vec) __attribute__((vector_size(4 * LANES)));
-typedef int32_t FN(ivec) __attribute__((vector_size(4 * LANES)));
-typedef uint32_t FN(uvec) __attribute__((vector_size(4 * LANES)));
-typedef uint16_t FN(u16vec) __attribute__((vector_size(2 * LANES)));
-typedef int16_t FN(i16vec) __attribute__((vector_size(2 * LANES)));
-typedef int8_t FN(i8vec) __attribute__((vector_size(LANES)));
-
-/* 16 lanes. */
-typedef struct {
-    FN(vec) part[PARTS];
-} FN(wide);
-
-/* -- decoding ------------------------------------------------------------------------------------------------------ */
-
-/* The compiler converts elements one by one where it is not told the instruction. */
-INLINE FN(vec) FN(half)(FN(u16vec) bits) {
-#if defined(__AVX512F__)
-    return (FN(vec))_mm512_cvtph_ps((__m256i)bits);
-#elif defined(__F16C__)
-    return (FN(vec))_mm256_cvtph_ps((__m128i)bits);
-#else
-    FN(uvec) wide = __builtin_convertvector(bits, FN(uvec));
-    return (FN(vec))((wide & 0x8000) << 16 | (wide & 0x7fff) << 13) * 0x1p112f;
-#endif
-}
-
-INLINE FN(ivec) FN(widen)(const void *bytes) {
-#if defined(__AVX512F__)
-    return (FN(ivec))_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes));
-#elif defined(__AVX2__)
-    return (FN(ivec))_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes));
-#else
-    return __builtin_convertvector(LOAD(FN(i8vec), bytes), FN(ivec));
-#endif
-}
-
-/* E4M3 is FP16 with another bias and fewer digits: read as FP16 it is too small by 2^8, subnormals too. */
-INLINE FN(vec) FN(e4m3)(const uint8_t *bytes) {
-#if defined(__AVX512F__)
-    FN(i16vec) wide = (FN(i16vec))_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)bytes));
-#elif defined(__AVX2__)
-    FN(i16vec) wide = (FN(i16vec))_mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)bytes));
-#else
-    FN(i16vec) wide = __builtin_convertvector(LOAD(FN(i8vec), bytes), FN(i16vec));
-#endif
-    return FN(half)((FN(u16vec))(wide << 7 & (int16_t)0xbfff));
-}
-
-/* E2M1 values by their codes, the low 4 bits of each lane. */
-INLINE FN(vec) FN(e2m1)(FN(ivec) codes) {
-#if LANES == 16
-    const FN(vec) values = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
-    return __builtin_shuffle(values, codes & 15);
-#elif LANES == 8
-    const FN(vec) values = {0, .5, 1, 1.5, 2, 3, 4, 6};
-    return (FN(vec))((FN(uvec))__builtin_shuffle(values, codes & 7) | (FN(uvec))(codes & 8) << 28);
-#else
-    static const float values[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0.0, -.5, -1, -1.5, -2, -3, -4, -6};
-    FN(vec) v;
-    for (int i = 0; i < LANES; i++) v[i] = values[codes[i] & 15];
-    return v;
-#endif
-}
-
-/* Part p of 4 E8M0 bytes on 4 lanes each. A byte is the exponent of a float; the byte 0 is the subnormal 2^-127. */
-INLINE FN(vec) FN(e8m0)(const uint8_t *scale, int p) {
-#if defined(__AVX2__)
-    __m128i lanes = _mm_add_epi8(_mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-                                 _mm_set1_epi8((char)(p * LANES / 4)));
-    __m128i spread = _mm_shuffle_epi8(_mm_cvtsi32_si128(LOAD(int32_t, scale)), lanes);
-#else
-    int8_t spread[LANES];
-    for (int i = 0; i < LANES; i++) spread[i] = (int8_t)scale[(p * LANES + i) / 4];
-#endif
-    FN(uvec) exponents = (FN(uvec))FN(widen)(&spread) << 23 & 0x7f800000;
-    return (FN(vec))(exponents | ((FN(uvec))(exponents == 0) & 0x400000));
-}
-
-/* Part p of vector j of the block of weights at `w`. INT8 is scaled when its sum is complete. */
-INLINE FN(vec) FN(decode)(const int format, Row w, const int j, const int p) {
-    const int lane = p * LANES;
-    switch (format) {
-        case F32: return LOAD(FN(vec), w.data + 4 * lane);
-        case F16: return FN(half)(LOAD(FN(u16vec), w.data + 2 * lane));
-        case BF16: {
-            FN(uvec) pairs = LOAD(FN(uvec), w.data + 4 * lane);
-            return (FN(vec))(j ? pairs & 0xffff0000 : pairs << 16);
-        }
-        case INT8: return __builtin_convertvector(FN(widen)(w.data + lane), FN(vec));
-        case FP8: return FN(e4m3)(w.data + lane) * (256.0f * LOAD(float, w.scale));
-        default: return FN(e2m1)(LOAD(FN(ivec), w.data + 4 * lane) >> (4 * j)) * FN(e8m0)(w.scale, p);
-    }
-}
-
-INLINE Row FN(at)(const int format, const Matrix *m, Row w, int64_t k) {
-    int64_t scale = format == FP8 ? (k >> m->in_shift) * 4 : format == MXFP4 ? k / 32 : 0;
-    return (Row){w.data + bytes_of(format, k), w.scale + scale};
-}
-
-/* The last block of a row where weights do not fill it, with zeros for the missing ones. */
-INLINE Row FN(filled)(const int format, const Matrix *m, Row w, int64_t k, uint8_t filler[FILLER]) {
-    Row from = FN(at)(format, m, w, k);
-    memset(filler, 0, FILLER);
-    memcpy(filler, from.data, bytes_of(format, m->in - k));
-    if (format != MXFP4) return (Row){filler, from.scale};
-    memcpy(filler + 64, from.scale, (m->in - k) / 32);
-    return (Row){filler, filler + 64};
-}
 
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 #if HAS_PAIRS
-/* A block of BF16 or INT8 as BF16, the latter as two vectors, in the order that place_of tells. */
-INLINE void FN(decode_pairs)(const int format, const uint8_t *w, __m512i *v) {
-    if (format == PAIRS) {
-        *v = LOAD(__m512i, w);
-        return;
-    }
-    const __m512i weights = LOAD(__m512i, w), size = _mm512_abs_epi8(weights);
-    const __m512i low = _mm512_permutex2var_epi8(LOAD(__m512i, bf16_low), size, LOAD(__m512i, bf16_low + 64));
-    const __m512i high = _mm512_permutex2var_epi8(LOAD(__m512i, bf16_high), size, LOAD(__m512i, bf16_high + 64));
-    const __m512i with_sign = _mm512_ternarylogic_epi32(high, weights, _mm512_set1_epi8(-128), 0xf8); /* a | b & c */
-    v[0] = _mm512_unpacklo_epi8(low, with_sign);
-    v[1] = _mm512_unpackhi_epi8(low, with_sign);
-}
-
 INLINE void FN(step_pairs)(const int format, const int rows, const Row *w, const char *x, int64_t x_step,
                            FN(wide) *sums) {
-    const int vectors = format == PAIRS ? 1 : 2;
     __m512i v[OUTS][2];
-    for (int n = 0; n < OUTS; n++) FN(decode_pairs)(format, w[n].data, v[n]);
-    for (int j = 0; j < vectors; j++)
+    for (int n = 0; n < OUTS; n++) FN(decode_pairs)(format, w[n], v[n]);
+    for (int j = 0; j < (int)vectors_of(format); j++)
         for (int r = 0; r < rows; r++) {
             __m512bh in = LOAD(__m512bh, x + r * x_step + 64 * j);
             for (int n = 0; n < OUTS; n++) {
@@ -160,20 +30,12 @@ INLINE void FN(step_pairs)(const int format, const int rows, const Row *w, const
 }
 #endif
 
-INLINE void FN(decode_block)(const int format, Row w, char *decoded) {
-#if HAS_PAIRS
-    if (in_pairs(format)) return FN(decode_pairs)(format, w.data, (__m512i *)decoded);
-#endif
-    for (int j = 0; j < (int)stride_of(format); j++)
-        for (int p = 0; p < PARTS; p++) ((FN(vec) *)decoded)[j * PARTS + p] = FN(decode)(format, w, j, p);
-}
-
 /* A block of each of OUTS weight rows times that of `rows` rows of inputs. */
 INLINE void FN(step)(const int format, const int rows, const Row *w, const char *x, int64_t x_step, FN(wide) *sums) {
 #if HAS_PAIRS
     if (in_pairs(format)) return FN(step_pairs)(format, rows, w, x, x_step, sums);
 #endif
-    for (int j = 0; j < (int)stride_of(format); j++) {
+    for (int j = 0; j < (int)vectors_of(format); j++) {
         FN(wide) v[OUTS];
         for (int n = 0; n < OUTS; n++)
             for (int p = 0; p < PARTS; p++) v[n].part[p] = FN(decode)(format, w[n], j, p);
@@ -230,26 +92,61 @@ INLINE FN(vec) FN(unite)(const FN(vec) *folds) {
 #endif
 }
 
-/* `rows` rows of inputs against OUTS weight rows, APIECE apart: a fold for each row, TILE / OUTS folds apart. */
-INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
-                    Ahead ahead, FN(vec) *folds) {
-    const int64_t block = block_of(format), whole = m->in / block * block;
-    FN(wide) sums[MOST * OUTS];
-    Row at[OUTS];
+/* Sums over the inputs from `from` to `to`, of OUTS weight rows, APIECE apart, and `rows` rows of inputs. */
+INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
+                       int64_t from, int64_t to, Ahead ahead, FN(wide) *sums) {
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < OUTS; n++)
             for (int p = 0; p < PARTS; p++) sums[r * OUTS + n].part[p] = (FN(vec)){0};
-    for (int64_t k = 0, byte = 0; k < whole; k += block, byte += block / 16 * ahead.pace) {
-        for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, w[n * APIECE], k);
-        FN(step)(format, rows, at, x + input_bytes(format) * k, x_step, sums);
+    const int64_t block = forms[format].block;
+    Row at[OUTS];
+    for (; from + block <= to; from += block) {
+        for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, w[n * APIECE], from);
+        FN(step)(format, rows, at, x + input_bytes(format) * from, x_step, sums);
+        const int64_t byte = (from >> 4) * ahead.pace;
         if (byte % 64 == 0 && byte < ahead.bytes)
             for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
     }
-    if (whole < m->in) {
+    if (!in_pairs(format) && from < to) {
         uint8_t fillers[OUTS][FILLER];
-        for (int n = 0; n < OUTS; n++) at[n] = FN(filled)(format, m, w[n * APIECE], whole, fillers[n]);
-        FN(step)(format, rows, at, x + input_bytes(format) * whole, x_step, sums);
+        for (int n = 0; n < OUTS; n++) at[n] = FN(filled)(format, m, w[n * APIECE], from, fillers[n]);
+        FN(step)(format, rows, at, x + input_bytes(format) * from, x_step, sums);
     }
+}
+
+#if HAS_PAIRS
+/* In each lane of a fold the scale of its sum. */
+INLINE FN(vec) FN(scale)(const int format, const Matrix *m, const Row *w, int64_t k) {
+    float scales[OUTS];
+    for (int n = 0; n < OUTS; n++) scales[n] = LOAD(float, FN(at)(format, m, w[n * APIECE], k).scale);
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m128 each = _mm_setr_ps(scales[0], scales[1], scales[2], scales[3]);
+    return (FN(vec))_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(each));
+}
+
+/* The folds of inputs that share scales are scaled and added. */
+INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, const Row *w, const char *x,
+                           int64_t x_step, Ahead ahead, FN(vec) *folds) {
+    const int64_t span = (int64_t)1 << m->in_shift;
+    FN(vec) totals[MOST] = {{0}};
+    for (int64_t k = 0; k < m->in; k += span) {
+        FN(wide) sums[MOST * OUTS];
+        FN(sum_up)(format, rows, m, w, x, x_step, k, k + span < m->in ? k + span : m->in, ahead, sums);
+        const FN(vec) scale = FN(scale)(format, m, w, k);
+        for (int r = 0; r < rows; r++) totals[r] += FN(fold)(sums + r * OUTS) * scale;
+    }
+    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = totals[r];
+}
+#endif
+
+/* A fold for each row, TILE / OUTS folds apart. */
+INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
+                    Ahead ahead, FN(vec) *folds) {
+#if HAS_PAIRS
+    if (scales_sums(format)) return FN(dot_scaled)(format, rows, m, w, x, x_step, ahead, folds);
+#endif
+    FN(wide) sums[MOST * OUTS];
+    FN(sum_up)(format, rows, m, w, x, x_step, 0, m->in, ahead, sums);
     for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = FN(fold)(sums + r * OUTS);
 }
 
@@ -274,11 +171,11 @@ COMPUTED(DOTS)
 #define DOT_NAMES(format) {UP_TO_MOST(DOT_NAME, format)},
 static const FN(Dot) FN(dot_of)[][MOST] = {COMPUTED(DOT_NAMES)};
 
-/* A row's weights, decoded to F32, or from INT8_PAIRS to PAIRS. */
+/* A row's weights, decoded. */
 typedef void (*FN(Unpack))(const Matrix *m, Row w, char *decoded);
 #define UNPACK(format)                                                                                                 \
     static void FN(unpack_##format)(const Matrix *m, Row w, char *decoded) {                                           \
-        const int64_t block = block_of(format);                                                                        \
+        const int64_t block = forms[format].block;                                                                     \
         for (int64_t k = 0; k < m->in; k += block, decoded += block * input_bytes(format)) {                           \
             uint8_t filler[FILLER];                                                                                    \
             Row at = k + block <= m->in ? FN(at)(format, m, w, k) : FN(filled)(format, m, w, k, filler);               \
@@ -292,17 +189,17 @@ static const FN(Unpack) FN(unpack_of)[] = {COMPUTED(UNPACK_NAME)};
 /* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step bytes apart, times TILE weight rows. */
 static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const char *x, int64_t x_step, int64_t count,
                      Ahead ahead, f32x16 *out, char *decoded) {
-    const Matrix dense = {.format = m->format == INT8_PAIRS ? PAIRS : F32, .in = padded(m->format, m->in)};
+    const Matrix dense = {.format = forms[m->format].decoded, .in = padded(m->format, m->in), .in_shift = m->in_shift};
     f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
     FN(vec) folds[MOST * (TILE / OUTS)];
     Row rows[TILE];
     if (m->format == INT8 || m->format == INT8_PAIRS)
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
-    if (count > many_for(m->format)) {
+    if (is_decoded(m, count)) {
         for (int n = 0; n < TILE; n++) {
             char *row = decoded + n * (dense.in * input_bytes(m->format) + APART);
             FN(unpack_of)[m->format](m, w[n], row);
-            rows[n].data = (const uint8_t *)row;
+            rows[n] = (Row){(const uint8_t *)row, w[n].scale};
         }
         m = &dense, w = rows;
     }
@@ -336,23 +233,23 @@ static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t c
 
 /* -- inputs and outputs -------------------------------------------------------------------------------------------- */
 
-/* A row of `count` inputs (F32 or BF16) -> floats in the order of blocks of `stride` vectors, filled up with zeros. */
-static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed) {
-    const int64_t size = format == F32 ? 4 : 2, block = 16 * stride;
+/* A row of `count` inputs (F32 or BF16) -> floats in the order of blocks of so many vectors, filled up with zeros. */
+static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t vectors, float *packed) {
+    const int64_t size = format == F32 ? 4 : 2, block = 16 * vectors;
     for (int64_t k = 0; k < count; k += block, packed += block) {
         f32x16 filler[8] = {{0}}, natural[8];
         const void *from = (const char *)x + k * size;
         if (k + block > count) from = memcpy(filler, from, (count - k) * size);
-        for (int64_t j = 0; j < stride; j++) natural[j] = FN(load)(format, from, 16 * j);
-        if (stride == 1) {
+        for (int64_t j = 0; j < vectors; j++) natural[j] = FN(load)(format, from, 16 * j);
+        if (vectors == 1) {
             memcpy(packed, natural, 64);
-        } else if (stride == 2) {
+        } else if (vectors == 2) {
             const i32x16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
             ((f32x16 *)packed)[0] = __builtin_shuffle(natural[0], natural[1], even);
             ((f32x16 *)packed)[1] = __builtin_shuffle(natural[0], natural[1], even + 1);
         } else {
-            for (int64_t j = 0; j < stride; j++)
-                for (int64_t i = 0; i < 16; i++) packed[16 * j + i] = ((float *)natural)[i * stride + j];
+            for (int64_t j = 0; j < vectors; j++)
+                for (int64_t i = 0; i < 16; i++) packed[16 * j + i] = ((float *)natural)[i * vectors + j];
         }
     }
 }

@@ -10,10 +10,31 @@ enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
 enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 
-/* Formats inside a call alone, for CPUs that multiply pairs of BF16: weights that are BF16, or INT8 (-127 to 127) and
-   so exact as BF16, whose inputs stay BF16, two in 4 bytes. */
-enum { PAIRS = MXFP4 + 1, INT8_PAIRS };
-INLINE int in_pairs(int64_t format) { return format == PAIRS || format == INT8_PAIRS; }
+/* Formats inside a call alone, for CPUs that multiply pairs of BF16: stored as the name says (PAIRS: as BF16), exact as
+   BF16 but for FP8's scales, and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 so decoded, its
+   scales apart. */
+enum { PAIRS = MXFP4 + 1, SCALED_PAIRS, INT8_PAIRS, FP8_PAIRS, MXFP4_PAIRS };
+#define PAIR_FORMATS(EACH) EACH(PAIRS) EACH(SCALED_PAIRS) EACH(INT8_PAIRS) EACH(FP8_PAIRS) EACH(MXFP4_PAIRS)
+
+/* bits: of a weight. block: inputs whose weights are decoded at once. few: up to so many rows weights are decoded anew for
+   each few of them; for more once, to the format `decoded`. paired: the format for CPUs that multiply pairs. */
+typedef struct {
+    int64_t bits, block, few, decoded, paired;
+} Form;
+
+static const Form forms[] = {
+    [F32] = {32, 16, INT64_MAX, F32, F32},
+    [F16] = {16, 16, 48, F32, F16},
+    [BF16] = {16, 32, 48, F32, PAIRS},
+    [INT8] = {8, 16, 48, F32, INT8_PAIRS},
+    [FP8] = {8, 16, 12, F32, FP8_PAIRS},
+    [MXFP4] = {4, 128, 12, F32, MXFP4_PAIRS},
+    [PAIRS] = {16, 32, INT64_MAX, PAIRS, PAIRS},
+    [SCALED_PAIRS] = {16, 32, INT64_MAX, SCALED_PAIRS, SCALED_PAIRS},
+    [INT8_PAIRS] = {8, 64, 10, PAIRS, INT8_PAIRS},
+    [FP8_PAIRS] = {8, 64, 10, SCALED_PAIRS, FP8_PAIRS},
+    [MXFP4_PAIRS] = {4, 64, 12, PAIRS, MXFP4_PAIRS},
+};
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
 
@@ -99,7 +120,6 @@ typedef struct {
 } Ahead;
 
 enum {
-    RUN = 8,         /* inputs that stay together in INT8_PAIRS */
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
@@ -117,40 +137,41 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 #define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
 #define SPLAT(value) ((f32x16){0} + (value))
 
-/* A block of inputs is `stride` vectors of 16; vector j holds its inputs j, j + stride, j + 2 stride, ..., the order in
-   which decoding yields weights. */
-INLINE int64_t stride_of(int64_t format) { return format == BF16 ? 2 : format == MXFP4 ? 8 : 1; }
+INLINE int in_pairs(int64_t format) { return format >= PAIRS; }
 
-/* Inputs whose weights are decoded at once. */
-INLINE int64_t block_of(int64_t format) {
-    return format == PAIRS ? 32 : format == INT8_PAIRS ? 64 : 16 * stride_of(format);
-}
+/* Whether each sum over the inputs of a block of FP8 is scaled, not each weight. */
+INLINE int scales_sums(int64_t format) { return format == FP8_PAIRS || format == SCALED_PAIRS; }
 
-INLINE int64_t padded(int64_t format, int64_t inputs) {
-    int64_t block = block_of(format);
-    return (inputs + block - 1) / block * block;
-}
+INLINE int in_fp8(int64_t format) { return format == FP8 || scales_sums(format); }
 
-/* Where input k of a row lies in that order. INT8_PAIRS: even runs of a block before odd ones, as bytes are unpacked. */
-INLINE int64_t place_of(int64_t format, int64_t k) {
-    const int64_t within = k % block_of(format), stride = stride_of(format), first = k - within;
-    if (format == PAIRS) return k;
-    if (format == INT8_PAIRS) return first + within / RUN % 2 * 32 + within / (2 * RUN) * RUN + within % RUN;
-    return first + within % stride * 16 + within / stride;
-}
+INLINE int in_fp4(int64_t format) { return format == MXFP4 || format == MXFP4_PAIRS; }
 
-INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
-    if (format == F32) return 4 * inputs;
-    if (format == F16 || format == BF16 || format == PAIRS) return 2 * inputs;
-    return format == MXFP4 ? inputs / 2 : inputs;
-}
+INLINE int64_t bytes_of(int64_t format, int64_t inputs) { return inputs * forms[format].bits >> 3; }
 
 /* An input in scratch. */
 INLINE int64_t input_bytes(int64_t format) { return in_pairs(format) ? 2 : 4; }
 
-/* More rows than that want weights decoded once, not anew for each few rows. */
-INLINE int64_t many_for(int64_t format) {
-    if (format == F32 || format == PAIRS) return INT64_MAX;
-    if (format == INT8_PAIRS) return 8;
-    return format == FP8 || format == MXFP4 ? 12 : 48;
+/* Vectors that hold the inputs of a block. */
+INLINE int64_t vectors_of(int64_t format) { return forms[format].block * input_bytes(format) / 64; }
+
+INLINE int64_t padded(int64_t format, int64_t inputs) {
+    const int64_t block = forms[format].block;
+    return (inputs + block - 1) / block * block;
+}
+
+/* Where input k lies among a row's, which is the order in which decoding yields weights. Of n vectors, number j holds a
+   block's inputs j, j + n, j + 2n, ...; in pairs, bytes are unpacked in runs of 8, even ones before odd ones, and of 8
+   words with 4 numbers each come all words' first ones, then all second ones, ... */
+INLINE int64_t place_of(int64_t format, int64_t k) {
+    if (format == PAIRS || format == SCALED_PAIRS) return k;
+    if (format == MXFP4_PAIRS) return (k & ~31) | (k & 3) << 3 | (k & 28) >> 2;
+    if (in_pairs(format)) return (k & ~63) | (k & 8) << 2 | (k & 48) >> 1 | (k & 7);
+    const int64_t n = vectors_of(format), within = k % forms[format].block;
+    return k - within + within % n * 16 + within / n;
+}
+
+/* Whether the weights are decoded once for so many rows, or in pairs, so that they fill their last block. */
+INLINE int is_decoded(const Matrix *m, int64_t rows) {
+    const Form form = forms[m->format];
+    return rows > form.few || (in_pairs(m->format) && m->in % form.block);
 }

@@ -2,6 +2,7 @@
 
    Nothing is allocated, and nothing is kept between calls. Threads are those of the OpenMP runtime that the process
    already has (torch's): this object is linked to none. */
+#include "bf16.h"
 #include "layout.h"
 
 #include <omp.h>
@@ -15,22 +16,11 @@ typedef struct {
     void (*tile)(const Matrix *, const Row *, const float *bias, const char *x, int64_t x_step, int64_t count,
                  Ahead ahead, f32x16 *out, char *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
-    void (*pack)(int64_t format, const void *x, int64_t count, int64_t stride, float *packed);
+    void (*pack)(int64_t format, const void *x, int64_t count, int64_t vectors, float *packed);
     void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
     void (*read)(const char *data, int64_t size);
     int64_t (*multiply)(int64_t times);
 } Kernels;
-
-/* BF16 of 0 to 127, in bytes that an instruction finds by their number. */
-static uint8_t bf16_low[128] __attribute__((aligned(64))), bf16_high[128] __attribute__((aligned(64)));
-
-__attribute__((constructor)) static void fill_tables(void) {
-    for (int i = 0; i < 128; i++) {
-        const float value = (float)i;
-        const uint32_t bits = LOAD(uint32_t, &value);
-        bf16_low[i] = bits >> 16 & 0xff, bf16_high[i] = bits >> 24;
-    }
-}
 
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
@@ -124,16 +114,17 @@ typedef struct {
     Chunk *chunks;
 } Scratch;
 
-static int64_t computed_as(int64_t format, const Call *call) {
-    if (call->x_format != BF16 || call->instructions != AVX512_BF16) return format;
-    return format == BF16 ? PAIRS : format == INT8 ? INT8_PAIRS : format;
+static int64_t computed_as(const Matrix *m, const Call *call) {
+    const int64_t paired = forms[m->format].paired;
+    const int fits = !scales_sums(paired) || forms[paired].block <= (int64_t)1 << m->in_shift;
+    return call->x_format == BF16 && call->instructions == AVX512_BF16 && fits ? paired : m->format;
 }
 
 /* The layer in the formats that the call computes with. */
 static Layer computed(const Layer *layer, const Call *call) {
     Layer own = *layer;
-    own.up.format = computed_as(own.up.format, call);
-    own.down.format = computed_as(own.down.format, call);
+    own.up.format = computed_as(&own.up, call);
+    own.down.format = computed_as(&own.down, call);
     return own;
 }
 
@@ -142,8 +133,8 @@ static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) * inpu
 
 /* What a thread needs for decoded weights of either matrix, where an expert may have so many rows. */
 static int64_t decoded_bytes(const Layer *layer, int64_t rows) {
-    int64_t up = rows > many_for(layer->up.format) ? step_of(&layer->up) : 0;
-    int64_t down = rows > many_for(layer->down.format) ? step_of(&layer->down) : 0;
+    int64_t up = is_decoded(&layer->up, rows) ? step_of(&layer->up) : 0;
+    int64_t down = is_decoded(&layer->down, rows) ? step_of(&layer->down) : 0;
     return TILE * (up > down ? up : down);
 }
 
@@ -246,15 +237,13 @@ static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, 
 }
 
 /* A row of BF16, in the order of blocks and filled up with zeros. */
-static void pack_pairs(const Matrix *m, const void *x, char *packed) {
-    const int64_t whole = m->format == PAIRS ? m->in : m->in / RUN * RUN;
-    memset(packed + 2 * (padded(m->format, m->in) - block_of(m->format)), 0, 2 * block_of(m->format));
-    if (m->format == PAIRS) {
-        memcpy(packed, x, 2 * whole);
-        return;
-    }
-    for (int64_t k = 0; k < m->in; k += RUN)
-        memcpy(packed + 2 * place_of(m->format, k), (const char *)x + 2 * k, 2 * (m->in - k < RUN ? m->in - k : RUN));
+static void pack_pairs(const Matrix *m, const uint16_t *x, uint16_t *packed) {
+    const int64_t block = forms[m->format].block;
+    memset(packed + padded(m->format, m->in) - block, 0, 2 * block);
+    if (m->format == PAIRS)
+        memcpy(packed, x, 2 * m->in);
+    else
+        for (int64_t k = 0; k < m->in; k++) packed[place_of(m->format, k)] = x[k];
 }
 
 static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, const Call *call, int64_t r) {
@@ -263,11 +252,11 @@ static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, con
     const void *x = (const char *)call->x + bytes_of(call->x_format, from * first->in);
     char *packed = s->xs + r * step_of(first);
     if (in_pairs(first->format))
-        pack_pairs(first, x, packed);
+        pack_pairs(first, x, (uint16_t *)packed);
     else
-        k->pack(call->x_format, x, first->in, stride_of(first->format), (float *)packed);
+        k->pack(call->x_format, x, first->in, vectors_of(first->format), (float *)packed);
     if (!layer->up.out) return;
-    const int64_t block = block_of(layer->down.format) * input_bytes(layer->down.format); /* may not be filled */
+    const int64_t block = 64 * vectors_of(layer->down.format); /* may not be filled */
     memset(s->hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block);
 }
 

@@ -1,0 +1,111 @@
+"""Products over FP8 blocks and MXFP4 against fp64 ones of the decoded weights, on every instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+
+from moeray.model.formats import Fp8Block, Mxfp4
+from moeray.model.kernels import available
+from moeray.model.kernels.experts import _outputs, _stored
+from moeray.model.kernels.layout import Expert, Layer
+from moeray.model.kernels.native import Instructions, best_instructions, forward
+
+pytestmark = pytest.mark.skipif(not available(), reason="the kernels were not compiled on this machine")
+SETS = [i for i in Instructions if available() and i <= best_instructions()]
+SMALLEST_NORMAL = 2.0**-126
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def random_fp8(outputs, inputs, block=(128, 128)):
+    """All numbers but NaN; scales of all sizes."""
+    codes = torch.randint(0, 127, (outputs, inputs), generator=seeded()).to(torch.uint8)
+    signs = torch.randint(0, 2, codes.shape, generator=seeded()).to(torch.uint8) * 128
+    grid = (-(-outputs // block[0]), -(-inputs // block[1]))
+    return Fp8Block((codes | signs).view(torch.float8_e4m3fn), 10 ** torch.empty(grid).uniform_(-5, 1), block)
+
+
+def random_mxfp4(outputs, inputs):
+    shape = (outputs, inputs // 32)
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=seeded())
+    return Mxfp4(blocks, torch.randint(110, 130, shape, dtype=torch.uint8, generator=seeded()))
+
+
+def product(weight, x, instructions):
+    """x [R, I] -> [R, O] fp32."""
+    stored = _stored(weight, transposed=isinstance(weight, Mxfp4))
+    layer, expert = Layer(down=stored.matrix), Expert(down=_outputs(stored, None, 0, 1))
+    outputs = stored.matrix.outputs
+    return forward(layer, [ctypes.addressof(expert)], [len(x)], x, outputs, instructions, torch.float32)
+
+
+def decoded(weight, dtype):
+    """[O, I]."""
+    return weight.dense(dtype).t() if isinstance(weight, Mxfp4) else weight.dense(dtype)
+
+
+WEIGHTS = [
+    *((random_fp8, size) for size in [(128, 256), (192, 576), (576, 192), (200, 72), (33, 600), (7, 40)]),
+    *((random_mxfp4, size) for size in [(128, 256), (40, 32), (33, 96), (7, 2880), (64, 192)]),
+    (lambda *size: random_fp8(*size, block=(32, 16)), (72, 40)),
+    (lambda *size: random_fp8(*size, block=(64, 64)), (72, 200)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(("make", "size"), WEIGHTS)
+def test_it_is_the_product_and_a_row_depends_on_itself_alone(make, size, instructions, dtype):
+    weight = make(*size)
+    x = torch.randn(131, size[1], generator=seeded()).to(dtype)
+    expected = x.double() @ decoded(weight, torch.float64).t()
+    together = product(weight, x, instructions)
+    assert (together.double() - expected).norm() <= 1e-6 * expected.norm()  # weights and products are exact
+    for first, count in [(0, 1), (1, 1), (2, 2), (4, 4), (9, 5), (20, 6), (30, 7), (40, 10), (60, 11), (80, 13)]:
+        rows = slice(first, first + count)
+        assert torch.equal(product(weight, x[rows], instructions), together[rows])
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("instructions", SETS)
+def test_every_e4m3_number_is_exact(instructions, rows):
+    numbers = torch.arange(256).to(torch.uint8).repeat(64, 1).t().contiguous()  # row o: the number o, 64 times
+    weight = Fp8Block(numbers.view(torch.float8_e4m3fn), torch.ones(2, 1), (128, 128))
+    found = product(weight, torch.eye(64, dtype=torch.bfloat16)[:rows], instructions)
+    expected = weight.dense(torch.float32)[:, 0]
+    are_numbers = ~expected.isnan()
+    assert int(are_numbers.sum()) == 254
+    assert torch.equal(found[:, are_numbers], expected[are_numbers].expand(rows, -1))
+    if instructions == Instructions.AVX512_BF16:
+        assert found[:, ~are_numbers].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("instructions", SETS)
+def test_every_mxfp4_number_is_exact_of_all_scales(instructions, rows):
+    """But below the smallest normal number, which is 0 where the CPU multiplies pairs."""
+    codes, scales = (v.flatten() for v in torch.meshgrid(torch.arange(16), torch.arange(255), indexing="ij"))
+    codes = torch.where((codes & 7 > 3) & (scales > 252), 0, codes)  # 2 and more, which would be infinite
+    blocks = (codes * 17).to(torch.uint8)[:, None, None].expand(-1, 2, 16).contiguous()
+    weight = Mxfp4(blocks, scales.to(torch.uint8)[:, None].expand(-1, 2).contiguous())
+    found = product(weight, torch.eye(64, dtype=torch.bfloat16)[:rows], instructions)
+    expected = decoded(weight, torch.float32)[:, 0]
+    if instructions == Instructions.AVX512_BF16:
+        expected = torch.where(expected.abs() < SMALLEST_NORMAL, 0, expected)
+    assert math.isfinite(float(expected.abs().max()))
+    assert torch.equal(found, expected.expand_as(found))
+
+
+@pytest.mark.skipif(Instructions.AVX512_BF16 not in SETS, reason="needs a CPU that multiplies pairs of bf16")
+@pytest.mark.parametrize("rows", [1, 64])
+def test_an_mxfp4_scale_that_is_nan_stays(rows):
+    weight = random_mxfp4(16, 64)
+    weight.scales[3, 1] = 255
+    found = product(weight, torch.ones(rows, 64, dtype=torch.bfloat16), Instructions.AVX512_BF16)
+    assert torch.equal(found.isnan(), (torch.arange(16) == 3).expand_as(found))
