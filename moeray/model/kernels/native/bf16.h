@@ -1,4 +1,5 @@
-/* Stored numbers as BF16, in bytes or words that an instruction finds by their number. */
+/* Tables for CPUs that multiply pairs of BF16, in bytes or words that an instruction finds by their number: stored numbers
+   as BF16, and the order of inputs. */
 #pragma once
 #include "layout.h"
 
@@ -11,6 +12,9 @@ static Bf16Bytes bf16_of_int8, bf16_of_e4m3;
 
 /* By E8M0 scale and E2M1 code. */
 static uint16_t bf16_of_e2m1[256][16] __attribute__((aligned(64)));
+
+/* By format, which of 64 inputs lies at each place. */
+static uint16_t input_at[MXFP4_PAIRS + 1][64] __attribute__((aligned(64)));
 
 static uint16_t exact_bf16(float value) { return (uint16_t)(LOAD(uint32_t, &value) >> 16); }
 
@@ -37,6 +41,8 @@ __attribute__((constructor)) static void fill_tables(void) {
         put(&bf16_of_int8, number, (float)number);
         put(&bf16_of_e4m3, number, of_e4m3(number));
     }
+    for (int format = PAIRS; format <= MXFP4_PAIRS; format++)
+        for (int k = 0; k < 64; k++) input_at[format][place_of(format, k)] = (uint16_t)k;
     for (int scale = 0; scale < 256; scale++)
         for (int code = 0; code < 16; code++)
             bf16_of_e2m1[scale][code] = exact_bf16(e2m1[code] * (scale < 255 ? power(scale - 127) : __builtin_nanf("")));

@@ -115,27 +115,37 @@ INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const 
 }
 
 #if HAS_PAIRS
-/* In each lane of a fold the scale of its sum. */
-INLINE FN(vec) FN(scale)(const int format, const Matrix *m, const Row *w, int64_t k) {
-    float scales[OUTS];
-    for (int n = 0; n < OUTS; n++) scales[n] = LOAD(float, FN(at)(format, m, w[n * APIECE], k).scale);
-    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m128 each = _mm_setr_ps(scales[0], scales[1], scales[2], scales[3]);
-    return (FN(vec))_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(each));
+/* Of OUTS sums the quarters, then what is left of them added, until four of all share one vector, in turns: a tree of
+   instructions that take little from multiplying. */
+INLINE __m512 FN(mix)(const FN(wide) *sums) {
+    __m512d s[2];
+    for (int i = 0; i < 2; i++) {
+        const __m512 a = (__m512)sums[2 * i].part[0], b = (__m512)sums[2 * i + 1].part[0];
+        s[i] = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    }
+    return (__m512)_mm512_unpacklo_pd(s[0], s[1]) + (__m512)_mm512_unpackhi_pd(s[0], s[1]);
 }
 
-/* The folds of inputs that share scales are scaled and added. */
+/* The scales of OUTS sums, in turns. */
+INLINE __m512 FN(scales)(const int format, const Matrix *m, const Row *w, int64_t k) {
+    float each[OUTS];
+    for (int n = 0; n < OUTS; n++) each[n] = LOAD(float, FN(at)(format, m, w[n * APIECE], k).scale);
+    return _mm512_broadcast_f32x4(_mm_setr_ps(each[0], each[1], each[2], each[3]));
+}
+
+/* Sums over inputs that share scales are mixed, scaled and added. */
 INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, const Row *w, const char *x,
                            int64_t x_step, Ahead ahead, FN(vec) *folds) {
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const int64_t span = (int64_t)1 << m->in_shift;
-    FN(vec) totals[MOST] = {{0}};
+    __m512 totals[MOST] = {{0}};
     for (int64_t k = 0; k < m->in; k += span) {
         FN(wide) sums[MOST * OUTS];
         FN(sum_up)(format, rows, m, w, x, x_step, k, k + span < m->in ? k + span : m->in, ahead, sums);
-        const FN(vec) scale = FN(scale)(format, m, w, k);
-        for (int r = 0; r < rows; r++) totals[r] += FN(fold)(sums + r * OUTS) * scale;
+        const __m512 scales = FN(scales)(format, m, w, k);
+        for (int r = 0; r < rows; r++) totals[r] += FN(mix)(sums + r * OUTS) * scales;
     }
-    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = totals[r];
+    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = (FN(vec))_mm512_permutexvar_ps(in_order, totals[r]);
 }
 #endif
 
@@ -233,13 +243,31 @@ static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t c
 
 /* -- inputs and outputs -------------------------------------------------------------------------------------------- */
 
-/* A row of `count` inputs (F32 or BF16) -> floats in the order of blocks of so many vectors, filled up with zeros. */
-static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t vectors, float *packed) {
-    const int64_t size = format == F32 ? 4 : 2, block = 16 * vectors;
-    for (int64_t k = 0; k < count; k += block, packed += block) {
+#if HAS_PAIRS
+/* A row of BF16 in the order of blocks, filled up with zeros. */
+INLINE void FN(pack_pairs)(const Matrix *m, const uint16_t *x, uint16_t *packed) {
+    const __m512i *order = (const __m512i *)input_at[m->format];
+    const int64_t end = padded(m->format, m->in);
+    for (int64_t k = 0; k < m->in; k += 64, packed += 64) {
+        __m512i filler[2] = {{0}};
+        const void *from = k + 64 <= m->in ? x + k : memcpy(filler, x + k, 2 * (m->in - k));
+        const __m512i low = LOAD(__m512i, from), high = LOAD(__m512i, (const char *)from + 64);
+        for (int i = 0; i < 2 && k + 32 * i < end; i++)
+            ((__m512i *)packed)[i] = _mm512_permutex2var_epi16(low, order[i], high);
+    }
+}
+#endif
+
+/* A row of inputs (F32 or BF16) -> floats in the order of blocks, filled up with zeros; or as they are, in pairs. */
+static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packed) {
+#if HAS_PAIRS
+    if (in_pairs(m->format)) return FN(pack_pairs)(m, x, (uint16_t *)packed);
+#endif
+    const int64_t size = format == F32 ? 4 : 2, vectors = vectors_of(m->format), block = 16 * vectors;
+    for (int64_t k = 0; k < m->in; k += block, packed += 4 * block) {
         f32x16 filler[8] = {{0}}, natural[8];
         const void *from = (const char *)x + k * size;
-        if (k + block > count) from = memcpy(filler, from, (count - k) * size);
+        if (k + block > m->in) from = memcpy(filler, from, (m->in - k) * size);
         for (int64_t j = 0; j < vectors; j++) natural[j] = FN(load)(format, from, 16 * j);
         if (vectors == 1) {
             memcpy(packed, natural, 64);
@@ -249,7 +277,8 @@ static void FN(pack)(int64_t format, const void *x, int64_t count, int64_t vecto
             ((f32x16 *)packed)[1] = __builtin_shuffle(natural[0], natural[1], even + 1);
         } else {
             for (int64_t j = 0; j < vectors; j++)
-                for (int64_t i = 0; i < 16; i++) packed[16 * j + i] = ((float *)natural)[i * vectors + j];
+                for (int64_t i = 0; i < 16; i++)
+                    ((float *)packed)[16 * j + i] = ((const float *)natural)[i * vectors + j];
         }
     }
 }

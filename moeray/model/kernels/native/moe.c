@@ -16,7 +16,7 @@ typedef struct {
     void (*tile)(const Matrix *, const Row *, const float *bias, const char *x, int64_t x_step, int64_t count,
                  Ahead ahead, f32x16 *out, char *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
-    void (*pack)(int64_t format, const void *x, int64_t count, int64_t vectors, float *packed);
+    void (*pack)(int64_t format, const void *x, const Matrix *m, char *packed);
     void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
     void (*read)(const char *data, int64_t size);
     int64_t (*multiply)(int64_t times);
@@ -236,25 +236,12 @@ static void compute_stage(const Kernels *k, const Layer *layer, const Stage *s, 
     }
 }
 
-/* A row of BF16, in the order of blocks and filled up with zeros. */
-static void pack_pairs(const Matrix *m, const uint16_t *x, uint16_t *packed) {
-    const int64_t block = forms[m->format].block;
-    memset(packed + padded(m->format, m->in) - block, 0, 2 * block);
-    if (m->format == PAIRS)
-        memcpy(packed, x, 2 * m->in);
-    else
-        for (int64_t k = 0; k < m->in; k++) packed[place_of(m->format, k)] = x[k];
-}
-
 static void pack_row(const Kernels *k, const Layer *layer, const Scratch *s, const Call *call, int64_t r) {
     const Matrix *first = layer->up.out ? &layer->up : &layer->down;
     const int64_t from = call->rows ? call->rows[r] : r;
     const void *x = (const char *)call->x + bytes_of(call->x_format, from * first->in);
     char *packed = s->xs + r * step_of(first);
-    if (in_pairs(first->format))
-        pack_pairs(first, x, (uint16_t *)packed);
-    else
-        k->pack(call->x_format, x, first->in, vectors_of(first->format), (float *)packed);
+    k->pack(call->x_format, x, first, packed);
     if (!layer->up.out) return;
     const int64_t block = 64 * vectors_of(layer->down.format); /* may not be filled */
     memset(s->hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block);
