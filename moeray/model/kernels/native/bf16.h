@@ -1,5 +1,5 @@
-/* Tables for CPUs that multiply pairs of BF16, in bytes or words that an instruction finds by their number: stored numbers
-   as BF16, and the order of inputs. */
+/* Tables for CPUs that multiply pairs of BF16, in bytes or words that an instruction finds by their number: stored
+   numbers as BF16, and the order of inputs. */
 #pragma once
 #include "layout.h"
 

@@ -3,7 +3,7 @@
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
-   fused multiply-add, on the instruction set. The exception are BF16 inputs where the CPU multiplies pairs, of all weights
+   fused multiply-add, on the instruction set. The exception are BF16 inputs where the CPU multiplies pairs, of weights
    that have a format for it: such a sum has 16 parts as well, but each takes two products at a time, in the CPU's own
    way, and where FP8's scales change, the parts so far are scaled and added to those of the whole. */
 

@@ -11,13 +11,13 @@ enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 
 /* Formats inside a call alone, for CPUs that multiply pairs of BF16: stored as the name says (PAIRS: as BF16), exact as
-   BF16 but for FP8's scales, and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 so decoded, its
-   scales apart. */
+   BF16 (FP8 but for its scales), and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 decoded
+   to BF16, its scales apart. What is below 2^-126 counts as 0 there. */
 enum { PAIRS = MXFP4 + 1, SCALED_PAIRS, INT8_PAIRS, FP8_PAIRS, MXFP4_PAIRS };
 #define PAIR_FORMATS(EACH) EACH(PAIRS) EACH(SCALED_PAIRS) EACH(INT8_PAIRS) EACH(FP8_PAIRS) EACH(MXFP4_PAIRS)
 
-/* bits: of a weight. block: inputs whose weights are decoded at once. few: up to so many rows weights are decoded anew for
-   each few of them; for more once, to the format `decoded`. paired: the format for CPUs that multiply pairs. */
+/* bits: of a weight. block: inputs whose weights are decoded at once. few: up to so many rows weights are decoded anew
+   for each few of them; for more once, to the format `decoded`. paired: the format for CPUs that multiply pairs. */
 typedef struct {
     int64_t bits, block, few, decoded, paired;
 } Form;
