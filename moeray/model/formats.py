@@ -37,6 +37,7 @@ class StoredWeight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes as stored, scales included."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight; the stored tensor itself where it already has `dtype`."""
@@ -46,7 +47,7 @@ class StoredWeight(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(StoredWeight):
     """A tensor as it is."""
 
     tensor: Tensor
@@ -59,10 +60,6 @@ class Plain:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
 
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.tensor.to(dtype)
 
@@ -71,7 +68,7 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Block:
+class Fp8Block(StoredWeight):
     """`weight` [..., R, C] float8 with one scale per block: `scale_inv` [..., ceil(R / block), ceil(C / block)]."""
 
     weight: Tensor
@@ -86,10 +83,6 @@ class Fp8Block:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weight, self.scale_inv)
 
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale_inv.nbytes
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantize_fp8_block(self.weight, self.scale_inv, self.block, dtype)
 
@@ -98,7 +91,7 @@ class Fp8Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Mxfp4:
+class Mxfp4(StoredWeight):
     """`blocks` uint8 [..., C, G, 16] and `scales` uint8 [..., C, G]; decoded it is [..., 32 G, C]."""
 
     blocks: Tensor
@@ -112,10 +105,6 @@ class Mxfp4:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.blocks, self.scales)
 
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.nbytes + self.scales.nbytes
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantize_mxfp4(self.blocks, self.scales, dtype)
 
@@ -124,7 +113,7 @@ class Mxfp4:
 
 
 @dataclass(frozen=True, slots=True)
-class Int8:
+class Int8(StoredWeight):
     """`weight` int8 [O, I] with an fp32 scale for each output, `scale` [O]; decoded it is [O, I], or `transposed`."""
 
     weight: Tensor
@@ -139,10 +128,6 @@ class Int8:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weight, self.scale)
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale.nbytes
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         dense_OI = (self.weight * self.scale.unsqueeze(1)).to(dtype)

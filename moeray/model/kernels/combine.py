@@ -12,18 +12,18 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None) 
 
     [T, D], written to `out_TD` (contiguous, of any float dtype) where one is given.
     """
-    if not (rows_TKD.is_cpu and available()) or rows_TKD.dtype not in CALL_FORMATS or not rows_TKD.numel():
-        sums_TD = _combine(rows_TKD, weights_TK)
-        return sums_TD if out_TD is None else out_TD.copy_(sums_TD)
     tokens, top_k, size = rows_TKD.shape
+    if out_TD is None:
+        out_TD = rows_TKD.new_empty(tokens, size)
+    native = rows_TKD.is_cpu and available() and rows_TKD.dtype in CALL_FORMATS and out_TD.dtype is rows_TKD.dtype
+    if not native or not rows_TKD.numel():
+        return out_TD.copy_(_combine(rows_TKD, weights_TK))
     rows, weights = rows_TKD.contiguous(), weights_TK.float().contiguous()
-    fits = out_TD is not None and out_TD.dtype is rows.dtype
-    sums_TD = out_TD if out_TD is not None and fits else rows.new_empty(tokens, size)
     functions().combine(
-        CALL_FORMATS[rows.dtype], rows.data_ptr(), weights.data_ptr(), tokens, top_k, size, sums_TD.data_ptr(),
+        CALL_FORMATS[rows.dtype], rows.data_ptr(), weights.data_ptr(), tokens, top_k, size, out_TD.data_ptr(),
         threads_for(tokens, rows.numel()),
     )  # fmt: skip
-    return sums_TD if out_TD is None or fits else out_TD.copy_(sums_TD)
+    return out_TD
 
 
 def _combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:
