@@ -14,7 +14,7 @@ from moeray.compiled import compiled
 WITHOUT = """
 import sys, threading
 from pathlib import Path
-PARTS = ("moeray.dispatch._native", "moeray.wire._native", "moeray.model.kernels._native")
+PARTS = tuple(f"moeray.{room}._native" for room in ("actors", "dispatch", "wire", "model.kernels"))
 sys.modules.update(dict.fromkeys(PARTS))  # importing one of them fails
 import torch
 from moeray.actors.rows import RowServer

@@ -200,10 +200,13 @@ class ExpertActor:
         kept: Cores | None = None
         while True:
             try:
-                frame = channel.recv()
+                again = self._rows.answer(channel)
                 if self._cores is not kept and self._cores is not None:
                     kept = self._cores
                     kept.keep()
+                if again:
+                    continue
+                frame = channel.recv()
                 if frame.op is Op.FORWARD:
                     self._rows.serve(frame, channel)
                 else:

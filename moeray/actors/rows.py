@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeray.actors.answering import Answering
 from moeray.actors.tally import Tally
 from moeray.errors import MoerayError, PlacementError
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
@@ -101,7 +102,8 @@ class RowServer:
         self._in_flight = 0
         self._outs = _Outs()
         self._threads = torch.get_num_threads()
-        self.tally = Tally()
+        self._answering = Answering(self._compute)
+        self._tally = Tally()
 
     def use(self, bank: ExpertBank) -> None:
         """Compute with the experts of this bank from now on, on as many threads as torch has by now."""
@@ -124,12 +126,33 @@ class RowServer:
     @property
     def in_flight(self) -> int:
         """Forwards that wait or compute."""
-        return self._in_flight
+        return self._in_flight + self._answering.active
+
+    @property
+    def tally(self) -> Tally:
+        """What was served so far."""
+        self._count_answered()
+        return self._tally
+
+    def _count_answered(self) -> None:
+        for done in self._answering.take_answered():
+            self._count(*done)
 
     def wait_idle(self, timeout: float) -> bool:
-        """Wait until nothing is in flight; False after `timeout` seconds."""
+        """Wait until nothing is in flight; False after `timeout` seconds. What comes later is served all the same."""
+        deadline = time.monotonic() + timeout
+        self._answering.close()
+        if not self._compute.acquire(timeout=timeout):
+            return False
+        self._compute.release()
         with self._idle:
-            return self._idle.wait_for(lambda: self._in_flight == 0, timeout)
+            return self._idle.wait_for(lambda: self._in_flight == 0, max(0.0, deadline - time.monotonic()))
+
+    def answer(self, channel: Channel) -> bool:
+        """Answer what comes on the channel, for as long as it is as usual; False where something else is to be read."""
+        again = self._bank is not None and self._answering.answer(channel, self._bank.tables, self._threads)
+        self._count_answered()
+        return again
 
     def serve(self, frame: Frame, channel: Channel) -> None:
         """Send the RESULT of a FORWARD, or an ERROR of kind `not_hosted` (with the experts that are not),
@@ -143,7 +166,8 @@ class RowServer:
                 channel.send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
                 return
             self._answer(forward, channel)
-            self._count(forward)
+            ended, waited = forward.began + forward.took, forward.began - forward.arrived
+            self._count(frame.layer, forward.experts, forward.counts, waited, forward.took, ended)
         finally:
             with self._counting:
                 self._in_flight -= 1
@@ -174,12 +198,13 @@ class RowServer:
             raise forward.error
         return forward
 
-    def _count(self, forward: _Forward) -> None:
-        waited = forward.began - forward.arrived
-        self.tally.add(forward.frame.layer, forward.experts, forward.counts, waited, forward.took)
-        self._wait.observe(waited)
-        self._service.observe(forward.took)
-        self._batch.observe(sum(forward.counts))
+    def _count(
+        self, layer: int, experts: list[int], counts: list[int], waited_s: float, took_s: float, ended: float
+    ) -> None:
+        self._tally.add(layer, experts, counts, waited_s, took_s, ended)
+        self._wait.observe(waited_s)
+        self._service.observe(took_s)
+        self._batch.observe(sum(counts))
 
     def _run(self, forward: _Forward) -> None:
         """Compute it, with all of its layer that wait by then; or find that another thread has."""

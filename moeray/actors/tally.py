@@ -60,11 +60,14 @@ class Tally:
         self.first_at: float | None = None
         """When the first row had been served, in unix seconds; an actor that begins to host forgets it."""
 
-    def add(self, layer: int, experts: Sequence[int], counts: Sequence[int], wait_s: float, service_s: float) -> None:
-        """One forward: `counts` rows of each of `experts`, which waited and then computed for so many seconds."""
+    def add(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int], wait_s: float, service_s: float, at: float
+    ) -> None:
+        """One forward: `counts` rows of each of `experts`, which waited and then computed for so many seconds, until
+        `at` by time.perf_counter."""
         with self._lock:
             self._forwards += 1
-            self.first_at = self.first_at or time.time()
+            self.first_at = self.first_at or time.time() - (time.perf_counter() - at)
             self.busy_s += service_s
             self._waits.add(wait_s)
             self._services.add(service_s)

@@ -6,7 +6,9 @@ Shapes: R rows sorted by expert, D hidden size, I intermediate size, E distinct 
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Mapping
+from ctypes import addressof
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -72,6 +74,16 @@ class _Expert:
     address: int
 
 
+class ExpertTable(NamedTuple):
+    """A layer's experts for the kernels in C: where its form lies, the width of its rows, and where each expert's
+    structure lies, int64 by the expert's number, 0 for one that is not hosted; `kept` keeps them alive."""
+
+    form: int
+    width: int
+    addresses: bytes
+    kept: Mapping[int, _Expert]
+
+
 class ExpertWeights(Protocol):
     """Where a bank's experts come from, such as a `WeightMap`."""
 
@@ -108,6 +120,8 @@ class ExpertBank:
         self._copies = device.type != "cpu" or self._kernels.kernel == "triton"
         self._lock = threading.Lock()  # held for a change, never while weights are read
         self._layers: dict[int, Mapping[int, _Expert]] = {}  # each layer's experts: replaced, never changed
+        self.tables: dict[int, ExpertTable] = {}
+        """The same of the layers that the kernels in C compute, to be read only."""
 
     def load(self, experts: Iterable[ExpertId], progress: Callable[[int], None] = lambda done: None) -> None:
         """Map the experts' slices. `progress` gets the number loaded so far. Raises CheckpointError."""
@@ -115,7 +129,7 @@ class ExpertBank:
             if expert.expert not in self._of(expert.layer):
                 loaded = self._load(expert)
                 with self._lock:
-                    self._layers[expert.layer] = {**self._of(expert.layer), expert.expert: loaded}
+                    self._put(expert.layer, {**self._of(expert.layer), expert.expert: loaded})
             progress(done)
 
     def fault_in(self, experts: Iterable[ExpertId], until: Callable[[], bool] = lambda: False) -> None:
@@ -131,7 +145,16 @@ class ExpertBank:
         """Host these no more; those that are not hosted are passed over."""
         with self._lock:
             for layer, gone in _by_layer(experts).items():
-                self._layers[layer] = {e: held for e, held in self._of(layer).items() if e not in gone}
+                self._put(layer, {e: held for e, held in self._of(layer).items() if e not in gone})
+
+    def _put(self, layer: int, experts: Mapping[int, _Expert]) -> None:
+        """The lock is held."""
+        self._layers[layer] = experts
+        kernel = self._kernels.of(layer)
+        if isinstance(kernel, NativeLayer) and experts:
+            self.tables[layer] = _table(kernel, experts)
+        else:
+            self.tables.pop(layer, None)
 
     def _of(self, layer: int) -> Mapping[int, _Expert]:
         return self._layers.get(layer, {})
@@ -203,6 +226,13 @@ class ExpertBank:
 
     def _held(self, layer: int, experts: Mapping[int, _Expert]) -> HeldExperts:
         return HeldExperts(self._family.layers.get(layer), self._kernels.of(layer), experts)
+
+
+def _table(kernel: NativeLayer, experts: Mapping[int, _Expert]) -> ExpertTable:
+    addresses = [0] * (max(experts) + 1)
+    for number, expert in experts.items():
+        addresses[number] = expert.address
+    return ExpertTable(addressof(kernel.form), kernel.form.up.inputs, array("q", addresses).tobytes(), experts)
 
 
 def _by_layer(experts: Iterable[ExpertId]) -> dict[int, set[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from moeray.errors import AuthenticationError
 from moeray.settings.wire import WireConfig
@@ -12,6 +13,9 @@ from moeray.wire.rows import Forward, Place, Result
 
 # Before its proof a peer may send one small header and no payload.
 UNAUTHENTICATED = Limits(max_header_bytes=4096, max_payload_bytes=0)
+
+
+T = TypeVar("T")
 
 
 class Channel(Protocol):
@@ -62,6 +66,15 @@ class Channel(Protocol):
         Raises ChannelTimeoutError (the channel stays usable, also when half a frame had come), ChannelClosedError, and
         WireError for bytes that are no frame, after which the channel is closed.
         """
+
+    def on_lane(self, use: Callable[[int], T]) -> T | None:
+        """Call it with `lane`, while nobody else receives on this end, nor closes it; None where there is none.
+
+        Raises ChannelClosedError. It may receive, and send as anybody may.
+        """
+
+    def flush(self) -> None:
+        """Send what is left of a message that the part in C has sent in part. Raises as `send` does."""
 
     def close(self) -> None:
         """End the channel and wake whoever waits on it, on either side. A second call does nothing."""

@@ -21,7 +21,7 @@ import grpc
 
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
-from moeray.wire.base import UNAUTHENTICATED, limits_of
+from moeray.wire.base import UNAUTHENTICATED, T, limits_of
 from moeray.wire.frame import ALIGN, PREFIX, Bytes, Frame, Limits, decode, encode, new_buffer
 from moeray.wire.rows import Forward, Result
 
@@ -90,6 +90,12 @@ class GrpcChannel:
     def send_rows(self, rows: Forward | Result) -> None:
         """See `Channel.send_rows`."""
         self.send(rows.frame())
+
+    def on_lane(self, use: Callable[[int], T]) -> None:
+        """See `Channel.on_lane`."""
+
+    def flush(self) -> None:
+        """See `Channel.flush`."""
 
     def recv(self, timeout: float | None = None) -> Frame:
         """See `Channel.recv`."""

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TypeVar
 
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
-from moeray.wire.base import UNAUTHENTICATED
+from moeray.wire.base import UNAUTHENTICATED, T
 from moeray.wire.frame import (
     CODES,
     INLINE,
@@ -169,10 +169,13 @@ class UnixChannel:
         """In one call, where nothing else goes out at the time and the peer keeps up."""
         assert native is not None
         lane, place = self.lane, result.place
-        return bool(lane) and native.send_outputs(
+        went: bool = bool(lane) and native.send_outputs(
             lane, place.position, result.id, result.layer, result.epoch, result.compute_s, result.queue_s,
             CODES[result.dtype], place.address, result.rows, result.width,
         )  # fmt: skip
+        if went and self._lane.unsent_from != self._lane.unsent_to:
+            self.flush()
+        return went
 
     def _in_turn(self, send: Callable[[_M, float], None], message: _M) -> None:
         """One message at a time; first what is left of one whose sender has given up."""
@@ -289,6 +292,19 @@ class UnixChannel:
         (_, frame_id, layer, epoch, meta, spans, _, _, _), in_ring, at, given = found
         memory = self._reader.memory.data if in_ring and self._reader is not None else self._view
         return Frame(Op.FORWARD, frame_id, layer, epoch, meta, Tensors(memory, at, spans, given))
+
+    def on_lane(self, use: Callable[[int], T]) -> T | None:
+        """See `Channel.on_lane`."""
+        with self._recv_lock:
+            self._check_open()
+            if native is None:
+                return None
+            self._wait_at_most(None)
+            return use(self._lane.address)
+
+    def flush(self) -> None:
+        """See `Channel.flush`."""
+        self._in_turn(lambda message, deadline: None, None)
 
     def _read_frame(self, deadline: float | None) -> Frame:
         self._lane.reading = 1

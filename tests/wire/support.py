@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,8 @@ from moeray.errors import ChannelClosedError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.channel import Channel, Identity, Listener, connect
-from moeray.wire.frame import Frame, Op
+from moeray.wire.frame import Frame, Limits, Op
+from moeray.wire.unix import UnixChannel
 
 SERVER = "expert-0"
 KINDS = ("unix", "grpc")
@@ -111,3 +113,17 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def admitted_pair(limits: Limits, ring_bytes: int, *, soon_full: bool = False) -> tuple[UnixChannel, UnixChannel]:
+    """Both ends of a channel whose handshake is over. `soon_full`: its sockets take as little as they can."""
+    left, right = socket.socketpair()
+    for sock in (left, right) if soon_full else ():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    a, b = UnixChannel(left, SMALL.send_timeout_s), UnixChannel(right, SMALL.send_timeout_s)
+    until = monotonic() + SMALL.handshake_timeout_s
+    admit = threading.Thread(target=a.admit, args=("expert", limits, ring_bytes, until))
+    admit.start()
+    b.admit("router", limits, ring_bytes, until)
+    admit.join()
+    return a, b

@@ -15,6 +15,7 @@ from moeray.wire import rows
 from moeray.wire.frame import CODES, Frame, Limits, Op
 from moeray.wire.rows import Result, check_forward
 from moeray.wire.unix import RING_THRESHOLD, UnixChannel
+from tests.wire.support import admitted_pair
 
 pytestmark = pytest.mark.skipif(rows.native is None, reason="the part in C was not compiled on this machine")
 
@@ -25,15 +26,8 @@ SOON = 5.0
 
 @pytest.fixture
 def ends():
-    """Two admitted ends of one channel: a router's and an expert actor's."""
-    left, right = socket.socketpair()
-    for sock in (left, right):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel's least: it soon is full
-    a, b = UnixChannel(left, SOON), UnixChannel(right, SOON)
-    admit = threading.Thread(target=a.admit, args=("expert", LIMITS, RING, monotonic() + SOON))
-    admit.start()
-    b.admit("router", LIMITS, RING, monotonic() + SOON)
-    admit.join()
+    """A router's and an expert actor's end of a channel."""
+    a, b = admitted_pair(LIMITS, RING, soon_full=True)
     yield a, b
     a.close()
     b.close()

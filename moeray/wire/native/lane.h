@@ -26,10 +26,10 @@ typedef struct {
 
 enum { NO_ROOM = -1, LIE = -2 };
 
-static int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 /* The position where so many bytes fit in one piece, as ring.py's RingWriter.reserve. */
-static int64_t reserve(Ring *ring, int64_t size) {
+static inline int64_t reserve(Ring *ring, int64_t size) {
     const uint64_t progress = __atomic_load_n(ring->progress, __ATOMIC_ACQUIRE);
     if (progress > (uint64_t)ring->head || progress < (uint64_t)ring->done) return LIE;
     ring->done = (int64_t)progress;
@@ -41,14 +41,14 @@ static int64_t reserve(Ring *ring, int64_t size) {
 }
 
 /* Give the payload that was read last back to its sender. */
-static void release(Ring *ring) {
+static inline void release(Ring *ring) {
     if (!ring || ring->head == ring->done) return;
     ring->done = ring->head;
     __atomic_store_n(ring->progress, (uint64_t)ring->done, __ATOMIC_RELEASE);
 }
 
 /* Where a payload lies in the peer's ring, held until it is released; NULL outside, as RingReader.hold. */
-static const uint8_t *hold(Ring *ring, int64_t position, int64_t size, int64_t align) {
+static inline const uint8_t *hold(Ring *ring, int64_t position, int64_t size, int64_t align) {
     const int64_t ahead = position - ring->done;
     if (position < 0 || ahead < 0 || ahead > 2 * ring->capacity || position % align) return NULL;
     if (size > ring->capacity - position % ring->capacity) return NULL;
@@ -57,12 +57,12 @@ static const uint8_t *hold(Ring *ring, int64_t position, int64_t size, int64_t a
 }
 
 /* Whether anything may be sent: not where somebody is about it, or a message has not gone out whole. */
-static int may_send(const Lane *lane) {
+static inline int may_send(const Lane *lane) {
     return lane && lane->fd >= 0 && !lane->busy && lane->unsent_from == lane->unsent_to;
 }
 
 /* Send the bytes of `message` now; 0 where nothing went out. What did not is left to the next sender. */
-static int send_now(Lane *lane, int64_t size) {
+static inline int send_now(Lane *lane, int64_t size) {
     const ssize_t sent = send((int)lane->fd, lane->message, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent <= 0) return 0;
     lane->unsent_from = sent;
@@ -71,7 +71,7 @@ static int send_now(Lane *lane, int64_t size) {
 }
 
 /* Read what has come. 0 where there is no room for it, or the peer is gone. */
-static int receive_now(Lane *lane) {
+static inline int receive_now(Lane *lane) {
     if (lane->start == lane->end) lane->start = lane->end = 0;
     if (lane->end == lane->room) return 0;
     const ssize_t got = recv((int)lane->fd, lane->buffer + lane->end, (size_t)(lane->room - lane->end), MSG_DONTWAIT);

@@ -2,40 +2,14 @@
    thread is about the same end. What is large, unusual or wrong is left as it is, to be done by unix.py. */
 #include "lanes.h"
 
-#include "lane.h"
-#include "message.h"
+#include "lane_in.h"
+#include "lane_out.h"
 
-enum { QUICK_BYTES = 1 << 20 }; /* larger ones take so long to read that other threads are to run */
 enum { MAX_LANES = 1024 };
 
 static Lane *lane_at(PyObject *address) { return PyLong_AsVoidPtr(address); }
 
 /* -- sending ------------------------------------------------------------------------------------------------------- */
-
-static Message message_on(Lane *lane) {
-    return (Message){.memory = lane->message, .room = lane->message_room, .where = INLINE, .most = lane->most_header};
-}
-
-static void put_in_ring(Message *m, Lane *lane, int64_t position, int64_t size) {
-    m->ring = lane->out->memory + position % lane->out->capacity;
-    m->ring_bytes = size;
-    m->where = position;
-}
-
-/* Where a message's payload goes; 0 where it is not for here. */
-static int place(Message *m, Lane *lane, int64_t size) {
-    *m = message_on(lane);
-    if (size > lane->most_payload) return 0;
-    if (!lane->out || size < lane->ring_from || size > lane->out->capacity) return 1;
-    const int64_t position = reserve(lane->out, size);
-    if (position == LIE) return 0;
-    if (position != NO_ROOM) put_in_ring(m, lane, position, size);
-    return 1;
-}
-
-static void commit(Lane *lane, const Message *m) {
-    if (m->ring) lane->out->head = m->where + m->ring_bytes;
-}
 
 /* Whether its bytes are copied under the interpreter's lock. Nobody else may come to the end, or close it, meanwhile. */
 static int stays_locked(int64_t size) { return size < UNLOCKED_FROM; }
@@ -132,50 +106,6 @@ PyObject *moeray_send_outputs(PyObject *self, PyObject *const *args, Py_ssize_t 
 }
 
 /* -- taking -------------------------------------------------------------------------------------------------------- */
-
-/* A message that lies whole in a lane's buffer: its header, and the bytes of it there. */
-typedef struct {
-    In header;
-    int64_t payload, body;
-} Whole;
-
-enum { MORE, TAKEN, OTHER };
-
-/* MORE: it is not there yet. OTHER: what is there is not for here. */
-static int find_whole(const Lane *lane, Whole *w) {
-    const uint8_t *from = lane->buffer + lane->start;
-    const int64_t have = lane->end - lane->start;
-    uint32_t prefix[2];
-    if (have < PREFIX) return MORE;
-    memcpy(prefix, from, PREFIX);
-    w->payload = prefix[1];
-    w->body = aligned(PREFIX + (int64_t)prefix[0]);
-    if (!prefix[0] || prefix[0] > lane->most_header || w->payload > lane->most_payload) return OTHER;
-    if (w->payload > QUICK_BYTES || w->body > lane->room) return OTHER;
-    if (have < w->body) return MORE;
-    w->header = (In){from + PREFIX, from + PREFIX + prefix[0], 0};
-    return TAKEN;
-}
-
-/* Where the payload of a whole message lies: in the peer's ring, or behind its header. MORE: it has not all come. */
-static int find_payload(Lane *lane, const Whole *w, int64_t where, const uint8_t **payload) {
-    if (where == INLINE) {
-        *payload = lane->buffer + lane->start + w->body;
-        if (w->body + w->payload > lane->room) return OTHER;
-        return lane->end - lane->start < w->body + w->payload ? MORE : TAKEN;
-    }
-    if (!lane->in) return OTHER;
-    release(lane->in);
-    /* Where the position is odd, unix.py says so, to which the ring is as it was. */
-    const int64_t head = lane->in->head;
-    *payload = hold(lane->in, where, w->payload, ALIGN);
-    if (!*payload) lane->in->head = head;
-    return *payload ? TAKEN : OTHER;
-}
-
-static void pass(Lane *lane, const Whole *w, int64_t where) {
-    lane->start += w->body + (where == INLINE ? w->payload : 0);
-}
 
 /* Where outputs go: `rows` of them, to these rows of `out` [out_rows], each of row_bytes. */
 typedef struct {

@@ -10,19 +10,19 @@ enum { UNLOCKED_FROM = 1 << 18 };
 enum { INT64 = 6, BOOL = 8 }; /* codes of dtypes */
 static const int8_t SIZES[] = {4, 2, 2, 1, 2, 4, 8, 1, 1, 1};
 
-static int64_t aligned(int64_t size) { return (size + ALIGN - 1) & -ALIGN; }
+static inline int64_t aligned(int64_t size) { return (size + ALIGN - 1) & -ALIGN; }
 
-static int64_t number(PyObject *value) { return PyLong_AsLongLong(value); }
+static inline int64_t number(PyObject *value) { return PyLong_AsLongLong(value); }
 
-static int wants(int holds, const char *usage) {
+static inline int wants(int holds, const char *usage) {
     if (!holds && !PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, usage);
     return holds;
 }
 
 /* So long a copy lets other threads run. */
-static PyThreadState *unlock(int64_t bytes) { return bytes >= UNLOCKED_FROM ? PyEval_SaveThread() : NULL; }
+static inline PyThreadState *unlock(int64_t bytes) { return bytes >= UNLOCKED_FROM ? PyEval_SaveThread() : NULL; }
 
-static void lock(PyThreadState *unlocked) {
+static inline void lock(PyThreadState *unlocked) {
     if (unlocked) PyEval_RestoreThread(unlocked);
 }
 
@@ -55,7 +55,7 @@ typedef struct {
     const void *y;
 } Outputs;
 
-static void begin(Message *m, int op, const Ids *ids) {
+static inline void begin(Message *m, int op, const Ids *ids) {
     m->head = (Out){m->memory + PREFIX, m->memory + m->room};
     put_array(&m->head, 9);
     put_int(&m->head, VERSION);
@@ -66,7 +66,7 @@ static void begin(Message *m, int op, const Ids *ids) {
 }
 
 /* -1 with an exception for a list that holds anything but numbers. */
-static int put_list(Out *o, PyObject *list) {
+static inline int put_list(Out *o, PyObject *list) {
     put_array(o, PyList_GET_SIZE(list));
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
         const int64_t value = number(PyList_GET_ITEM(list, i));
@@ -77,7 +77,7 @@ static int put_list(Out *o, PyObject *list) {
 }
 
 /* Finish the header; where the payload of `size` bytes goes, NULL where the message is too large for its place. */
-static uint8_t *close_head(Message *m, int64_t size) {
+static inline uint8_t *close_head(Message *m, int64_t size) {
     put_int(&m->head, m->where);
     const int64_t header = m->head.at - m->memory - PREFIX, body = aligned(PREFIX + header);
     if (header > m->most || size > UINT32_MAX) return NULL;
@@ -91,17 +91,17 @@ static uint8_t *close_head(Message *m, int64_t size) {
 }
 
 /* The bytes of `memory` that make the message. */
-static int64_t message_bytes(const Message *m, int64_t size) { return m->head.at - m->memory + (m->ring ? 0 : size); }
+static inline int64_t message_bytes(const Message *m, int64_t size) { return m->head.at - m->memory + (m->ring ? 0 : size); }
 
-static uint8_t *pad(uint8_t *to, int64_t size) {
+static inline uint8_t *pad(uint8_t *to, int64_t size) {
     memset(to + size, 0, aligned(size) - size);
     return to + aligned(size);
 }
 
-static int64_t ints_in(PyObject *bytes) { return PyBytes_GET_SIZE(bytes) / (Py_ssize_t)sizeof(int64_t); }
+static inline int64_t ints_in(PyObject *bytes) { return PyBytes_GET_SIZE(bytes) / (Py_ssize_t)sizeof(int64_t); }
 
 /* Whether they may be written, else with an exception. */
-static int check_rows(const Rows *r, const char *usage) {
+static inline int check_rows(const Rows *r, const char *usage) {
     if (PyErr_Occurred() || !wants(PyList_Check(r->experts) && PyList_Check(r->counts) && PyBytes_Check(r->tokens) &&
                                        PyBytes_Check(r->token_of_row) && r->dtype >= 0 &&
                                        r->dtype < (int64_t)sizeof SIZES && r->width >= 0, usage))
@@ -112,12 +112,12 @@ static int check_rows(const Rows *r, const char *usage) {
     return 1;
 }
 
-static int64_t x_bytes(const Rows *r) { return ints_in(r->tokens) * r->width * SIZES[r->dtype]; }
+static inline int64_t x_bytes(const Rows *r) { return ints_in(r->tokens) * r->width * SIZES[r->dtype]; }
 
-static int64_t rows_payload(const Rows *r) { return aligned(x_bytes(r)) + aligned(ints_in(r->token_of_row) * 8); }
+static inline int64_t rows_payload(const Rows *r) { return aligned(x_bytes(r)) + aligned(ints_in(r->token_of_row) * 8); }
 
 /* How many bytes of `memory` the message takes; 0 where it does not fit, -1 with an exception. */
-static int64_t put_rows_message(Message *m, const Ids *ids, const Rows *r) {
+static inline int64_t put_rows_message(Message *m, const Ids *ids, const Rows *r) {
     const int64_t used = ints_in(r->tokens), rows = ints_in(r->token_of_row), size = rows_payload(r);
     begin(m, FORWARD, ids);
     put_map(&m->head, 2);
@@ -146,15 +146,15 @@ static int64_t put_rows_message(Message *m, const Ids *ids, const Rows *r) {
     return message_bytes(m, size);
 }
 
-static int64_t y_bytes(const Outputs *o) { return o->rows * o->width * SIZES[o->dtype]; }
+static inline int64_t y_bytes(const Outputs *o) { return o->rows * o->width * SIZES[o->dtype]; }
 
-static int check_outputs(const Outputs *o, const char *usage) {
+static inline int check_outputs(const Outputs *o, const char *usage) {
     return !PyErr_Occurred() && wants(o->dtype >= 0 && o->dtype < (int64_t)sizeof SIZES && o->rows >= 0 && o->width >= 0,
                                       usage);
 }
 
 /* As `put_rows_message`. */
-static int64_t put_outputs_message(Message *m, const Ids *ids, const Outputs *o) {
+static inline int64_t put_outputs_message(Message *m, const Ids *ids, const Outputs *o) {
     begin(m, RESULT, ids);
     put_map(&m->head, 2);
     put_text(&m->head, "compute_s");

@@ -16,22 +16,22 @@ typedef struct {
 
 /* -- writing: each value in its shortest form ---------------------------------------------------------------------- */
 
-static void put(Out *o, const void *bytes, int64_t size) {
+static inline void put(Out *o, const void *bytes, int64_t size) {
     if (o->end - o->at >= size) memcpy(o->at, bytes, size);
     o->at += size;
 }
 
-static void put_byte(Out *o, int byte) {
+static inline void put_byte(Out *o, int byte) {
     const uint8_t value = (uint8_t)byte;
     put(o, &value, 1);
 }
 
-static void put_number(Out *o, int mark, uint64_t value, int size) {
+static inline void put_number(Out *o, int mark, uint64_t value, int size) {
     put_byte(o, mark);
     for (int i = size - 1; i >= 0; i--) put_byte(o, (int)(value >> 8 * i));
 }
 
-static void put_int(Out *o, int64_t value) {
+static inline void put_int(Out *o, int64_t value) {
     if (value >= -32 && value < 128) return put_byte(o, (int)value);
     int size = 0;
     if (value >= 0) {
@@ -42,27 +42,27 @@ static void put_int(Out *o, int64_t value) {
     put_number(o, 0xd0 + size, (uint64_t)value, 1 << size);
 }
 
-static void put_double(Out *o, double value) {
+static inline void put_double(Out *o, double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     put_number(o, 0xcb, bits, 8);
 }
 
-static void put_array(Out *o, int64_t size) {
+static inline void put_array(Out *o, int64_t size) {
     if (size < 16) return put_byte(o, 0x90 | (int)size);
     size < 65536 ? put_number(o, 0xdc, (uint64_t)size, 2) : put_number(o, 0xdd, (uint64_t)size, 4);
 }
 
-static void put_map(Out *o, int size) { put_byte(o, 0x80 | size); }
+static inline void put_map(Out *o, int size) { put_byte(o, 0x80 | size); }
 
-static void put_text(Out *o, const char *text) {
+static inline void put_text(Out *o, const char *text) {
     put_byte(o, 0xa0 | (int)strlen(text));
     put(o, text, (int64_t)strlen(text));
 }
 
 /* -- reading ------------------------------------------------------------------------------------------------------- */
 
-static uint64_t get_number(In *in, int size) {
+static inline uint64_t get_number(In *in, int size) {
     if (in->end - in->at < size) in->bad = 1;
     uint64_t value = 0;
     for (int i = 0; i < size && !in->bad; i++) value = value << 8 | *in->at++;
@@ -70,7 +70,7 @@ static uint64_t get_number(In *in, int size) {
 }
 
 /* A whole number that 64 bits hold, with a sign. */
-static int64_t get_int(In *in) {
+static inline int64_t get_int(In *in) {
     const int mark = (int)get_number(in, 1);
     if (mark < 0x80) return mark;
     if (mark >= 0xe0) return mark - 0x100;
@@ -87,7 +87,7 @@ static int64_t get_int(In *in) {
     return 0;
 }
 
-static double get_double(In *in) {
+static inline double get_double(In *in) {
     in->bad |= get_number(in, 1) != 0xcb;
     const uint64_t bits = get_number(in, 8);
     double value;
@@ -96,7 +96,7 @@ static double get_double(In *in) {
 }
 
 /* An array's size, of which each member takes at least a byte. */
-static int64_t get_array(In *in) {
+static inline int64_t get_array(In *in) {
     const int mark = (int)get_number(in, 1);
     int64_t size = mark & 15;
     if (mark == 0xdc || mark == 0xdd)
@@ -107,11 +107,11 @@ static int64_t get_array(In *in) {
     return in->bad ? 0 : size;
 }
 
-static void want_array(In *in, int64_t size) { in->bad |= get_array(in) != size; }
+static inline void want_array(In *in, int64_t size) { in->bad |= get_array(in) != size; }
 
-static void want_map(In *in, int size) { in->bad |= get_number(in, 1) != (uint64_t)(0x80 | size); }
+static inline void want_map(In *in, int size) { in->bad |= get_number(in, 1) != (uint64_t)(0x80 | size); }
 
-static void want_text(In *in, const char *text) {
+static inline void want_text(In *in, const char *text) {
     const int64_t size = (int64_t)strlen(text);
     in->bad |= get_number(in, 1) != (uint64_t)(0xa0 | size) || in->end - in->at < size || memcmp(in->at, text, size);
     if (!in->bad) in->at += size;

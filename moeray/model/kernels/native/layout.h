@@ -3,6 +3,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "call.h"
+
 #define NOINLINE __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -58,29 +60,15 @@ typedef struct {
 } Activation;
 
 /* act(x Up^T) Down^T, where `gated` up holds gates too; without `up` (up.out 0) x Down^T alone. */
-typedef struct {
+struct Layer {
     Matrix up, down;
     Activation activation;
     int64_t gated;
-} Layer;
+};
 
-typedef struct {
+struct Expert {
     Outputs gate, up, down;
-} Expert;
-
-/* rows: the row of x that each one is, or NULL where they lie one after the other. x_format, y_format: F32 or BF16.
-   scratch: as many bytes as moeray_scratch says, aligned to 64. */
-typedef struct {
-    const void *x;
-    const int64_t *rows;
-    void *y;
-    char *scratch;
-    int64_t x_format, y_format, threads, instructions;
-} Call;
-
-int64_t moeray_scratch(const Layer *layer, int64_t rows, int64_t experts, const Call *call);
-void moeray_forward(const Layer *layer, const Expert *const *experts, const int64_t *counts, int64_t count,
-                    const Call *call);
+};
 
 /* q [sequences, heads, k_size], y [sequences, heads, v_size] contiguous; k and v [slots, groups, size]. `format` (F32
    or BF16) is that of all four. q_row, q_head, k_slot, k_head, v_slot, v_head: bytes to the next one. Where v is k, a
