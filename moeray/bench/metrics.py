@@ -18,7 +18,7 @@ from moeray.actors.life import Life
 from moeray.actors.request_figures import RequestFigures
 from moeray.bench.environment import environment
 from moeray.control.objectives import Objectives
-from moeray.dispatch.hops import MANY, Hop
+from moeray.dispatch.hops import MANY, Hops
 from moeray.model import kernels
 from moeray.model.kernels.native import read_all
 from moeray.recorder import Recorder, snapshot_tree
@@ -44,7 +44,7 @@ class Router:
     def __init__(self, load: Load) -> None:
         self.recorder = Recorder(model_name="m", kind="router", group="router", actor="router-0")
         self._load = load
-        self._hop = Hop(self.recorder, "unix")
+        self._hops = Hops(self.recorder)
         self._combine = self.recorder.histogram("moeray_combine_seconds")
         self._step = self.recorder.histogram("moeray_step_seconds")
         self._requests = RequestFigures(self.recorder, Objectives())
@@ -55,9 +55,8 @@ class Router:
     def step(self) -> None:
         """All of one step."""
         for _ in range(self._load.layers):
-            for _ in range(self._load.actors):
-                self._hop.note(0.001, 4, 8192, 8192)
-            self._hop.record(MANY)
+            self._hops.note("unix", 2048, [(a, [0, 1, 2, 3], 4, 4, 0.001) for a in range(self._load.actors)])
+            self._hops.record(MANY)
             self._combine.observe(0.0001)
         self._step.observe(0.05)
         now = time.monotonic()

@@ -11,16 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from moeray.dispatch.deadline import LEAST_S
 from moeray.dispatch.flight import Flight, Sent
-from moeray.dispatch.hops import MANY, Hop
+from moeray.dispatch.hops import MANY, Hops
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.plan import Ints, Plan, Share
-from moeray.dispatch.planner import Planner
+from moeray.dispatch.planner import Answered, Left, Planner, native
 from moeray.dispatch.view import PlacementView, Usable
 from moeray.errors import (
     ChannelClosedError,
@@ -33,7 +35,7 @@ from moeray.recorder import Recorder
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel
 from moeray.wire.frame import CODES, Frame, Op
-from moeray.wire.rows import Forward, native, put_rows
+from moeray.wire.rows import Forward, put_rows
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,6 @@ RETRY_S = 1.0
 EXPECT_S = 0.1
 """A placement waits for the channels to its new actors so long at most."""
 
-HOPS = ("unix", "grpc")
 RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
 """Why rows are sent again."""
 
@@ -57,9 +58,9 @@ class _Work:
     layer: int
     x_TD: Tensor
     ids_TK: Tensor
+    out_TKD: Tensor
     began: float
     flight: Flight
-    out_TKD: Tensor = field(init=False)
     waiting: list[Ints] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)
     version: int = -1
@@ -90,13 +91,14 @@ class Dispatcher:
     ) -> None:
         self._view = view
         self._links = Links(view, connect)
-        self._hops = {kind: Hop(recorder, kind) for kind in HOPS}
+        self._hops = Hops(recorder)
         self._retries = {why: recorder.counter("moeray_dispatch_retries_total", reason=why) for why in RETRIES}
         self._deadline_s = deadline_s
         self._on_loss = on_loss
         self._on_orphans = on_orphans
         self._clock = clock
         self._planner = Planner()
+        self._to_learn: list[tuple[int, list[str], list[Answered]]] = []  # layer, actors, forwards; until it is needed
         self._next_id = 1
         self._orphans = 0
         self._abandoned = False
@@ -121,14 +123,14 @@ class Dispatcher:
         Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
         failed.
         """
+        x_TD, ids_TK, device = _at_home(x_TD), _at_home(ids_TK), x_TD.device
+        out_TKD = x_TD.new_empty(*ids_TK.shape, x_TD.shape[1])
         flight = Flight(layer, self._links, self._deadline_s, self._clock)
-        work = _Work(layer, _at_home(x_TD), _at_home(ids_TK), self._clock(), flight)
+        work = _Work(layer, x_TD, ids_TK, out_TKD, self._clock(), flight)
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
-            self._send_rows(work, None)
-            # What need not be done before the actors have their rows is done after.
-            work.out_TKD = work.x_TD.new_empty(*work.ids_TK.shape, work.x_TD.shape[1])
+            self._begin(work)
             while flight.sent or work.waiting:
                 if flight.sent:
                     self._gather(work)
@@ -137,14 +139,55 @@ class Dispatcher:
         finally:
             self._orphans = 0
             self.seconds_total += self._clock() - work.began
-        self.count(MANY)
-        return work.out_TKD.to(x_TD.device)
+        if len(self._to_learn) >= MANY:
+            self._hops.record()
+            self._learn()
+        return out_TKD.to(device)
+
+    def _begin(self, work: _Work) -> None:
+        """Send all rows. Where the part in C is there, nearly all layers are done with that."""
+        self._check_wanted()
+        now, x_TD = self._view.now, work.x_TD
+        if native is None or x_TD.dtype not in CODES:
+            self._send_rows(work, None)
+            return
+        self._planner.renew(now)
+        actors = self._planner.actors
+        channels, lanes = self._links.open_channels(actors)
+        first, self._next_id = self._next_id, self._next_id + len(actors)
+        within_s = min(LEAST_S, self._deadline_s)
+        found = self._planner.layer(now, work.layer, work.ids_TK, x_TD, work.out_TKD, lanes, first, within_s)
+        if found is None:
+            self._send_rows(work, None)
+            return
+        self.slowest_compute_s = found.slowest_s
+        if found.answered:
+            self._note("unix", work, actors, found.answered)
+        if found.left:
+            self._go_on(work, found.left, channels)
+
+    def _go_on(self, work: _Work, left: list[Left], channels: list[Channel | None]) -> None:
+        """With the shares that the part in C has sent, and then those that it has not: to be dialled first, on channels
+        of another kind, or large."""
+        self._learn()
+        for actor, share, frame_id, in_part in left:
+            channel = channels[actor]
+            if frame_id and channel is not None:
+                sent = work.flight.dated(frame_id, share, channel, work.began)
+                work.flight.sent.append(sent)
+                if in_part:
+                    channel.send_timeout_s = sent.allowed
+                    with suppress(WireError):  # whoever waits for the answer is told the same
+                        channel.flush()
+        for rows_R in self._send_shares(work, [share for _, share, frame_id, _ in left if not frame_id]):
+            self._send_rows(work, rows_R)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
     def _send_rows(self, work: _Work, rows_R: Ints | None) -> None:
         """Plan and send the rows (None: all of them), again for those whose actor turns out to be gone."""
         self._check_wanted()
+        self._learn()
         todo = [rows_R]
         while todo:
             now = self._view.now
@@ -154,8 +197,7 @@ class Dispatcher:
                 work.waited_from = work.waited_from or self._clock()
                 work.orphans |= set(plan.orphans)
                 work.waiting.append(plan.orphan_rows_R)
-            left = {share.actor_id: share for share in self._send_at_once(work, plan.shares)}
-            todo.extend(left[actor].rows_R for actor in self._links.dialled(left) if not self._send(work, left[actor]))
+            todo.extend(self._send_shares(work, plan.shares))
         before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
         if self._orphans and not before:
             self._on_orphans()
@@ -173,25 +215,10 @@ class Dispatcher:
         others = {e: tuple(a for a in replicas.get(e, ()) if a != actor) for e, actor in work.failed.items()}
         return {**replicas, **{expert: actors for expert, actors in others.items() if actors}}
 
-    def _send_at_once(self, work: _Work, shares: list[Share]) -> list[Share]:
-        """Send what can go out this moment, in one call where the part in C is there. Those that are left: to be
-        dialled first, on channels of another kind, or large."""
-        x_TD, code = work.x_TD, CODES.get(work.x_TD.dtype)
-        if native is None or code is None:
-            return shares
-        channels = [self._links.open_channel(share.actor_id) for share in shares]
-        first, self._next_id = self._next_id, self._next_id + len(shares)
-        went = native.send_forwards(
-            [channel.lane if channel is not None else 0 for channel in channels], shares, first, work.layer,
-            self._view.now.epoch, code, x_TD.data_ptr(), len(x_TD), x_TD.shape[1],
-        )  # fmt: skip
-        left, at = [], self._clock()
-        for i, (share, channel) in enumerate(zip(shares, channels, strict=True)):
-            if went[i] and channel is not None:
-                work.flight.add(Sent(first + i, share, channel, at))
-            else:
-                left.append(share)
-        return left
+    def _send_shares(self, work: _Work, shares: list[Share]) -> list[Ints]:
+        """Send each as soon as there is a channel to its actor. The rows of those whose actor is gone."""
+        left = {share.actor_id: share for share in shares}
+        return [left[actor].rows_R for actor in self._links.dialled(left) if not self._send(work, left[actor])]
 
     def _send(self, work: _Work, share: Share) -> bool:
         """False where the actor is gone; its rows are to be planned anew. Raises WireError for a frame that no channel
@@ -199,7 +226,7 @@ class Dispatcher:
         channel = None
         try:
             channel = self._links.channel(share.actor_id)
-            work.flight.add(self._forward(work, share, channel))
+            work.flight.sent.append(self._forward(work, share, channel))
         except UnknownActorError:
             return False
         except WireError as error:
@@ -212,7 +239,7 @@ class Dispatcher:
 
     def _forward(self, work: _Work, share: Share, channel: Channel) -> Sent:
         frame_id, self._next_id = self._next_id, self._next_id + 1
-        sent = work.flight.dated(Sent(frame_id, share, channel, self._clock()))
+        sent = work.flight.dated(frame_id, share, channel, self._clock())
         channel.send_timeout_s = sent.allowed
         channel.send_rows(
             Forward(
@@ -264,17 +291,27 @@ class Dispatcher:
         self._took(work, sent, compute_s)
 
     def _took(self, work: _Work, sent: Sent, compute_s: float) -> None:
-        share, out_TKD, took = sent.share, work.out_TKD, self._clock() - sent.at
+        share = sent.share
         self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
-        rows, row_bytes = share.size, out_TKD.shape[2] * out_TKD.itemsize
-        self._links.answered(share.actor_id, work.layer, share.experts, rows, took)
-        sent_bytes = len(share.tokens) // 8 * row_bytes + len(share.token_of_row)
-        self._hops[sent.channel.kind].note(took, rows, sent_bytes, rows * row_bytes)
+        took_s = self._clock() - sent.at
+        done = (0, share.experts, share.size, len(share.tokens) // 8, took_s)
+        self._note(sent.channel.kind, work, [share.actor_id], [done])
 
-    def count(self, least: int = 1) -> None:
-        """Record what has come, of a hop where it is so much. Any thread may call it."""
-        for hop in self._hops.values():
-            hop.record(least)
+    def _note(self, kind: str, work: _Work, actors: list[str], answered: list[Answered]) -> None:
+        """Forwards that some of the actors have answered."""
+        self._hops.note(kind, work.x_TD.shape[1] * work.x_TD.itemsize, answered)
+        self._to_learn.append((work.layer, actors, answered))
+
+    def _learn(self) -> None:
+        """How long each actor takes, from what was noted."""
+        for layer, actors, answered in self._to_learn:
+            for actor, experts, rows, _, took_s in answered:
+                self._links.answered(actors[actor], layer, experts, rows, took_s)
+        self._to_learn.clear()
+
+    def count(self) -> None:
+        """Record all that was answered. Any thread may call it."""
+        self._hops.record()
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from moeray.dispatch.deadline import LEAST_S
 from moeray.dispatch.links import Links
 from moeray.dispatch.plan import Share
 from moeray.wire.channel import Channel
 from moeray.wire.frame import CODES, Frame
 from moeray.wire.rows import native
 
-UNKNOWN = math.inf
 LEAST_READ_S = 0.1
 """What an answer may take to be read, also where its actor's deadline passed while another's was read."""
 
 
 class Sent(NamedTuple):
-    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up, which is not
-    before LEAST_S: until then it need not be known (UNKNOWN)."""
+    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up."""
 
     frame_id: int
     share: Share
     channel: Channel
     at: float
-    until: float = UNKNOWN
-    allowed: float = 0.0
+    allowed: float
+    until: float
 
 
 class Flight:
@@ -41,25 +37,18 @@ class Flight:
         self._links = links
         self._deadline_s = deadline_s
         self._clock = clock
-        self._undated = False
 
-    def add(self, sent: Sent) -> None:
-        """One more. What is not dated yet is dated when there is nothing better to do."""
-        self.sent.append(sent)
-        self._undated = self._undated or sent.until == UNKNOWN
+    def dated(self, frame_id: int, share: Share, channel: Channel, at: float) -> Sent:
+        """With the deadline, which is behind those of what its actor was sent before."""
+        allowed = self._links.deadline_s(share.actor_id, self._layer, share.experts, share.size, self._deadline_s)
+        others = (other.until for other in self.sent if other.channel is channel)
+        return Sent(frame_id, share, channel, at, allowed, max(at, max(others, default=at)) + allowed)
 
     def take_all(self, channel: Channel) -> list[Sent]:
         """Those on this channel, which are in flight no longer."""
         taken = [sent for sent in self.sent if sent.channel is channel]
         self.sent = [sent for sent in self.sent if sent.channel is not channel]
         return taken
-
-    def dated(self, sent: Sent) -> Sent:
-        """With the deadline: behind those of what its actor was sent before."""
-        share, channel, at = sent.share, sent.channel, sent.at
-        allowed = self._links.deadline_s(share.actor_id, self._layer, share.experts, share.size, self._deadline_s)
-        known = (other.until for other in self.sent if other.channel is channel and other.until != UNKNOWN)
-        return sent._replace(until=max(at, max(known, default=at)) + allowed, allowed=allowed)
 
     def first(self, out_TKD: Tensor) -> tuple[Sent, float | None]:
         """What is answered first, else that whose deadline ends first; in flight no longer.
@@ -80,20 +69,7 @@ class Flight:
 
     def _first(self, out_TKD: Tensor) -> tuple[int, float | None]:
         soonest = min(self.sent, key=_until)
-        if self._undated:
-            least = self._clock() + min(LEAST_S, self._deadline_s)
-            found = self._take_result(out_TKD, min(soonest.until, least))
-            self._date_all()
-            if found is not None:
-                return found
-            soonest = min(self.sent, key=_until)
         return self._take_result(out_TKD, soonest.until) or (self.sent.index(soonest), None)
-
-    def _date_all(self) -> None:
-        for place, sent in enumerate(self.sent):
-            if sent.until == UNKNOWN:
-                self.sent[place] = self.dated(sent)
-        self._undated = False
 
     def _take_result(self, out_TKD: Tensor, until: float) -> tuple[int, float | None] | None:
         """As `first`, with its place; None where nothing came until then, or the part in C does not speak on all of

@@ -1,40 +1,57 @@
-"""What a dispatcher counts of each hop: noted as it comes, and recorded many at a time or when somebody reads."""
+"""What a dispatcher counts of each hop: noted as it comes, and recorded many layers at a time or when it is read."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 
+from moeray.dispatch.planner import Answered
 from moeray.recorder import Recorder
 
+KINDS = ("unix", "grpc")
 MANY = 64
 
 
-class Hop:
-    """One kind of channel (`unix`, `grpc`)."""
+class Hops:
+    """Of all kinds of channels. Thread-safe."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._hops = {kind: _Hop(recorder, kind) for kind in KINDS}
+        self._noted: deque[tuple[str, int, Sequence[Answered]]] = deque()
+
+    def note(self, kind: str, row_bytes: int, answered: Sequence[Answered]) -> None:
+        """Forwards were answered; `row_bytes`: of a token, and of a row of outputs."""
+        self._noted.append((kind, row_bytes, answered))
+
+    def record(self, least: int = 1) -> None:
+        """Count what was noted, if that is so much."""
+        if len(self._noted) < least:
+            return
+        noted: dict[str, list[tuple[float, int, int, int]]] = {kind: [] for kind in KINDS}
+        with suppress(IndexError):  # another thread took the last
+            while self._noted:
+                kind, row_bytes, answered = self._noted.popleft()
+                for _, _, rows, tokens, took_s in answered:
+                    noted[kind].append((took_s, rows, tokens * row_bytes + rows * 8, rows * row_bytes))
+        for kind, forwards in noted.items():
+            if forwards:
+                self._hops[kind].record(forwards)
+
+
+class _Hop:
+    """One kind of channel."""
 
     def __init__(self, recorder: Recorder, kind: str) -> None:
         self._seconds = recorder.histogram("moeray_dispatch_seconds", hop=kind)
         self._rows = recorder.counter("moeray_dispatch_rows_total", hop=kind)
         self._sent = recorder.counter("moeray_dispatch_bytes_total", hop=kind, direction="sent")
         self._received = recorder.counter("moeray_dispatch_bytes_total", hop=kind, direction="received")
-        self._noted: deque[tuple[float, int, int, int]] = deque()
 
-    def note(self, took_s: float, rows: int, sent: int, received: int) -> None:
-        """A forward was answered: its rows, the bytes of its tensors and of their outputs."""
-        self._noted.append((took_s, rows, sent, received))
-
-    def record(self, least: int = 1) -> None:
-        """Count what was noted, if that are so many. Any thread may call it."""
-        if len(self._noted) < least:
-            return
-        noted = []
-        with suppress(IndexError):  # another thread took the last
-            while self._noted:
-                noted.append(self._noted.popleft())
-        if noted:
-            took, rows, sent, received = zip(*noted, strict=True)
-            self._seconds.observe_all(took)
-            self._rows.add(sum(rows))
-            self._sent.add(sum(sent))
-            self._received.add(sum(received))
+    def record(self, forwards: Sequence[tuple[float, int, int, int]]) -> None:
+        """Of each its seconds, its rows, the bytes of its tensors and of their outputs."""
+        took_s, rows, sent, received = zip(*forwards, strict=True)
+        self._seconds.observe_all(took_s)
+        self._rows.add(sum(rows))
+        self._sent.add(sum(sent))
+        self._received.add(sum(received))

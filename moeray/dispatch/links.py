@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeray.dispatch.deadline import Latency, deadline_s, dial_s, observed, timed_out
-from moeray.dispatch.view import PlacementView
+from moeray.dispatch.view import PlacementView, Usable
 from moeray.errors import ChannelClosedError
 from moeray.types import Address
 from moeray.wire.channel import Channel
@@ -51,6 +51,9 @@ class Links:
         self._dials = threading.Semaphore(MAX_DIALS)
         self._version = -1
         self._closed = False
+        self._edition = 0  # of the channels
+        self._opened: tuple[list[Channel | None], list[int]] = [], []
+        self._opened_for: tuple[Usable, int, list[str]] | None = None
         view.subscribe(self.cut)
 
     def expect(self, addresses: Mapping[str, Address], within_s: float) -> None:
@@ -70,9 +73,17 @@ class Links:
         link = self._links.get(actor_id)
         return link is not None and link.channel is channel
 
-    def open_channel(self, actor_id: str) -> Channel | None:
-        """The channel on which a frame can go out without dialling first; None where there is none, or the actor is
-        named dead or elsewhere."""
+    def open_channels(self, actors: list[str]) -> tuple[list[Channel | None], list[int]]:
+        """Each actor's channel on which a frame can go out without dialling first, and its lane; None and 0 where there
+        is none, or the actor is named dead or elsewhere. The same lists as before, where nothing has changed."""
+        seen = (self._view.now, self._edition, actors)
+        if seen != self._opened_for:
+            channels = [self._open_channel(actor_id) for actor_id in actors]
+            self._opened = channels, [channel.lane if channel is not None else 0 for channel in channels]
+            self._opened_for = seen
+        return self._opened
+
+    def _open_channel(self, actor_id: str) -> Channel | None:
         link, now = self._links.get(actor_id), self._view.now
         if link is None or link.channel is None or link.channel.closed or actor_id in now.dead:
             return None
@@ -136,6 +147,7 @@ class Links:
             wanted = link.dialling is threading.current_thread()
             if wanted:
                 link.channel, link.error, link.dialling = channel, error, None
+                self._edition += 1
                 self._changed.notify_all()
         if channel is not None and not wanted:
             channel.close()
@@ -170,6 +182,7 @@ class Links:
             if (link := self._links.get(actor_id)) is None:
                 return
             channel, link.channel, link.dialling, link.error = link.channel, None, None, None
+            self._edition += 1
             self._changed.notify_all()
             if channel is not None:
                 self._start(f"hang-up-{actor_id}", channel.close)
@@ -192,7 +205,9 @@ class Links:
         return deadline_s(link.latency, rows, fresh=fresh, most_s=most_s)
 
     def answered(self, actor_id: str, layer: int, experts: Iterable[int], rows: int, seconds: float) -> None:
-        link = self._links[actor_id]
+        """The actor took so long for a forward; it may be known no longer."""
+        if (link := self._links.get(actor_id)) is None:
+            return
         link.latency = observed(link.latency, rows, seconds)
         link.served.setdefault(layer, set()).update(experts)
 

@@ -1,9 +1,9 @@
-"""The plan of a whole layer, in one call where the part in C is there (`native/deal.c`), else by `plan_rows`.
+"""The plan of a whole layer, in one call where the part in C is there (`native/deal.h`), else by `plan_rows`.
 
 Both give the same plan. C does what nearly all layers are: every expert has a replica, and none so many rows that it
-might be split.
+might be split. It then sends them too, and waits for the outputs (`native/layer.c`).
 
-Shapes: T tokens, K experts a token, A actors, E experts.
+Shapes: T tokens, K experts a token, R = T * K rows, D hidden size, A actors, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +21,34 @@ from moeray.compiled import compiled
 from moeray.dispatch.balance import DECAY, NEAR, READ, SPLIT_FROM, Balancer
 from moeray.dispatch.plan import NO_ROWS, Ints, Plan, Share, plan_rows
 from moeray.dispatch.view import Usable
+from moeray.wire.frame import CODES
 
 native = compiled("moeray.dispatch._native")
 
 _TABLE_HEAD = struct.Struct("=ddqqqq")
+
+
+Answered = tuple[int, list[int], int, int, float]
+"""A share whose outputs are in their places: (actor, by its place in `Planner.actors`; its experts; how many rows and
+tokens it has; seconds from sending them until their outputs came)."""
+
+
+class Left(NamedTuple):
+    """A share that is not answered yet. `actor`: its place in `Planner.actors`; `frame_id`: under which it went out, 0
+    where it did not; `in_part`: the rest of that is still to be sent."""
+
+    actor: int
+    share: Share
+    frame_id: int
+    in_part: bool
+
+
+class Layer(NamedTuple):
+    """What came of a layer. `slowest_s`: the longest that an actor computed, as it says."""
+
+    answered: list[Answered]
+    left: list[Left]
+    slowest_s: float
 
 
 class Planner:
@@ -32,44 +57,71 @@ class Planner:
     def __init__(self) -> None:
         self._balancer = Balancer()
         self._now: Usable | None = None
-        self._actors: list[str] = []
+        self.actors: list[str] = []
         self._carry = bytearray()
         self._tables: dict[int, bytes] = {}
 
+    def renew(self, now: Usable) -> None:
+        """Plan by this placement from now on; `actors` are those that host an expert in it."""
+        if now is self._now:
+            return
+        known = dict(zip(self.actors, memoryview(self._carry).cast("d"), strict=True))
+        experts = (actors for layer in now.replicas.values() for actors in layer.values())
+        self.actors = sorted({actor for actors in experts for actor in actors})
+        self._carry = bytearray(np.array([known.get(actor, 0.0) for actor in self.actors]).tobytes())
+        self._now, self._tables = now, {}
+
+    def layer(
+        self, now: Usable, layer: int, ids_TK: Tensor, x_TD: Tensor, out_TKD: Tensor, lanes: list[int], first_id: int,
+        within_s: float,
+    ) -> Layer | None:  # fmt: skip
+        """Plan all rows, send each actor's share on its lane (0: there is none) under the ids from first_id on, and put
+        the outputs that come `within_s` to their places. None, with nothing done, where C does not do it.
+
+        ids_TK: int64; all are contiguous, on the CPU, and x's dtype is one of the wire's.
+        """
+        assert native is not None
+        found = native.layer(
+            self._table(now, layer), self._carry, ids_TK.data_ptr(), *ids_TK.shape, lanes, first_id, layer, now.epoch,
+            CODES[x_TD.dtype], x_TD.data_ptr(), x_TD.shape[1], out_TKD.data_ptr(), within_s,
+        )  # fmt: skip
+        if found is None:
+            return None
+        answered, left, slowest_s = found
+        if not left:
+            return Layer(answered, left, slowest_s)
+        return Layer(answered, [Left(share[0], self._share(share), *rest) for share, *rest in left], slowest_s)
+
     def plan(self, now: Usable, layer: int, ids_TK: Tensor) -> Plan:
         """All rows of a layer; ids_TK: int64, contiguous, on the CPU. Raises PlacementError as `plan_rows`."""
-        if now is not self._now:
-            self._renew(now)
         assert ids_TK.dtype is torch.int64, "the part in C reads them where they lie"
         assert ids_TK.is_contiguous()
-        replicas = now.replicas.get(layer, {})
+        self.renew(now)
         shares = None
         if native is not None:
-            table = self._tables.get(layer)
-            if table is None:
-                table = self._tables[layer] = pack_table(self._actors, now.rates, replicas)
-            shares = native.deal(table, self._carry, ids_TK.data_ptr(), *ids_TK.shape)
+            shares = native.deal(self._table(now, layer), self._carry, ids_TK.data_ptr(), *ids_TK.shape)
         if shares is None:
-            return self.plan_again(now, replicas, ids_TK.numpy(), None)
-        return Plan([Share(self._actors[actor], *rest) for actor, *rest in shares], [], NO_ROWS)
+            return self.plan_again(now, now.replicas.get(layer, {}), ids_TK.numpy(), None)
+        return Plan([self._share(share) for share in shares], [], NO_ROWS)
+
+    def _table(self, now: Usable, layer: int) -> bytes:
+        table = self._tables.get(layer)
+        if table is None:
+            table = self._tables[layer] = pack_table(self.actors, now.rates, now.replicas.get(layer, {}))
+        return table
+
+    def _share(self, found: tuple[int, list[int], list[int], bytes, bytes, bytes]) -> Share:
+        return Share(self.actors[found[0]], *found[1:])
 
     def plan_again(self, now: Usable, replicas: Mapping[int, Sequence[str]], ids_TK: Ints, rows_R: Ints | None) -> Plan:
         """Only `rows_R` (None: all), among these replicas."""
-        if now is not self._now:
-            self._renew(now)
+        self.renew(now)
         carry = memoryview(self._carry).cast("d")
-        self._balancer.carry = dict(zip(self._actors, carry, strict=True))
+        self._balancer.carry = dict(zip(self.actors, carry, strict=True))
         plan = plan_rows(ids_TK, replicas, self._balancer.of(now.rates), rows_R)
-        for i, actor in enumerate(self._actors):
+        for i, actor in enumerate(self.actors):
             carry[i] = self._balancer.carry.get(actor, 0.0)
         return plan
-
-    def _renew(self, now: Usable) -> None:
-        known = dict(zip(self._actors, memoryview(self._carry).cast("d"), strict=True))
-        experts = (actors for layer in now.replicas.values() for actors in layer.values())
-        self._actors = sorted({actor for actors in experts for actor in actors})
-        self._carry = bytearray(np.array([known.get(actor, 0.0) for actor in self._actors]).tobytes())
-        self._now, self._tables = now, {}
 
 
 def pack_table(actors: Sequence[str], rates: Mapping[str, float], replicas: Mapping[int, Sequence[str]]) -> bytes:

@@ -59,7 +59,7 @@ def outcome(made, now, layer, ids_TK):
         plan = made.plan(now, layer, ids_TK)
     except PlacementError as error:
         return str(error)
-    carried = dict(zip(made._actors, memoryview(made._carry).cast("d"), strict=True))
+    carried = dict(zip(made.actors, memoryview(made._carry).cast("d"), strict=True))
     return [tuple(share) for share in plan.shares], plan.orphans, plan.orphan_rows_R.tolist(), carried
 
 

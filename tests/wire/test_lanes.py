@@ -13,7 +13,7 @@ import torch
 from moeray.errors import ChannelClosedError
 from moeray.wire import rows
 from moeray.wire.frame import CODES, Frame, Limits, Op
-from moeray.wire.rows import Result, check_forward
+from moeray.wire.rows import Result
 from moeray.wire.unix import RING_THRESHOLD, UnixChannel
 from tests.wire.support import admitted_pair
 
@@ -41,12 +41,6 @@ def x_of(tokens, width=8):
     return torch.arange(tokens * width, dtype=torch.float32).view(tokens, width)
 
 
-def send(channels, shares, x_TD, first_id=7):
-    lanes = [channel.lane if channel is not None else 0 for channel in channels]
-    code = CODES[x_TD.dtype]
-    return rows.native.send_forwards(lanes, shares, first_id, 3, 9, code, x_TD.data_ptr(), *x_TD.shape)
-
-
 def take(wanted, out_TKD, timeout=SOON):
     tokens, top_k, width = out_TKD.shape
     code, row_bytes = CODES[out_TKD.dtype], width * out_TKD.itemsize
@@ -56,47 +50,6 @@ def take(wanted, out_TKD, timeout=SOON):
 
 def answer(channel, frame_id, y_RD, compute_s=0.5):
     channel.send(Frame(Op.RESULT, frame_id, 3, 9, {"compute_s": compute_s, "queue_s": 0.25}, (y_RD,)))
-
-
-SHARE = ("expert", [2, 5], [1, 2], ints(1, 2, 5), ints(0, 2), ints(0, 0, 1))
-
-
-@pytest.mark.parametrize("width", [8, RING_THRESHOLD // 8], ids=["through the socket", "in the ring"])
-def test_a_share_arrives_as_the_frame_that_it_is(ends, width):
-    a, b = ends
-    x_TD = x_of(3, width)
-    assert send([a, None], [SHARE, SHARE], x_TD) == [True, False]
-    frame = b.recv(SOON)
-    assert (frame.op, frame.id, frame.layer, frame.epoch) == (Op.FORWARD, 7, 3, 9)
-    assert frame.meta == {"experts": [2, 5], "counts": [1, 2]}
-    assert torch.equal(frame.tensors[0], x_TD[[0, 2]])
-    assert frame.tensors[1].tolist() == [0, 0, 1]
-    assert check_forward(frame).rows == 3
-
-
-@pytest.mark.parametrize(("kib", "goes"), [(128, True), (256, False)])
-def test_a_share_whose_copy_lets_other_threads_run_is_left_to_the_channel(ends, kib, goes):
-    x_TD = x_of(1, kib << 8)
-    share = ("expert", [0], [1], ints(0), ints(0), ints(0))
-    assert send([ends[0]], [share], x_TD) == [goes]
-
-
-def test_a_message_that_the_socket_takes_in_part_is_finished_before_the_next(ends):
-    a, b = ends
-    x_TD, sent = x_of(1, 2000), 0
-    share = ("expert", [0], [1], ints(0), ints(0), ints(0))
-    while send([a], [share], x_TD, first_id=sent + 1) == [True]:
-        sent += 1
-    assert sent, "the first finds room"
-    assert send([a], [share], x_TD) == [False], "and none goes out while another is not done"
-    last = threading.Thread(target=a.send, args=(Frame(Op.PING, 1 << 20),))
-    last.start()
-    for number in range(1, sent + 1):
-        frame = b.recv(SOON)
-        assert (frame.op, frame.id) == (Op.FORWARD, number)
-        assert torch.equal(frame.tensors[0], x_TD)
-    assert b.recv(SOON).id == 1 << 20
-    last.join()
 
 
 @pytest.mark.parametrize("width", [8, RING_THRESHOLD // 8], ids=["through the socket", "in the ring"])
@@ -201,5 +154,4 @@ def test_a_closed_channel_has_no_lane(ends):
     a, b = ends
     a.close()
     assert a.lane == 0
-    assert send([a], [SHARE], x_of(3)) == [False]
     assert take([(b, 7, ints(0))], torch.zeros(1, 1, 8)) == (0, None, None)

@@ -61,9 +61,10 @@ def forwards(draw):
     tokens, width = draw(st.integers(1, 9)), draw(st.sampled_from([0, 1, 3, 8, 100]))
     used = sorted(draw(st.sets(st.integers(0, tokens - 1))))
     index = draw(st.lists(st.integers(0, max(len(used) - 1, 0)), max_size=30))
-    names = st.lists(NUMBERS, max_size=20)
+    experts = draw(st.lists(NUMBERS, max_size=20))
+    counts = draw(st.lists(NUMBERS, min_size=len(experts), max_size=len(experts)))
     x_TD = random_tensor((tokens, width), draw(st.sampled_from(SENT)))
-    return Forward(*draw(st.tuples(*[NUMBERS] * 3)), draw(names), draw(names), x_TD, ints(used), ints(index))
+    return Forward(*draw(st.tuples(*[NUMBERS] * 3)), experts, counts, x_TD, ints(used), ints(index))
 
 
 @st.composite

@@ -27,3 +27,17 @@ static inline int place(Message *m, Lane *lane, int64_t size) {
 static inline void commit(Lane *lane, const Message *m) {
     if (m->ring) lane->out->head = m->where + m->ring_bytes;
 }
+
+/* Whether its bytes are copied under the interpreter's lock. Nobody else may come to the end, or close it, meanwhile. */
+static inline int stays_locked(int64_t size) { return size < UNLOCKED_FROM; }
+
+/* Whether the rows went out, as a FORWARD, without waiting. */
+static inline int send_rows(Lane *lane, const Ids *ids, const Rows *rows) {
+    const int64_t payload = rows_payload(rows);
+    Message m;
+    if (!stays_locked(payload) || !may_send(lane) || !place(&m, lane, payload)) return 0;
+    const int64_t bytes = put_rows_message(&m, ids, rows);
+    if (!bytes || !send_now(lane, bytes)) return 0;
+    commit(lane, &m);
+    return 1;
+}

@@ -2,61 +2,12 @@
    thread is about the same end. What is large, unusual or wrong is left as it is, to be done by unix.py. */
 #include "lanes.h"
 
-#include "lane_in.h"
 #include "lane_out.h"
-
-enum { MAX_LANES = 1024 };
+#include "results.h"
 
 static Lane *lane_at(PyObject *address) { return PyLong_AsVoidPtr(address); }
 
 /* -- sending ------------------------------------------------------------------------------------------------------- */
-
-/* Whether its bytes are copied under the interpreter's lock. Nobody else may come to the end, or close it, meanwhile. */
-static int stays_locked(int64_t size) { return size < UNLOCKED_FROM; }
-
-/* Whether it went out; -1 with an exception. */
-static int send_rows(Lane *lane, const Ids *ids, const Rows *rows) {
-    const int64_t payload = rows_payload(rows);
-    Message m;
-    if (!stays_locked(payload) || !may_send(lane) || !place(&m, lane, payload)) return 0;
-    const int64_t bytes = put_rows_message(&m, ids, rows);
-    if (bytes <= 0) return (int)bytes;
-    if (!send_now(lane, bytes)) return 0;
-    commit(lane, &m);
-    return 1;
-}
-
-static const char SEND_USAGE[] = "send_forwards(lanes, shares, first_id, layer, epoch, dtype, x, x_rows, width)";
-
-/* Send each share (actor, experts, counts, rows, tokens, token_of_row) on its lane (0: there is none), under the ids
-   from first_id on. Which of them went out, as a list of bools. */
-PyObject *moeray_send_forwards(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    (void)self;
-    if (!wants(count == 9 && PyList_Check(args[0]) && PyList_Check(args[1]) &&
-                   PyList_GET_SIZE(args[0]) == PyList_GET_SIZE(args[1]), SEND_USAGE))
-        return NULL;
-    Ids ids = {number(args[2]), number(args[3]), number(args[4])};
-    Rows rows = {.dtype = number(args[5]),
-                 .x = PyLong_AsVoidPtr(args[6]),
-                 .x_rows = number(args[7]),
-                 .width = number(args[8])};
-    PyObject *sent = PyList_New(PyList_GET_SIZE(args[0]));
-    for (Py_ssize_t i = 0; sent && i < PyList_GET_SIZE(sent); i++, ids.id++) {
-        PyObject *share = PyList_GET_ITEM(args[1], i);
-        int did = -1;
-        if (wants(PyTuple_Check(share) && PyTuple_GET_SIZE(share) == 6, SEND_USAGE)) {
-            rows.experts = PyTuple_GET_ITEM(share, 1);
-            rows.counts = PyTuple_GET_ITEM(share, 2);
-            rows.tokens = PyTuple_GET_ITEM(share, 4);
-            rows.token_of_row = PyTuple_GET_ITEM(share, 5);
-            Lane *lane = lane_at(PyList_GET_ITEM(args[0], i));
-            if (check_rows(&rows, SEND_USAGE)) did = send_rows(lane, &ids, &rows);
-        }
-        if (did < 0) Py_CLEAR(sent);
-        else PyList_SET_ITEM(sent, i, PyBool_FromLong(did));
-    }
-    return sent;
-}
 
 static const char PLACE_USAGE[] = "place_outputs(lane, size)";
 
@@ -105,66 +56,20 @@ PyObject *moeray_send_outputs(PyObject *self, PyObject *const *args, Py_ssize_t 
     Py_RETURN_TRUE;
 }
 
+static const char TAKE_USAGE[] = "take_result(wanted, dtype, width, row_bytes, out, out_rows, timeout_s)";
+
 /* -- taking -------------------------------------------------------------------------------------------------------- */
 
-/* Where outputs go: `rows` of them, to these rows of `out` [out_rows], each of row_bytes. */
-typedef struct {
-    int64_t dtype, width, row_bytes, out_rows;
-    char *out;
-} Target;
-
-typedef struct {
-    double compute_s, queue_s;
-    int64_t where;
-} Answer;
-
-/* Whether the header is that of the RESULT of the frame `id` with so many rows as the target takes. */
-static int read_result(In in, int64_t id, int64_t rows, const Target *t, Answer *a) {
-    want_array(&in, 9);
-    int same = get_int(&in) == VERSION;
-    same &= get_int(&in) == RESULT;
-    same &= get_int(&in) == id;
-    get_int(&in);
-    get_int(&in);
-    want_map(&in, 2);
-    want_text(&in, "compute_s");
-    a->compute_s = get_double(&in);
-    want_text(&in, "queue_s");
-    a->queue_s = get_double(&in);
-    want_array(&in, 1);
-    want_array(&in, 2);
-    same &= get_int(&in) == rows;
-    same &= get_int(&in) == t->width;
-    want_array(&in, 1);
-    same &= get_int(&in) == t->dtype;
-    a->where = get_int(&in);
-    return same && !in.bad && in.at == in.end;
+/* What is wanted, as `take_result` has it; else with an exception. */
+static int read_wanted(PyObject *item, int64_t out_rows, Wanted *w) {
+    PyObject *to = PyTuple_Check(item) && PyTuple_GET_SIZE(item) == 3 ? PyTuple_GET_ITEM(item, 2) : NULL;
+    if (!wants(to && PyBytes_Check(to), TAKE_USAGE)) return 0;
+    *w = (Wanted){lane_at(PyTuple_GET_ITEM(item, 0)), number(PyTuple_GET_ITEM(item, 1)), ints_in(to),
+                  (const int64_t *)PyBytes_AS_STRING(to)};
+    int fits = !PyErr_Occurred();
+    for (int64_t r = 0; fits && r < w->rows; r++) fits = w->to[r] >= 0 && w->to[r] < out_rows;
+    return wants(fits, TAKE_USAGE);
 }
-
-/* Take the answer to `id` from the lane, if it is all there: its rows go where `rows` says. */
-static int take(Lane *lane, int64_t id, PyObject *rows_R, const Target *t, Answer *a) {
-    const int64_t rows = ints_in(rows_R), *to = (const int64_t *)PyBytes_AS_STRING(rows_R);
-    Whole w;
-    const int found = find_whole(lane, &w);
-    if (found != TAKEN) return found;
-    if (!read_result(w.header, id, rows, t, a) || w.payload != aligned(rows * t->row_bytes)) return OTHER;
-    const uint8_t *from;
-    const int there = find_payload(lane, &w, a->where, &from);
-    if (there != TAKEN) return there;
-    for (int64_t r = 0; r < rows; r++) memcpy(t->out + to[r] * t->row_bytes, from + r * t->row_bytes, t->row_bytes);
-    if (a->where != INLINE) release(lane->in);
-    pass(lane, &w, a->where);
-    return TAKEN;
-}
-
-static int rows_inside(PyObject *rows_R, int64_t out_rows) {
-    const int64_t *rows = (const int64_t *)PyBytes_AS_STRING(rows_R);
-    for (int64_t r = 0; r < ints_in(rows_R); r++)
-        if (rows[r] < 0 || rows[r] >= out_rows) return 0;
-    return 1;
-}
-
-static const char TAKE_USAGE[] = "take_result(wanted, dtype, width, row_bytes, out, out_rows, timeout_s)";
 
 /* (place, compute_s, queue_s) of the first of `wanted` that is answered, whose rows are in `out` then: each is (lane, id,
    rows), where the rows go as int64 bytes. (place, None, None) for one where something else is to be read, None where
@@ -174,37 +79,18 @@ PyObject *moeray_take_result(PyObject *self, PyObject *const *args, Py_ssize_t c
     if (!wants(count == 7 && PyList_Check(args[0]) && PyFloat_Check(args[6]), TAKE_USAGE)) return NULL;
     const Target target = {number(args[1]), number(args[2]), number(args[3]), number(args[5]), PyLong_AsVoidPtr(args[4])};
     const Py_ssize_t size = PyList_GET_SIZE(args[0]);
-    struct pollfd polled[MAX_LANES];
+    Wanted wanted[MAX_LANES];
+    Answer answer;
+    int found;
     if (PyErr_Occurred()) return NULL;
     if (size > MAX_LANES) Py_RETURN_NONE;
-    for (int waited = 0;; waited = 1) {
-        for (Py_ssize_t i = 0; i < size; i++) {
-            PyObject *wanted = PyList_GET_ITEM(args[0], i);
-            if (!wants(PyTuple_Check(wanted) && PyTuple_GET_SIZE(wanted) == 3 &&
-                           PyBytes_Check(PyTuple_GET_ITEM(wanted, 2)) &&
-                           rows_inside(PyTuple_GET_ITEM(wanted, 2), target.out_rows), TAKE_USAGE))
-                return NULL;
-            Lane *lane = lane_at(PyTuple_GET_ITEM(wanted, 0));
-            const int64_t id = number(PyTuple_GET_ITEM(wanted, 1));
-            Answer answer;
-            if (PyErr_Occurred()) return NULL;
-            int found = !lane || lane->fd < 0 || lane->reading ? OTHER : take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer);
-            if (found == MORE && waited && polled[i].revents) {
-                found = receive_now(lane) ? take(lane, id, PyTuple_GET_ITEM(wanted, 2), &target, &answer) : OTHER;
-            }
-            if (found == TAKEN) return Py_BuildValue("ndd", i, answer.compute_s, answer.queue_s);
-            if (found == OTHER) return Py_BuildValue("nOO", i, Py_None, Py_None);
-            polled[i] = (struct pollfd){(int)lane->fd, POLLIN, 0};
-        }
-        const double seconds = PyFloat_AS_DOUBLE(args[6]);
-        int ready;
-        Py_BEGIN_ALLOW_THREADS
-        ready = poll(polled, (nfds_t)size, seconds > 3600 ? 3600000 : (int)(seconds * 1000) + 1);
-        Py_END_ALLOW_THREADS
-        if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) ready = 0;
-        if (ready < 0) return PyErr_Occurred() ? NULL : PyErr_SetFromErrno(PyExc_OSError);
-        if (!ready) Py_RETURN_NONE;
-    }
+    for (Py_ssize_t i = 0; i < size; i++)
+        if (!read_wanted(PyList_GET_ITEM(args[0], i), target.out_rows, wanted + i)) return NULL;
+    const int64_t first = take_first(wanted, size, &target, PyFloat_AS_DOUBLE(args[6]), &answer, &found);
+    if (first == FAILED) return NULL;
+    if (first == NONE_IN_TIME) Py_RETURN_NONE;
+    if (found == OTHER) return Py_BuildValue("nOO", (Py_ssize_t)first, Py_None, Py_None);
+    return Py_BuildValue("ndd", (Py_ssize_t)first, answer.compute_s, answer.queue_s);
 }
 
 /* -- a forward ----------------------------------------------------------------------------------------------------- */

@@ -42,10 +42,9 @@ typedef struct {
 
 /* Rows for an expert actor: of x [x_rows, width], the `used` tokens, and of these each row's. */
 typedef struct {
-    PyObject *experts, *counts;
-    int64_t dtype, x_rows, width;
+    const int64_t *experts, *counts, *tokens, *token_of_row;
+    int64_t expert_count, used, rows, dtype, x_rows, width;
     const char *x;
-    PyObject *tokens, *token_of_row;
 } Rows;
 
 /* Outputs [rows, width] at y; NULL where they lie in the ring. */
@@ -65,15 +64,9 @@ static inline void begin(Message *m, int op, const Ids *ids) {
     put_int(&m->head, ids->epoch);
 }
 
-/* -1 with an exception for a list that holds anything but numbers. */
-static inline int put_list(Out *o, PyObject *list) {
-    put_array(o, PyList_GET_SIZE(list));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
-        const int64_t value = number(PyList_GET_ITEM(list, i));
-        if (value == -1 && PyErr_Occurred()) return -1;
-        put_int(o, value);
-    }
-    return 0;
+static inline void put_ints(Out *o, const int64_t *values, int64_t count) {
+    put_array(o, count);
+    for (int64_t i = 0; i < count; i++) put_int(o, values[i]);
 }
 
 /* Finish the header; where the payload of `size` bytes goes, NULL where the message is too large for its place. */
@@ -100,49 +93,36 @@ static inline uint8_t *pad(uint8_t *to, int64_t size) {
 
 static inline int64_t ints_in(PyObject *bytes) { return PyBytes_GET_SIZE(bytes) / (Py_ssize_t)sizeof(int64_t); }
 
-/* Whether they may be written, else with an exception. */
-static inline int check_rows(const Rows *r, const char *usage) {
-    if (PyErr_Occurred() || !wants(PyList_Check(r->experts) && PyList_Check(r->counts) && PyBytes_Check(r->tokens) &&
-                                       PyBytes_Check(r->token_of_row) && r->dtype >= 0 &&
-                                       r->dtype < (int64_t)sizeof SIZES && r->width >= 0, usage))
-        return 0;
-    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(r->tokens);
-    for (int64_t u = 0; u < ints_in(r->tokens); u++)
-        if (!wants(tokens[u] >= 0 && tokens[u] < r->x_rows, "a token is outside x")) return 0;
-    return 1;
-}
+static inline int64_t x_bytes(const Rows *r) { return r->used * r->width * SIZES[r->dtype]; }
 
-static inline int64_t x_bytes(const Rows *r) { return ints_in(r->tokens) * r->width * SIZES[r->dtype]; }
+static inline int64_t rows_payload(const Rows *r) { return aligned(x_bytes(r)) + aligned(r->rows * 8); }
 
-static inline int64_t rows_payload(const Rows *r) { return aligned(x_bytes(r)) + aligned(ints_in(r->token_of_row) * 8); }
-
-/* How many bytes of `memory` the message takes; 0 where it does not fit, -1 with an exception. */
+/* How many bytes of `memory` the message takes; 0 where it does not fit. */
 static inline int64_t put_rows_message(Message *m, const Ids *ids, const Rows *r) {
-    const int64_t used = ints_in(r->tokens), rows = ints_in(r->token_of_row), size = rows_payload(r);
+    const int64_t size = rows_payload(r), row = r->width * SIZES[r->dtype];
     begin(m, FORWARD, ids);
     put_map(&m->head, 2);
     put_text(&m->head, "experts");
-    if (put_list(&m->head, r->experts)) return -1;
+    put_ints(&m->head, r->experts, r->expert_count);
     put_text(&m->head, "counts");
-    if (put_list(&m->head, r->counts)) return -1;
+    put_ints(&m->head, r->counts, r->expert_count);
     put_array(&m->head, 2);
     put_array(&m->head, 2);
-    put_int(&m->head, used);
+    put_int(&m->head, r->used);
     put_int(&m->head, r->width);
     put_array(&m->head, 1);
-    put_int(&m->head, rows);
+    put_int(&m->head, r->rows);
     put_array(&m->head, 2);
     put_int(&m->head, r->dtype);
     put_int(&m->head, INT64);
     uint8_t *to = close_head(m, size);
     if (!to) return 0;
-    const int64_t *tokens = (const int64_t *)PyBytes_AS_STRING(r->tokens), row = r->width * SIZES[r->dtype];
     PyThreadState *unlocked = unlock(size);
-    for (int64_t u = 0; u < used; u++) memcpy(to + u * row, r->x + tokens[u] * row, row);
+    for (int64_t u = 0; u < r->used; u++) memcpy(to + u * row, r->x + r->tokens[u] * row, row);
     lock(unlocked);
-    to = pad(to, used * row);
-    memcpy(to, PyBytes_AS_STRING(r->token_of_row), rows * 8);
-    pad(to, rows * 8);
+    to = pad(to, r->used * row);
+    memcpy(to, r->token_of_row, r->rows * 8);
+    pad(to, r->rows * 8);
     return message_bytes(m, size);
 }
 

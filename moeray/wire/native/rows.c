@@ -8,6 +8,21 @@
 #include "lanes.h"
 #include "message.h"
 
+/* The list's numbers, to be freed; NULL where it holds something else. */
+static int64_t *numbers(PyObject *list) {
+    const Py_ssize_t size = PyList_GET_SIZE(list);
+    int64_t *values = PyMem_New(int64_t, size + 1);
+    for (Py_ssize_t i = 0; values && i < size; i++) {
+        PyObject *item = PyList_GET_ITEM(list, i);
+        int unfit = !PyLong_CheckExact(item);
+        values[i] = unfit ? 0 : PyLong_AsLongLongAndOverflow(item, &unfit);
+        if (!unfit) continue;
+        PyMem_Free(values);
+        return NULL;
+    }
+    return values;
+}
+
 /* -- writing ------------------------------------------------------------------------------------------------------- */
 
 /* args: out, a bytearray; ring, None or a writable buffer of the payload's size; where; the longest header. */
@@ -36,24 +51,42 @@ static const char FORWARD_USAGE[] =
     "write_forward(out, ring, where, most, id, layer, epoch, experts, counts, dtype, x, x_rows, width, "
     "tokens, token_of_row)";
 
+/* Whether they may be written, else with an exception. */
+static int check_rows(const Rows *r) {
+    if (!wants(r->dtype >= 0 && r->dtype < (int64_t)sizeof SIZES && r->width >= 0, FORWARD_USAGE)) return 0;
+    for (int64_t u = 0; u < r->used; u++)
+        if (!wants(r->tokens[u] >= 0 && r->tokens[u] < r->x_rows, "a token is outside x")) return 0;
+    return 1;
+}
+
 /* Rows for an expert actor. x: address of [x_rows, width] of the dtype with that code; tokens, token_of_row: int64 as
    bytes. The size of the message in `out`, or None where it does not fit. */
 static PyObject *write_forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
-    if (!wants(count == 15, FORWARD_USAGE)) return NULL;
+    if (!wants(count == 15 && PyList_Check(args[7]) && PyList_Check(args[8]) &&
+                   PyList_GET_SIZE(args[7]) == PyList_GET_SIZE(args[8]) && PyBytes_Check(args[13]) &&
+                   PyBytes_Check(args[14]), FORWARD_USAGE))
+        return NULL;
     const Ids ids = {number(args[4]), number(args[5]), number(args[6])};
-    const Rows rows = {.experts = args[7],
-                       .counts = args[8],
+    int64_t *experts = numbers(args[7]), *counts = numbers(args[8]), size = 0;
+    const Rows rows = {.experts = experts,
+                       .counts = counts,
+                       .tokens = (const int64_t *)PyBytes_AS_STRING(args[13]),
+                       .token_of_row = (const int64_t *)PyBytes_AS_STRING(args[14]),
+                       .expert_count = PyList_GET_SIZE(args[7]),
+                       .used = ints_in(args[13]),
+                       .rows = ints_in(args[14]),
                        .dtype = number(args[9]),
-                       .x = PyLong_AsVoidPtr(args[10]),
                        .x_rows = number(args[11]),
                        .width = number(args[12]),
-                       .tokens = args[13],
-                       .token_of_row = args[14]};
+                       .x = PyLong_AsVoidPtr(args[10])};
     Message m;
-    Py_buffer ring;
-    if (!check_rows(&rows, FORWARD_USAGE) || !open_message(&m, &ring, args)) return NULL;
-    return close_message(&ring, put_rows_message(&m, &ids, &rows));
+    Py_buffer ring = {0};
+    if (wants(experts && counts && !PyErr_Occurred(), FORWARD_USAGE) && check_rows(&rows) && open_message(&m, &ring, args))
+        size = put_rows_message(&m, &ids, &rows);
+    PyMem_Free(experts);
+    PyMem_Free(counts);
+    return close_message(&ring, size);
 }
 
 static const char RESULT_USAGE[] =
@@ -201,21 +234,6 @@ static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t cou
 
 /* -- rows in memory ------------------------------------------------------------------------------------------------ */
 
-/* The list's numbers, to be freed; NULL where it holds something else. */
-static int64_t *numbers(PyObject *list) {
-    const Py_ssize_t size = PyList_GET_SIZE(list);
-    int64_t *values = PyMem_New(int64_t, size + 1);
-    for (Py_ssize_t i = 0; values && i < size; i++) {
-        PyObject *item = PyList_GET_ITEM(list, i);
-        int unfit = !PyLong_CheckExact(item);
-        values[i] = unfit ? 0 : PyLong_AsLongLongAndOverflow(item, &unfit);
-        if (!unfit) continue;
-        PyMem_Free(values);
-        return NULL;
-    }
-    return values;
-}
-
 static int in_order(const int64_t *a, const int64_t *b) { return *a < *b ? -1 : *a > *b; }
 
 /* Those of a plan are in order; a peer's, which may be any and many, are put in order here. */
@@ -312,7 +330,6 @@ static PyMethodDef methods[] = {
     {"read_rows", (PyCFunction)(void (*)(void))read_rows, METH_FASTCALL, READ_USAGE},
     {"forward_memory", (PyCFunction)(void (*)(void))forward_memory, METH_FASTCALL, FORWARD_MEMORY_USAGE},
     {"put_rows", (PyCFunction)(void (*)(void))put_rows, METH_FASTCALL, PUT_USAGE},
-    {"send_forwards", (PyCFunction)(void (*)(void))moeray_send_forwards, METH_FASTCALL, NULL},
     {"place_outputs", (PyCFunction)(void (*)(void))moeray_place_outputs, METH_FASTCALL, NULL},
     {"send_outputs", (PyCFunction)(void (*)(void))moeray_send_outputs, METH_FASTCALL, NULL},
     {"take_forward", (PyCFunction)(void (*)(void))moeray_take_forward, METH_FASTCALL, NULL},

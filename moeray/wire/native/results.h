@@ -1,0 +1,88 @@
+/* RESULTs that are waited for on several lanes, and where their rows go. */
+#pragma once
+#include "lane_in.h"
+
+enum { MAX_LANES = 1024 };
+enum { NONE_IN_TIME = -1, FAILED = -2 };
+
+/* Where outputs go: rows of a tensor [out_rows, width], each of row_bytes. */
+typedef struct {
+    int64_t dtype, width, row_bytes, out_rows;
+    char *out;
+} Target;
+
+/* The answer to the frame `id` on a lane: `rows` of them, to these rows `to` of the target. */
+typedef struct {
+    Lane *lane;
+    int64_t id, rows;
+    const int64_t *to;
+} Wanted;
+
+typedef struct {
+    double compute_s, queue_s;
+    int64_t where;
+} Answer;
+
+/* Whether the header is that of the RESULT of the frame `id` with so many rows as the target takes. */
+static inline int read_result(In in, int64_t id, int64_t rows, const Target *t, Answer *a) {
+    want_array(&in, 9);
+    int same = get_int(&in) == VERSION;
+    same &= get_int(&in) == RESULT;
+    same &= get_int(&in) == id;
+    get_int(&in);
+    get_int(&in);
+    want_map(&in, 2);
+    want_text(&in, "compute_s");
+    a->compute_s = get_double(&in);
+    want_text(&in, "queue_s");
+    a->queue_s = get_double(&in);
+    want_array(&in, 1);
+    want_array(&in, 2);
+    same &= get_int(&in) == rows;
+    same &= get_int(&in) == t->width;
+    want_array(&in, 1);
+    same &= get_int(&in) == t->dtype;
+    a->where = get_int(&in);
+    return same && !in.bad && in.at == in.end;
+}
+
+/* Take the answer from its lane, if it is all there. */
+static inline int take(const Wanted *w, const Target *t, Answer *a) {
+    Lane *lane = w->lane;
+    if (!lane || lane->fd < 0 || lane->reading) return OTHER;
+    Whole whole;
+    const int found = find_whole(lane, &whole);
+    if (found != TAKEN) return found;
+    if (!read_result(whole.header, w->id, w->rows, t, a) || whole.payload != aligned(w->rows * t->row_bytes)) return OTHER;
+    const uint8_t *from;
+    const int there = find_payload(lane, &whole, a->where, &from);
+    if (there != TAKEN) return there;
+    for (int64_t r = 0; r < w->rows; r++)
+        memcpy(t->out + w->to[r] * t->row_bytes, from + r * t->row_bytes, t->row_bytes);
+    if (a->where != INLINE) release(lane->in);
+    pass(lane, &whole, a->where);
+    return TAKEN;
+}
+
+/* Which of the wanted, MAX_LANES at most, has something to be read first: its answer, which is taken then, or OTHER.
+   NONE_IN_TIME; FAILED with an exception. Other threads run meanwhile. */
+static inline int64_t take_first(const Wanted *wanted, int64_t count, const Target *t, double seconds, Answer *a, int *found) {
+    struct pollfd polled[MAX_LANES];
+    for (int waited = 0;; waited = 1) {
+        for (int64_t i = 0; i < count; i++) {
+            *found = take(wanted + i, t, a);
+            if (*found == MORE && waited && polled[i].revents)
+                *found = receive_now(wanted[i].lane) ? take(wanted + i, t, a) : OTHER;
+            if (*found != MORE) return i;
+            polled[i] = (struct pollfd){(int)wanted[i].lane->fd, POLLIN, 0};
+        }
+        int ready;
+        Py_BEGIN_ALLOW_THREADS
+        ready = poll(polled, (nfds_t)count, seconds > 3600 ? 3600000 : (int)(seconds * 1000) + 1);
+        Py_END_ALLOW_THREADS
+        if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) ready = 0;
+        if (ready < 0 && !PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
+        if (ready < 0) return FAILED;
+        if (!ready) return NONE_IN_TIME;
+    }
+}
