@@ -174,6 +174,7 @@ class RowServer:
                 self._idle.notify_all()
 
     def _answer(self, forward: _Forward, channel: Channel) -> None:
+        channel.release()  # before the router, which takes this core when it hears the answer, sends more
         frame, placed, given, waited = forward.frame, forward.placed, forward.given, forward.began - forward.arrived
         if placed is None or given is None:
             assert forward.out_RD is not None

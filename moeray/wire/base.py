@@ -67,6 +67,10 @@ class Channel(Protocol):
         WireError for bytes that are no frame, after which the channel is closed.
         """
 
+    def release(self) -> None:
+        """The last frame's tensors are read no more: their memory may be used for the next before that is received. For
+        the thread that receives."""
+
     def on_lane(self, use: Callable[[int], T]) -> T | None:
         """Call it with `lane`, while nobody else receives on this end, nor closes it; None where there is none.
 

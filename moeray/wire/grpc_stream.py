@@ -91,6 +91,9 @@ class GrpcChannel:
         """See `Channel.send_rows`."""
         self.send(rows.frame())
 
+    def release(self) -> None:
+        """See `Channel.release`."""
+
     def on_lane(self, use: Callable[[int], T]) -> None:
         """See `Channel.on_lane`."""
 

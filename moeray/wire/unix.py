@@ -43,9 +43,9 @@ from moeray.wire.rows import Forward, Place, Result, native, read_header
 
 _M = TypeVar("_M")
 
-RING_THRESHOLD = 32 << 10
+RING_THRESHOLD = 4 << 10
 
-_MESSAGE_BYTES = RING_THRESHOLD + (16 << 10)
+_MESSAGE_BYTES = 48 << 10
 _BUFFER_BYTES = 256 << 10
 _KEPT_BYTES = 16 << 20
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -292,6 +292,12 @@ class UnixChannel:
         (_, frame_id, layer, epoch, meta, spans, _, _, _), in_ring, at, given = found
         memory = self._reader.memory.data if in_ring and self._reader is not None else self._view
         return Frame(Op.FORWARD, frame_id, layer, epoch, meta, Tensors(memory, at, spans, given))
+
+    def release(self) -> None:
+        """See `Channel.release`."""
+        with self._recv_lock:
+            if self._reader is not None:
+                self._reader.release()
 
     def on_lane(self, use: Callable[[int], T]) -> T | None:
         """See `Channel.on_lane`."""

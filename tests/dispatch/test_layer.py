@@ -27,8 +27,8 @@ IDS = torch.tensor([[0, 1], [2, 0], [3, 1], [2, 3]])
 class Actors:
     """Both actors' ends of a router's channels; expert e multiplies by e + 1."""
 
-    def __init__(self, names="ab", **kwargs) -> None:
-        self.pairs = {name: admitted_pair(LIMITS, 1 << 20, **kwargs) for name in names}
+    def __init__(self, names="ab", ring_bytes=1 << 20, soon_full=False) -> None:
+        self.pairs = {name: admitted_pair(LIMITS, ring_bytes, soon_full=soon_full) for name in names}
         self.threads: list[threading.Thread] = []
         self.frames: dict[str, Frame] = {}
 
@@ -170,7 +170,7 @@ def test_a_closing_channel_wakes_the_wait(actors):
 
 
 def test_a_message_that_the_socket_takes_in_part_is_finished_before_the_next():
-    actors = Actors("a", soon_full=True)
+    actors = Actors("a", ring_bytes=0, soon_full=True)
     x_TD, ids_TK, sent, found = x_of(2000, tokens=1), torch.tensor([[0]]), [], None
     while not (found and found.left[0].in_part):
         found, _ = run(actors.lanes(), x_TD, ids_TK=ids_TK, within_s=0.0)

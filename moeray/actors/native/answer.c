@@ -171,6 +171,8 @@ static PyObject *compute(Answering *s, Lane *lane, const Asked *a, const Hosted 
     s->forward(h->layer, at->experts, a->counts, a->count, &call);
     Py_END_ALLOW_THREADS
     const double took = seconds() - began, waited = began - arrived;
+    /* Now, since whoever is sent the answer may take this core at once: a ring that seems full then is of no use. */
+    release(lane->in);
     const Outputs outputs = {took, waited, a->dtype, a->rows, a->width, m->ring ? NULL : at->y};
     int64_t bytes = 0;
     if (may_send(lane)) {
@@ -260,7 +262,6 @@ static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count)
             if (result != Py_None) return result;
             Py_DECREF(result);
             if (lane->unsent_from != lane->unsent_to) return PyTuple_New(0);
-            release(lane->in);
             served++;
             continue;
         }
