@@ -127,8 +127,11 @@ static char *lay_out(Memory *m, char *at, int64_t kernels, const Asked *a) {
     return (char *)(m->experts + a->count);
 }
 
+/* Names of methods, made once. */
+static PyObject *acquire_name, *release_name, *append_name;
+
 static int try_lock(PyObject *lock) {
-    PyObject *taken = PyObject_CallMethod(lock, "acquire", "(O)", Py_False);
+    PyObject *taken = PyObject_CallMethodOneArg(lock, acquire_name, Py_False);
     const int did = taken == Py_True;
     Py_XDECREF(taken);
     return did;
@@ -138,7 +141,7 @@ static int try_lock(PyObject *lock) {
 static void let_go(PyObject *lock) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    Py_XDECREF(PyObject_CallMethod(lock, "release", NULL));
+    Py_XDECREF(PyObject_CallMethodNoArgs(lock, release_name));
     if (type) PyErr_Restore(type, value, trace);
 }
 
@@ -146,7 +149,7 @@ static void let_go(PyObject *lock) {
 static int note(PyObject *served, const Asked *a, double waited, double took) {
     PyObject *what = Py_BuildValue("Ly#y#ddd", a->ids.layer, (const char *)a->experts, a->count * sizeof(int64_t),
                                    (const char *)a->counts, a->count * sizeof(int64_t), waited, took, seconds());
-    PyObject *done = what ? PyObject_CallMethod(served, "append", "(O)", what) : NULL;
+    PyObject *done = what ? PyObject_CallMethodOneArg(served, append_name, what) : NULL;
     Py_XDECREF(what);
     Py_XDECREF(done);
     return done != NULL;
@@ -281,4 +284,9 @@ static PyMethodDef methods[] = {{"answer", (PyCFunction)(void (*)(void))answer, 
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "moeray.actors._native", .m_methods = methods};
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native(void) {
+    acquire_name = PyUnicode_InternFromString("acquire");
+    release_name = PyUnicode_InternFromString("release");
+    append_name = PyUnicode_InternFromString("append");
+    return acquire_name && release_name && append_name ? PyModule_Create(&module) : NULL;
+}
