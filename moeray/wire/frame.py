@@ -110,20 +110,14 @@ Span = tuple[int, list[int], int, int]
 
 
 class Tensors(Sequence[torch.Tensor]):
-    """Those of a received frame, made when they are asked for: views of `memory` from byte `start` on.
+    """Those of a received frame, made when they are asked for: views of `memory` from byte `start` on."""
 
-    `given`: what the compiled part has found of a FORWARD already, see `rows.check_forward`.
-    """
+    __slots__ = ("memory", "spans", "start")
 
-    __slots__ = ("given", "memory", "spans", "start")
-
-    def __init__(
-        self, memory: memoryview, start: int, spans: list[Span], given: tuple[int, bytes] | None = None
-    ) -> None:
+    def __init__(self, memory: memoryview, start: int, spans: list[Span]) -> None:
         self.memory = memory
         self.start = start
         self.spans = spans
-        self.given = given
 
     def __len__(self) -> int:
         return len(self.spans)

@@ -161,8 +161,6 @@ def check_forward(frame: Frame) -> Given | None:
     Raises WireError unless its experts and counts go with each other and with the row index, and that with the tokens.
     """
     experts, counts, tensors = frame.meta.get("experts"), frame.meta.get("counts"), frame.tensors
-    if isinstance(tensors, Tensors) and tensors.given is not None:
-        return _given(tensors, *tensors.given)
     if type(experts) is not list or type(counts) is not list:
         raise WireError("a FORWARD frame names no experts and counts")
     found = None
@@ -180,7 +178,7 @@ def _find(experts: list[Any], counts: list[Any], tensors: Tensors) -> Given | No
     assert native is not None
     if len(tensors) != 2:
         return None
-    (_, x_shape, _, x_at), (index_code, index_shape, _, index_at) = tensors.spans
+    (code, x_shape, _, x_at), (index_code, index_shape, _, index_at) = tensors.spans
     if len(x_shape) != 2 or len(index_shape) != 1 or index_code != _INT64:
         return None
     (tokens, _), (rows,) = x_shape, index_shape
@@ -188,12 +186,7 @@ def _find(experts: list[Any], counts: list[Any], tensors: Tensors) -> Given | No
     if found is None:
         return None
     address, token_of_row = found
-    return _given(tensors, address + tensors.start + x_at, token_of_row)
-
-
-def _given(tensors: Tensors, x: int, token_of_row: bytes) -> Given:
-    code, (tokens, width), _, _ = tensors.spans[0]
-    return Given(x, tokens, width, DTYPES[code], token_of_row, len(token_of_row) // 8)
+    return Given(address + tensors.start + x_at, tokens, x_shape[1], DTYPES[code], token_of_row, rows)
 
 
 def _fits(experts: list[Any], counts: list[Any], tensors: Sequence[Tensor]) -> bool:

@@ -25,8 +25,6 @@ from moeray.wire.frame import (
     Frame,
     Header,
     Limits,
-    Op,
-    Tensors,
     VersionMismatchError,
     aligned,
     build_frame,
@@ -271,7 +269,7 @@ class UnixChannel:
             if self._reader is not None:
                 self._reader.release()
             try:
-                return (self._take_forward() if deadline is None else None) or self._read_frame(deadline)
+                return self._read_frame(deadline)
             except ChannelTimeoutError:
                 raise
             except WireError as error:
@@ -279,19 +277,6 @@ class UnixChannel:
                 if not (isinstance(error, VersionMismatchError) and self._limits is UNAUTHENTICATED):
                     self._shut_down()
                 raise
-
-    def _take_forward(self) -> Frame | None:
-        """Wait for the next frame, and read it in one call if it is a FORWARD like nearly all."""
-        lane = self.lane
-        if native is None or not lane:
-            return None
-        self._wait_at_most(None)
-        found = native.take_forward(lane)
-        if found is None:
-            return None
-        (_, frame_id, layer, epoch, meta, spans, _, _, _), in_ring, at, given = found
-        memory = self._reader.memory.data if in_ring and self._reader is not None else self._view
-        return Frame(Op.FORWARD, frame_id, layer, epoch, meta, Tensors(memory, at, spans, given))
 
     def release(self) -> None:
         """See `Channel.release`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from contextlib import contextmanager
 from itertools import pairwise
@@ -156,6 +157,20 @@ def test_a_thousand_in_a_row(served):
             assert torch.equal(served.router.recv(SOON).tensors[0], exact)
     assert served.server.tally.totals()[:2] == (3000, 1000)
     assert left == []
+
+
+@pytest.mark.parametrize("tokens", [300, 12_000], ids=["answered in C", "answered by Python"])
+def test_a_frames_memory_is_given_back_before_its_answer_is_there(serve, tokens):
+    """Whoever has the answer may send at once, and finds the whole ring free."""
+    served = serve(ring_bytes=2 << 20)
+    frame = forward([tokens], tokens)
+    with served.answering() as left:
+        for _ in range(30):
+            served.router.send(frame)
+            assert served.router.recv(SOON).op is Op.RESULT
+            ring = served.router._lane.out.contents
+            assert ctypes.c_uint64.from_address(ring.progress).value == ring.head > 0
+    assert bool(left) == (tokens > 300)
 
 
 def changed(frame: Frame, **meta) -> Frame:

@@ -179,7 +179,7 @@ static PyObject *get_meta(In *in, int op) {
 }
 
 /* The header behind a prefix that announces `payload` bytes, or None. */
-PyObject *moeray_read_header(In *in, int64_t header, int64_t payload) {
+static PyObject *read_header(In *in, int64_t header, int64_t payload) {
     want_array(in, 9);
     in->bad |= get_int(in) != VERSION;
     const int64_t asked = get_int(in);
@@ -225,7 +225,7 @@ static PyObject *read_rows(PyObject *self, PyObject *const *args, Py_ssize_t cou
             found = Py_NewRef(Py_None);
         } else {
             In in = {from + PREFIX, from + PREFIX + header, 0};
-            found = moeray_read_header(&in, header, payload);
+            found = read_header(&in, header, payload);
         }
     }
     PyBuffer_Release(&memory);
@@ -266,7 +266,8 @@ static int lists_fit(PyObject *experts, PyObject *counts, int64_t rows) {
     return fit;
 }
 
-PyObject *moeray_checked_index(PyObject *experts, PyObject *counts, const int64_t *from, int64_t rows, int64_t tokens) {
+/* A copy of the row index, if experts and counts go with it, and it with so many tokens; else None. */
+static PyObject *checked_index(PyObject *experts, PyObject *counts, const int64_t *from, int64_t rows, int64_t tokens) {
     PyObject *index = PyBytes_FromStringAndSize((const char *)from, rows * 8);
     int fit = index && lists_fit(experts, counts, rows);
     for (int64_t r = 0; fit && r < rows; r++) {
@@ -292,7 +293,7 @@ static PyObject *forward_memory(PyObject *self, PyObject *const *args, Py_ssize_
     PyObject *found = NULL;
     /* An empty index lies nowhere, and its place may be behind the memory's end. */
     if (wants(at >= 0 && rows >= 0 && (!rows || rows <= (memory.len - at) / 8), FORWARD_MEMORY_USAGE)) {
-        PyObject *index = moeray_checked_index(args[0], args[1], rows ? (const int64_t *)((const char *)memory.buf + at) : NULL, rows, tokens);
+        PyObject *index = checked_index(args[0], args[1], rows ? (const int64_t *)((const char *)memory.buf + at) : NULL, rows, tokens);
         if (index == Py_None) found = index;
         else if (index) found = Py_BuildValue("NN", PyLong_FromVoidPtr(memory.buf), index);
     }
@@ -332,7 +333,6 @@ static PyMethodDef methods[] = {
     {"put_rows", (PyCFunction)(void (*)(void))put_rows, METH_FASTCALL, PUT_USAGE},
     {"place_outputs", (PyCFunction)(void (*)(void))moeray_place_outputs, METH_FASTCALL, NULL},
     {"send_outputs", (PyCFunction)(void (*)(void))moeray_send_outputs, METH_FASTCALL, NULL},
-    {"take_forward", (PyCFunction)(void (*)(void))moeray_take_forward, METH_FASTCALL, NULL},
     {"take_result", (PyCFunction)(void (*)(void))moeray_take_result, METH_FASTCALL, NULL},
     {NULL},
 };
