@@ -32,6 +32,8 @@ from moeray.types import ExpertId, GenerationRequest, SamplingParams
 
 Report = Callable[[str, int, int], None]
 
+DISTURBED = 1.5
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -195,11 +197,19 @@ def _row(
         }
         if budgets[name]:
             figures["budget"] = median_budget(budgets[name])
+            figures["disturbed"] = disturbed(figures["decode_tok_s"], batch, figures["budget"]["step_ms"])
         if name != first:
             figures["prefill_ratio"] = _ratio(rates[first], pairs, 0)
             figures["decode_ratio"] = _ratio(rates[first], pairs, 1)
         row[name] = figures
     return row
+
+
+def disturbed(decode_tok_s: float, batch: int, step_ms: float) -> bool:
+    """Whether the machine changed its speed while it was measured: decoding, the difference of two runs, does not go
+    with the median of its steps. (Steps of fewer sequences, while others' prompts are computed, make some of that.)"""
+    by_steps = 1000 * batch / step_ms
+    return not by_steps / DISTURBED < decode_tok_s < by_steps * DISTURBED
 
 
 def _ratio(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]], which: int) -> float:

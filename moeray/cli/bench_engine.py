@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -96,11 +97,25 @@ def show(result: dict[str, Any]) -> None:
                 times = [_ms(spent[f"{part}_ms"]) for part in parts]
                 budget.add_row(str(row["batch"]), name, *times, f"{spent['tax']:.0%}")
     console.print(speed)
+    for line in _doubts(result):
+        console.print(line)
     console.print()
     console.print(budget)
     console.print()
     where = result["environment"]
     console.print(f"on {where['cpu']}, {where['cores']} cores, load average {result['load_average']:.1f}")
+
+
+def _doubts(result: dict[str, Any]) -> Iterator[str]:
+    """What to say of rates that the machine has spoilt."""
+    for row in result["rows"]:
+        for name, figures in row.items():
+            if name != "batch" and figures.get("disturbed"):
+                by_steps = 1000 * row["batch"] / figures["budget"]["step_ms"]
+                yield (
+                    f"batch {row['batch']}: {name} decodes {by_steps:.1f} tokens/s by its steps, so the machine was "
+                    "disturbed and these rates and ratios are not to be trusted; repeat with more --rounds"
+                )
 
 
 def _ms(value: float) -> str:

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from moeray.bench.budget import PARTS, StepBudget, median_budget
-from moeray.bench.engine import Workload
+from moeray.bench.engine import Workload, disturbed
 from moeray.bench.peers import peer
+from moeray.cli.bench_engine import show
 from moeray.errors import MoerayError
 from tests.checkpoints import make_tiny
 
@@ -46,6 +47,19 @@ def test_a_run_against_the_same_engine_in_process_and_a_peer(model):
         assert near["decode_ratio"] > 0
         assert far["budget"]["dispatch_ms"] > 0
         assert "budget" not in other
+
+
+@pytest.mark.parametrize(
+    ("decode_tok_s", "step_ms", "expected"),
+    [(171.0, 187.0, False), (219.0, 181.0, False), (316.0, 187.0, True), (80.0, 187.0, True)],
+)
+def test_rates_that_do_not_go_with_the_steps_are_doubted(decode_tok_s, step_ms, expected, capsys):
+    assert disturbed(decode_tok_s, 32, step_ms) is expected
+    budget = {f"{part}_ms": 1.0 for part in PARTS} | {"step_ms": step_ms, "tax": 0.1}
+    figures = {"prefill_tok_s": 1.0, "decode_tok_s": decode_tok_s, "budget": budget, "disturbed": expected}
+    machine = {"cpu": "a CPU", "cores": 2}
+    show({"model": "m", "rows": [{"batch": 32, "moeray": figures}], "environment": machine, "load_average": 0.0})
+    assert ("not to be trusted" in capsys.readouterr().out) is expected
 
 
 def test_budgets_as_a_picture(tmp_path):
