@@ -81,6 +81,7 @@ class Planner:
         ids_TK: int64; all are contiguous, on the CPU, and x's dtype is one of the wire's.
         """
         assert native is not None
+        _check_ids(ids_TK)
         found = native.layer(
             self._table(now, layer), self._carry, ids_TK.data_ptr(), *ids_TK.shape, lanes, first_id, layer, now.epoch,
             CODES[x_TD.dtype], x_TD.data_ptr(), x_TD.shape[1], out_TKD.data_ptr(), within_s,
@@ -94,8 +95,7 @@ class Planner:
 
     def plan(self, now: Usable, layer: int, ids_TK: Tensor) -> Plan:
         """All rows of a layer; ids_TK: int64, contiguous, on the CPU. Raises PlacementError as `plan_rows`."""
-        assert ids_TK.dtype is torch.int64, "the part in C reads them where they lie"
-        assert ids_TK.is_contiguous()
+        _check_ids(ids_TK)
         self.renew(now)
         shares = None
         if native is not None:
@@ -122,6 +122,11 @@ class Planner:
         for i, actor in enumerate(self.actors):
             carry[i] = self._balancer.carry.get(actor, 0.0)
         return plan
+
+
+def _check_ids(ids_TK: Tensor) -> None:
+    assert ids_TK.dtype is torch.int64, "the part in C reads them where they lie"
+    assert ids_TK.is_contiguous()
 
 
 def pack_table(actors: Sequence[str], rates: Mapping[str, float], replicas: Mapping[int, Sequence[str]]) -> bytes:

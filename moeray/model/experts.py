@@ -81,7 +81,7 @@ class ExpertTable(NamedTuple):
     form: int
     width: int
     addresses: bytes
-    kept: Mapping[int, _Expert]
+    kept: tuple[NativeLayer, Mapping[int, _Expert]]
 
 
 class ExpertWeights(Protocol):
@@ -232,7 +232,9 @@ def _table(kernel: NativeLayer, experts: Mapping[int, _Expert]) -> ExpertTable:
     addresses = [0] * (max(experts) + 1)
     for number, expert in experts.items():
         addresses[number] = expert.address
-    return ExpertTable(addressof(kernel.form), kernel.form.up.inputs, array("q", addresses).tobytes(), experts)
+    return ExpertTable(
+        addressof(kernel.form), kernel.form.up.inputs, array("q", addresses).tobytes(), (kernel, experts)
+    )
 
 
 def _by_layer(experts: Iterable[ExpertId]) -> dict[int, set[int]]:
