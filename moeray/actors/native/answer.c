@@ -4,8 +4,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <time.h>
-
 #include "../../model/kernels/native/call.h"
 #include "../../wire/native/lane_in.h"
 #include "../../wire/native/lane_out.h"
@@ -38,14 +36,7 @@ typedef struct {
     char *kernels, *y;
     int64_t *token_of_row;
     const Expert **experts;
-    char *end;
 } Memory;
-
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 /* -- what is asked for --------------------------------------------------------------------------------------------- */
 

@@ -3,20 +3,12 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <time.h>
-
 #include "../../wire/native/lane_out.h"
 #include "../../wire/native/results.h"
 #include "deal.h"
 
 /* Where a share stands. IN_PART: the rest of it is still to be sent. */
 enum { NOT_SENT, SENT, IN_PART, ANSWERED };
-
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 /* -- for Python ---------------------------------------------------------------------------------------------------- */
 
