@@ -56,7 +56,7 @@ class Cpu:
 
     def __init__(self) -> None:
         self.what = f"{best_instructions().name.lower()} kernels"
-        self.multiplies = "bf16" if best_instructions() == Instructions.AVX512_BF16 else "fp32"
+        self.multiplies = "bf16" if best_instructions() >= Instructions.AVX512_BF16 else "fp32"
         self.cache_bytes = last_cache_bytes()
         self._memory: Tensor = torch.ones(self._TURNS, self._BYTES, dtype=torch.uint8)
 

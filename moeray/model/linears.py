@@ -36,8 +36,8 @@ def choose_linear(asked: LinearKernel, dtype: torch.dtype, device: torch.device)
     """What computes the linear layers. Raises ConfigError where that cannot be.
 
     `auto` goes by what the CPU can, not by a measurement, so that every router of one kind of machine gives the same
-    bits: in bf16 the kernels, which decode faster and read the checkpoint's own memory; but oneDNN where the CPU has
-    matrix tiles (AMX), which the kernels do not use. fp32 stays with torch, whose results transformers' are.
+    bits: in bf16 the kernels, which decode faster and read the checkpoint's own memory. fp32 stays with torch, whose
+    results transformers' are.
     """
     low = dtype is torch.bfloat16 and device.type == "cpu"
     if asked == "auto":
@@ -50,10 +50,9 @@ def choose_linear(asked: LinearKernel, dtype: torch.dtype, device: torch.device)
 
 
 def _best() -> LinearKernel:
-    onednn = torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported()
-    if kernels.available() and not (onednn and torch.cpu._is_amx_tile_supported()):
+    if kernels.available():
         return "native"
-    return "onednn" if onednn else "torch"
+    return "onednn" if torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported() else "torch"
 
 
 def use_linear(model: nn.Module, kernel: LinearKernel) -> None:

@@ -28,12 +28,13 @@ _MODULE = "moeray.model.kernels._native"
 
 class Instructions(IntEnum):
     """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but that the last
-    one multiplies bf16 inputs in pairs, with all weights but fp32 and fp16."""
+    two multiply bf16 inputs with all weights but fp32 and fp16 in their own ways: in pairs, and by matrix tiles."""
 
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX_BF16 = 4
 
 
 CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}

@@ -41,7 +41,7 @@ typedef struct {
 
 /* Whether pairs of BF16 are multiplied. */
 static int takes_pairs(const Attention *a) {
-    return a->instructions == AVX512_BF16 && a->format == BF16 && a->k_size % 32 == 0 && a->v_size % 32 == 0;
+    return a->instructions >= AVX512_BF16 && a->format == BF16 && a->k_size % 32 == 0 && a->v_size % 32 == 0;
 }
 
 static int64_t queries_of(const Attention *a) { return a->heads / a->groups; } /* that share a key/value head */
@@ -109,7 +109,7 @@ static inline void fetch(const Work *w, const char *const *rows, int64_t bytes, 
 
 static const Kernels *kernels_of(int64_t instructions) {
 #if defined(__x86_64__)
-    if (instructions == AVX512_BF16) return &kernels_avx512_bf16;
+    if (instructions >= AVX512_BF16) return &kernels_avx512_bf16;
     if (instructions == AVX512) return &kernels_avx512;
     if (instructions == AVX2) return &kernels_avx2;
 #endif

@@ -228,32 +228,38 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
 
 /* -- activation ---------------------------------------------------------------------------------------------------- */
 
-/* Rows of gates (and beside each, 8 lanes on, its up) -> activated. */
+/* Gates (and their ups) -> activated. */
+INLINE f32x16 FN(activated)(const Activation *a, int gated, f32x16 g, f32x16 up) {
+    g = FN(least)(g, SPLAT(a->limit));
+    f32x16 z = g * (FN(least)(g * g, SPLAT(1e30f)) * a->cubic + 1) * a->alpha;
+    f32x16 y = g / (FN(exponential)(-z) + 1);
+    return gated ? y * (-FN(least)(-FN(least)(up, SPLAT(a->limit)), SPLAT(a->limit)) + a->shift) : y;
+}
+
+/* Rows of gates, and beside each, 8 lanes on, its up. */
 static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t count) {
     const i32x16 upper = {8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t r = 0; r < count; r++) {
-        f32x16 g = FN(least)(rows[r], SPLAT(a->limit));
-        f32x16 up = __builtin_shuffle(rows[r], upper);
-        f32x16 z = g * (FN(least)(g * g, SPLAT(1e30f)) * a->cubic + 1) * a->alpha;
-        f32x16 y = g / (FN(exponential)(-z) + 1);
-        if (gated) y *= -FN(least)(-FN(least)(up, SPLAT(a->limit)), SPLAT(a->limit)) + a->shift;
-        rows[r] = y;
-    }
+    for (int64_t r = 0; r < count; r++) rows[r] = FN(activated)(a, gated, rows[r], __builtin_shuffle(rows[r], upper));
 }
 
 /* -- inputs and outputs -------------------------------------------------------------------------------------------- */
 
 #if HAS_PAIRS
-/* A row of BF16 in the order of blocks, filled up with zeros. */
-INLINE void FN(pack_pairs)(const Matrix *m, const uint16_t *x, uint16_t *packed) {
+/* Inputs k to k + 64 of a row of BF16 in the order of blocks, filled up with zeros. */
+INLINE void FN(pack_block)(const Matrix *m, const uint16_t *x, int64_t k, __m512i *packed) {
     const __m512i *order = (const __m512i *)input_at[m->format];
-    const int64_t end = padded(m->format, m->in);
-    for (int64_t k = 0; k < m->in; k += 64, packed += 64) {
-        __m512i filler[2] = {{0}};
-        const void *from = k + 64 <= m->in ? x + k : memcpy(filler, x + k, 2 * (m->in - k));
-        const __m512i low = LOAD(__m512i, from), high = LOAD(__m512i, (const char *)from + 64);
-        for (int i = 0; i < 2 && k + 32 * i < end; i++)
-            ((__m512i *)packed)[i] = _mm512_permutex2var_epi16(low, order[i], high);
+    __m512i filler[2] = {{0}};
+    const void *from = k + 64 <= m->in ? x + k : memcpy(filler, x + k, 2 * (m->in - k));
+    const __m512i low = LOAD(__m512i, from), high = LOAD(__m512i, (const char *)from + 64);
+    for (int i = 0; i < 2; i++) packed[i] = _mm512_permutex2var_epi16(low, order[i], high);
+}
+
+INLINE void FN(pack_pairs)(const Matrix *m, const uint16_t *x, char *packed) {
+    const int64_t end = 2 * padded(m->format, m->in);
+    for (int64_t at = 0; at < end; at += 128) {
+        __m512i block[2];
+        FN(pack_block)(m, x, at / 2, block);
+        memcpy(packed + at, block, end - at < 128 ? 64 : 128);
     }
 }
 #endif
@@ -261,7 +267,7 @@ INLINE void FN(pack_pairs)(const Matrix *m, const uint16_t *x, uint16_t *packed)
 /* A row of inputs (F32 or BF16) -> floats in the order of blocks, filled up with zeros; or as they are, in pairs. */
 static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packed) {
 #if HAS_PAIRS
-    if (in_pairs(m->format)) return FN(pack_pairs)(m, x, (uint16_t *)packed);
+    if (in_pairs(m->format)) return FN(pack_pairs)(m, x, packed);
 #endif
     const int64_t size = format == F32 ? 4 : 2, vectors = vectors_of(m->format), block = 16 * vectors;
     for (int64_t k = 0; k < m->in; k += block, packed += 4 * block) {

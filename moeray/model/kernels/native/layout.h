@@ -10,7 +10,7 @@
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
-enum { PORTABLE, AVX2, AVX512, AVX512_BF16 };
+enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX_BF16 };
 
 /* Formats inside a call alone, for CPUs that multiply pairs of BF16: stored as the name says (PAIRS: as BF16), exact as
    BF16 (FP8 but for its scales), and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 decoded
@@ -109,6 +109,8 @@ typedef struct {
 
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
+    MOST_LANES = 32, /* where matrix tiles multiply: 32, or 16 beside 16 */
+    GROUP = 16,      /* rows that a matrix tile holds */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
     READ = 32768,    /* bytes that four streams read at a time */

@@ -8,15 +8,20 @@ INLINE f32x16 FN(load)(int64_t format, const void *x, int64_t k) {
     return (f32x16)(__builtin_convertvector(LOAD(u16x16, (const uint16_t *)x + k), u32x16) << 16);
 }
 
-/* The first `count` lanes to outputs (F32 or BF16, rounded to nearest even) from `at` on. */
+/* To BF16, rounded to nearest even, in the lower halves. */
+INLINE u32x16 FN(rounded)(f32x16 v) {
+    u32x16 bits = (u32x16)v, nan = (u32x16)(v != v);
+    bits += (0x7fff + (bits >> 16 & 1)) & ~nan;
+    return bits >> 16 | (nan & 0x40);
+}
+
+/* The first `count` lanes to outputs (F32 or BF16) from `at` on. */
 INLINE void FN(store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count) {
     if (format == F32) {
         memcpy((float *)y + at, v, 4 * count);
         return;
     }
-    u32x16 bits = (u32x16)*v, nan = (u32x16)(*v != *v);
-    bits += (0x7fff + (bits >> 16 & 1)) & ~nan;
-    u16x16 rounded = __builtin_convertvector(bits >> 16 | (nan & 0x40), u16x16);
+    u16x16 rounded = __builtin_convertvector(FN(rounded)(*v), u16x16);
     memcpy((uint16_t *)y + at, &rounded, 2 * count);
 }
 

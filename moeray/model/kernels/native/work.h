@@ -1,0 +1,132 @@
+/* What a forward works on: chunks of rows, tiles of outputs, and where each of them lies in scratch. */
+#pragma once
+#include "layout.h"
+
+#include <stddef.h>
+
+/* Up to CHUNK rows of one expert, from row `first` of the call on; from row `at` on in scratch. */
+typedef struct {
+    const Expert *expert;
+    int64_t first, count, at;
+} Chunk;
+
+/* One of a layer's two matrices, and its work: `tiles` tiles of `lanes` outputs for each chunk. */
+typedef struct {
+    const Matrix *m;
+    const Chunk *chunks;
+    int64_t is_up, gated, width, lanes, tiles, count;
+} Stage;
+
+/* Some outputs of a chunk's rows, from output `from` on; where it is gated, gates and then as many of up. */
+typedef struct {
+    const Chunk *chunk;
+    int64_t from;
+    float bias[MOST_LANES];
+    Row w[MOST_LANES];
+} Tile;
+
+/* Scratch: inputs and intermediate values in the order of blocks, chunks, and what each thread decodes. */
+typedef struct {
+    char *xs, *hs, *decoded;
+    Chunk *chunks;
+} Scratch;
+
+/* layer: in the formats that the call computes with. matrix: whether by matrix tiles (amx.h). */
+typedef struct {
+    Layer layer;
+    Scratch scratch;
+    const Call *call;
+    int64_t matrix;
+} Work;
+
+/* Rows that are multiplied at once by matrix tiles: of a chunk, groups of equal size, the last one filled up. */
+INLINE int64_t groups_of(int64_t count) { return (count + GROUP - 1) / GROUP; }
+INLINE int64_t group_rows(int64_t count) { return (count + groups_of(count) - 1) / groups_of(count); }
+
+static int64_t computed_as(const Matrix *m, const Call *call) {
+    const int64_t paired = forms[m->format].paired;
+    const int fits = !scales_sums(paired) || forms[paired].block <= (int64_t)1 << m->in_shift;
+    return call->x_format == BF16 && call->instructions >= AVX512_BF16 && fits ? paired : m->format;
+}
+
+static Work work_of(const Layer *layer, const Call *call) {
+    Work w = {.layer = *layer, .call = call};
+    w.layer.up.format = computed_as(&layer->up, call);
+    w.layer.down.format = computed_as(&layer->down, call);
+    w.matrix = call->instructions >= AMX_BF16 && in_pairs(w.layer.down.format) &&
+               (!layer->up.out || in_pairs(w.layer.up.format));
+    return w;
+}
+
+static int64_t lanes_of(const Work *w) { return w->matrix ? MOST_LANES : TILE; }
+
+/* Bytes from one packed row of inputs to the next. */
+static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) * input_bytes(m->format) + APART; }
+
+/* What a thread needs for decoded weights of either matrix, where an expert may have so many rows. */
+static int64_t decoded_bytes(const Work *w, int64_t rows) {
+    const Matrix *up = &w->layer.up, *down = &w->layer.down;
+    int64_t for_up = w->matrix || is_decoded(up, rows) ? step_of(up) : 0;
+    int64_t for_down = w->matrix || is_decoded(down, rows) ? step_of(down) : 0;
+    return lanes_of(w) * (for_up > for_down ? for_up : for_down);
+}
+
+/* Lays scratch out from `at` on; the end. */
+static char *lay_out(Work *w, int64_t rows, int64_t experts, char *at) {
+    Scratch *s = &w->scratch;
+    const Layer *layer = &w->layer;
+    const int64_t chunks = rows / CHUNK + experts, held = rows + (w->matrix ? chunks * (groups_of(CHUNK) - 1) : 0);
+    s->xs = at;
+    s->hs = s->xs + (layer->up.out ? held * step_of(&layer->up) : 0);
+    s->decoded = s->hs + held * step_of(&layer->down);
+    s->chunks = (Chunk *)(s->decoded + w->call->threads * decoded_bytes(w, rows));
+    return (char *)(s->chunks + chunks);
+}
+
+static int64_t chunk_up(const Work *w, const Expert *const *experts, const int64_t *counts, int64_t count) {
+    int64_t made = 0, first = 0, at = 0;
+    for (int64_t e = 0; e < count; first += counts[e++])
+        for (int64_t r = 0; r < counts[e]; r += CHUNK) {
+            const int64_t n = counts[e] - r < CHUNK ? counts[e] - r : CHUNK;
+            w->scratch.chunks[made++] = (Chunk){experts[e], first + r, n, at};
+            at += w->matrix ? groups_of(n) * group_rows(n) : n;
+        }
+    return made;
+}
+
+static Stage stage_of(const Work *w, int is_up, int64_t chunks) {
+    const Layer *layer = &w->layer;
+    const int64_t gated = is_up && layer->gated, lanes = gated ? lanes_of(w) / 2 : lanes_of(w);
+    const int64_t width = is_up ? layer->down.in : layer->down.out, tiles = (width + lanes - 1) / lanes;
+    const Matrix *m = is_up ? &layer->up : &layer->down;
+    return (Stage){m, w->scratch.chunks, is_up, gated, width, lanes, tiles, chunks * tiles};
+}
+
+/* Outputs from `from` on into lanes from `lane` on; where there are no more, the last one again. */
+static void take(const Stage *s, const Outputs *o, int64_t from, int64_t lane, Tile *t) {
+    for (int64_t n = 0; n < s->lanes; n++) {
+        int64_t i = from + n < s->width ? from + n : s->width - 1, j = o->first + i * o->step;
+        t->w[lane + n].data = o->data + j * s->m->row_bytes;
+        t->w[lane + n].scale = o->scale + (j >> s->m->out_shift) * s->m->scale_bytes;
+        t->bias[lane + n] = o->bias ? o->bias[j] : 0;
+    }
+}
+
+static void find_tile(const Stage *s, int64_t item, Tile *t) {
+    t->chunk = s->chunks + item / s->tiles;
+    t->from = item % s->tiles * s->lanes;
+    const Expert *expert = t->chunk->expert;
+    if (s->gated) take(s, &expert->gate, t->from, 0, t);
+    take(s, s->is_up ? &expert->up : &expert->down, t->from, s->gated ? s->lanes : 0, t);
+}
+
+/* How many outputs of the tile there are. */
+static int64_t left_of(const Stage *s, const Tile *t) {
+    return s->width - t->from < s->lanes ? s->width - t->from : s->lanes;
+}
+
+/* The bytes of x that are row r of the call. */
+static const char *row_of(const Work *w, int64_t r) {
+    const int64_t in = w->layer.up.out ? w->layer.up.in : w->layer.down.in, from = w->call->rows ? w->call->rows[r] : r;
+    return (const char *)w->call->x + bytes_of(w->call->x_format, from * in);
+}
