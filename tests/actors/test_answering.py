@@ -168,7 +168,7 @@ def test_a_frames_memory_is_given_back_before_its_answer_is_there(serve, tokens)
         for _ in range(30):
             served.router.send(frame)
             assert served.router.recv(SOON).op is Op.RESULT
-            ring = served.router._lane.out.contents
+            ring = served.router._connection.lane.out.contents
             assert ctypes.c_uint64.from_address(ring.progress).value == ring.head > 0
     assert bool(left) == (tokens > 300)
 

@@ -54,7 +54,7 @@ def misfit(actor: FakeActor, channel: Channel, frame: Frame) -> Frame:
 
 
 def garbage(actor: FakeActor, channel: Channel, frame: Frame) -> None:
-    channel._sock.sendall(b"\xff" * 256)  # what no Channel would send
+    channel._connection.sock.sendall(b"\xff" * 256)  # what no Channel would send
 
 
 def hold(actor: FakeActor, channel: Channel, frame: Frame) -> Frame:

@@ -133,7 +133,7 @@ def test_frames_that_find_the_ring_full_go_through_the_socket(ends):
     a.send_timeout_s = 5.0
     for turn in range(4):  # fills the ring: nobody reads yet
         a.send(Frame(Op.FORWARD, turn, tensors=(torch.full((60 << 10,), turn, dtype=torch.uint8),)))
-    assert a._writer.reserve(60 << 10) is None
+    assert a._sender._writer.reserve(60 << 10) is None
     reader = threading.Thread(target=read)
     reader.start()
     for turn in range(4, count):

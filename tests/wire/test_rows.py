@@ -408,7 +408,8 @@ def test_rows_over_a_channel(kind, tokens, compiled, host, monkeypatch):
     """Inline, by way of the ring, and too large for that; with and without the part in C."""
     if not compiled:
         monkeypatch.setattr(rows, "native", None)
-        monkeypatch.setattr("moeray.wire.unix.native", None)
+        monkeypatch.setattr("moeray.wire.unix_sender.native", None)
+        monkeypatch.setattr("moeray.wire.unix_receiver.native", None)
     near, far = host.pair(kind)
     x_TD = random_tensor((tokens, 700), torch.bfloat16)
     index = np.arange(tokens).repeat(2)
