@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, part by part.
+"""Where the time of a step goes, part by part.
 
 The parts of the modules are read off by hooks on each MoE block, so the measured code is the code that serves. Hooks
 and clocks cost some microseconds per layer; `other` holds the scheduler's part of the step.
@@ -47,6 +47,10 @@ class StepBudget:
     @property
     def total(self) -> float:
         return float(sum(getattr(self, part) for part in PARTS))
+
+    def __add__(self, other: StepBudget) -> StepBudget:
+        """Of both steps."""
+        return StepBudget(*(getattr(self, part) + getattr(other, part) for part in PARTS))
 
 
 PARTS = tuple(f.name for f in fields(StepBudget))

@@ -60,7 +60,8 @@ class Contender(Protocol):
 
 
 class OwnEngine:
-    """This project's engine over real channels. `budgets`: of the pure decode steps of the last run."""
+    """This project's engine over real channels. Of the last run: `budgets` of the steps that did nothing but decode,
+    and of all steps together, `whole`."""
 
     def __init__(self, engine: Engine, runner: TimedRunner, budget: _Current) -> None:
         self._engine = engine
@@ -69,6 +70,7 @@ class OwnEngine:
         self._ids = itertools.count()
         self._random = random.Random(0)
         self.budgets: list[StepBudget] = []
+        self.whole = StepBudget()
 
     def run(self, batch: int, prompt: int, output: int) -> float:
         """See `Contender`."""
@@ -81,7 +83,7 @@ class OwnEngine:
             )
             for _ in range(batch)
         ]
-        self.budgets = []
+        self.budgets, self.whole = [], StepBudget()
         began = time.perf_counter()
         for request in requests:
             self._engine.submit(request)
@@ -94,6 +96,7 @@ class OwnEngine:
         began = time.perf_counter()
         self._engine.step()
         budget.other = time.perf_counter() - began - budget.total
+        self.whole += budget
         if self._runner.decodes == batch:
             self.budgets.append(budget)
 
@@ -167,13 +170,15 @@ def measure(contenders: Mapping[str, Contender], work: Workload, report: Report)
             contender.run(batch, work.prompt, 9)  # warm up this shape
         rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         budgets: dict[str, list[StepBudget]] = {name: [] for name in contenders}
+        prompts: dict[str, list[StepBudget]] = {name: [] for name in contenders}
         for n in range(work.rounds):
             report(f"batch {batch}", i * work.rounds + n, total)
             for name, contender in contenders.items():
                 prefill_s = contender.run(batch, work.prompt, 1)
+                prompts[name] += [contender.whole] if isinstance(contender, OwnEngine) else []
                 rounds[name].append((prefill_s, contender.run(batch, work.prompt, work.output + 1)))
                 budgets[name] += contender.budgets if isinstance(contender, OwnEngine) else []
-        rows.append(_row(batch, work, rounds, budgets))
+        rows.append(_row(batch, work, rounds, budgets, prompts))
     report("done", total, total)
     return {"workload": asdict(work), "rows": rows} | surroundings()
 
@@ -183,6 +188,7 @@ def _row(
     work: Workload,
     rounds: Mapping[str, Sequence[tuple[float, float]]],
     budgets: Mapping[str, list[StepBudget]],
+    prompts: Mapping[str, list[StepBudget]],
 ) -> dict[str, Any]:
     rates = {
         name: [(work.prefill_rate(batch, p), work.decode_rate(batch, p, t)) for p, t in times]
@@ -198,6 +204,8 @@ def _row(
         if budgets[name]:
             figures["budget"] = median_budget(budgets[name])
             figures["disturbed"] = disturbed(figures["decode_tok_s"], batch, figures["budget"]["step_ms"])
+        if prompts[name]:
+            figures["prefill_budget"] = median_budget(prompts[name])
         if name != first:
             figures["prefill_ratio"] = _ratio(rates[first], pairs, 0)
             figures["decode_ratio"] = _ratio(rates[first], pairs, 1)

@@ -85,7 +85,10 @@ def show(result: dict[str, Any]) -> None:
     title = f"tokens/s of {result['model']}; ratios are moeray's to it"
     speed = narrow(title, "batch", "engine", "prefill", "decode", "prefill ratio", "decode ratio")
     parts = ("step", "trunk", "gate", "dispatch", "experts", "combine", "sampling", "other")
-    budget = narrow("a decode step, ms; tax: the part that dispatching takes", "batch", "engine", *parts, "tax")
+    spent = {
+        key: narrow(f"{what}, ms; tax: the part that dispatching takes", "batch", "engine", *parts, "tax")
+        for key, what in {"prefill_budget": "all prompts", "budget": "a decode step"}.items()
+    }
     for row in result["rows"]:
         for name, figures in row.items():
             if name == "batch":
@@ -93,14 +96,15 @@ def show(result: dict[str, Any]) -> None:
             ratios = [f"{figures[key]:.2f} x" if key in figures else "" for key in ("prefill_ratio", "decode_ratio")]
             rates = [f"{figures['prefill_tok_s']:.0f}", f"{figures['decode_tok_s']:.1f}"]
             speed.add_row(str(row["batch"]), name, *rates, *ratios)
-            if spent := figures.get("budget"):
-                times = [_ms(spent[f"{part}_ms"]) for part in parts]
-                budget.add_row(str(row["batch"]), name, *times, f"{spent['tax']:.0%}")
+            for key in spent.keys() & figures.keys():
+                times = [_ms(figures[key][f"{part}_ms"]) for part in parts]
+                spent[key].add_row(str(row["batch"]), name, *times, f"{figures[key]['tax']:.0%}")
     console.print(speed)
     for line in _doubts(result):
         console.print(line)
-    console.print()
-    console.print(budget)
+    for table in spent.values():
+        console.print()
+        console.print(table)
     console.print()
     where = result["environment"]
     console.print(f"on {where['cpu']}, {where['cores']} cores, load average {result['load_average']:.1f}")

@@ -43,7 +43,11 @@ def test_a_run_against_the_same_engine_in_process_and_a_peer(model):
         assert 0 < parts["tax"] < 1
         assert parts["step_ms"] > max(parts[f"{part}_ms"] for part in PARTS)
         assert all(parts[f"{part}_ms"] > 0 for part in PARTS)
-        assert near["budget"]["dispatch_ms"] == 0
+        prompts = ours["prefill_budget"]
+        seconds = row["batch"] * 9 / ours["prefill_tok_s"]  # by the median of both rounds, as the budget is
+        assert prompts["step_ms"] == pytest.approx(1000 * seconds, rel=0.2)
+        assert all(prompts[f"{part}_ms"] > 0 for part in PARTS)
+        assert near["budget"]["dispatch_ms"] == near["prefill_budget"]["dispatch_ms"] == 0
         assert near["decode_ratio"] > 0
         assert far["budget"]["dispatch_ms"] > 0
         assert "budget" not in other

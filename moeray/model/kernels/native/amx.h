@@ -84,7 +84,8 @@ INLINE void multiply_tiles(const int groups, const Side *a, const char *const *b
         }
         const int64_t byte = (k >> 4) * ahead.pace;
         if (byte % 64 == 0 && byte < ahead.bytes)
-            for (int64_t i = 0; i < ahead.count; i++) __builtin_prefetch(ahead.rows[i].data + byte, 0, 2);
+            _Pragma("GCC unroll 4") for (int64_t i = 0; i < ahead.count; i++)
+                __builtin_prefetch(ahead.rows[i].data + byte, 0, 2);
     }
     _tile_stored(SUMS_00, sums->of[0][0], 64);
     _tile_stored(SUMS_10, sums->of[1][0], 64);
