@@ -100,6 +100,7 @@ class Dispatcher:
         self._planner = Planner()
         self._to_learn: list[tuple[int, list[str], list[Answered]]] = []  # layer, actors, forwards; until it is needed
         self._next_id = 1
+        self._out: Tensor | None = None
         self._orphans = 0
         self._abandoned = False
         self.slowest_compute_s = 0.0
@@ -118,13 +119,13 @@ class Dispatcher:
         self._links.expect(addresses, EXPECT_S)
 
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-        """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype.
+        """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype; on the CPU until the next call.
 
         Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
         failed.
         """
         x_TD, ids_TK, device = _at_home(x_TD), _at_home(ids_TK), x_TD.device
-        out_TKD = x_TD.new_empty(*ids_TK.shape, x_TD.shape[1])
+        out_TKD = self._outputs(x_TD, ids_TK)
         flight = Flight(layer, self._links, self._deadline_s, self._clock)
         work = _Work(layer, x_TD, ids_TK, out_TKD, self._clock(), flight)
         self.slowest_compute_s = 0.0
@@ -143,6 +144,13 @@ class Dispatcher:
             self._hops.record()
             self._learn()
         return out_TKD.to(device)
+
+    def _outputs(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        """The memory of the last layer's again: that of many tokens would be fetched from the system page by page."""
+        size = ids_TK.numel() * x_TD.shape[1]
+        if self._out is None or self._out.numel() < size or self._out.dtype is not x_TD.dtype:
+            self._out = x_TD.new_empty(size)
+        return self._out[:size].view(*ids_TK.shape, x_TD.shape[1])
 
     def _begin(self, work: _Work) -> None:
         """Send all rows. Where the part in C is there, nearly all layers are done with that."""

@@ -19,7 +19,7 @@ class WireConfig:
     grpc: bool = True
     max_header_bytes: int = 1 << 20
     max_payload_bytes: int = 1 << 30
-    shared_memory_bytes: int = 8 << 20
+    shared_memory_bytes: int = 32 << 20
     deadline_s: float = 60.0
     send_timeout_s: float = 10.0
     handshake_timeout_s: float = 5.0
