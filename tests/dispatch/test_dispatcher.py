@@ -15,7 +15,7 @@ import torch
 
 from moeray.dispatch.deadline import FRESH_S
 from moeray.errors import MoerayError, PlacementError, WireError
-from tests.dispatch.actors import WIRE, Background, Stage, garbage, hang, hold, misfit, refuse, vanish
+from tests.dispatch.actors import WIRE, Background, Stage, expected, garbage, hang, hold, misfit, refuse, vanish
 from tests.wire.support import OtherProcess
 
 BOTH = {0: "ab", 1: "ab", 2: "ab"}
@@ -342,6 +342,18 @@ def test_an_actor_under_a_new_address_is_believed_alive(folder):
 
 def test_no_rows(stage):
     assert stage.dispatcher(0, torch.empty(0, 8), torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 8)
+
+
+def test_a_layer_has_the_memory_of_the_one_before_where_it_fits(stage):
+    stage.publish(1, BOTH)
+    places = []
+    for tokens in (40, 2, 60, 3):
+        x_TD, ids_TK = torch.randn(tokens, 8), torch.arange(2 * tokens).view(tokens, 2) % 3
+        out_TKD = stage.dispatcher(0, x_TD, ids_TK)
+        assert torch.equal(out_TKD, expected(x_TD, ids_TK))
+        places.append(out_TKD.data_ptr())
+    assert places[0] == places[1]
+    assert places[2] == places[3]
 
 
 def test_hot_rows_are_split_between_replicas(stage):
