@@ -40,7 +40,7 @@ class Sampler:
         if all(map(_plain, (seq.sampling for seq in seqs))):
             return [SampledToken(token) for token in ids_B.tolist()]
         logits_BV = logits.float()
-        tokens = self._draw(logits_BV, seqs)
+        tokens = self._draw(logits_BV, ids_B, seqs)
         logprobs = self._logprobs(logits_BV, seqs, tokens)
         return [SampledToken(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
@@ -48,16 +48,19 @@ class Sampler:
         if not (finite := best_B.isfinite()).all():
             raise LogitsError(tuple(seq.request_id for seq, ok in zip(seqs, finite.tolist(), strict=True) if not ok))
 
-    def _draw(self, logits_BV: Tensor, seqs: list[Sequence]) -> list[int]:
+    def _draw(self, logits_BV: Tensor, best_B: Tensor, seqs: list[Sequence]) -> list[int]:
+        """`best_B`: the likeliest tokens before anything is adjusted."""
         if adjusted := [row for row, seq in enumerate(seqs) if _adjusts(seq.sampling)]:
             logits_BV = logits_BV.clone()
             for row in adjusted:
                 adjust(logits_BV[row], seqs[row].sampling, seqs[row].tokens, seqs[row].num_prompt)
-        tokens: list[int] = logits_BV.argmax(-1).tolist()
+            best_B = logits_BV.argmax(-1)
+        tokens: list[int] = best_B.tolist()
         rows = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
         if rows:
             uniform = [keyed_uniform(seqs[row].sampling.seed, seqs[row].num_tokens) for row in rows]
-            logits_RV = logits_BV[torch.tensor(rows, device=logits_BV.device)]
+            some = len(rows) < len(seqs)
+            logits_RV = logits_BV[torch.tensor(rows, device=logits_BV.device)] if some else logits_BV
             for row, token in zip(rows, draw(logits_RV, [seqs[row].sampling for row in rows], uniform), strict=True):
                 tokens[row] = token
         return tokens

@@ -2,7 +2,8 @@
 
 Every function treats each row by itself, so that a row's outcome does not depend on the rows beside it.
 
-Shapes: B rows, V vocabulary, R some of the rows, K candidates. Logits are fp32.
+Shapes: B rows, V vocabulary, R some of the rows, K candidates; W = N * _BLOCK, the vocabulary in whole blocks. Logits
+are fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from moeray.types import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+_BLOCK = 256  # tokens that are added up at once
 _NUCLEUS = 1024  # candidates in which the nucleus of top-p is looked for before the whole vocabulary is sorted
 
 
@@ -64,20 +66,40 @@ def draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Sequenc
 
     Every row's temperature is above 0.
     """
-    device = logits_RV.device
+    device, vocab = logits_RV.device, logits_RV.shape[1]
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
+    # In whole blocks, and in place from here on: each further pass over the vocabulary costs what the memory does.
+    x_RW = logits_RV.new_empty(len(params), -(-vocab // _BLOCK) * _BLOCK)
+    x_RW[:, vocab:] = -math.inf
+    x_RV = x_RW[:, :vocab]
     # Less the maximum first: a tiny temperature then makes -inf of the rest, and never inf.
-    x_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / column([p.temperature for p in params])
+    torch.sub(logits_RV, logits_RV.amax(-1, keepdim=True), out=x_RV)
+    x_RV /= column([p.temperature for p in params])
     floor_R1 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
     floor_R1 = torch.maximum(floor_R1, _top_floor(x_RV, params)[:, None])
-    p_RV = torch.where(x_RV >= floor_R1, x_RV.exp(), 0.0)
-    cdf_RV = p_RV.cumsum(-1, dtype=torch.float64)
-    aim_R1 = torch.tensor(uniform_R, dtype=torch.float64, device=device)[:, None] * cdf_RV[:, -1:]
+    if bool((floor_R1 > -math.inf).any()):
+        x_RV.masked_fill_(x_RV < floor_R1, -math.inf)
+    return _pick(x_RW.exp_(), uniform_R)
+
+
+def _pick(p_RW: Tensor, uniform_R: Sequence[float]) -> list[int]:
+    """Where the sum of a row's numbers first exceeds `uniform_R` of all: the block, then the place in it. Sums are fp64
+    but those of a block."""
+    blocks_RNB = p_RW.view(len(p_RW), -1, _BLOCK)
+    until_RN = blocks_RNB.sum(-1).cumsum(-1, dtype=torch.float64)
+    aim_R1 = torch.tensor(uniform_R, dtype=torch.float64, device=p_RW.device)[:, None] * until_RN[:, -1:]
     # right=True finds the first entry above the aim, which therefore has a probability above 0.
-    picked: list[int] = torch.searchsorted(cdf_RV, aim_R1, right=True)[:, 0].tolist()
+    block_R1 = torch.searchsorted(until_RN, aim_R1, right=True)
+    chosen_RB = blocks_RNB.gather(1, block_R1[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double()
+    before_R1 = torch.where(block_R1 > 0, until_RN.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
+    within_RB = before_R1 + chosen_RB.cumsum(-1)
+    # Added up in another order, the block's last sum may miss the aim by a rounding: then its last possible token.
+    last_R1 = _BLOCK - 1 - chosen_RB.flip(-1).gt(0).int().argmax(-1, keepdim=True)
+    place_R1 = torch.minimum(torch.searchsorted(within_RB, aim_R1, right=True), last_R1)
+    picked: list[int] = (block_R1 * _BLOCK + place_R1)[:, 0].tolist()
     return picked
 
 

@@ -60,6 +60,22 @@ def test_filters_keep_what_their_definitions_say(params, spread):
         assert low - 1e-5 <= uniform <= cdf[token] / cdf[-1] + 1e-5
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1000, 50257])
+@pytest.mark.parametrize("possible", [1.0, 0.01])
+def test_a_number_picks_the_token_at_which_the_sum_exceeds_it(vocab, possible):
+    generator = torch.Generator().manual_seed(vocab)
+    logits_V = torch.randn(vocab, generator=generator) * 3
+    logits_V[torch.rand(vocab, generator=generator) >= possible] = -math.inf
+    logits_V[vocab // 2] = 0.0
+    uniform = [0.0, *torch.rand(30, generator=generator).tolist(), 1 - 2.0**-52]
+    drawn = draw(logits_V.expand(len(uniform), -1), [SamplingParams()] * len(uniform), uniform)
+    p_V = torch.softmax(logits_V.double(), 0)
+    until_V = p_V.cumsum(0)
+    for u, token in zip(uniform, drawn, strict=True):
+        assert p_V[token] > 0
+        assert until_V[token] - p_V[token] - 1e-6 <= u <= until_V[token] + 1e-6
+
+
 def test_draws_follow_softmax():
     """Chi-square over 20,000 keyed draws, with room: 40 degrees of freedom exceed 90 once in 10 million."""
     logits_V = torch.randn(41, generator=torch.Generator().manual_seed(2))
