@@ -181,12 +181,12 @@ COMPUTED(DOTS)
 #define DOT_NAMES(format) {UP_TO_MOST(DOT_NAME, format)},
 static const FN(Dot) FN(dot_of)[][MOST] = {COMPUTED(DOT_NAMES)};
 
-/* A row's weights, decoded. */
-typedef void (*FN(Unpack))(const Matrix *m, Row w, char *decoded);
+/* A row's weights of inputs [from, to), decoded; `from` begins a block. */
+typedef void (*FN(Unpack))(const Matrix *m, Row w, int64_t from, int64_t to, char *decoded);
 #define UNPACK(format)                                                                                                 \
-    static void FN(unpack_##format)(const Matrix *m, Row w, char *decoded) {                                           \
+    static void FN(unpack_##format)(const Matrix *m, Row w, int64_t from, int64_t to, char *decoded) {                 \
         const int64_t block = forms[format].block;                                                                     \
-        for (int64_t k = 0; k < m->in; k += block, decoded += block * input_bytes(format)) {                           \
+        for (int64_t k = from; k < to; k += block, decoded += block * input_bytes(format)) {                           \
             uint8_t filler[FILLER];                                                                                    \
             Row at = k + block <= m->in ? FN(at)(format, m, w, k) : FN(filled)(format, m, w, k, filler);               \
             FN(decode_block)(format, at, decoded);                                                                     \
@@ -208,7 +208,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
     if (is_decoded(m, count)) {
         for (int n = 0; n < TILE; n++) {
             char *row = decoded + n * (dense.in * input_bytes(m->format) + APART);
-            FN(unpack_of)[m->format](m, w[n], row);
+            FN(unpack_of)[m->format](m, w[n], 0, m->in, row);
             rows[n] = (Row){(const uint8_t *)row, w[n].scale};
         }
         m = &dense, w = rows;
