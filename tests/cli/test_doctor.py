@@ -192,7 +192,7 @@ def test_shared_memory_is_tried():
     assert gather.ring_error(1 << 20) is None
     assert gather.ring_error(1 << 60) is not None
     assert len(os.listdir("/proc/self/fd")) == before
-    assert gather.ring_bytes(Config()) == 2 * 2 * 8 << 20
+    assert gather.ring_bytes(Config()) == 2 * 2 * 32 << 20
     assert gather.shm_free("/nowhere") is None
 
 
