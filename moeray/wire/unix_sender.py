@@ -114,7 +114,7 @@ class Sender:
                 self._unsent = bytes(self._message_view[lane.unsent_from : lane.unsent_to])
                 lane.unsent_from = lane.unsent_to
             if self._unsent:
-                self._finish([self._unsent], 0, deadline)
+                self._finish([self._unsent], deadline)
             send(message, deadline)
         finally:
             lane.busy = bool(self._unsent)
@@ -125,7 +125,7 @@ class Sender:
         if size is None:  # too much for both, or for the limits
             self._send(rows.frame(), deadline)
         else:
-            self._finish([self._message_view[:size]], 0, deadline)
+            self._finish([self._message_view[:size]], deadline)
 
     def _write(self, rows: Forward | Result) -> int | None:
         """The rows' message, in the ring where it is large; how many bytes of it go through the socket."""
@@ -143,19 +143,17 @@ class Sender:
 
     def _send(self, frame: Frame, deadline: float) -> None:
         chunks, size = flatten(frame.tensors)
-        writer = self._writer
-        if writer is None or not RING_THRESHOLD <= size <= writer.capacity:
-            self._finish(inline_buffers(pack_head(frame, size, INLINE, self._limits), chunks), 0, deadline)
-            return
-        position = self._reserve(writer, size)
-        if position is None:
-            self._finish(inline_buffers(pack_head(frame, size, INLINE, self._limits), chunks), 0, deadline)
+        writer, position = self._writer, None
+        if writer is not None and RING_THRESHOLD <= size <= writer.capacity:
+            position = self._reserve(writer, size)
+        if writer is None or position is None:
+            self._finish(inline_buffers(pack_head(frame, size, INLINE, self._limits), chunks), deadline)
             return
         head = pack_head(frame, size, position, self._limits)
         writer.write(position, chunks)
         # Also where the socket is full and the head never leaves: the reader's next position frees the gap.
         writer.commit(position, size)
-        self._finish([head], 0, deadline)
+        self._finish([head], deadline)
 
     def _reserve(self, writer: RingWriter, size: int) -> int | None:
         try:
@@ -164,9 +162,9 @@ class Sender:
             self._connection.shut_down()
             raise
 
-    def _finish(self, buffers: list[bytes | memoryview], sent: int, deadline: float) -> None:
+    def _finish(self, buffers: list[bytes | memoryview], deadline: float) -> None:
         """Send the buffers whole, or keep what is left of a begun frame for the next send."""
-        total = sum(len(buffer) for buffer in buffers)
+        sent, total = 0, sum(len(buffer) for buffer in buffers)
         while True:
             try:
                 sent += self._sock.sendmsg(_behind(buffers, sent), (), _FLAGS)

@@ -87,8 +87,11 @@ INLINE void add_scaled(const int groups, const Weights *l, int64_t k, const Sums
 INLINE void multiply(const int groups, Weights *l, const char *const *b, int64_t pair, Ahead ahead, Sums *sums) {
     const int64_t end = padded(l->m->format, l->m->in), scaled = scales_sums(l->m->format);
     const int64_t span = scaled ? (int64_t)1 << l->m->in_shift : l->spans ? l->spans : end;
-    Sums part = {0};
-    if (scaled) memset(sums, 0, sizeof *sums);
+    Sums part;
+    if (scaled) {
+        memset(&part, 0, sizeof part); /* also of rows that are not there */
+        memset(sums, 0, sizeof *sums);
+    }
     for (int64_t k = 0; k < end; k += span) {
         const int64_t to = k + span < end ? k + span : end;
         if (l->spans) decode_span(l, k, to);
