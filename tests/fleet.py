@@ -23,7 +23,8 @@ from moeray.model.loading import eos_token_ids, open_model
 from moeray.recorder import Reading
 from moeray.serve.errors import ControllerLostError
 from moeray.types import Address
-from moeray.wire.channel import Channel, Identity, connect
+from moeray.wire.channel import Channel, connect
+from moeray.wire.identity import Identity
 from tests.systems import tiny_config
 
 _names = itertools.count()

@@ -51,7 +51,7 @@ class LocalSystem:
 
     async def _all(self, requests: list[GenerationRequest]) -> list[list[TokenOutput]]:
         from moeray.actors.client import RouterClient
-        from moeray.wire.channel import Identity
+        from moeray.wire.identity import Identity
 
         identity = Identity(f"test-{next(_names)}", NODE, model_fingerprint(self.config), self.info.token)
         client = RouterClient(self.info.routers[0], identity, self.config.wire)

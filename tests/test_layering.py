@@ -1,7 +1,11 @@
 """Imports point one way, and Ray is known in few places."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import moeray
 
@@ -68,3 +72,17 @@ def test_ray_is_imported_only_where_it_may_be():
         if not legal and any(name == "ray" or name.startswith("ray.") for name in imports_of(path)):
             wrong.append(str(where))
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("moeray.cli.main", {"ray", "torch", "transformers"}),
+        ("moeray.cluster.ray", {"torch", "transformers"}),  # what every question to a running system goes through
+        ("moeray.serve.app", {"transformers"}),
+    ],
+)
+def test_what_starts_often_imports_nothing_heavy(module, absent):
+    code = f"import sys, {module}; print(*sorted({absent!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == []

@@ -13,8 +13,9 @@ from moeray.actors.messages import error_from, output_from, request_tree
 from moeray.errors import MoerayError, RequestError, RouterLostError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address, GenerationRequest, TokenOutput
-from moeray.wire.channel import Channel, Identity, connect
+from moeray.wire.channel import Channel, connect
 from moeray.wire.frame import Frame, Op
+from moeray.wire.identity import Identity
 
 SILENCE_S = 2.0
 """A router that is silent for so long while requests are in flight counts as hung."""

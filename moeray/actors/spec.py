@@ -13,7 +13,7 @@ from pathlib import Path
 from moeray.config import Config
 from moeray.errors import ConfigError
 from moeray.types import Address
-from moeray.wire.channel import Identity
+from moeray.wire.identity import Identity
 
 
 @dataclass(frozen=True)

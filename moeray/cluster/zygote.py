@@ -23,7 +23,7 @@ from moeray.cluster.warm import FAILED, receive, send
 MODULES = (
     "ray", "ray._private.node", "ray._private.worker", "ray._private.runtime_env.setup_hook",
     "torch", "transformers", "moeray.actors.expert", "moeray.actors.router", "moeray.actors.controller",
-    "moeray.cluster.ray", "moeray.cluster.ray_process",
+    "moeray.cluster.ray_controller", "moeray.cluster.ray_process",
 )  # fmt: skip
 IDLE_S = 60.0
 """Without a fork alive for so long it ends."""

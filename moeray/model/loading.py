@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moeray.config import Config, DType, default_cache_dir
-from moeray.errors import CheckpointError, ConfigError
+from moeray.errors import ConfigError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
+from moeray.model.generation import generation_defaults
 from moeray.model.int8 import Int8Cache
 from moeray.model.slices import WeightMap
 
@@ -73,18 +72,6 @@ def pick_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for but this actor sees no GPU; set num_gpus, or device: cpu")
     return torch.device(asked)
-
-
-def generation_defaults(metadata_dir: Path) -> dict[str, Any]:
-    """What the model's authors advise (generation_config.json), {} where the file is absent. Raises CheckpointError."""
-    path = metadata_dir / "generation_config.json"
-    try:
-        defaults = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise CheckpointError(f"file {path} is not valid JSON ({error}); mend or remove it") from error
-    if not isinstance(defaults, dict):
-        raise CheckpointError(f"file {path} must hold a JSON object; mend or remove it")
-    return defaults
 
 
 def eos_token_ids(files: ModelFiles) -> tuple[int, ...]:

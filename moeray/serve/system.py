@@ -15,14 +15,14 @@ from moeray.actors.client import RouterClient
 from moeray.actors.spec import SystemInfo, model_fingerprint
 from moeray.config import Config
 from moeray.errors import MoerayError
-from moeray.model.loading import generation_defaults
+from moeray.model.generation import generation_defaults
 from moeray.model.source import resolve
 from moeray.recorder import Reading, Recorder
 from moeray.serve.backend import BackendState, ModelInfo
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.pool import RouterPool
 from moeray.types import Address, GenerationRequest, TokenOutput
-from moeray.wire.channel import Identity
+from moeray.wire.identity import Identity
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,10 @@
-"""What both channels are: their protocol, who speaks on them, and the limits of their frames."""
+"""What both channels are: their protocol, and the limits of their frames."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from moeray.errors import AuthenticationError
 from moeray.settings.wire import WireConfig
 from moeray.wire.frame import Frame, Limits
 from moeray.wire.rows import Forward, Place, Result
@@ -82,20 +80,6 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """End the channel and wake whoever waits on it, on either side. A second call does nothing."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who speaks: `fingerprint` names the model that it serves, `token` is the cluster's secret."""
-
-    actor_id: str
-    node_id: str
-    fingerprint: str
-    token: bytes = field(repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.token:
-            raise AuthenticationError("the cluster token is empty; set wire.token or MOERAY_CLUSTER_TOKEN")
 
 
 def limits_of(wire: WireConfig) -> Limits:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.base import Channel, Identity
+from moeray.wire.base import Channel
+from moeray.wire.identity import Identity
 from moeray.wire.listener import Listener
 from moeray.wire.unix_door import connect_unix
 
-__all__ = ["Channel", "Identity", "Listener", "connect"]
+__all__ = ["Channel", "Listener", "connect"]
 
 
 def connect(address: Address, identity: Identity, wire: WireConfig, *, timeout: float) -> Channel:

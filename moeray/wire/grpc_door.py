@@ -18,7 +18,7 @@ import psutil
 from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.base import UNAUTHENTICATED, Identity
+from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.frame import Frame, Op, VersionMismatchError, decode, encode
 from moeray.wire.grpc_stream import (
     FRAME_KEY,
@@ -33,6 +33,7 @@ from moeray.wire.grpc_stream import (
 )
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
 from moeray.wire.handshake import Acceptor, Connector, reason_of, refusal
+from moeray.wire.identity import Identity
 
 _log = logging.getLogger(__name__)
 

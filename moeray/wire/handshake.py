@@ -20,8 +20,8 @@ from typing import Any
 import msgpack
 
 from moeray.errors import AuthenticationError, ChannelClosedError, WireError
-from moeray.wire.base import Identity
 from moeray.wire.frame import WIRE_VERSION, Frame, Op, VersionMismatchError
+from moeray.wire.identity import Identity
 
 NONCE_BYTES = 32
 CONNECTOR = "connector"

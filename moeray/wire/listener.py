@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.base import Channel, Identity
+from moeray.wire.base import Channel
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
+from moeray.wire.identity import Identity
 from moeray.wire.unix import UnixChannel
 from moeray.wire.unix_door import accept_unix, check_path
 

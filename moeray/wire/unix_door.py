@@ -9,10 +9,11 @@ from time import monotonic
 from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.base import Identity, limits_of
+from moeray.wire.base import limits_of
 from moeray.wire.frame import VersionMismatchError
 from moeray.wire.guests import Guests
 from moeray.wire.handshake import Acceptor, Connector, reason_of, refusal
+from moeray.wire.identity import Identity
 from moeray.wire.unix import UnixChannel
 
 MAX_PATH_BYTES = 107

@@ -15,8 +15,9 @@ from moeray.actors.messages import error_tree, output_tree
 from moeray.errors import QueueFullError, RequestError, RouterLostError
 from moeray.settings.wire import WireConfig
 from moeray.types import FinishReason, GenerationRequest, TokenOutput
-from moeray.wire.channel import Channel, Identity, Listener
+from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
+from moeray.wire.identity import Identity
 
 WIRE = WireConfig(grpc=False, max_header_bytes=1 << 16)
 

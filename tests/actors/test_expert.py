@@ -17,8 +17,9 @@ from moeray.errors import PlacementError
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_model
 from moeray.types import Address, ExpertId
-from moeray.wire.channel import Channel, Identity, connect
+from moeray.wire.channel import Channel, connect
 from moeray.wire.frame import Frame, Op
+from moeray.wire.identity import Identity
 from tests.checkpoints import make_tiny
 from tests.pages import CAN_FAULT_IN, in_page_table
 from tests.systems import tiny_config

@@ -13,7 +13,8 @@ from moeray.actors.spec import model_fingerprint
 from moeray.cluster.local import NODE, LocalCluster
 from moeray.errors import AuthenticationError, MoerayError, PlacementError, RequestError, RouterLostError
 from moeray.types import GenerationRequest, SamplingParams
-from moeray.wire.channel import Identity, connect
+from moeray.wire.channel import connect
+from moeray.wire.identity import Identity
 from tests.checkpoints import make_tiny
 from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
 

@@ -11,8 +11,9 @@ from moeray.actors.watch import Loss, Watcher
 from moeray.config import load_config
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.settings.wire import WireConfig
-from moeray.wire.channel import Identity, Listener, connect
+from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
+from moeray.wire.identity import Identity
 
 TOKEN = b"t" * 32
 WIRE = WireConfig(grpc=False)

@@ -17,7 +17,8 @@ import pytest
 import ray
 import yaml
 
-from moeray.cluster.ray import LEASE_S, ask, find_controller
+from moeray.cluster.ray import ask, find_controller
+from moeray.cluster.ray_controller import LEASE_S
 from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port
 from tests.cluster.test_serve_tools import wait_until_ready

@@ -21,8 +21,9 @@ from moeray.errors import ChannelClosedError
 from moeray.recorder import Recorder
 from moeray.settings.wire import WireConfig
 from moeray.types import Address, ExpertId
-from moeray.wire.channel import Channel, Identity, Listener, connect
+from moeray.wire.channel import Channel, Listener, connect
 from moeray.wire.frame import Frame, Op
+from moeray.wire.identity import Identity
 
 WIRE = WireConfig(shared_memory_bytes=1 << 20, max_payload_bytes=8 << 20)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -298,6 +299,18 @@ def test_the_figure_of_the_prefix_cache_is_the_first_attempt_s(model, undisturbe
     assert tokens_of(outputs) == tokens_of(undisturbed["ends by itself"])
 
 
+def step_slowly(router, until):
+    """A step takes 50 ms at least, until the event is set."""
+    engine = router._loop._engine
+    step = engine.step
+
+    def slow_step():
+        until.wait(0.05)
+        return step()
+
+    engine.step = slow_step
+
+
 def test_a_full_router_is_passed_over_and_full_ones_refuse_only_what_is_new(model):
     """One runs and one waits in each router: the fifth request is refused, but one that had begun is not."""
 
@@ -308,7 +321,9 @@ def test_a_full_router_is_passed_over_and_full_ones_refuse_only_what_is_new(mode
             running = [await anext(streams[0]), await anext(streams[1])]
             waiting = [asyncio.create_task(anext(stream)) for stream in streams[2:]]
             while sum(router.status()["queue"] for router in fleet.routers) < 2:
+                assert not any(task.done() for task in waiting), "the first ones ended before the others had come"
                 await asyncio.sleep(0)
+            queued.set()
             with pytest.raises(QueueFullError):
                 await anext(backend.generate(replace(asked[0], request_id="one too many")))
             await asyncio.to_thread(fleet.kill, fleet.routers[0])
@@ -319,9 +334,10 @@ def test_a_full_router_is_passed_over_and_full_ones_refuse_only_what_is_new(mode
 
             return await asyncio.gather(*map(rest, streams, parts))
 
+    queued = threading.Event()
     with Fleet(model, engine__max_running=1, engine__max_waiting=1) as fleet:
-        fleet.add_router()
-        fleet.add_router()
+        for _ in range(2):
+            step_slowly(fleet.add_router(), queued)
         outputs = asyncio.run(run())
     assert [len(tokens_of(each)) for each in outputs] == [LONG] * 4
     assert sorted({output.attempt for each in outputs for output in each}) == [0, 1]

@@ -16,8 +16,9 @@ from time import monotonic
 from moeray.errors import ChannelClosedError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.channel import Channel, Identity, Listener, connect
+from moeray.wire.channel import Channel, Listener, connect
 from moeray.wire.frame import Frame, Limits, Op
+from moeray.wire.identity import Identity
 from moeray.wire.unix import UnixChannel
 
 SERVER = "expert-0"
