@@ -26,8 +26,10 @@ from moeray.control.objectives import Objectives
 from moeray.control.placement import Placement
 from moeray.control.reports import RouterReport, report_tree
 from moeray.dispatch.dispatcher import Dispatcher
+from moeray.dispatch.halves import Halves
 from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
+from moeray.engine.overlap import overlapped
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.errors import MoerayError, WireError
 from moeray.model.loading import eos_token_ids, open_model, pick_device
@@ -89,7 +91,7 @@ class RouterActor:
         self._started: tuple[ActorReport, Address] | None = None
         self._view = PlacementView()
         self._published: tuple[Mapping[str, Any], dict[str, Address]] = (Placement().to_tree(), {})
-        self._dispatcher: Dispatcher | None = None
+        self._dispatchers: Halves | None = None
         self._revision: str | None = None
         self._facts: dict[str, Any] = {}
 
@@ -123,16 +125,10 @@ class RouterActor:
         files = open_model(config.model, revision or config.revision, node=self._node_id)
         dtype = files.dtype(config.dtype)
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, self._device, config.engine)
-        self._dispatcher = Dispatcher(
-            self._view,
-            self._connect,
-            self._recorder,
-            deadline_s=config.wire.deadline_s,
-            on_loss=self._observers.lose,
-            on_orphans=self._observers.push,
-        )
+        self._dispatchers = Halves(self._dispatcher(), self._dispatcher(), self._may_overlap)
         combined = self._recorder.histogram("moeray_combine_seconds").observe
-        runner = TrunkRunner(trunk, config.engine, self._dispatcher, eos_token_ids(files), combined)
+        whole = TrunkRunner(trunk, config.engine, self._dispatchers.first, eos_token_ids(files), combined)
+        runner = overlapped(whole, self._dispatchers.each, config.engine.overlap, self._may_overlap)
         self._revision = files.checkpoint.source.revision
         self._facts = {
             "max_context": runner.max_context,
@@ -145,6 +141,24 @@ class RouterActor:
             self._state = self._state.advance(Lifecycle.READY)
             self._loop.start(Engine(config.engine, runner))
         return self._facts
+
+    def _dispatcher(self) -> Dispatcher:
+        return Dispatcher(
+            self._view,
+            self._connect,
+            self._recorder,
+            deadline_s=self._spec.config.wire.deadline_s,
+            on_loss=self._observers.lose,
+            on_orphans=self._observers.push,
+        )
+
+    def _may_overlap(self) -> bool:
+        """Whether two halves of a step may be computed at the same time."""
+        overlap = self._spec.config.engine.overlap
+        if overlap != "auto":
+            return overlap == "on"
+        where = self._view.now.addresses.values()
+        return self._device.type != "cpu" or any(address.node_id != self._node_id for address in where)
 
     def _connect(self, address: Address, seconds: float) -> Channel:
         return connect(address, self._identity, self._spec.config.wire, timeout=seconds)
@@ -162,8 +176,8 @@ class RouterActor:
         dialled first, so that no step waits for that.
         """
         self._heard()
-        if self._dispatcher:
-            self._dispatcher.expect(addresses)
+        if self._dispatchers:
+            self._dispatchers.expect(addresses)
         if self._view.publish(Placement.from_tree(placement), addresses, rates=rates, lost=lost):
             before = self._published[1]
             self._published = placement, dict(addresses)
@@ -253,12 +267,12 @@ class RouterActor:
         try:
             self._listener.close(timeout=5.0)
         finally:
-            if self._dispatcher:
-                self._dispatcher.abandon()  # with its channels the router's requests have gone: the step is for nobody
+            if self._dispatchers:
+                self._dispatchers.abandon()  # with its channels the router's requests have gone: the step is for nobody
             self._loop.stop(timeout=30.0)
             remove_runtime_dir(self._node_id, self._spec.system)
-            if self._dispatcher:
-                self._dispatcher.close()
+            if self._dispatchers:
+                self._dispatchers.close()
         return True
 
     def _stop_itself(self) -> None:
@@ -285,10 +299,10 @@ class RouterActor:
             self._spec.actor_id,
             self._incarnation,
             epoch=self._view.epoch,
-            expert_s=self._dispatcher.seconds_total if self._dispatcher else 0.0,
+            expert_s=self._dispatchers.seconds_total if self._dispatchers else 0.0,
             requests=self._requests.ended,
             late=self._requests.late,
-            orphans=self._dispatcher.orphans if self._dispatcher else 0,
+            orphans=self._dispatchers.orphans if self._dispatchers else 0,
             lost=lost,
             leaving=self._leaving,
             at=at,
@@ -317,8 +331,8 @@ class RouterActor:
         return Reading(self._spec.actor_id, self._incarnation, *self._read())
 
     def _read(self) -> tuple[float, Snapshot]:
-        if self._dispatcher:
-            self._dispatcher.count()
+        if self._dispatchers:
+            self._dispatchers.count()
         self._memory.update()
         self._engine_figures.update(self._loop.stats())
         return self._recorder.read()

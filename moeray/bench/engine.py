@@ -24,6 +24,7 @@ from moeray.bench.expert_processes import FAR, NEAR, expert_processes
 from moeray.config import Config
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.engine.engine import Engine
+from moeray.engine.overlap import OverlapRunner
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.model.dispatched import ExpertRows
 from moeray.model.loading import open_bank, open_model, pick_device
@@ -60,21 +61,17 @@ class Contender(Protocol):
 
 
 class OwnEngine:
-    """This project's engine over real channels. Of the last run: `budgets` of the steps that did nothing but decode,
-    and of all steps together, `whole`."""
+    """This project's engine over real channels."""
 
-    def __init__(self, engine: Engine, runner: TimedRunner, budget: _Current) -> None:
+    def __init__(self, engine: Engine, vocab_size: int) -> None:
         self._engine = engine
-        self._runner = runner
-        self._budget = budget
+        self._vocab_size = vocab_size
         self._ids = itertools.count()
         self._random = random.Random(0)
-        self.budgets: list[StepBudget] = []
-        self.whole = StepBudget()
 
     def run(self, batch: int, prompt: int, output: int) -> float:
         """See `Contender`."""
-        vocab = self._runner.vocab_size
+        vocab = self._vocab_size
         requests = [
             GenerationRequest(
                 f"bench-{next(self._ids)}",
@@ -83,13 +80,32 @@ class OwnEngine:
             )
             for _ in range(batch)
         ]
-        self.budgets, self.whole = [], StepBudget()
         began = time.perf_counter()
         for request in requests:
             self._engine.submit(request)
         while self._engine.has_work:
             self._step(batch)
         return time.perf_counter() - began
+
+    def _step(self, batch: int) -> None:
+        self._engine.step()
+
+
+class TimedEngine(OwnEngine):
+    """The same, timed. Of the last run: `budgets` of the steps that did nothing but decode, and of all steps together,
+    `whole`."""
+
+    def __init__(self, engine: Engine, runner: TimedRunner, budget: _Current) -> None:
+        super().__init__(engine, runner.vocab_size)
+        self._runner = runner
+        self._budget = budget
+        self.budgets: list[StepBudget] = []
+        self.whole = StepBudget()
+
+    def run(self, batch: int, prompt: int, output: int) -> float:
+        """See `Contender`."""
+        self.budgets, self.whole = [], StepBudget()
+        return super().run(batch, prompt, output)
 
     def _step(self, batch: int) -> None:
         budget = self._budget.renew()
@@ -115,31 +131,48 @@ class _Current:
         return self._budget
 
 
-def own_engine(config: Config, rows: ExpertRows | Dispatcher) -> OwnEngine:
-    """An engine in this process; `rows` reaches its experts."""
+def load_trunk(config: Config) -> Trunk:
+    """The config's trunk, in this process."""
     files = open_model(config.model, config.revision, node=NEAR)
-    dtype, device, budget = files.dtype(config.dtype), pick_device(config.router.device), _Current()
-    trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, device, config.engine)
+    dtype, device = files.dtype(config.dtype), pick_device(config.router.device)
+    return Trunk.load(files.checkpoint, files.family, files.weights, dtype, device, config.engine)
+
+
+def timed_engine(config: Config, rows: ExpertRows | Dispatcher) -> TimedEngine:
+    """An engine in this process; `rows` reaches its experts."""
+    trunk, budget = load_trunk(config), _Current()
     runner = TimedRunner(TrunkRunner(trunk, config.engine, TimedExperts(rows, budget), ()), trunk, budget)
-    return OwnEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
+    return TimedEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
+
+
+def overlapping_engine(config: Config, rows: tuple[Dispatcher, Dispatcher]) -> OwnEngine:
+    """One that computes every batch of two sequences or more as two halves."""
+    runner = OverlapRunner(TrunkRunner(load_trunk(config), config.engine, rows[0], ()), rows)
+    return OwnEngine(Engine(config.engine, runner), runner.vocab_size)
 
 
 @contextmanager
 def own_engines(
-    config: Config, actors: int, *, grpc: bool = False, local: bool = False
+    config: Config, actors: int, *, overlap: bool = False, grpc: bool = False, local: bool = False
 ) -> Iterator[dict[str, OwnEngine]]:
     """Engines by name: `moeray` with `actors` expert processes of a thread each (0: with its experts in this process);
-    `grpc`: another that reaches the same processes over gRPC, as from another node; `local`: one with its experts here.
-    """
+    `overlap`: another one of them that computes a batch's halves at the same time; `grpc`: another that reaches the
+    same processes over gRPC, as from another node; `local`: one with its experts here."""
     with ExitStack() as stack:
-        engines = {}
+        engines: dict[str, OwnEngine] = {}
         if actors:
             processes = stack.enter_context(expert_processes(config, actors))
-            engines["moeray"] = own_engine(config, stack.enter_context(processes.dispatcher(NEAR)))
+
+            def reach(node: str) -> Dispatcher:
+                return stack.enter_context(processes.dispatcher(node))
+
+            engines["moeray"] = timed_engine(config, reach(NEAR))
+            if overlap:
+                engines["overlapped"] = overlapping_engine(config, (reach(NEAR), reach(NEAR)))
             if grpc:
-                engines["over gRPC"] = own_engine(config, stack.enter_context(processes.dispatcher(FAR)))
+                engines["over gRPC"] = timed_engine(config, reach(FAR))
         if local or not actors:
-            engines["in process" if actors else "moeray"] = own_engine(config, in_process(config))
+            engines["in process" if actors else "moeray"] = timed_engine(config, in_process(config))
         yield engines
 
 
@@ -175,9 +208,9 @@ def measure(contenders: Mapping[str, Contender], work: Workload, report: Report)
             report(f"batch {batch}", i * work.rounds + n, total)
             for name, contender in contenders.items():
                 prefill_s = contender.run(batch, work.prompt, 1)
-                prompts[name] += [contender.whole] if isinstance(contender, OwnEngine) else []
+                prompts[name] += [contender.whole] if isinstance(contender, TimedEngine) else []
                 rounds[name].append((prefill_s, contender.run(batch, work.prompt, work.output + 1)))
-                budgets[name] += contender.budgets if isinstance(contender, OwnEngine) else []
+                budgets[name] += contender.budgets if isinstance(contender, TimedEngine) else []
         rows.append(_row(batch, work, rounds, budgets, prompts))
     report("done", total, total)
     return {"workload": asdict(work), "rows": rows} | surroundings()

@@ -61,6 +61,10 @@ class TrunkRunner:
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [S, V] of the sampled entries, in the batch's order."""
+        return self.compute(batch, self._expert_rows)
+
+    def compute(self, batch: Batch, expert_rows: ExpertRows, half: int = 0) -> Tensor:
+        """The same, with these experts. `half`: see `Trunk.forward`."""
         packed = pack(batch, self._block_size)
         device = self._trunk.device
         return self._trunk.forward(
@@ -68,8 +72,9 @@ class TrunkRunner:
             packed.position_ids_T.to(device),
             self._step(packed),
             packed.sample_index_S.to(device),
-            self._expert_rows,
+            expert_rows,
             self._on_combine,
+            half,
         )
 
     def _step(self, packed: PackedBatch) -> Step:

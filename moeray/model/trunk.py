@@ -26,6 +26,9 @@ from moeray.model.selfcheck import SelfCheck
 from moeray.model.slices import WeightMap
 from moeray.settings.engine import EngineConfig, Kernel
 
+HALVES = 2
+"""So many steps may be computed at the same time."""
+
 
 def attends_natively(asked: Kernel, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether decoding sequences attend with the kernel in C. Raises ConfigError where it was asked for in vain."""
@@ -39,7 +42,7 @@ def attends_natively(asked: Kernel, dtype: torch.dtype, device: torch.device) ->
 
 
 class Trunk:
-    """A loaded trunk. Not thread-safe: the router's step loop owns it.
+    """A loaded trunk. The router's step loop owns it; at most two threads compute, each its own half.
 
     `max_context`: the longest sequence for which the family's positions are exact.
     """
@@ -52,7 +55,7 @@ class Trunk:
         self.max_context = max_context(family.config)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.cache = PagedCache()
-        self._decoding: RecordedSteps | None = None
+        self._decoding: list[RecordedSteps] = []
 
     @classmethod
     def load(
@@ -96,19 +99,19 @@ class Trunk:
         check = SelfCheck(trunk)
         check.verify(linear)
         if native and not engine.eager and check.repeats():
-            trunk._decoding = RecordedSteps(trunk.compute)
+            trunk._decoding = [RecordedSteps(trunk.compute) for _ in range(HALVES)]
         return trunk
 
     @torch.inference_mode()
     def forward(
         self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, expert_rows: ExpertRows,
-        on_combine: Seconds = unheard,
+        on_combine: Seconds = unheard, half: int = 0,
     ) -> Tensor:  # fmt: skip
         """One step over packed sequences: logits [S, V] of the rows `sample_index_S`, in the trunk's dtype or
-        fp32."""
+        fp32. Of steps that are computed at the same time, by two threads, each is another `half`, 0 or 1."""
         with dispatching(expert_rows, on_combine):
-            if self._decoding is not None and step.cache is self.cache:
-                return self._decoding.run(token_ids_T, position_ids_T, step, sample_index_S)
+            if self._decoding and step.cache is self.cache:
+                return self._decoding[half].run(token_ids_T, position_ids_T, step, sample_index_S)
             return self.compute(token_ids_T, position_ids_T, step, sample_index_S)
 
     def compute(self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from moeray.tree import require
 
 Kernel = Literal["auto", "native", "torch"]
 LinearKernel = Literal["auto", "native", "onednn", "torch"]
+Overlap = Literal["auto", "on", "off"]
 
 LEAST_CHUNK = 16
 """Prefill tokens of a step, however long it lasts, so that every prompt gets on."""
@@ -29,6 +30,9 @@ class EngineConfig:
     `onednn` (packed weights, bf16 on the CPU), `torch`, or `auto`, which goes by dtype, device and CPU.
     `eager`: each step is computed anew by the modules; else, where the native kernel attends, steps that do nothing but
     decode are recorded and repeated, with the same results.
+    `overlap`: whether a step's batch is computed as two halves, the trunk of one beside the experts of the other: `on`,
+    `off`, or `auto`, where that measures faster (tried only where an expert actor is on another node than the router,
+    or the router on a GPU: else both would compute on the same cores).
     """
 
     max_context: int = 0
@@ -45,6 +49,7 @@ class EngineConfig:
     attention: Kernel = "auto"
     linear: LinearKernel = "auto"
     eager: bool = False
+    overlap: Overlap = "auto"
 
     def __post_init__(self) -> None:
         for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):

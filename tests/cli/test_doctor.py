@@ -18,6 +18,7 @@ from moeray.cli.checks import cluster, files, gather, machine, nodes, secrets, s
 from moeray.cli.checks.finding import Finding
 from moeray.cli.checks.gather import surveying
 from moeray.config import Config
+from moeray.settings.engine import EngineConfig
 from moeray.threads import cpu_quota
 from tests.checkpoints import make_tiny
 
@@ -192,7 +193,8 @@ def test_shared_memory_is_tried():
     assert gather.ring_error(1 << 20) is None
     assert gather.ring_error(1 << 60) is not None
     assert len(os.listdir("/proc/self/fd")) == before
-    assert gather.ring_bytes(Config()) == 2 * 2 * 32 << 20
+    assert gather.ring_bytes(Config()) == 2 * 2 * 2 * 32 << 20  # either half's, two actors', both ways
+    assert gather.ring_bytes(Config(engine=EngineConfig(overlap="off"))) == 2 * 2 * 32 << 20
     assert gather.shm_free("/nowhere") is None
 
 

@@ -1,7 +1,7 @@
 """Deaths of real Ray actors in mid-stream: every request finishes, with the tokens of an undisturbed run.
 
 Two systems live through all of it, one after the other: the poorest (one replica, one router, a warm pool of one) and
-one with a spare of everything.
+one with a spare of everything, which computes the halves of each step at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.systems import tiny_config
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
 TOKENS = "moeray_generation_tokens_total"
 POOR = {"control__warm_pool": 1, "experts__min_actors": 1, "experts__max_actors": 4, "router__max_actors": 2}
-RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3}
+RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3, "engine__overlap": "on"}
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,10 @@ def ring_error(nbytes: int) -> str | None:
 
 
 def ring_bytes(config: Config) -> int:
-    """What all channels of the config take at most: a ring each way, from each router to each expert actor."""
-    channels = config.router.actors * sum(group.actors for group in config.experts.resolved())
+    """What all channels of the config take at most: a ring each way, from each router to each expert actor, for either
+    half of a step where both may be computed at the same time."""
+    halves = 1 if config.engine.overlap == "off" else 2
+    channels = halves * config.router.actors * sum(group.actors for group in config.experts.resolved())
     return channels * 2 * config.wire.shared_memory_bytes
 
 

@@ -1,0 +1,50 @@
+"""The dispatchers of the two halves of a step, which may be computed at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from moeray.dispatch.dispatcher import Dispatcher
+from moeray.types import Address
+
+
+class Halves:
+    """Two dispatchers, each with channels of its own; whole steps are the first one's. All methods are thread-safe.
+
+    `both()`: whether the second is in use, and is to have its channels before it needs them.
+    """
+
+    def __init__(self, first: Dispatcher, second: Dispatcher, both: Callable[[], bool]) -> None:
+        self.first = first
+        self.each = first, second
+        self._both = both
+
+    @property
+    def orphans(self) -> int:
+        """See `Dispatcher`."""
+        return sum(dispatcher.orphans for dispatcher in self.each)
+
+    @property
+    def seconds_total(self) -> float:
+        """Of either; while both wait, that counts twice."""
+        return sum(dispatcher.seconds_total for dispatcher in self.each)
+
+    def expect(self, addresses: Mapping[str, Address]) -> None:
+        """See `Dispatcher`."""
+        for dispatcher in self.each if self._both() else (self.first,):
+            dispatcher.expect(addresses)
+
+    def count(self) -> None:
+        """See `Dispatcher`."""
+        for dispatcher in self.each:
+            dispatcher.count()
+
+    def abandon(self) -> None:
+        """See `Dispatcher`."""
+        for dispatcher in self.each:
+            dispatcher.abandon()
+
+    def close(self) -> None:
+        """See `Dispatcher`."""
+        for dispatcher in self.each:
+            dispatcher.close()
