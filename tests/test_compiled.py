@@ -26,12 +26,12 @@ from moeray.model.kernels import available
 from moeray.model.loading import open_model
 from moeray.recorder import Recorder
 from moeray.types import ExpertId
-from moeray.wire import rows
+from moeray.wire import row_message
 from moeray.wire.rows import Forward, put_rows
 from tests.checkpoints import make_tiny
 from tests.wire.support import Host
 
-assert planner.native is rows.native is None and not available()
+assert planner.native is row_message.native is None and not available()
 folder = Path(sys.argv[1])
 files = open_model(str(make_tiny("mixtral", folder / "m", dtype=torch.bfloat16)), None, node="here")
 bank = ExpertBank(files.family, files.weights, torch.bfloat16, torch.device("cpu"))

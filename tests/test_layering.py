@@ -79,7 +79,7 @@ def test_ray_is_imported_only_where_it_may_be():
     [
         ("moeray.cli.main", {"ray", "torch", "transformers"}),
         ("moeray.cluster.ray", {"torch", "transformers"}),  # what every question to a running system goes through
-        ("moeray.serve.app", {"transformers"}),
+        ("moeray.serve.app", {"torch", "transformers"}),
     ],
 )
 def test_what_starts_often_imports_nothing_heavy(module, absent):

@@ -18,8 +18,9 @@ from moeray.model.experts import ExpertTable
 from moeray.model.kernels import Scratch, available
 from moeray.model.kernels.native import CALL_FORMATS, best_instructions, library
 from moeray.wire.channel import Channel
-from moeray.wire.frame import DTYPES
-from moeray.wire.rows import Place, Result
+from moeray.wire.row_message import Place
+from moeray.wire.rows import Result
+from moeray.wire.tensors import DTYPES
 
 native = compiled("moeray.actors._native")
 

@@ -20,7 +20,8 @@ from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
-from moeray.wire.rows import Given, Place, Result, check_forward
+from moeray.wire.row_message import Place
+from moeray.wire.rows import Given, Result, check_forward
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,9 @@ from moeray.errors import (
 from moeray.recorder import Recorder
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel
-from moeray.wire.frame import CODES, Frame, Op
+from moeray.wire.frame import Frame, Op
 from moeray.wire.rows import Forward, put_rows
+from moeray.wire.tensors import CODES
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from moeray.dispatch.links import Links
 from moeray.dispatch.plan import Share
 from moeray.wire.channel import Channel
-from moeray.wire.frame import CODES, Frame
-from moeray.wire.rows import native
+from moeray.wire.frame import Frame
+from moeray.wire.row_message import native
+from moeray.wire.tensors import CODES
 
 LEAST_READ_S = 0.1
 """What an answer may take to be read, also where its actor's deadline passed while another's was read."""

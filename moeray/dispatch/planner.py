@@ -21,7 +21,7 @@ from moeray.compiled import compiled
 from moeray.dispatch.balance import DECAY, NEAR, READ, SPLIT_FROM, Balancer
 from moeray.dispatch.plan import NO_ROWS, Ints, Plan, Share, plan_rows
 from moeray.dispatch.view import Usable
-from moeray.wire.frame import CODES
+from moeray.wire.tensors import CODES
 
 native = compiled("moeray.dispatch._native")
 

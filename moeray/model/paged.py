@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moeray.errors import UnsupportedModelError
+from moeray.model.pages import zeros_on_demand
 from moeray.model.patterns import Pattern
 
 
@@ -46,10 +47,10 @@ class LayerCache:
 
     @classmethod
     def allocate(cls, slots: int, slot: Slot, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        k = torch.zeros(slots, slot.groups, slot.k_size, dtype=dtype, device=device)
+        k = zeros_on_demand((slots, slot.groups, slot.k_size), dtype, device)
         if slot.shared:
             return cls(k, k[..., : slot.v_size])
-        return cls(k, torch.zeros(slots, slot.groups, slot.v_size, dtype=dtype, device=device))
+        return cls(k, zeros_on_demand((slots, slot.groups, slot.v_size), dtype, device))
 
 
 @dataclass

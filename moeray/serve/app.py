@@ -22,6 +22,7 @@ from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading, Recorder
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.openai import create_app
+from moeray.serve.prompt import import_tokenizers
 from moeray.serve.system import SystemBackend
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ class Ingress:
 
     async def _warm_up(self) -> None:
         """Load the tokenizer once the system is ready, so that the first request does not wait for it."""
+        await asyncio.to_thread(import_tokenizers)  # while the system loads
         try:
             await self._backend.ready(START_TIMEOUT_S)
             await self._app.state.endpoint.warm_up()

@@ -83,12 +83,17 @@ class PromptEncoder:
         return {**message, "role": role}
 
 
+def import_tokenizers() -> None:
+    """What `load_encoder` needs; takes a second or two, for which nobody should wait once a model is there."""
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+
 def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
     """Load the tokenizer from `model.metadata_dir`; takes seconds. Raises CheckpointError or ConfigError.
 
     `chat_template`, a file or the template itself, replaces the model's own.
     """
-    from transformers import AutoTokenizer  # takes a second or two to import, so not where nothing is served
+    from transformers import AutoTokenizer  # see `import_tokenizers`: not where nothing is served
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.metadata_dir, local_files_only=True)

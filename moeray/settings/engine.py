@@ -23,7 +23,8 @@ class EngineConfig:
     `prefill_chunk` bounds the prefill tokens of one step while sequences are decoding. `step_s` makes them fewer, down
     to `LEAST_CHUNK`, while such steps last longer: what decodes keeps its pace, and prompts wait, which is right where
     the first token may come late and actors are on their way (None: they are never fewer).
-    `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`.
+    `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`; on a
+    CPU, memory is taken as blocks are first used.
 
     `attention`: what computes the attention of decoding sequences: `native`, moeray's kernel in C (fp32 and bf16 on the
     CPU), `torch`, or `auto`, the kernel where it can. `linear`: what computes the trunk's linear layers: `native`,

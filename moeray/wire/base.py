@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from moeray.settings.wire import WireConfig
 from moeray.wire.frame import Frame, Limits
-from moeray.wire.rows import Forward, Place, Result
+from moeray.wire.row_message import Place, RowMessage
 
 # Before its proof a peer may send one small header and no payload.
 UNAUTHENTICATED = Limits(max_header_bytes=4096, max_payload_bytes=0)
@@ -49,7 +49,7 @@ class Channel(Protocol):
         ChannelTimeoutError when the peer does not read for `send_timeout_s`; that frame may still arrive later, whole.
         """
 
-    def send_rows(self, rows: Forward | Result) -> None:
+    def send_rows(self, rows: RowMessage) -> None:
         """Hand a layer's rows or their outputs over, as `send` does with their frame, in less time."""
 
     def place_outputs(self, nbytes: int) -> Place | None:

@@ -5,6 +5,8 @@
 Little endian. Header and tensors each start at a multiple of 64 bytes from the frame's start. The header is the msgpack
 array [version, op, id, layer, epoch, meta, shapes, dtypes, where]: `where` is INLINE when the payload follows, else the
 payload's position in the sender's shared memory ring.
+
+This module imports no torch: frames without tensors are all that an endpoint knows.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from moeray.errors import WireError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIRE_VERSION = 1
 ALIGN = 64
@@ -56,24 +60,10 @@ class Op(IntEnum):
     GOODBYE = 13
 
 
-# A dtype's code on the wire is its index here: append only.
-DTYPES: tuple[torch.dtype, ...] = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
-    torch.float8_e4m3fn,
-)
-CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_BOOL = CODES[torch.bool]
-# numpy does not know these, so their bytes go as whole numbers of the same size.
-_FOREIGN = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}
-_SIZES = tuple(dtype.itemsize for dtype in DTYPES)
+SIZES = (4, 2, 2, 1, 2, 4, 8, 1, 1, 1)
+"""Bytes of an element of each dtype, by its code (`tensors.DTYPES`)."""
+BOOL = 8
+"""A dtype's code."""
 _OPS = {int(op): op for op in Op}
 
 
@@ -91,7 +81,7 @@ class Frame(NamedTuple):
     layer: int = -1
     epoch: int = 0
     meta: Mapping[str, Any] = _NOTHING
-    tensors: Sequence[torch.Tensor] = ()
+    tensors: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -107,33 +97,6 @@ class VersionMismatchError(WireError):
 
 
 Span = tuple[int, list[int], int, int]
-
-
-class Tensors(Sequence[torch.Tensor]):
-    """Those of a received frame, made when they are asked for: views of `memory` from byte `start` on."""
-
-    __slots__ = ("memory", "spans", "start")
-
-    def __init__(self, memory: memoryview, start: int, spans: list[Span]) -> None:
-        self.memory = memory
-        self.start = start
-        self.spans = spans
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    @overload
-    def __getitem__(self, index: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
-    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
-        if isinstance(index, slice):
-            return Tensors(self.memory, self.start, self.spans[index])
-        code, shape, elements, offset = self.spans[index]
-        if not elements:
-            return torch.empty(shape, dtype=DTYPES[code])
-        flat = torch.frombuffer(self.memory, dtype=DTYPES[code], count=elements, offset=self.start + offset)
-        return flat if len(shape) == 1 else flat.view(shape)
 
 
 class Header(NamedTuple):
@@ -168,51 +131,32 @@ def aligned(size: int) -> int:
 
 def new_buffer(size: int) -> Bytes:
     """A writable uint8 array of `size` bytes whose start is 64-byte aligned."""
-    return torch.empty(max(size, ALIGN), dtype=torch.uint8).numpy()
+    memory = np.empty(size + ALIGN, np.uint8)
+    skipped = -memory.ctypes.data % ALIGN
+    return memory[skipped : skipped + max(size, ALIGN)]
 
 
-def flatten(tensors: Sequence[torch.Tensor]) -> tuple[list[memoryview], int]:
-    """The tensors' bytes, one flat view each, and the payload length with padding.
+def chunks_of(frame: Frame) -> tuple[list[memoryview], int]:
+    """The bytes of its tensors, one flat view each, and the payload length with padding.
 
     Contiguous tensors are not copied. Raises WireError for a tensor that the wire does not carry.
     """
-    if len(tensors) > MAX_TENSORS:
-        raise WireError(f"a frame carries at most {MAX_TENSORS} tensors, got {len(tensors)}; stack them")
-    chunks = []
-    total = 0
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype not in CODES or tensor.layout is not torch.strided:
-            raise _refusal(tensor)
-        if tensor.dim() > MAX_DIMS:
-            raise WireError(f"a tensor of {tensor.dim()} dimensions is over the wire's {MAX_DIMS}; flatten it")
-        chunk = _bytes_of(tensor)
-        chunks.append(chunk)
-        total += aligned(chunk.nbytes)
-    return chunks, total
+    if not frame.tensors:
+        return [], 0
+    from moeray.wire.tensors import flatten
 
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    if not tensor.numel():
-        return memoryview(b"")
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype in _FOREIGN:
-        tensor = tensor.view(_FOREIGN[tensor.dtype])
-    return tensor.contiguous().numpy().data.cast("B")
-
-
-def _refusal(tensor: torch.Tensor) -> WireError:
-    if not tensor.is_cpu:
-        return WireError(f"a tensor on {tensor.device} cannot be sent; move it to the CPU first")
-    if tensor.layout is not torch.strided:
-        return WireError(f"a tensor of layout {tensor.layout} cannot be sent; make it dense first")
-    return WireError(f"dtype {tensor.dtype} is not carried; send one of {', '.join(str(d)[6:] for d in DTYPES)}")
+    return flatten(frame.tensors)
 
 
 def pack_head(frame: Frame, payload_bytes: int, where: int, limits: Limits) -> bytes:
     """Prefix, header and pad: all of the frame but its payload. Raises WireError over a limit or for bad `meta`."""
-    codes = [CODES[tensor.dtype] for tensor in frame.tensors]
-    shapes = [tuple(tensor.shape) for tensor in frame.tensors]
+    shapes: list[tuple[int, ...]] = []
+    codes: list[int] = []
+    if frame.tensors:
+        from moeray.wire.tensors import CODES
+
+        shapes = [tuple(tensor.shape) for tensor in frame.tensors]
+        codes = [CODES[tensor.dtype] for tensor in frame.tensors]
     fields = [WIRE_VERSION, frame.op, frame.id, frame.layer, frame.epoch, frame.meta, shapes, codes, where]
     try:
         header: bytes = _PACKERS.packer.pack(fields)
@@ -243,7 +187,7 @@ def inline_buffers(head: bytes, chunks: list[memoryview]) -> list[bytes | memory
 
 def encode(frame: Frame, limits: Limits) -> list[bytes | memoryview]:
     """The frame with its payload inline, as buffers for `sendmsg` or `b"".join`. Raises WireError."""
-    chunks, size = flatten(frame.tensors)
+    chunks, size = chunks_of(frame)
     return inline_buffers(pack_head(frame, size, INLINE, limits), chunks)
 
 
@@ -290,13 +234,13 @@ def _spans(shapes: Any, codes: Any, payload_bytes: int) -> list[Span]:
     spans = []
     offset = 0
     for shape, code in zip(shapes, codes, strict=True):
-        if type(code) is not int or not 0 <= code < len(DTYPES):
+        if type(code) is not int or not 0 <= code < len(SIZES):
             raise WireError(
                 f"the peer sent the unknown dtype {reprlib.repr(code)}; run one release of moeray everywhere"
             )
         elements = _elements(shape)
         spans.append((code, shape, elements, offset))
-        offset += aligned(elements * _SIZES[code])
+        offset += aligned(elements * SIZES[code])
     if offset != payload_bytes:
         raise WireError(f"the peer's shapes take {offset} bytes but its payload has {payload_bytes}")
     return spans
@@ -317,9 +261,13 @@ def build_frame(header: Header, memory: memoryview, start: int) -> Frame:
     Raises WireError for a bool tensor with bytes other than 0 and 1, which torch must never see.
     """
     for code, _, elements, offset in header.spans:
-        if code == _BOOL and elements and np.frombuffer(memory, np.uint8, elements, start + offset).max() > 1:
+        if code == BOOL and elements and np.frombuffer(memory, np.uint8, elements, start + offset).max() > 1:
             raise WireError("the peer sent a bool tensor with values other than 0 and 1")
-    tensors = Tensors(memory, start, header.spans) if header.spans else ()
+    tensors: Sequence[Tensor] = ()
+    if header.spans:
+        from moeray.wire.tensors import Tensors
+
+        tensors = Tensors(memory, start, header.spans)
     return Frame(header.op, header.id, header.layer, header.epoch, header.meta, tensors)
 
 

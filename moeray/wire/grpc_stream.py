@@ -23,7 +23,7 @@ from moeray.errors import ChannelClosedError, ChannelTimeoutError, ConfigError, 
 from moeray.settings.wire import WireConfig
 from moeray.wire.base import UNAUTHENTICATED, T, limits_of
 from moeray.wire.frame import ALIGN, PREFIX, Bytes, Frame, Limits, decode, encode, new_buffer
-from moeray.wire.rows import Forward, Result
+from moeray.wire.row_message import RowMessage
 
 SERVICE = "moeray.Wire"
 GREET = "Greet"
@@ -87,7 +87,7 @@ class GrpcChannel:
     def place_outputs(self, nbytes: int) -> None:
         """See `Channel.place_outputs`."""
 
-    def send_rows(self, rows: Forward | Result) -> None:
+    def send_rows(self, rows: RowMessage) -> None:
         """See `Channel.send_rows`."""
         self.send(rows.frame())
 

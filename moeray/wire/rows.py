@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeray.compiled import compiled
 from moeray.errors import WireError
-from moeray.wire.frame import CODES, DTYPES, INLINE, Frame, Header, Limits, Op, Tensors, aligned
+from moeray.wire.frame import Frame, Op, aligned
+from moeray.wire.row_message import Place, native
+from moeray.wire.tensors import CODES, DTYPES, Tensors
 
-native = compiled("moeray.wire._native")
 _INT64 = CODES[torch.int64]
-_OPS = {int(op): op for op in (Op.FORWARD, Op.RESULT)}
 
 
 class Forward(NamedTuple):
@@ -48,15 +47,14 @@ class Forward(NamedTuple):
         return aligned(len(self.tokens) // 8 * x_TD.shape[1] * x_TD.itemsize) + aligned(len(self.token_of_row))
 
     def frame(self) -> Frame:
-        """The message as an ordinary frame."""
+        """See `RowMessage`."""
         x_UD = self.x_TD[torch.from_numpy(np.frombuffer(self.tokens, np.int64).copy())]
         token_of_row_R = torch.from_numpy(np.frombuffer(self.token_of_row, np.int64).copy())
         meta = {"experts": self.experts, "counts": self.counts}
         return Frame(Op.FORWARD, self.id, self.layer, self.epoch, meta, (x_UD, token_of_row_R))
 
     def write(self, out: bytearray, ring: memoryview | None, where: int, most: int) -> int | None:
-        """Write the message to `out`, but for its payload where there is room in the `ring` (at `where`). Its size, or
-        None where it does not fit, or its header is longer than `most`."""
+        """See `RowMessage`."""
         assert native is not None
         x_TD = self.x_TD
         if x_TD.dtype not in CODES:  # the frame's refusal says why
@@ -67,14 +65,9 @@ class Forward(NamedTuple):
         )  # fmt: skip
         return size
 
-
-class Place(NamedTuple):
-    """Memory that outputs are written to. `position`: in a channel's ring, where they go out from as they are; INLINE
-    elsewhere."""
-
-    memory: memoryview
-    address: int
-    position: int = INLINE
+    def send_in_place(self, lane: int) -> bool:
+        """See `RowMessage`."""
+        return False
 
 
 class Result(NamedTuple):
@@ -95,30 +88,29 @@ class Result(NamedTuple):
         return aligned(self.rows * self.width * self.dtype.itemsize)
 
     def frame(self) -> Frame:
-        """The message as an ordinary frame."""
+        """See `RowMessage`."""
         out_R = torch.frombuffer(self.place.memory, dtype=self.dtype, count=self.rows * self.width)
         meta = {"compute_s": self.compute_s, "queue_s": self.queue_s}
         return Frame(Op.RESULT, self.id, self.layer, self.epoch, meta, (out_R.view(self.rows, self.width),))
 
+    def send_in_place(self, lane: int) -> bool:
+        """See `RowMessage`."""
+        assert native is not None
+        place = self.place
+        went: bool = native.send_outputs(
+            lane, place.position, self.id, self.layer, self.epoch, self.compute_s, self.queue_s,
+            CODES[self.dtype], place.address, self.rows, self.width,
+        )  # fmt: skip
+        return went
+
     def write(self, out: bytearray, ring: memoryview | None, where: int, most: int) -> int | None:
-        """As `Forward.write`."""
+        """See `RowMessage`."""
         assert native is not None
         size: int | None = native.write_result(
             out, ring, where, most, self.id, self.layer, self.epoch, self.compute_s, self.queue_s,
             CODES[self.dtype], self.place.address, self.rows, self.width,
         )  # fmt: skip
         return size
-
-
-def read_header(memory: memoryview, start: int, end: int, limits: Limits) -> Header | None:
-    """The header of a FORWARD or RESULT that lies whole in bytes [start, end) of the memory, within the limits.
-
-    None for anything else, right or wrong: `frame.unpack_header` tells.
-    """
-    if native is None:
-        return None
-    found = native.read_rows(memory, start, end, limits.max_header_bytes, limits.max_payload_bytes)
-    return None if found is None else Header(_OPS[found[0]], *found[1:])
 
 
 def put_rows(tensors: Sequence[Tensor], rows: bytes, out_TKD: Tensor) -> bool:

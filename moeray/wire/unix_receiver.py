@@ -28,7 +28,7 @@ from moeray.wire.frame import (
     unpack_header,
 )
 from moeray.wire.ring import RingReader
-from moeray.wire.rows import native, read_header
+from moeray.wire.row_message import native, read_header
 from moeray.wire.unix_connection import Connection
 
 _BUFFER_BYTES = 256 << 10

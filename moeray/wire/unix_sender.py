@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from moeray.errors import ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED
-from moeray.wire.frame import CODES, INLINE, Frame, Limits, flatten, inline_buffers, pack_head
+from moeray.wire.frame import INLINE, Frame, Limits, chunks_of, inline_buffers, pack_head
 from moeray.wire.ring import RingWriter
-from moeray.wire.rows import Forward, Place, Result, native
+from moeray.wire.row_message import Place, RowMessage, native
 from moeray.wire.unix_connection import Connection
 
 _M = TypeVar("_M")
@@ -69,11 +69,11 @@ class Sender:
         """See `Channel.send`."""
         self._in_turn(self._send, frame)
 
-    def send_rows(self, rows: Forward | Result) -> None:
+    def send_rows(self, rows: RowMessage) -> None:
         """See `Channel.send_rows`."""
         if native is None:
             self.send(rows.frame())
-        elif not (isinstance(rows, Result) and self._send_outputs(rows)):
+        elif not self._send_in_place(rows):
             self._in_turn(self._send_rows, rows)
 
     def flush(self) -> None:
@@ -89,14 +89,9 @@ class Sender:
         position, address = placed
         return Place(writer.piece(position, nbytes), address, position)
 
-    def _send_outputs(self, result: Result) -> bool:
-        """In one call, where nothing else goes out at the time and the peer keeps up."""
-        assert native is not None
-        lane, place = self._connection.open_lane, result.place
-        went: bool = bool(lane) and native.send_outputs(
-            lane, place.position, result.id, result.layer, result.epoch, result.compute_s, result.queue_s,
-            CODES[result.dtype], place.address, result.rows, result.width,
-        )  # fmt: skip
+    def _send_in_place(self, rows: RowMessage) -> bool:
+        lane = self._connection.open_lane
+        went = bool(lane) and rows.send_in_place(lane)
         if went and self._lane.unsent_from != self._lane.unsent_to:
             self.flush()
         return went
@@ -120,14 +115,14 @@ class Sender:
             lane.busy = bool(self._unsent)
             self.lock.release()
 
-    def _send_rows(self, rows: Forward | Result, deadline: float) -> None:
+    def _send_rows(self, rows: RowMessage, deadline: float) -> None:
         size = self._write(rows)
         if size is None:  # too much for both, or for the limits
             self._send(rows.frame(), deadline)
         else:
             self._finish([self._message_view[:size]], deadline)
 
-    def _write(self, rows: Forward | Result) -> int | None:
+    def _write(self, rows: RowMessage) -> int | None:
         """The rows' message, in the ring where it is large; how many bytes of it go through the socket."""
         size, most, writer = rows.payload_bytes, self._limits.max_header_bytes, self._writer
         if size > self._limits.max_payload_bytes:
@@ -142,7 +137,7 @@ class Sender:
         return rows.write(self._message, None, INLINE, most)
 
     def _send(self, frame: Frame, deadline: float) -> None:
-        chunks, size = flatten(frame.tensors)
+        chunks, size = chunks_of(frame)
         writer, position = self._writer, None
         if writer is not None and RING_THRESHOLD <= size <= writer.capacity:
             position = self._reserve(writer, size)

@@ -13,7 +13,7 @@ from moeray.model.kernels import available
 from moeray.model.loading import open_model
 from moeray.recorder import Recorder
 from moeray.types import ExpertId
-from moeray.wire import rows as wire_rows
+from moeray.wire import row_message
 from moeray.wire.frame import Frame, Limits, Op, decode, encode
 from tests.checkpoints import make_tiny
 
@@ -151,7 +151,7 @@ def test_an_expert_that_is_named_twice_is_refused(path, experts):
 
 LIMITS = Limits(1 << 20, 1 << 24)
 compiled_parts = pytest.mark.skipif(
-    wire_rows.native is None or not available(), reason="the parts in C were not compiled on this machine"
+    row_message.native is None or not available(), reason="the parts in C were not compiled on this machine"
 )
 
 

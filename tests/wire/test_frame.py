@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from moeray.errors import WireError
 from moeray.wire.frame import (
     ALIGN,
-    DTYPES,
+    BOOL,
     INLINE,
     PREFIX,
+    SIZES,
     WIRE_VERSION,
     Frame,
     Limits,
@@ -27,6 +28,7 @@ from moeray.wire.frame import (
     decode,
     encode,
 )
+from moeray.wire.tensors import DTYPES
 
 LIMITS = Limits(1 << 16, 1 << 20)
 GOOD = [WIRE_VERSION, int(Op.FORWARD), 1, 2, 3, {}, [[4]], [0], INLINE]
@@ -237,3 +239,8 @@ def test_any_mix_of_tensors_comes_back(specs):
     got = decode(message(Frame(Op.FORWARD, tensors=tensors)), LIMITS).tensors
     assert len(got) == len(tensors)
     assert all(same(a, b) for a, b in zip(tensors, got, strict=True))
+
+
+def test_sizes_are_those_of_the_dtypes():
+    assert tuple(dtype.itemsize for dtype in DTYPES) == SIZES
+    assert DTYPES[BOOL] is torch.bool

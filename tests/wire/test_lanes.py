@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from moeray.errors import ChannelClosedError
-from moeray.wire import rows
-from moeray.wire.frame import CODES, Frame, Limits, Op
+from moeray.wire import row_message
+from moeray.wire.frame import Frame, Limits, Op
 from moeray.wire.rows import Result
+from moeray.wire.tensors import CODES
 from moeray.wire.unix import RING_THRESHOLD, UnixChannel
 from tests.wire.support import admitted_pair
 
-pytestmark = pytest.mark.skipif(rows.native is None, reason="the part in C was not compiled on this machine")
+pytestmark = pytest.mark.skipif(row_message.native is None, reason="the part in C was not compiled on this machine")
 
 LIMITS = Limits(1 << 12, 1 << 22)
 RING = 1 << 20
@@ -45,7 +46,7 @@ def take(wanted, out_TKD, timeout=SOON):
     tokens, top_k, width = out_TKD.shape
     code, row_bytes = CODES[out_TKD.dtype], width * out_TKD.itemsize
     asked = [(channel.lane, frame_id, to) for channel, frame_id, to in wanted]
-    return rows.native.take_result(asked, code, width, row_bytes, out_TKD.data_ptr(), tokens * top_k, timeout)
+    return row_message.native.take_result(asked, code, width, row_bytes, out_TKD.data_ptr(), tokens * top_k, timeout)
 
 
 def answer(channel, frame_id, y_RD, compute_s=0.5):

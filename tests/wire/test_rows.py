@@ -14,17 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeray.errors import WireError
-from moeray.wire import rows
+from moeray.wire import row_message, rows
 from moeray.wire.frame import (
-    CODES,
-    DTYPES,
     INLINE,
     PREFIX,
     WIRE_VERSION,
     Frame,
     Limits,
     Op,
-    Tensors,
     aligned,
     build_frame,
     check_lengths,
@@ -34,10 +31,12 @@ from moeray.wire.frame import (
     pack_head,
     unpack_header,
 )
-from moeray.wire.rows import Forward, Place, Result, check_forward, put_rows, read_header
+from moeray.wire.row_message import Place, read_header
+from moeray.wire.rows import Forward, Result, check_forward, put_rows
+from moeray.wire.tensors import CODES, DTYPES, Tensors
 from tests.wire.support import KINDS
 
-pytestmark = pytest.mark.skipif(rows.native is None, reason="the part in C was not compiled on this machine")
+pytestmark = pytest.mark.skipif(row_message.native is None, reason="the part in C was not compiled on this machine")
 
 LIMITS = Limits(1 << 12, 1 << 20)
 WIDE = Limits(1 << 30, (1 << 32) - 1)
@@ -408,6 +407,7 @@ def test_rows_over_a_channel(kind, tokens, compiled, host, monkeypatch):
     """Inline, by way of the ring, and too large for that; with and without the part in C."""
     if not compiled:
         monkeypatch.setattr(rows, "native", None)
+        monkeypatch.setattr(row_message, "native", None)
         monkeypatch.setattr("moeray.wire.unix_sender.native", None)
         monkeypatch.setattr("moeray.wire.unix_receiver.native", None)
     near, far = host.pair(kind)
