@@ -323,10 +323,10 @@ def test_a_full_router_is_passed_over_and_full_ones_refuse_only_what_is_new(mode
             while sum(router.status()["queue"] for router in fleet.routers) < 2:
                 assert not any(task.done() for task in waiting), "the first ones ended before the others had come"
                 await asyncio.sleep(0)
-            queued.set()
             with pytest.raises(QueueFullError):
                 await anext(backend.generate(replace(asked[0], request_id="one too many")))
             await asyncio.to_thread(fleet.kill, fleet.routers[0])
+            killed.set()
             parts = [[part] for part in running + list(await asyncio.gather(*waiting))]
 
             async def rest(stream, part):
@@ -334,10 +334,10 @@ def test_a_full_router_is_passed_over_and_full_ones_refuse_only_what_is_new(mode
 
             return await asyncio.gather(*map(rest, streams, parts))
 
-    queued = threading.Event()
+    killed = threading.Event()
     with Fleet(model, engine__max_running=1, engine__max_waiting=1) as fleet:
         for _ in range(2):
-            step_slowly(fleet.add_router(), queued)
+            step_slowly(fleet.add_router(), killed)
         outputs = asyncio.run(run())
     assert [len(tokens_of(each)) for each in outputs] == [LONG] * 4
     assert sorted({output.attempt for each in outputs for output in each}) == [0, 1]
