@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -21,9 +20,11 @@ from moeray.dispatch.deadline import LEAST_S
 from moeray.dispatch.flight import Flight, Sent
 from moeray.dispatch.hops import MANY, Hops
 from moeray.dispatch.links import Connect, Links, UnknownActorError
+from moeray.dispatch.pieces import AHEAD, cut, rows_of_a_piece
 from moeray.dispatch.plan import Ints, Plan, Share
 from moeray.dispatch.planner import Answered, Left, Planner, native
 from moeray.dispatch.view import PlacementView, Usable
+from moeray.dispatch.work import Work
 from moeray.errors import (
     ChannelClosedError,
     ChannelTimeoutError,
@@ -49,24 +50,6 @@ RETRIES = ("closed", "timeout", "error", "out_of_memory", "failed")
 """Why rows are sent again."""
 
 OnLoss = Callable[[str, str], None]
-
-
-@dataclass
-class _Work:
-    """One layer's rows, in flight or `waiting`: those of `orphans`, experts that had no replica when the view was at
-    `version`, the first of them at `waited_from`. `failed`: who failed at an expert."""
-
-    layer: int
-    x_TD: Tensor
-    ids_TK: Tensor
-    out_TKD: Tensor
-    began: float
-    flight: Flight
-    waiting: list[Ints] = field(default_factory=list)
-    orphans: set[int] = field(default_factory=set)
-    version: int = -1
-    waited_from: float = 0.0
-    failed: dict[int, str] = field(default_factory=dict)
 
 
 class Dispatcher:
@@ -128,7 +111,7 @@ class Dispatcher:
         x_TD, ids_TK, device = _at_home(x_TD), _at_home(ids_TK), x_TD.device
         out_TKD = self._outputs(x_TD, ids_TK)
         flight = Flight(layer, self._links, self._deadline_s, self._clock)
-        work = _Work(layer, x_TD, ids_TK, out_TKD, self._clock(), flight)
+        work = Work(layer, x_TD, ids_TK, out_TKD, self._clock(), flight)
         self.slowest_compute_s = 0.0
         self._links.sweep()
         try:
@@ -138,6 +121,7 @@ class Dispatcher:
                     self._gather(work)
                 else:
                     self._await_replicas(work)
+            assert not work.backlog, "an actor with rows left has some in flight"
         finally:
             self._orphans = 0
             self.seconds_total += self._clock() - work.began
@@ -153,7 +137,7 @@ class Dispatcher:
             self._out = x_TD.new_empty(size)
         return self._out[:size].view(*ids_TK.shape, x_TD.shape[1])
 
-    def _begin(self, work: _Work) -> None:
+    def _begin(self, work: Work) -> None:
         """Send all rows. Where the part in C is there, nearly all layers are done with that."""
         self._check_wanted()
         now, x_TD = self._view.now, work.x_TD
@@ -175,7 +159,7 @@ class Dispatcher:
         if found.left:
             self._go_on(work, found.left, channels)
 
-    def _go_on(self, work: _Work, left: list[Left], channels: list[Channel | None]) -> None:
+    def _go_on(self, work: Work, left: list[Left], channels: list[Channel | None]) -> None:
         """With the shares that the part in C has sent, and then those that it has not: to be dialled first, on channels
         of another kind, or large."""
         self._learn()
@@ -193,7 +177,7 @@ class Dispatcher:
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    def _send_rows(self, work: _Work, rows_R: Ints | None) -> None:
+    def _send_rows(self, work: Work, rows_R: Ints | None) -> None:
         """Plan and send the rows (None: all of them), again for those whose actor turns out to be gone."""
         self._check_wanted()
         self._learn()
@@ -202,34 +186,39 @@ class Dispatcher:
             now = self._view.now
             plan = self._plan(work, now, todo.pop())
             if plan.orphans:
-                work.version = min(work.version, now.version) if work.waiting else now.version
-                work.waited_from = work.waited_from or self._clock()
-                work.orphans |= set(plan.orphans)
-                work.waiting.append(plan.orphan_rows_R)
+                work.wait(plan, now.version, self._clock())
             todo.extend(self._send_shares(work, plan.shares))
-        before, self._orphans = self._orphans, sum(rows_R.size for rows_R in work.waiting)
+        before, self._orphans = self._orphans, work.rows_waiting
         if self._orphans and not before:
             self._on_orphans()
 
-    def _plan(self, work: _Work, now: Usable, rows_R: Ints | None) -> Plan:
+    def _plan(self, work: Work, now: Usable, rows_R: Ints | None) -> Plan:
         if rows_R is None:
             return self._planner.plan(now, work.layer, work.ids_TK)
-        return self._planner.plan_again(now, self._replicas(work, now), work.ids_TK.numpy(), rows_R)
+        return self._planner.plan_again(now, work.replicas(now), work.ids_TK.numpy(), rows_R)
 
-    def _replicas(self, work: _Work, now: Usable) -> Mapping[int, Sequence[str]]:
-        """The layer's usable replicas; an actor that failed at an expert is passed over where there is another."""
-        replicas = now.replicas.get(work.layer, {})
-        if not work.failed:
-            return replicas
-        others = {e: tuple(a for a in replicas.get(e, ()) if a != actor) for e, actor in work.failed.items()}
-        return {**replicas, **{expert: actors for expert, actors in others.items() if actors}}
+    def _send_shares(self, work: Work, shares: list[Share]) -> list[Ints]:
+        """Send each as soon as there is a channel to its actor, or begin with it. The rows of those whose actor is
+        gone."""
+        left, gone = {share.actor_id: share for share in shares}, []
+        for actor in self._links.dialled(left):
+            most_rows = rows_of_a_piece(work.row_bytes, self._links.room(actor))
+            work.backlog.add(actor, cut(left[actor], most_rows) if most_rows else [left[actor]])
+            gone += self._send_more(work, actor)
+        return gone
 
-    def _send_shares(self, work: _Work, shares: list[Share]) -> list[Ints]:
-        """Send each as soon as there is a channel to its actor. The rows of those whose actor is gone."""
-        left = {share.actor_id: share for share in shares}
-        return [left[actor].rows_R for actor in self._links.dialled(left) if not self._send(work, left[actor])]
+    def _send_more(self, work: Work, actor_id: str) -> list[Ints]:
+        """As many pieces as the actor may have at a time. The rows of all that is left for it, where it is gone."""
+        while sum(sent.share.actor_id == actor_id for sent in work.flight.sent) < AHEAD:
+            now, in_flight = self._view.now, work.flight.rows()
+            piece = work.backlog.take(actor_id, work.replicas(now), now.rates, in_flight)
+            if piece is None:
+                break
+            if not self._send(work, piece):
+                return [lost.rows_R for lost in (piece, *work.backlog.drop(actor_id))]
+        return []
 
-    def _send(self, work: _Work, share: Share) -> bool:
+    def _send(self, work: Work, share: Share) -> bool:
         """False where the actor is gone; its rows are to be planned anew. Raises WireError for a frame that no channel
         would carry."""
         channel = None
@@ -246,7 +235,7 @@ class Dispatcher:
             return False
         return True
 
-    def _forward(self, work: _Work, share: Share, channel: Channel) -> Sent:
+    def _forward(self, work: Work, share: Share, channel: Channel) -> Sent:
         frame_id, self._next_id = self._next_id, self._next_id + 1
         sent = work.flight.dated(frame_id, share, channel, self._clock())
         channel.send_timeout_s = sent.allowed
@@ -260,14 +249,20 @@ class Dispatcher:
 
     # -- gathering ------------------------------------------------------------------------------------------------
 
-    def _gather(self, work: _Work) -> None:
+    def _gather(self, work: Work) -> None:
         """Take the answer that comes first, else that of the actor whose deadline ends first, and send again what did
         not come back."""
         self._check_wanted()
         sent, compute_s = work.flight.first(work.out_TKD)
         if compute_s is not None:
             self._took(work, sent, compute_s)
-            return
+        else:
+            self._receive(work, sent)
+        for rows_R in self._send_more(work, sent.share.actor_id):
+            self._send_rows(work, rows_R)
+
+    def _receive(self, work: Work, sent: Sent) -> None:
+        """Its answer, whatever it is."""
         share = sent.share
         try:
             self._links.check(share.actor_id)
@@ -287,10 +282,12 @@ class Dispatcher:
             missing = [e for e in share.experts if isinstance(named, list) and e in named] or share.experts
             self._view.refuse(share.actor_id, [ExpertId(work.layer, expert) for expert in missing])
         else:
-            self._note_failure(work, share, message)
+            log.warning("expert actor %s failed at layer %d: %s", share.actor_id, work.layer, message)
+            work.fail(share, message)
+            self._retries["failed"].add(share.size)
         self._send_rows(work, share.rows_R)
 
-    def _take(self, work: _Work, sent: Sent, frame: Frame) -> None:
+    def _take(self, work: Work, sent: Sent, frame: Frame) -> None:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""
         share, compute_s = sent.share, frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
@@ -299,16 +296,16 @@ class Dispatcher:
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         self._took(work, sent, compute_s)
 
-    def _took(self, work: _Work, sent: Sent, compute_s: float) -> None:
+    def _took(self, work: Work, sent: Sent, compute_s: float) -> None:
         share = sent.share
-        self.slowest_compute_s = max(self.slowest_compute_s, compute_s)
+        self.slowest_compute_s = max(self.slowest_compute_s, work.computed(share.actor_id, compute_s))
         took_s = self._clock() - sent.at
         done = (0, share.experts, share.size, len(share.tokens) // 8, took_s)
         self._note(sent.channel.kind, work, [share.actor_id], [done])
 
-    def _note(self, kind: str, work: _Work, actors: list[str], answered: list[Answered]) -> None:
+    def _note(self, kind: str, work: Work, actors: list[str], answered: list[Answered]) -> None:
         """Forwards that some of the actors have answered."""
-        self._hops.note(kind, work.x_TD.shape[1] * work.x_TD.itemsize, answered)
+        self._hops.note(kind, work.row_bytes, answered)
         self._to_learn.append((work.layer, actors, answered))
 
     def _learn(self) -> None:
@@ -324,10 +321,10 @@ class Dispatcher:
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 
-    def _give_up(self, work: _Work, sent: Sent, reason: str, message: str) -> None:
-        """Lose the actor (unless it was, or has moved, since), and send all rows of this channel elsewhere."""
-        lost = [sent, *work.flight.take_all(sent.channel)]
-        rows_R = np.concatenate([item.share.rows_R for item in lost])
+    def _give_up(self, work: Work, sent: Sent, reason: str, message: str) -> None:
+        """Lose the actor (unless it was, or has moved, since), and send elsewhere what it has or was to get."""
+        lost = [item.share for item in (sent, *work.flight.take_all(sent.channel))]
+        rows_R = np.concatenate([share.rows_R for share in (*lost, *work.backlog.drop(sent.share.actor_id))])
         if self._links.holds(sent.share.actor_id, sent.channel):
             self._lose(sent.share.actor_id, reason, message)
         self._retries[reason].add(rows_R.size)
@@ -346,19 +343,7 @@ class Dispatcher:
         if self._view.lose(actor_id):
             self._on_loss(actor_id, reason)
 
-    def _note_failure(self, work: _Work, share: Share, message: str) -> None:
-        """A forward failed in an actor that is well: its rows get one more try. Raises MoerayError after that."""
-        log.warning("expert actor %s failed at layer %d: %s", share.actor_id, work.layer, message)
-        for expert in share.experts:
-            if expert in work.failed:
-                raise MoerayError(
-                    f"expert {expert} of layer {work.layer} failed twice, on {work.failed[expert]} and then on "
-                    f"{share.actor_id}: {message}; the actor's log has the cause"
-                )
-        work.failed.update(dict.fromkeys(share.experts, share.actor_id))
-        self._retries["failed"].add(share.size)
-
-    def _await_replicas(self, work: _Work) -> None:
+    def _await_replicas(self, work: Work) -> None:
         """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""
         left = work.waited_from + self._deadline_s - self._clock()
         if left <= 0:
@@ -368,8 +353,7 @@ class Dispatcher:
             )
         if not self._view.wait_change(work.version, min(left, RETRY_S)) and left > RETRY_S:
             self._view.retry([ExpertId(work.layer, expert) for expert in work.orphans])
-        rows_R, work.waiting, work.orphans = np.concatenate(work.waiting), [], set()
-        self._send_rows(work, rows_R)
+        self._send_rows(work, work.take_waiting())
 
     def _check_wanted(self) -> None:
         if self._abandoned:

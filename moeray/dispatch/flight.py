@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,6 +39,13 @@ class Flight:
         self._links = links
         self._deadline_s = deadline_s
         self._clock = clock
+
+    def rows(self) -> Counter[str]:
+        """How many each actor has."""
+        rows: Counter[str] = Counter()
+        for sent in self.sent:
+            rows[sent.share.actor_id] += sent.share.size
+        return rows
 
     def dated(self, frame_id: int, share: Share, channel: Channel, at: float) -> Sent:
         """With the deadline, which is behind those of what its actor was sent before."""

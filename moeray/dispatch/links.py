@@ -114,6 +114,12 @@ class Links:
             raise link.error or ChannelClosedError(f"{actor_id} was given up while it was dialled")
         return channel
 
+    def room(self, actor_id: str) -> int:
+        """Bytes that the actor's channel takes before they are read; 0 where there is none."""
+        link = self._links.get(actor_id)
+        channel = link.channel if link is not None else None
+        return channel.room if channel is not None else 0
+
     def _expects(self, actor_id: str) -> bool:
         """Whether it is worth waiting for a channel to it."""
         link, now = self._links.get(actor_id), self._view.now

@@ -39,6 +39,10 @@ class Channel(Protocol):
         It stays valid as long as the channel object."""
 
     @property
+    def room(self) -> int:
+        """Bytes that go out before the peer reads, each way, as far as that is known."""
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
 

@@ -68,6 +68,11 @@ class GrpcChannel:
         return 0
 
     @property
+    def room(self) -> int:
+        """See `Channel.room`."""
+        return 0
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
         return self._shut or self._over.is_set()

@@ -72,6 +72,11 @@ class UnixChannel:
         return self._connection.open_lane
 
     @property
+    def room(self) -> int:
+        """See `Channel.room`: both sides go by the same settings, so their rings are alike."""
+        return self._sender.room
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
         return self._connection.shut

@@ -65,6 +65,12 @@ class Sender:
         except OSError as error:
             raise self._connection.lost(error) from error
 
+    @property
+    def room(self) -> int:
+        """The ring's bytes."""
+        writer = self._writer
+        return writer.capacity if writer is not None else 0
+
     def send(self, frame: Frame) -> None:
         """See `Channel.send`."""
         self._in_turn(self._send, frame)

@@ -15,7 +15,19 @@ import torch
 
 from moeray.dispatch.deadline import FRESH_S
 from moeray.errors import MoerayError, PlacementError, WireError
-from tests.dispatch.actors import WIRE, Background, Stage, expected, garbage, hang, hold, misfit, refuse, vanish
+from tests.dispatch.actors import (
+    WIRE,
+    Background,
+    Stage,
+    expected,
+    garbage,
+    hang,
+    hold,
+    misfit,
+    refuse,
+    serve,
+    vanish,
+)  # fmt: skip
 from tests.wire.support import OtherProcess
 
 BOTH = {0: "ab", 1: "ab", 2: "ab"}
@@ -370,3 +382,68 @@ def test_nothing_is_left_behind(folder):
     stage.dispatch([[0, 1]])
     stage.close()
     assert set(threading.enumerate()) <= before
+
+
+MANY = dict.fromkeys(range(16), "ab")
+"""Experts on two actors: all of `many_rows` are six pieces or so."""
+
+
+def many_rows():
+    return [[token % 16, (token + 5) % 16] for token in range(20_000)]
+
+
+def test_many_rows_go_out_in_pieces(stage):
+    stage.publish(1, MANY)
+    stage.dispatch(many_rows())
+    a, b = stage.actors["a"], stage.actors["b"]
+    assert a.forwards + b.forwards >= 6
+    assert a.rows + b.rows == 40_000
+    assert not stage.losses
+
+
+def test_an_actor_that_stops_in_the_middle_leaves_its_pieces_to_the_other(stage):
+    """It answers only once the other has been sent all but the two pieces that it has itself."""
+    stage.publish(1, MANY)
+    a, b = stage.actors["a"], stage.actors["b"]
+    a.script = [hold, hold]
+    dispatch = Background(lambda: stage.dispatch(many_rows()))
+    first, took = sum(a.received.get(timeout=10).values()), 0
+    while took < 40_000 - 2.5 * first:
+        took += sum(b.received.get(timeout=10).values())
+    a.release.set()
+    dispatch.join()
+    assert a.forwards <= 2
+    assert b.rows > 24_000
+    assert not stage.losses
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("behaviour", "reason"), [(vanish, "closed"), (misfit, "error"), (refuse("out_of_memory"), "out_of_memory")]
+)
+def test_a_loss_at_any_piece_loses_no_row(stage, behaviour, reason, place):
+    stage.publish(1, MANY)
+    stage.actors["a"].script = [serve] * place + [behaviour]
+    stage.dispatch(many_rows())
+    assert stage.losses == [("a", reason)]
+    stage.dispatch([[0, 1]])
+
+
+@pytest.mark.parametrize("experts", [16, 1])
+def test_pieces_that_fail_are_tried_by_the_other(stage, experts):
+    """Also several pieces of one expert."""
+    stage.publish(1, MANY)
+    stage.actors["a"].script = [serve, refuse("failed"), refuse("failed")]
+    stage.dispatch([[first % experts, second % experts] for first, second in many_rows()])
+    assert retries(stage, "failed") > 0
+    assert not stage.losses
+
+
+def test_pieces_wait_for_a_replica_as_all_rows_do(stage):
+    stage.publish(1, dict.fromkeys(range(16), "a"), known="ab")
+    stage.actors["a"].script = [serve, vanish]
+    dispatch = Background(lambda: stage.dispatch(many_rows()))
+    assert stage.actors["a"].hung_up.wait(10)
+    stage.publish(2, MANY, lost="a")
+    dispatch.join()
+    assert stage.actors["b"].rows > 16_000
