@@ -297,9 +297,8 @@ class Dispatcher:
         self._took(work, sent, compute_s)
 
     def _took(self, work: Work, sent: Sent, compute_s: float) -> None:
-        share = sent.share
-        self.slowest_compute_s = max(self.slowest_compute_s, work.computed(share.actor_id, compute_s))
-        took_s = self._clock() - sent.at
+        share, took_s = sent.share, work.answered(sent, compute_s, self._clock())
+        self.slowest_compute_s = max(self.slowest_compute_s, work.compute_s[share.actor_id])
         done = (0, share.experts, share.size, len(share.tokens) // 8, took_s)
         self._note(sent.channel.kind, work, [share.actor_id], [done])
 

@@ -64,8 +64,11 @@ class Flight:
 
         With it its actor's seconds of compute, where the part in C has put its rows to `out_TKD` already.
         """
-        place, compute_s = self._first(out_TKD)
-        return self.sent.pop(place), compute_s
+        heads = list({id(sent.channel): sent for sent in reversed(self.sent)}.values())  # actors answer in order
+        soonest = min(heads, key=_until)
+        sent, compute_s = self._take_result(heads, out_TKD, soonest.until) or (soonest, None)
+        self.sent = [other for other in self.sent if other is not sent]
+        return sent, compute_s
 
     def answer(self, sent: Sent) -> Frame:
         """The frame that answers `sent`; answers to earlier frames that came too late are passed over. Raises
@@ -76,14 +79,10 @@ class Flight:
             if frame.id == sent.frame_id:
                 return frame
 
-    def _first(self, out_TKD: Tensor) -> tuple[int, float | None]:
-        soonest = min(self.sent, key=_until)
-        return self._take_result(out_TKD, soonest.until) or (self.sent.index(soonest), None)
-
-    def _take_result(self, out_TKD: Tensor, until: float) -> tuple[int, float | None] | None:
-        """As `first`, with its place; None where nothing came until then, or the part in C does not speak on all of
-        the channels."""
-        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in self.sent]
+    def _take_result(self, heads: list[Sent], out_TKD: Tensor, until: float) -> tuple[Sent, float | None] | None:
+        """As `first`, of these, the earliest on each channel; None where nothing came until then, or the part in C does
+        not speak on all of the channels."""
+        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in heads]
         if native is None or not all(lane for lane, _, _ in wanted):
             return None
         tokens, top_k, width = out_TKD.shape
@@ -91,7 +90,7 @@ class Flight:
             wanted, CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), tokens * top_k,
             max(0.0, until - self._clock()),
         )  # fmt: skip
-        return None if found is None else (found[0], found[1])
+        return None if found is None else (heads[found[0]], found[1])
 
 
 def _until(sent: Sent) -> float:

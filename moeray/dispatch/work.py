@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from moeray.dispatch.flight import Flight
+from moeray.dispatch.flight import Flight, Sent
 from moeray.dispatch.pieces import Backlog
 from moeray.dispatch.plan import Ints, Plan, Share
 from moeray.dispatch.view import Usable
@@ -19,7 +19,8 @@ from moeray.errors import MoerayError
 class Work:
     """Rows are in the `flight`, in the `backlog`, or `waiting`: those of `orphans`, experts that had no replica when
     the view was at `version`, the first of them at `waited_from`. `failed`: who failed at an expert, with
-    `failed_rows` of it. `compute_s`: what each actor says that it computed."""
+    `failed_rows` of it. `compute_s`: what each actor says that it computed; `heard_at`: when it last
+    answered."""
 
     layer: int
     x_TD: Tensor
@@ -35,6 +36,7 @@ class Work:
     failed: dict[int, str] = field(default_factory=dict)
     failed_rows: set[int] = field(default_factory=set)
     compute_s: dict[str, float] = field(default_factory=dict)
+    heard_at: dict[str, float] = field(default_factory=dict)
 
     @property
     def row_bytes(self) -> int:
@@ -64,10 +66,12 @@ class Work:
         rows_R, self.waiting, self.orphans = np.concatenate(self.waiting), [], set()
         return rows_R
 
-    def computed(self, actor_id: str, seconds: float) -> float:
-        """An answer of the actor's took it so long; what all of them have by now."""
-        self.compute_s[actor_id] = self.compute_s.get(actor_id, 0.0) + seconds
-        return self.compute_s[actor_id]
+    def answered(self, sent: Sent, compute_s: float, now: float) -> float:
+        """Note an answer. Seconds that its actor took, since it was sent the rows or was done with those before."""
+        actor_id = sent.share.actor_id
+        self.compute_s[actor_id] = self.compute_s.get(actor_id, 0.0) + compute_s
+        began, self.heard_at[actor_id] = max(sent.at, self.heard_at.get(actor_id, sent.at)), now
+        return now - began
 
     def fail(self, share: Share, message: str) -> None:
         """A forward failed in an actor that is well: its rows get one more try. Raises MoerayError after that."""

@@ -15,7 +15,7 @@ KEYS = {
 
 def test_kills_of_every_kind_lose_nothing(tmp_path):
     """A cluster of its own, so that no other one is killed."""
-    command = "chaos --kill any --every 4s --for 17s --streams 6 --max-tokens 48 --seed 3 --output json"
+    command = "chaos --kill any --every 3s --for 11s --streams 6 --max-tokens 48 --seed 3 --output json"
     done = subprocess.run(
         [sys.executable, "-m", "moeray.cli.main", *command.split()], capture_output=True, text=True, timeout=400,
         env={**os.environ, "RAY_ADDRESS": "local", "MOERAY_CACHE_DIR": str(tmp_path)},

@@ -423,8 +423,13 @@ def test_an_actor_that_stops_in_the_middle_leaves_its_pieces_to_the_other(stage)
 )
 def test_a_loss_at_any_piece_loses_no_row(stage, behaviour, reason, place):
     stage.publish(1, MANY)
-    stage.actors["a"].script = [serve] * place + [behaviour]
-    stage.dispatch(many_rows())
+    a, b = stage.actors["a"], stage.actors["b"]
+    a.script, b.script = [serve] * place + [behaviour], [hold]
+    dispatch = Background(lambda: stage.dispatch(many_rows()))
+    for _ in range(place + 1):
+        a.received.get(timeout=10)
+    b.release.set()
+    dispatch.join()
     assert stage.losses == [("a", reason)]
     stage.dispatch([[0, 1]])
 
@@ -433,8 +438,14 @@ def test_a_loss_at_any_piece_loses_no_row(stage, behaviour, reason, place):
 def test_pieces_that_fail_are_tried_by_the_other(stage, experts):
     """Also several pieces of one expert."""
     stage.publish(1, MANY)
-    stage.actors["a"].script = [serve, refuse("failed"), refuse("failed")]
-    stage.dispatch([[first % experts, second % experts] for first, second in many_rows()])
+    a, b = stage.actors["a"], stage.actors["b"]
+    a.script, b.script = [serve, refuse("failed"), refuse("failed")], [hold]
+    ids = [[first % experts, second % experts] for first, second in many_rows()]
+    dispatch = Background(lambda: stage.dispatch(ids))
+    for _ in range(3):
+        a.received.get(timeout=10)
+    b.release.set()
+    dispatch.join()
     assert retries(stage, "failed") > 0
     assert not stage.losses
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from moeray.dispatch.flight import Sent
 from moeray.dispatch.pieces import AHEAD, PIECE_BYTES, Backlog, cut, rows_of_a_piece
 from moeray.dispatch.plan import Share, plan_rows
+from moeray.dispatch.work import Work
 
 
 def share_of(counts, top_k=2):
@@ -116,3 +119,14 @@ def test_what_was_left_for_an_actor_that_is_gone():
     assert [lost.experts for lost in backlog.drop("a")] == [[0], [1]]
     assert backlog.drop("a") == []
     assert not backlog
+
+
+def test_what_an_actor_takes_begins_when_it_is_done_with_what_came_before():
+    work = Work(0, torch.empty(0), torch.empty(0), torch.empty(0), 0.0, None)
+
+    def sent(actor, at):
+        return Sent(1, piece(actor, [0], 10), None, at, 1.0, at + 1.0)
+
+    times = [("a", 1.0, 3.0), ("a", 1.0, 4.5), ("b", 1.0, 5.0), ("a", 6.0, 7.0)]
+    assert [work.answered(sent(actor, at), 0.5, now) for actor, at, now in times] == [2.0, 1.5, 4.0, 1.0]
+    assert work.compute_s == {"a": 1.5, "b": 0.5}
