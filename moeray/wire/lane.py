@@ -13,17 +13,20 @@ class Ring(Structure):
     """Shared memory as its writer or its reader sees it.
 
     `progress`: address of the number that says how far the reader is. `done`: that number as it was last seen (writer)
-    or written (reader). `head`: how far was written (writer), or where the payload that is held ends (reader).
+    or written (reader). `head`: how far was written (writer), or where the payload that is held ends (reader). `start`:
+    where the writer began when the ring was last empty; nothing before that is still to be read.
     """
 
     _fields_ = (
         ("memory", c_void_p), ("capacity", c_int64), ("progress", c_void_p), ("head", c_int64), ("done", c_int64),
+        ("start", c_int64),
     )  # fmt: skip
     memory: int
     capacity: int
     progress: int
     head: int
     done: int
+    start: int
 
 
 class Lane(Structure):

@@ -52,7 +52,9 @@ class RingWriter:
         if empty or position % self.capacity + size > self.capacity:
             # An empty ring, too, starts over at its first byte, which is still in the caches.
             position = -(-position // self.capacity) * self.capacity
-        room = self.capacity if empty else self.ring.done + self.capacity - position
+        if empty:
+            self.ring.start = position
+        room = max(self.ring.done, self.ring.start) + self.capacity - position
         return position if size <= room else None
 
     def write(self, position: int, chunks: list[memoryview]) -> None:

@@ -71,6 +71,20 @@ def test_the_ring_wraps_and_never_overwrites_what_is_held(ring):
     assert (reader.memory[:size] == 3).all()
 
 
+def test_a_ring_that_starts_over_has_all_of_its_room(ring):
+    """What is skipped when an empty ring starts over at its first byte is free, though no reader says so."""
+    writer, reader = ring
+    size = 96 << 10
+    for value in range(5):
+        first, second = put(writer, value, size), put(writer, value + 1, size)
+        assert (first % RING, second % RING) == (0, size)
+        assert put(writer, 9, size) is None
+        for position, expected in ((first, value), (second, value + 1)):
+            at = reader.hold(position, size)
+            assert (reader.memory[at : at + size] == expected).all()
+            reader.release()
+
+
 def test_an_empty_ring_takes_a_payload_of_its_whole_size(ring):
     writer, reader = ring
     for value in range(5):

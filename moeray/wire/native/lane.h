@@ -12,7 +12,7 @@ typedef struct {
     uint8_t *memory;
     int64_t capacity;
     uint64_t *progress;
-    int64_t head, done;
+    int64_t head, done, start;
 } Ring;
 
 typedef struct {
@@ -44,7 +44,9 @@ static inline int64_t reserve(Ring *ring, int64_t size) {
     const int empty = ring->done == ring->head;
     int64_t position = ring->head;
     if (empty || position % ring->capacity + size > ring->capacity) position = round_up(position, ring->capacity);
-    const int64_t room = empty ? ring->capacity : ring->done + ring->capacity - position;
+    if (empty) ring->start = position;
+    const int64_t read = ring->done > ring->start ? ring->done : ring->start;
+    const int64_t room = read + ring->capacity - position;
     return size <= room ? position : NO_ROOM;
 }
 
