@@ -167,7 +167,7 @@ class Dispatcher:
             channel = channels[actor]
             if frame_id and channel is not None:
                 sent = work.flight.dated(frame_id, share, channel, work.began)
-                work.flight.sent.append(sent)
+                work.flight.add(sent)
                 if in_part:
                     channel.send_timeout_s = sent.allowed
                     with suppress(WireError):  # whoever waits for the answer is told the same
@@ -209,9 +209,9 @@ class Dispatcher:
 
     def _send_more(self, work: Work, actor_id: str) -> list[Ints]:
         """As many pieces as the actor may have at a time. The rows of all that is left for it, where it is gone."""
-        while sum(sent.share.actor_id == actor_id for sent in work.flight.sent) < AHEAD:
-            now, in_flight = self._view.now, work.flight.rows()
-            piece = work.backlog.take(actor_id, work.replicas(now), now.rates, in_flight)
+        while work.backlog and work.flight.count[actor_id] < AHEAD:
+            now = self._view.now
+            piece = work.backlog.take(actor_id, work.replicas(now), now.rates, work.flight.rows)
             if piece is None:
                 break
             if not self._send(work, piece):
@@ -224,7 +224,7 @@ class Dispatcher:
         channel = None
         try:
             channel = self._links.channel(share.actor_id)
-            work.flight.sent.append(self._forward(work, share, channel))
+            work.flight.add(self._forward(work, share, channel))
         except UnknownActorError:
             return False
         except WireError as error:

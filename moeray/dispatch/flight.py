@@ -31,21 +31,26 @@ class Sent(NamedTuple):
 
 
 class Flight:
-    """The forwards of one layer that are not answered yet. `deadline_s`: what an actor is allowed at most."""
+    """The forwards of one layer that are not answered yet: `sent`, in order; `count` and `rows` of each actor's.
+    `deadline_s`: what an actor is allowed at most."""
 
     def __init__(self, layer: int, links: Links, deadline_s: float, clock: Callable[[], float]) -> None:
         self.sent: list[Sent] = []
+        self.count: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
         self._layer = layer
         self._links = links
         self._deadline_s = deadline_s
         self._clock = clock
 
-    def rows(self) -> Counter[str]:
-        """How many each actor has."""
-        rows: Counter[str] = Counter()
-        for sent in self.sent:
-            rows[sent.share.actor_id] += sent.share.size
-        return rows
+    def add(self, sent: Sent) -> None:
+        """It is on its way."""
+        self.sent.append(sent)
+        self._counted(sent, 1)
+
+    def _counted(self, sent: Sent, by: int) -> None:
+        self.count[sent.share.actor_id] += by
+        self.rows[sent.share.actor_id] += by * sent.share.size
 
     def dated(self, frame_id: int, share: Share, channel: Channel, at: float) -> Sent:
         """With the deadline, which is behind those of what its actor was sent before."""
@@ -57,6 +62,8 @@ class Flight:
         """Those on this channel, which are in flight no longer."""
         taken = [sent for sent in self.sent if sent.channel is channel]
         self.sent = [sent for sent in self.sent if sent.channel is not channel]
+        for sent in taken:
+            self._counted(sent, -1)
         return taken
 
     def first(self, out_TKD: Tensor) -> tuple[Sent, float | None]:
@@ -68,6 +75,7 @@ class Flight:
         soonest = min(heads, key=_until)
         sent, compute_s = self._take_result(heads, out_TKD, soonest.until) or (soonest, None)
         self.sent = [other for other in self.sent if other is not sent]
+        self._counted(sent, -1)
         return sent, compute_s
 
     def answer(self, sent: Sent) -> Frame:

@@ -71,10 +71,10 @@ class Backlog:
         self._left: dict[str, deque[Share]] = {}
 
     def __bool__(self) -> bool:
-        return any(self._left.values())
+        return bool(self._left)
 
     def add(self, actor_id: str, pieces: Iterable[Share]) -> None:
-        """Behind what the actor has already."""
+        """At least one, behind what the actor has already."""
         self._left.setdefault(actor_id, deque()).extend(pieces)
 
     def drop(self, actor_id: str) -> list[Share]:
@@ -94,18 +94,23 @@ class Backlog:
         `replicas`: actors that host an expert; `rates`: their relative speed, 1 where absent; `in_flight`: rows that
         they have been sent.
         """
-        own = self._left.get(actor_id)
-        if own:
-            return own.popleft()
+        if actor_id in self._left:
+            piece = self._left[actor_id].popleft()
+            self._forget_empty(actor_id)
+            return piece
         rest = {
             other: (sum(piece.size for piece in left) + in_flight.get(other, 0)) / rates.get(other, 1.0)
             for other, left in self._left.items()
-            if left
         }
         for other in sorted(rest, key=lambda other: (-rest[other], other)):
             piece = self._left[other][-1]
             done = (in_flight.get(actor_id, 0) + piece.size) / rates.get(actor_id, 1.0)
             if done <= rest[other] and all(actor_id in replicas.get(expert, ()) for expert in piece.experts):
                 self._left[other].pop()
+                self._forget_empty(other)
                 return piece._replace(actor_id=actor_id)
         return None
+
+    def _forget_empty(self, actor_id: str) -> None:
+        if not self._left[actor_id]:
+            del self._left[actor_id]
