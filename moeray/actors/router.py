@@ -52,8 +52,9 @@ def _nothing() -> None:
 class RouterActor:
     """Lifecycle: start (listening) → load_trunk (trunk in memory, step loop running) → drain → stop.
 
-    The step loop's thread owns the engine, the trunk and the dispatcher. Control methods are thread-safe. An actor that
-    stops itself, because its step loop died or no controller was heard of for `control.orphan_s`, calls `on_stop` then.
+    The step loop's thread owns the engine, the trunk and the dispatchers, and lends them to the thread of a step's second
+    half. Control methods are thread-safe. An actor that stops itself, because its step loop died or no controller was
+    heard of for `control.orphan_s`, calls `on_stop` then.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class RouterActor:
         self._dispatchers = Halves(self._dispatcher(), self._dispatcher(), self._may_overlap)
         combined = self._recorder.histogram("moeray_combine_seconds").observe
         whole = TrunkRunner(trunk, config.engine, self._dispatchers.first, eos_token_ids(files), combined)
-        runner = overlapped(whole, self._dispatchers.each, config.engine.overlap, self._may_overlap)
+        runner = overlapped(whole, self._dispatchers.each, config.engine.overlap, self._overlap_may_pay)
         self._revision = files.checkpoint.source.revision
         self._facts = {
             "max_context": runner.max_context,
@@ -152,13 +153,15 @@ class RouterActor:
             on_orphans=self._observers.push,
         )
 
-    def _may_overlap(self) -> bool:
-        """Whether two halves of a step may be computed at the same time."""
+    def _overlap_may_pay(self) -> bool:
+        return self._may_overlap(self._view.now.addresses)
+
+    def _may_overlap(self, addresses: Mapping[str, Address]) -> bool:
+        """Whether two halves of a step may be computed at the same time over expert actors there."""
         overlap = self._spec.config.engine.overlap
         if overlap != "auto":
             return overlap == "on"
-        where = self._view.now.addresses.values()
-        return self._device.type != "cpu" or any(address.node_id != self._node_id for address in where)
+        return self._device.type != "cpu" or any(where.node_id != self._node_id for where in addresses.values())
 
     def _connect(self, address: Address, seconds: float) -> Channel:
         return connect(address, self._identity, self._spec.config.wire, timeout=seconds)

@@ -57,7 +57,7 @@ class Dispatcher:
 
     `deadline_s`: how long one actor may take to answer at most, and how long rows wait for a replica when none is left;
     a layer that actors take and never answer fails after twice that.
-    `on_loss(actor_id, reason)` is called in the step loop's thread when an actor is given up, before its rows go
+    `on_loss(actor_id, reason)` is called in the thread that dispatches when an actor is given up, before its rows go
     elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. `on_orphans()` is called there when rows
     begin to wait for a replica. Neither may block.
     """
@@ -285,7 +285,8 @@ class Dispatcher:
             log.warning("expert actor %s failed at layer %d: %s", share.actor_id, work.layer, message)
             work.fail(share, message)
             self._retries["failed"].add(share.size)
-        self._send_rows(work, share.rows_R)
+        again = (share, *work.backlog.drop(share.actor_id))  # what it was to get may want the same experts
+        self._send_rows(work, np.concatenate([part.rows_R for part in again]))
 
     def _take(self, work: Work, sent: Sent, frame: Frame) -> None:
         """Put the outputs where they belong. Raises WireError for a frame that does not answer the rows sent."""

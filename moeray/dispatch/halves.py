@@ -11,10 +11,10 @@ from moeray.types import Address
 class Halves:
     """Two dispatchers, each with channels of its own; whole steps are the first one's. All methods are thread-safe.
 
-    `both()`: whether the second is in use, and is to have its channels before it needs them.
+    `both(addresses)`: whether the second is in use over such actors, and is to have its channels before it needs them.
     """
 
-    def __init__(self, first: Dispatcher, second: Dispatcher, both: Callable[[], bool]) -> None:
+    def __init__(self, first: Dispatcher, second: Dispatcher, both: Callable[[Mapping[str, Address]], bool]) -> None:
         self.first = first
         self.each = first, second
         self._both = both
@@ -26,12 +26,12 @@ class Halves:
 
     @property
     def seconds_total(self) -> float:
-        """Of either; while both wait, that counts twice."""
-        return sum(dispatcher.seconds_total for dispatcher in self.each)
+        """Of whole steps and of first halves: what the second waits for lies in the same steps."""
+        return self.first.seconds_total
 
     def expect(self, addresses: Mapping[str, Address]) -> None:
         """See `Dispatcher`."""
-        for dispatcher in self.each if self._both() else (self.first,):
+        for dispatcher in self.each if self._both(addresses) else (self.first,):
             dispatcher.expect(addresses)
 
     def count(self) -> None:

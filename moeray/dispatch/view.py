@@ -1,6 +1,6 @@
 """A router's copy of the placement, with what the router itself has learnt: which actors are gone.
 
-One writer at a time (the control thread publishes, the step loop reports losses); readers may wait for a change.
+The control thread publishes, whoever dispatches reports losses; readers may wait for a change.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class TrunkRunner:
-    """Implements `Runner`. Owned by the step loop."""
+    """Implements `Runner`. Owned by the step loop; `compute` may run for two halves at the same time."""
 
     def __init__(
         self, trunk: Trunk, config: EngineConfig, expert_rows: ExpertRows, eos_token_ids: tuple[int, ...],

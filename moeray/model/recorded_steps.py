@@ -52,8 +52,8 @@ class _Inputs:
 
 
 class RecordedSteps:
-    """Computes logits with `compute`, or by repeating what it did in a like step. For one cache, on the CPU, owned by
-    the step loop. `is_on`: until a step is found that cannot be repeated."""
+    """Computes logits with `compute`, or by repeating what it did in a like step. For one cache, on the CPU, for one
+    thread at a time. `is_on`: until a step is found that cannot be repeated."""
 
     def __init__(self, compute: Logits) -> None:
         self._compute = compute

@@ -174,11 +174,11 @@ class Ingress:
 
     async def _warm_up(self) -> None:
         """Load the tokenizer once the system is ready, so that the first request does not wait for it."""
-        await asyncio.to_thread(import_tokenizers)  # while the system loads
         try:
+            await asyncio.to_thread(import_tokenizers)  # while the system loads
             await self._backend.ready(START_TIMEOUT_S)
             await self._app.state.endpoint.warm_up()
-        except MoerayError as error:
+        except (MoerayError, ImportError) as error:
             log.error("%s", error)
 
 

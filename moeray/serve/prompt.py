@@ -84,7 +84,7 @@ class PromptEncoder:
 
 
 def import_tokenizers() -> None:
-    """What `load_encoder` needs; takes a second or two, for which nobody should wait once a model is there."""
+    """What `load_encoder` needs; takes seconds (torch, too), for which nobody should wait once a model is there."""
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
 

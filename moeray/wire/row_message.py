@@ -30,8 +30,8 @@ class RowMessage(Protocol):
         ...
 
     def send_in_place(self, lane: int) -> bool:
-        """Send it on the lane in one call, where its payload lies in the ring already, nothing else goes out at the
-        time and the peer keeps up."""
+        """Send it on the lane in one call, from where its payload lies, if nothing else goes out at the time and the
+        peer keeps up."""
         ...
 
 

@@ -26,7 +26,7 @@ SURVEY_S = 60.0
 
 def ring_error(nbytes: int) -> str | None:
     """Why no shared memory between two actors can be made, None where it can."""
-    from moeray.wire.ring import RingWriter  # with torch, which may be what is missing
+    from moeray.wire.ring import RingWriter
 
     try:
         RingWriter(nbytes).handed_over()
