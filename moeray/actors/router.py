@@ -52,9 +52,9 @@ def _nothing() -> None:
 class RouterActor:
     """Lifecycle: start (listening) → load_trunk (trunk in memory, step loop running) → drain → stop.
 
-    The step loop's thread owns the engine, the trunk and the dispatchers, and lends them to the thread of a step's second
-    half. Control methods are thread-safe. An actor that stops itself, because its step loop died or no controller was
-    heard of for `control.orphan_s`, calls `on_stop` then.
+    The step loop's thread owns the engine, the trunk and the dispatchers, and lends them to the thread of a step's
+    second half. Control methods are thread-safe. An actor that stops itself, because its step loop died or no
+    controller was heard of for `control.orphan_s`, calls `on_stop` then.
     """
 
     def __init__(
