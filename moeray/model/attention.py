@@ -64,7 +64,8 @@ def _attend(
     step = current_step.get()
     latent: Latent | None = getattr(module, "moeray_latent", None)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    pool = _keep(step, layer, key[0].transpose(0, 1), value[0].transpose(0, 1), latent)
+    own = _own(key[0].transpose(0, 1), value[0].transpose(0, 1), latent)
+    pool = _keep(step, layer, own, latent is not None)
     extra = _Extra(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     q_THD = query[0].transpose(0, 1)
     decodes = step.decodes
@@ -74,8 +75,7 @@ def _attend(
     if decodes is not None:
         out_THD[decodes.rows_B] = _decode(q_THD[decodes.rows_B], pool, latent, step, decodes, attention_mask, extra)
     for span in step.prefills:
-        rows_of = slice(span.start, span.start + span.count)
-        out_THD[rows_of] = _prefill(q_THD[rows_of], pool, latent, span, attention_mask, extra)
+        out_THD[span.rows] = _prefill(q_THD[span.rows], own, pool, latent, span, attention_mask, extra)
     return out_THD.unsqueeze(0), None
 
 
@@ -90,18 +90,23 @@ def _check_call(module: nn.Module, query: Tensor, pattern: Any, kwargs: dict[str
         raise UnsupportedModelError(f"{kind} does not say which layer it is (no layer_idx), so its keys cannot be kept")
 
 
-def _keep(step: Step, layer: int, k_TGD: Tensor, v_TGD: Tensor, latent: Latent | None) -> LayerCache:
-    """Write the step's keys and values to the layer's cache; in the trial step, learn their shapes and hand them on."""
-    if latent is not None:
-        k_TGD = torch.cat((k_TGD, v_TGD), dim=-1)
-        v_TGD = k_TGD[..., : latent.rank]
-    if layer not in step.cache.layers:
-        step.cache.kept[layer] = Slot(k_TGD.shape[1], k_TGD.shape[2], v_TGD.shape[2], latent is not None)
-        return LayerCache(k_TGD, v_TGD)
-    pool = step.cache.layers[layer]
-    pool.k.index_copy_(0, step.slots_T, k_TGD)
+def _own(k_TGD: Tensor, v_TGD: Tensor, latent: Latent | None) -> LayerCache:
+    """The step's keys and values as the cache keeps them."""
     if latent is None:
-        pool.v.index_copy_(0, step.slots_T, v_TGD)
+        return LayerCache(k_TGD, v_TGD)
+    k_TGD = torch.cat((k_TGD, v_TGD), dim=-1)
+    return LayerCache(k_TGD, k_TGD[..., : latent.rank])
+
+
+def _keep(step: Step, layer: int, own: LayerCache, shared: bool) -> LayerCache:
+    """Write them to the layer's cache; in the trial step, learn their shapes and hand them on."""
+    if layer not in step.cache.layers:
+        step.cache.kept[layer] = Slot(own.k.shape[1], own.k.shape[2], own.v.shape[2], shared)
+        return own
+    pool = step.cache.layers[layer]
+    pool.k.index_copy_(0, step.slots_T, own.k)
+    if not shared:
+        pool.v.index_copy_(0, step.slots_T, own.v)
     return pool
 
 
@@ -143,33 +148,32 @@ def _decode_torch(q_BHD: Tensor, pool: LayerCache, decodes: Decodes, pattern: Pa
 
 
 def _prefill(
-    q_NHD: Tensor, pool: LayerCache, latent: Latent | None, span: Span, pattern: Pattern, extra: _Extra
+    q_NHD: Tensor, own: LayerCache, pool: LayerCache, latent: Latent | None, span: Span, pattern: Pattern, extra: _Extra
 ) -> Tensor:
-    begin = span.context - span.count
-    first = int(pattern.first_keys(torch.tensor(begin)))
-    slots = span.slots_L[first : span.context]
-    k_LGD, v_LGD = (pool.k[slots], pool.v[slots]) if latent is None else latent.expand(pool.k[slots])
-    device = q_NHD.device
-    mask = pattern.visible(
-        torch.arange(begin, span.context, device=device), torch.arange(first, span.context, device=device)
-    )
+    seen = span.seen(pattern)
+    kept, at = (own, span.rows) if seen.slots_L is None else (pool, seen.slots_L)
+    k_LGD, v_LGD = (kept.k[at], kept.v[at]) if latent is None else latent.expand(kept.k[at])
     q_1HND, k_1GLD, v_1GLD = (x.transpose(0, 1).unsqueeze(0) for x in (q_NHD, k_LGD, v_LGD))
-    return _scaled_dot_product(q_1HND, k_1GLD, v_1GLD, mask[None, None], extra)[0].transpose(0, 1)
+    return _scaled_dot_product(q_1HND, k_1GLD, v_1GLD, seen.mask_NL, extra)[0].transpose(0, 1)
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: _Extra) -> Tensor:
-    """q [B, H, N, D], k and v [B, G, L, D], bool mask broadcastable to [B, H, N, L] -> [B, H, N, Dv]."""
+    """q [B, H, N, D], k and v [B, G, L, D], bool mask broadcastable to [B, H, N, L] -> [B, H, N, Dv]. Without a mask
+    L is N, and each query sees the keys up to its own."""
     grouped = q.shape[1] != k.shape[1]
     if extra.plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=extra.scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=extra.scale, enable_gqa=grouped
+        )
     if grouped:
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() * extra.scale
     if extra.softcap is not None:
         scores = extra.softcap * torch.tanh(scores / extra.softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
     if extra.sinks_H is None:
         return torch.softmax(scores, dim=-1).to(v.dtype) @ v
     # A sink is one more key that every query sees, with a learned score and no value (gpt-oss).

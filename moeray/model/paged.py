@@ -73,6 +73,15 @@ class PagedCache:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """The keys that N tokens of a sequence may see: those in slots `slots_L`, None where they are the tokens' own;
+    `mask_NL`: which of them each token sees (bool), None where they are all up to its own."""
+
+    slots_L: Tensor | None
+    mask_NL: Tensor | None
+
+
+@dataclass(frozen=True)
 class Span:
     """Several tokens of one sequence: rows [start, start + count) of T, context length `context` after it."""
 
@@ -80,6 +89,25 @@ class Span:
     count: int
     context: int
     slots_L: Tensor
+    _known: dict[Pattern, Seen] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.count)
+
+    def seen(self, pattern: Pattern) -> Seen:
+        """What its tokens see by this pattern."""
+        if pattern not in self._known:
+            self._known[pattern] = self._see(pattern)
+        return self._known[pattern]
+
+    def _see(self, pattern: Pattern) -> Seen:
+        begin, device = self.context - self.count, self.slots_L.device
+        first = int(pattern.first_keys(torch.tensor(begin)))
+        if begin == 0 and pattern.kind == "causal":
+            return Seen(None, None)
+        queries, keys = (torch.arange(at, self.context, device=device) for at in (begin, first))
+        return Seen(self.slots_L[first:] if begin else None, pattern.visible(queries, keys))
 
 
 @dataclass(frozen=True)
