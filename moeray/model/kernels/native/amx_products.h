@@ -104,9 +104,11 @@ INLINE void multiply(const int groups, Weights *l, const char *const *b, int64_t
     if (!scaled) end_sums(groups, sums);
 }
 
-/* Whether 16 outputs' weights can be read where they lie: BF16, equally far apart, and filling their last tile. */
-static int lie_well(const Matrix *m, const Row *w) {
-    return m->format == PAIRS && m->in % 32 == 0 && w[15].data - w[0].data == 15 * (w[1].data - w[0].data);
+/* Whether 16 outputs' weights can be read where they lie: BF16, equally far apart, and filling their last tile. Rows that
+   straddle lines of the cache are read slower, so for many groups they are copied too. */
+static int lie_well(const Matrix *m, const Row *w, int64_t groups) {
+    return m->format == PAIRS && m->in % 32 == 0 && w[15].data - w[0].data == 15 * (w[1].data - w[0].data) &&
+           (groups < PANEL_ROWS / GROUP || (uintptr_t)w[0].data % 64 == 0);
 }
 
 /* The weights of a tile for so many groups of rows. What must be decoded is for one pass by spans, which stay in the
@@ -114,7 +116,7 @@ static int lie_well(const Matrix *m, const Row *w) {
 static Weights weights_of(const Matrix *m, const Tile *t, int64_t groups, char *decoded) {
     enum { SPAN = 256 };
     Weights l = {.m = m, .w = t->w, .decoded = decoded};
-    if (lie_well(m, t->w) && lie_well(m, t->w + 16))
+    if (lie_well(m, t->w, groups) && lie_well(m, t->w + 16, groups))
         for (int h = 0; h < 2; h++)
             l.sides[h] = (Side){(const char *)t->w[16 * h].data, t->w[16 * h + 1].data - t->w[16 * h].data};
     else if (groups <= 2)

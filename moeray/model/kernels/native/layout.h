@@ -112,6 +112,9 @@ enum {
     MOST_LANES = 32, /* where matrix tiles multiply: 32, or 16 beside 16 */
     GROUP = 16,      /* rows that a matrix tile holds */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
+    MOST_ROWS = 512, /* ... by matrix tiles, where so many fit it */
+    NEAR = 5 << 18,  /* bytes of such a cache that they and the weights of three tiles may take */
+    PANEL_ROWS = 256, /* for so many at least weights are copied to where tiles read them fastest */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
     READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */

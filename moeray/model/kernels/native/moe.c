@@ -179,7 +179,7 @@ static void pack_row(const Kernels *k, const Work *w, int64_t r) {
 static void pack(const Kernels *k, const Work *w, int64_t rows, int64_t chunks) {
 #if defined(HAS_AMX)
     if (w->matrix) {
-        const int64_t most = groups_of(CHUNK);
+        const int64_t most = groups_of(most_rows(w));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < chunks * most; i++) {
             const Chunk *chunk = w->scratch.chunks + i / most;

@@ -4,7 +4,7 @@
 
 #include <stddef.h>
 
-/* Up to CHUNK rows of one expert, from row `first` of the call on; from row `at` on in scratch. */
+/* Up to `most_rows` rows of one expert, from row `first` of the call on; from row `at` on in scratch. */
 typedef struct {
     const Expert *expert;
     int64_t first, count, at;
@@ -63,6 +63,14 @@ static int64_t lanes_of(const Work *w) { return w->matrix ? MOST_LANES : TILE; }
 /* Bytes from one packed row of inputs to the next. */
 static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) * input_bytes(m->format) + APART; }
 
+/* Rows of an expert that are computed at once, at most. */
+static int64_t most_rows(const Work *w) {
+    if (!w->matrix) return CHUNK;
+    const int64_t bytes = 2 * (w->layer.up.out ? w->layer.up.in : w->layer.down.in);
+    const int64_t rows = (NEAR - 3 * MOST_LANES * bytes) / bytes / GROUP * GROUP;
+    return rows < CHUNK ? CHUNK : rows > MOST_ROWS ? MOST_ROWS : rows;
+}
+
 /* What a thread needs for decoded weights of either matrix, where an expert may have so many rows. */
 static int64_t decoded_bytes(const Work *w, int64_t rows) {
     const Matrix *up = &w->layer.up, *down = &w->layer.down;
@@ -75,7 +83,8 @@ static int64_t decoded_bytes(const Work *w, int64_t rows) {
 static char *lay_out(Work *w, int64_t rows, int64_t experts, char *at) {
     Scratch *s = &w->scratch;
     const Layer *layer = &w->layer;
-    const int64_t chunks = rows / CHUNK + experts, held = rows + (w->matrix ? chunks * (groups_of(CHUNK) - 1) : 0);
+    const int64_t most = most_rows(w), chunks = rows / most + experts;
+    const int64_t held = rows + (w->matrix ? chunks * (groups_of(most) - 1) : 0);
     s->xs = at;
     s->hs = s->xs + (layer->up.out ? held * step_of(&layer->up) : 0);
     s->decoded = s->hs + held * step_of(&layer->down);
@@ -83,14 +92,19 @@ static char *lay_out(Work *w, int64_t rows, int64_t experts, char *at) {
     return (char *)(s->chunks + chunks);
 }
 
+/* Each expert's rows in as few chunks as can be, of about equal size. */
 static int64_t chunk_up(const Work *w, const Expert *const *experts, const int64_t *counts, int64_t count) {
+    const int64_t most = most_rows(w);
     int64_t made = 0, first = 0, at = 0;
-    for (int64_t e = 0; e < count; first += counts[e++])
-        for (int64_t r = 0; r < counts[e]; r += CHUNK) {
-            const int64_t n = counts[e] - r < CHUNK ? counts[e] - r : CHUNK;
-            w->scratch.chunks[made++] = (Chunk){experts[e], first + r, n, at};
+    for (int64_t e = 0; e < count; e++) {
+        int64_t left = counts[e];
+        for (int64_t parts = (left + most - 1) / most; parts > 0; parts--) {
+            const int64_t even = ((left + parts - 1) / parts + GROUP - 1) / GROUP * GROUP, n = even < left ? even : left;
+            w->scratch.chunks[made++] = (Chunk){experts[e], first, n, at};
             at += w->matrix ? groups_of(n) * group_rows(n) : n;
+            first += n, left -= n;
         }
+    }
     return made;
 }
 
