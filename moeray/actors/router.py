@@ -29,7 +29,7 @@ from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.halves import Halves
 from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
-from moeray.engine.overlap import overlapped
+from moeray.engine.overlap import may_overlap, overlapped
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.errors import MoerayError, WireError
 from moeray.model.loading import eos_token_ids, open_model, pick_device
@@ -93,6 +93,7 @@ class RouterActor:
         self._view = PlacementView()
         self._published: tuple[Mapping[str, Any], dict[str, Address]] = (Placement().to_tree(), {})
         self._dispatchers: Halves | None = None
+        self._overlaps = False
         self._revision: str | None = None
         self._facts: dict[str, Any] = {}
 
@@ -126,10 +127,10 @@ class RouterActor:
         files = open_model(config.model, revision or config.revision, node=self._node_id)
         dtype = files.dtype(config.dtype)
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, self._device, config.engine)
-        self._dispatchers = Halves(self._dispatcher(), self._dispatcher(), self._may_overlap)
+        self._dispatchers = Halves(self._dispatcher(), self._dispatcher())
         combined = self._recorder.histogram("moeray_combine_seconds").observe
         whole = TrunkRunner(trunk, config.engine, self._dispatchers.first, eos_token_ids(files), combined)
-        runner = overlapped(whole, self._dispatchers.each, config.engine.overlap, self._overlap_may_pay)
+        runner = overlapped(whole, self._dispatchers.each, config.engine.overlap, lambda: self._overlaps)
         self._revision = files.checkpoint.source.revision
         self._facts = {
             "max_context": runner.max_context,
@@ -153,16 +154,6 @@ class RouterActor:
             on_orphans=self._observers.push,
         )
 
-    def _overlap_may_pay(self) -> bool:
-        return self._may_overlap(self._view.now.addresses)
-
-    def _may_overlap(self, addresses: Mapping[str, Address]) -> bool:
-        """Whether two halves of a step may be computed at the same time over expert actors there."""
-        overlap = self._spec.config.engine.overlap
-        if overlap != "auto":
-            return overlap == "on"
-        return self._device.type != "cpu" or any(where.node_id != self._node_id for where in addresses.values())
-
     def _connect(self, address: Address, seconds: float) -> Channel:
         return connect(address, self._identity, self._spec.config.wire, timeout=seconds)
 
@@ -179,8 +170,10 @@ class RouterActor:
         dialled first, so that no step waits for that.
         """
         self._heard()
+        nodes = {address.node_id for address in addresses.values()}
+        self._overlaps = may_overlap(self._spec.config.engine.overlap, self._device, self._node_id, nodes)
         if self._dispatchers:
-            self._dispatchers.expect(addresses)
+            self._dispatchers.expect(addresses, both=self._overlaps)
         if self._view.publish(Placement.from_tree(placement), addresses, rates=rates, lost=lost):
             before = self._published[1]
             self._published = placement, dict(addresses)

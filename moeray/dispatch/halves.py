@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.types import Address
 
 
 class Halves:
-    """Two dispatchers, each with channels of its own; whole steps are the first one's. All methods are thread-safe.
+    """Two dispatchers, each with channels of its own; whole steps are the first one's. All methods are thread-safe."""
 
-    `both(addresses)`: whether the second is in use over such actors, and is to have its channels before it needs them.
-    """
-
-    def __init__(self, first: Dispatcher, second: Dispatcher, both: Callable[[Mapping[str, Address]], bool]) -> None:
+    def __init__(self, first: Dispatcher, second: Dispatcher) -> None:
         self.first = first
         self.each = first, second
-        self._both = both
 
     @property
     def orphans(self) -> int:
@@ -29,9 +25,9 @@ class Halves:
         """Of whole steps and of first halves: what the second waits for lies in the same steps."""
         return self.first.seconds_total
 
-    def expect(self, addresses: Mapping[str, Address]) -> None:
-        """See `Dispatcher`."""
-        for dispatcher in self.each if self._both(addresses) else (self.first,):
+    def expect(self, addresses: Mapping[str, Address], *, both: bool) -> None:
+        """See `Dispatcher`. `both`: whether halves are computed over these actors too, and their channels are wanted."""
+        for dispatcher in self.each if both else (self.first,):
             dispatcher.expect(addresses)
 
     def count(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
@@ -32,11 +32,19 @@ def halves(batch: Batch) -> tuple[Batch, Batch] | None:
     return Batch(batch.entries[:cut]), Batch(batch.entries[cut:])
 
 
+def may_overlap(overlap: Overlap, device: torch.device, node: str, nodes: Collection[str]) -> bool:
+    """Whether halves are computed at all, or tried: by default where the trunk, on this device of this node, shares no
+    cores with some of the experts, which are on `nodes`."""
+    if overlap != "auto":
+        return overlap == "on"
+    return device.type != "cpu" or any(other != node for other in nodes)
+
+
 def overlapped(
     whole: TrunkRunner, rows: tuple[ExpertRows, ExpertRows], overlap: Overlap, may_pay: Callable[[], bool]
 ) -> Runner:
     """The runner as the config wants it. `rows`: what reaches the experts, for either half; `may_pay`: whether `auto`
-    is to try at all."""
+    is to try at this step (see `may_overlap`)."""
     if overlap == "off":
         return whole
     return OverlapRunner(whole, rows, None if overlap == "on" else may_pay)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeray.engine.engine import Engine
-from moeray.engine.overlap import OverlapRunner, halves, overlapped
+from moeray.engine.overlap import OverlapRunner, halves, may_overlap, overlapped
 from moeray.engine.scheduler import Batch, Entry
 from moeray.engine.sequence import Sequence
 from moeray.engine.trials import COUNTED, UNCOUNTED
@@ -166,3 +166,18 @@ def test_auto_tries_both_where_it_may_pay_and_nowhere_else(files, whole):
 
 def test_off_is_whole_batches(files, whole):
     assert overlapped(whole, (Experts(files), Experts(files)), "off", lambda: True) is whole
+
+
+@pytest.mark.parametrize(
+    ("overlap", "device", "nodes", "expected"),
+    [
+        ("auto", "cpu", {"here"}, False),
+        ("auto", "cpu", set(), False),
+        ("auto", "cpu", {"here", "there"}, True),
+        ("auto", "cuda", {"here"}, True),
+        ("on", "cpu", {"here"}, True),
+        ("off", "cuda", {"there"}, False),
+    ],
+)
+def test_halves_are_for_a_trunk_that_shares_no_cores_with_some_experts(overlap, device, nodes, expected):
+    assert may_overlap(overlap, torch.device(device), "here", nodes) is expected
