@@ -26,7 +26,7 @@ class Halves:
         return self.first.seconds_total
 
     def expect(self, addresses: Mapping[str, Address], *, both: bool) -> None:
-        """See `Dispatcher`. `both`: whether halves are computed over these actors too, and their channels are wanted."""
+        """See `Dispatcher`. `both`: whether halves are computed over these actors, and their channels are wanted."""
         for dispatcher in self.each if both else (self.first,):
             dispatcher.expect(addresses)
 
