@@ -117,7 +117,9 @@ class Dispatcher:
         try:
             self._begin(work)
             while flight.sent or work.waiting:
-                if flight.sent:
+                if work.waiting and self._view.now.version > work.version:
+                    self._send_rows(work, work.take_waiting())
+                elif flight.sent:
                     self._gather(work)
                 else:
                     self._await_replicas(work)
@@ -188,6 +190,8 @@ class Dispatcher:
             if plan.orphans:
                 work.wait(plan, now.version, self._clock())
             todo.extend(self._send_shares(work, plan.shares))
+        if not work.waiting:
+            work.waited_from = 0.0
         before, self._orphans = self._orphans, work.rows_waiting
         if self._orphans and not before:
             self._on_orphans()
@@ -214,26 +218,29 @@ class Dispatcher:
             piece = work.backlog.take(actor_id, work.replicas(now), now.rates, work.flight.rows)
             if piece is None:
                 break
-            if not self._send(work, piece):
-                return [lost.rows_R for lost in (piece, *work.backlog.drop(actor_id))]
+            if lost := self._send(work, piece):
+                return [share.rows_R for share in (*lost, *work.backlog.drop(actor_id))]
         return []
 
-    def _send(self, work: Work, share: Share) -> bool:
-        """False where the actor is gone; its rows are to be planned anew. Raises WireError for a frame that no channel
-        would carry."""
+    def _send(self, work: Work, share: Share) -> list[Share]:
+        """What is to be planned anew, as the actor is gone: this, and what it had in flight. Raises WireError for a
+        frame that no channel would carry."""
         channel = None
         try:
             channel = self._links.channel(share.actor_id)
             work.flight.add(self._forward(work, share, channel))
         except UnknownActorError:
-            return False
+            return [share]
         except WireError as error:
             if channel is not None and not channel.closed and not isinstance(error, ChannelTimeoutError):
                 raise
+            lost = [share]
+            if channel is not None:
+                lost += [sent.share for sent in work.flight.take_all(channel)]
             self._lose(share.actor_id, _reason(error), str(error))
-            self._retries[_reason(error)].add(share.size)
-            return False
-        return True
+            self._retries[_reason(error)].add(sum(part.size for part in lost))
+            return lost
+        return []
 
     def _forward(self, work: Work, share: Share, channel: Channel) -> Sent:
         frame_id, self._next_id = self._next_id, self._next_id + 1

@@ -78,9 +78,10 @@ class Work:
         rows = share.rows_R.tolist()
         if not self.failed_rows.isdisjoint(rows):
             expert = next(expert for expert in share.experts if expert in self.failed)
+            before = self.failed[expert]
+            where = f"on {before} and then on {share.actor_id}" if before != share.actor_id else f"on {before}"
             raise MoerayError(
-                f"expert {expert} of layer {self.layer} failed twice, on {self.failed[expert]} and then on "
-                f"{share.actor_id}: {message}; the actor's log has the cause"
+                f"expert {expert} of layer {self.layer} failed twice, {where}: {message}; the actor's log has the cause"
             )
         self.failed_rows.update(rows)
         self.failed.update(dict.fromkeys(share.experts, share.actor_id))

@@ -121,6 +121,27 @@ def test_rows_are_sent_again_while_others_compute(stage):
     assert stage.losses == [("a", "closed")]
 
 
+def test_rows_that_wait_are_sent_to_a_new_replica_while_others_compute(stage):
+    """b's second piece is answered only after c was sent what a lost."""
+    experts = range(16)
+    stage.publish(1, {expert: "a" if expert < 2 else "b" for expert in experts}, known="abc")
+    a, b, c = (stage.actors[name] for name in "abc")
+    orphaned = threading.Event()
+    stage.dispatcher._on_orphans = orphaned.set
+
+    def after_c(actor, channel, frame):
+        c.received.get(timeout=10)
+        return serve(actor, channel, frame)
+
+    a.script, b.script = [vanish] * 2, [hold, after_c]
+    dispatch = Background(lambda: stage.dispatch(many_rows()))
+    assert orphaned.wait(10)
+    stage.publish(2, {expert: "c" if expert < 2 else "b" for expert in experts}, known="bc", lost=["a"])
+    b.release.set()
+    dispatch.join()
+    assert stage.losses == [("a", "closed")]
+
+
 @pytest.mark.parametrize("nodes", ["here", "there"])
 def test_a_placement_that_names_the_actor_lost_wakes_the_wait_at_once(folder, nodes):
     stage = Stage(folder, nodes=nodes)
