@@ -13,7 +13,8 @@ ROOT = Path(moeray.__file__).parent
 
 # Each room may import the rooms named, and always the leaves.
 LEAVES = {
-    "compiled", "config", "settings", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs", "threads",
+    "buffers", "compiled", "config", "settings", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs",
+    "threads",
 }  # fmt: skip
 ALLOWED = {
     "settings": set(),

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 
+from moeray.buffers import ALIGN, Bytes, aligned, new_buffer
 from moeray.errors import WireError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WIRE_VERSION = 1
-ALIGN = 64
 INLINE = -1
 PREFIX = struct.Struct("<II")
 
@@ -38,8 +37,6 @@ MAX_TENSORS = 128
 MAX_DIMS = 8
 _MAX_ELEMENTS = 1 << 48
 _PAD = bytes(ALIGN)
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Op(IntEnum):
@@ -122,18 +119,6 @@ class _Packers(threading.local):
 
 
 _PACKERS = _Packers()
-
-
-def aligned(size: int) -> int:
-    """`size` rounded up to a multiple of 64."""
-    return (size + ALIGN - 1) & -ALIGN
-
-
-def new_buffer(size: int) -> Bytes:
-    """A writable uint8 array of `size` bytes whose start is 64-byte aligned."""
-    memory = np.empty(size + ALIGN, np.uint8)
-    skipped = -memory.ctypes.data % ALIGN
-    return memory[skipped : skipped + max(size, ALIGN)]
 
 
 def chunks_of(frame: Frame) -> tuple[list[memoryview], int]:

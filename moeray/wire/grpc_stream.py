@@ -19,10 +19,11 @@ from typing import Any
 
 import grpc
 
+from moeray.buffers import ALIGN, Bytes, new_buffer
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.base import UNAUTHENTICATED, T, limits_of
-from moeray.wire.frame import ALIGN, PREFIX, Bytes, Frame, Limits, decode, encode, new_buffer
+from moeray.wire.frame import PREFIX, Frame, Limits, decode, encode
 from moeray.wire.row_message import RowMessage
 
 SERVICE = "moeray.Wire"

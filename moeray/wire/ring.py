@@ -15,8 +15,8 @@ from ctypes import c_uint64
 
 import numpy as np
 
+from moeray.buffers import ALIGN, Bytes, aligned
 from moeray.errors import WireError
-from moeray.wire.frame import ALIGN, Bytes, aligned
 from moeray.wire.lane import Ring
 
 _PAGE = mmap.PAGESIZE

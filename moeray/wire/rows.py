@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeray.buffers import aligned
 from moeray.errors import WireError
-from moeray.wire.frame import Frame, Op, aligned
+from moeray.wire.frame import Frame, Op
 from moeray.wire.row_message import Place, native
 from moeray.wire.tensors import CODES, DTYPES, Tensors
 

@@ -7,8 +7,9 @@ from typing import overload
 
 import torch
 
+from moeray.buffers import aligned
 from moeray.errors import WireError
-from moeray.wire.frame import MAX_DIMS, MAX_TENSORS, Span, aligned
+from moeray.wire.frame import MAX_DIMS, MAX_TENSORS, Span
 
 # A dtype's code on the wire is its index here: append only, and to frame.SIZES.
 DTYPES: tuple[torch.dtype, ...] = (

@@ -11,20 +11,18 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from moeray.buffers import Bytes, aligned, new_buffer
 from moeray.errors import ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED, T
 from moeray.wire.frame import (
     INLINE,
     PREFIX,
-    Bytes,
     Frame,
     Header,
     Limits,
     VersionMismatchError,
-    aligned,
     build_frame,
     check_lengths,
-    new_buffer,
     unpack_header,
 )
 from moeray.wire.ring import RingReader

@@ -11,9 +11,10 @@ from time import monotonic
 import pytest
 import torch
 
+from moeray.buffers import ALIGN
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
-from moeray.wire.frame import ALIGN, Frame, Op
+from moeray.wire.frame import Frame, Op
 from tests.wire.support import KINDS, SMALL, Host, echo, eventually
 from tests.wire.test_frame import same, tensors_to_try
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moeray.buffers import ALIGN, aligned
 from moeray.errors import WireError
 from moeray.wire.frame import (
-    ALIGN,
     BOOL,
     INLINE,
     PREFIX,
@@ -24,7 +24,6 @@ from moeray.wire.frame import (
     Limits,
     Op,
     VersionMismatchError,
-    aligned,
     decode,
     encode,
 )

@@ -12,12 +12,13 @@ import grpc
 import msgpack
 import pytest
 
+from moeray.buffers import aligned
 from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.channel import connect
-from moeray.wire.frame import PREFIX, Frame, Op, aligned, decode, encode
+from moeray.wire.frame import PREFIX, Frame, Op, decode, encode
 from moeray.wire.grpc_stream import FRAME_KEY, GREET, SERVICE, STREAM
 from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.handshake import Acceptor, Connector

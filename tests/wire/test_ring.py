@@ -11,8 +11,9 @@ from time import monotonic
 import pytest
 import torch
 
+from moeray.buffers import ALIGN
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
-from moeray.wire.frame import ALIGN, PREFIX, Frame, Limits, Op, pack_head
+from moeray.wire.frame import PREFIX, Frame, Limits, Op, pack_head
 from moeray.wire.ring import RingReader, RingWriter
 from moeray.wire.unix import RING_THRESHOLD, UnixChannel
 

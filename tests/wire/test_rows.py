@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moeray.buffers import aligned, new_buffer
 from moeray.errors import WireError
 from moeray.wire import row_message, rows
 from moeray.wire.frame import (
@@ -22,12 +23,10 @@ from moeray.wire.frame import (
     Frame,
     Limits,
     Op,
-    aligned,
     build_frame,
     check_lengths,
     decode,
     encode,
-    new_buffer,
     pack_head,
     unpack_header,
 )

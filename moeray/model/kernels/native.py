@@ -10,15 +10,14 @@ from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from moeray.buffers import new_buffer
 from moeray.compiled import compiled
 from moeray.model.kernels.layout import Format, Layer
 from moeray.model.recording import perform
 
-ALIGNMENT = 64
 _KEPT_BYTES = 16 << 20
 _ELEMENTS_PER_THREAD = 1 << 18
 """Fewer are done before another thread has woken up."""
@@ -134,10 +133,9 @@ class Scratch:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-        skipped = -memory.ctypes.data % ALIGNMENT
-        self.memory = memory[skipped : skipped + nbytes].data
-        self.address: int = memory.ctypes.data + skipped
+        memory = new_buffer(nbytes)
+        self.memory = memory[:nbytes].data
+        self.address: int = memory.ctypes.data
 
 
 class _Kept(threading.local):
