@@ -44,15 +44,22 @@ def choose_linear(asked: LinearKernel, dtype: torch.dtype, device: torch.device)
         return _best() if low else "torch"
     if asked == "native" and not (device.type == "cpu" and kernels.available()):
         raise ConfigError("config key engine.linear: the native kernels compute on the CPU where they were compiled")
-    if asked == "onednn" and not (low and torch._C._has_mkldnn):
-        raise ConfigError("config key engine.linear: oneDNN's packed weights are for bfloat16 on the CPU")
+    if asked == "onednn" and not (low and packs_bf16()):
+        raise ConfigError(
+            "config key engine.linear: oneDNN's packed weights are for bfloat16 on a CPU with AVX-512; set it to auto"
+        )
     return asked
+
+
+def packs_bf16() -> bool:
+    """Whether oneDNN is there and packs bf16 weights on this CPU."""
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _best() -> LinearKernel:
     if kernels.available():
         return "native"
-    return "onednn" if torch._C._has_mkldnn and torch.cpu._is_avx512_bf16_supported() else "torch"
+    return "onednn" if packs_bf16() and torch.cpu._is_avx512_bf16_supported() else "torch"
 
 
 def use_linear(model: nn.Module, kernel: LinearKernel) -> None:

@@ -9,10 +9,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moeray.errors import ConfigError
 from moeray.model import kernels
-from moeray.model.linears import choose_linear, use_linear
+from moeray.model.linears import choose_linear, packs_bf16, use_linear
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="the kernels were not compiled")
+needs_packing = pytest.mark.skipif(not packs_bf16(), reason="oneDNN packs no bf16 weights on this CPU")
 
 
 class Attention(nn.Module):
@@ -57,7 +58,7 @@ def pair(dtype):
     [
         pytest.param("native", torch.float32, marks=needs_kernels),
         pytest.param("native", torch.bfloat16, marks=needs_kernels),
-        ("onednn", torch.bfloat16),
+        pytest.param("onednn", torch.bfloat16, marks=needs_packing),
         ("torch", torch.bfloat16),
     ],
 )
@@ -81,6 +82,7 @@ def test_joined_layers_keep_one_copy_of_their_weights():
     assert q.data_ptr() + q.nbytes == k.data_ptr()
 
 
+@needs_packing
 @torch.inference_mode()
 def test_packed_weights_replace_the_plain_ones():
     _, model = pair(torch.bfloat16)
@@ -100,6 +102,12 @@ def test_packed_weights_replace_the_plain_ones():
 def test_what_cannot_be_is_refused(asked, dtype, device):
     with pytest.raises(ConfigError, match=r"engine\.linear"):
         choose_linear(asked, dtype, device)
+
+
+@pytest.mark.skipif(packs_bf16(), reason="oneDNN packs bf16 on this CPU")
+def test_what_this_cpu_cannot_pack_is_refused():
+    with pytest.raises(ConfigError, match=r"engine\.linear.*AVX-512"):
+        choose_linear("onednn", torch.bfloat16, CPU)
 
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float32, CPU), (torch.bfloat16, torch.device("cuda"))])

@@ -1,5 +1,6 @@
 /* The kernels in terms of 16 lanes; compiled once for each instruction set, with FN defined, the LANES of its vectors, and
-   how many rows (MOST) and outputs (OUTS) of a product its registers hold.
+   how many outputs (OUTS) of a product with MOST rows its registers hold: where a sum takes several vectors, one of them,
+   so that a product goes over its weights once for each of these parts.
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
@@ -11,40 +12,64 @@
 #include "decode.h"
 
 #define APIECE (LANES / OUTS) /* products for a vector of outputs */
+#if LANES == 8
+#define HOLD(address) __asm__("" : "+r"(address)) /* as it is; else there is one for each row, and no registers */
+#else
+#define HOLD(address)
+#endif
 
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
+/* Part p of OUTS sums, and to each a vector of inputs times one of weights. */
+INLINE void FN(add_products)(const int format, FN(wide) *sums, int p, const char *input, const FN(vec) *weights) {
+#if LANES == 8
+    /* What compilers make of it holds more vectors at once than there are registers for. */
+    __asm__ volatile("vmovups %2, %%ymm15\n\tvfmadd231ps %3, %%ymm15, %0\n\tvfmadd231ps %4, %%ymm15, %1"
+                     : "+x"(sums[0].part[p]), "+x"(sums[1].part[p])
+                     : "m"(*(const char(*)[32])input), "x"(weights[0]), "x"(weights[1])
+                     : "xmm15");
+#else
+    const FN(vec) in = LOAD(FN(vec), input);
+    for (int n = 0; n < OUTS; n++) {
+        FN(vec) *sum = &sums[n].part[p];
 #if HAS_PAIRS
-INLINE void FN(step_pairs)(const int format, const int rows, const Row *w, const char *x, int64_t x_step,
-                           FN(wide) *sums) {
-    __m512i v[OUTS][2];
-    for (int n = 0; n < OUTS; n++) FN(decode_pairs)(format, w[n], v[n]);
+        if (in_pairs(format)) {
+            *sum = (FN(vec))_mm512_dpbf16_ps((__m512)*sum, (__m512bh)in, (__m512bh)weights[n]);
+            continue;
+        }
+#endif
+        *sum += in * weights[n];
+    }
+#endif
+}
+
+/* Parts [part, part + parts) of the sums: a block of each of OUTS weight rows times that of `rows` rows of inputs. */
+INLINE void FN(step)(const int format, const int rows, const int parts, int part, const Row *w, const char *x,
+                     int64_t x_step, FN(wide) *sums) {
+    const char *upper = x + MOST / 2 * x_step;
+    HOLD(upper); /* from two addresses all rows are in reach */
+#if HAS_PAIRS
+    __m512i pairs[OUTS][2];
+    if (in_pairs(format))
+        for (int n = 0; n < OUTS; n++) FN(decode_pairs)(format, w[n], pairs[n]);
+#endif
+#pragma GCC unroll 8
     for (int j = 0; j < (int)vectors_of(format); j++)
-        for (int r = 0; r < rows; r++) {
-            __m512bh in = LOAD(__m512bh, x + r * x_step + 64 * j);
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; p++) {
+            FN(vec) v[OUTS];
             for (int n = 0; n < OUTS; n++) {
-                FN(vec) *sum = sums[r * OUTS + n].part;
-                *sum = (FN(vec))_mm512_dpbf16_ps((__m512)*sum, in, (__m512bh)v[n][j]);
+#if HAS_PAIRS
+                if (in_pairs(format)) v[n] = (FN(vec))pairs[n][j];
+                else
+#endif
+                v[n] = FN(decode)(format, w[n], j, part + p);
+            }
+            for (int r = 0; r < rows; r++) {
+                const char *row = r < MOST / 2 ? x + r * x_step : upper + (r - MOST / 2) * x_step;
+                FN(add_products)(format, sums + r * OUTS, p, row + 64 * j + 4 * LANES * p, v);
             }
         }
-}
-#endif
-
-/* A block of each of OUTS weight rows times that of `rows` rows of inputs. */
-INLINE void FN(step)(const int format, const int rows, const Row *w, const char *x, int64_t x_step, FN(wide) *sums) {
-#if HAS_PAIRS
-    if (in_pairs(format)) return FN(step_pairs)(format, rows, w, x, x_step, sums);
-#endif
-    for (int j = 0; j < (int)vectors_of(format); j++) {
-        FN(wide) v[OUTS];
-        for (int n = 0; n < OUTS; n++)
-            for (int p = 0; p < PARTS; p++) v[n].part[p] = FN(decode)(format, w[n], j, p);
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) {
-                FN(vec) in = LOAD(FN(vec), x + r * x_step + 4 * (16 * j + p * LANES));
-                for (int n = 0; n < OUTS; n++) sums[r * OUTS + n].part[p] += in * v[n].part[p];
-            }
-    }
 }
 
 /* Two vectors' halves, quarters, ... added at once: what is left of both lies side by side. */
@@ -92,26 +117,53 @@ INLINE FN(vec) FN(unite)(const FN(vec) *folds) {
 #endif
 }
 
-/* Sums over the inputs from `from` to `to`, of OUTS weight rows, APIECE apart, and `rows` rows of inputs. */
-INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
-                       int64_t from, int64_t to, Ahead ahead, FN(wide) *sums) {
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < OUTS; n++)
-            for (int p = 0; p < PARTS; p++) sums[r * OUTS + n].part[p] = (FN(vec)){0};
-    const int64_t block = forms[format].block;
-    Row at[OUTS];
-    for (; from + block <= to; from += block) {
-        for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, w[n * APIECE], from);
-        FN(step)(format, rows, at, x + input_bytes(format) * from, x_step, sums);
-        const int64_t byte = (from >> 4) * ahead.pace;
-        if (byte % 64 == 0 && byte < ahead.bytes)
+/* Parts [part, part + parts) of the sums over the inputs [from, to), or of those so far and these. */
+INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int part, const Matrix *m, const Row *w,
+                          const char *x, int64_t x_step, int64_t from, int64_t to, int more, Ahead ahead,
+                          FN(wide) *sums) {
+    const int64_t block = forms[format].block, stretch = LANES == 8 ? stretch_of(format) : block;
+    int64_t byte = (from / 16 * ahead.pace + 63) & -64;
+    FN(wide) s[MOST * OUTS];
+    uint8_t fillers[OUTS][FILLER];
+    Row rows_of[OUTS], at[OUTS], last[OUTS];
+    for (int n = 0; n < OUTS; n++) rows_of[n] = w[n * APIECE];
+    if (to % block) /* before there are sums: a call takes their registers */
+        for (int n = 0; n < OUTS; n++) last[n] = FN(filled)(format, m, rows_of[n], to / block * block, fillers[n]);
+    for (int i = 0; i < rows * OUTS; i++)
+        for (int p = 0; p < parts; p++) s[i].part[p] = more ? sums[i].part[part + p] : (FN(vec)){0};
+    x += input_bytes(format) * from + 4 * LANES * part;
+    for (; from + stretch <= to; from += stretch, x += input_bytes(format) * stretch) {
+        HOLD(x);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < stretch; k += block) {
+            for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, rows_of[n], from + k);
+            FN(step)(format, rows, parts, part, at, x + input_bytes(format) * k, x_step, s);
+        }
+        for (; byte < ahead.bytes && byte < (from + stretch) / 16 * ahead.pace; byte += 64)
             for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
     }
-    if (!in_pairs(format) && from < to) {
-        uint8_t fillers[OUTS][FILLER];
-        for (int n = 0; n < OUTS; n++) at[n] = FN(filled)(format, m, w[n * APIECE], from, fillers[n]);
-        FN(step)(format, rows, at, x + input_bytes(format) * from, x_step, sums);
+    for (; !in_pairs(format) && from < to; from += block, x += input_bytes(format) * block) {
+        for (int n = 0; n < OUTS; n++) at[n] = from + block <= to ? FN(at)(format, m, rows_of[n], from) : last[n];
+        FN(step)(format, rows, parts, part, at, x, x_step, s);
     }
+    for (int i = 0; i < rows * OUTS; i++)
+        for (int p = 0; p < parts; p++) sums[i].part[part + p] = s[i].part[p];
+}
+
+/* Part i of n equal ones. */
+INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
+    int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
+    return (Ahead){all.rows + from, to - from, all.bytes, all.pace};
+}
+
+/* Sums over the inputs [from, to), of OUTS weight rows, APIECE apart, and `rows` rows of inputs; so many of their parts
+   at once as there are registers for. */
+INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
+                       int64_t from, int64_t to, int more, Ahead ahead, FN(wide) *sums) {
+    const int parts = rows * PARTS <= MOST ? PARTS : 1;
+    for (int part = 0; part < PARTS; part += parts)
+        FN(sum_parts)(format, rows, parts, part, m, w, x, x_step, from, to, more,
+                      FN(share)(ahead, part / parts, PARTS / parts), sums);
 }
 
 #if HAS_PAIRS
@@ -133,7 +185,7 @@ INLINE __m512 FN(scales)(const int format, const Matrix *m, const Row *w, int64_
     return _mm512_broadcast_f32x4(_mm_setr_ps(each[0], each[1], each[2], each[3]));
 }
 
-/* Sums over inputs that share scales are mixed, scaled and added. */
+/* Sums over inputs that share scales are mixed, scaled and added; a fold for each row, TILE / OUTS folds apart. */
 INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, const Row *w, const char *x,
                            int64_t x_step, Ahead ahead, FN(vec) *folds) {
     const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -141,7 +193,7 @@ INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, co
     __m512 totals[MOST] = {{0}};
     for (int64_t k = 0; k < m->in; k += span) {
         FN(wide) sums[MOST * OUTS];
-        FN(sum_up)(format, rows, m, w, x, x_step, k, k + span < m->in ? k + span : m->in, ahead, sums);
+        FN(sum_up)(format, rows, m, w, x, x_step, k, k + span < m->in ? k + span : m->in, 0, ahead, sums);
         const __m512 scales = FN(scales)(format, m, w, k);
         for (int r = 0; r < rows; r++) totals[r] += FN(mix)(sums + r * OUTS) * scales;
     }
@@ -149,31 +201,39 @@ INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, co
 }
 #endif
 
-/* A fold for each row, TILE / OUTS folds apart. */
+/* Of a tile the first of the OUTS rows that are multiplied together, in turn i. */
+INLINE const Row *FN(turn)(const Row *w, int64_t i) { return w + i / APIECE * LANES + i % APIECE; }
+
+/* TILE weight rows times `rows` rows of inputs: TILE / OUTS folds for each row. SPAN inputs at a time, so that those of
+   all rows stay in the nearest cache while the weights pass by, unless one pass over the weights does. */
 INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
                     Ahead ahead, FN(vec) *folds) {
+    enum { TURNS = TILE / OUTS };
 #if HAS_PAIRS
-    if (scales_sums(format)) return FN(dot_scaled)(format, rows, m, w, x, x_step, ahead, folds);
+    if (scales_sums(format)) {
+        for (int i = 0; i < TURNS; i++)
+            FN(dot_scaled)(format, rows, m, FN(turn)(w, i), x, x_step, FN(share)(ahead, i, TURNS), folds + i);
+        return;
+    }
 #endif
-    FN(wide) sums[MOST * OUTS];
-    FN(sum_up)(format, rows, m, w, x, x_step, 0, m->in, ahead, sums);
-    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = FN(fold)(sums + r * OUTS);
+    FN(wide) sums[PARTS > 1 ? TURNS : 1][MOST * OUTS];
+    const int64_t in = m->in, span = rows * PARTS <= MOST ? in : SPAN;
+    for (int64_t from = 0; from < in; from += span) {
+        const int64_t to = from + span < in ? from + span : in;
+        for (int i = 0; i < TURNS; i++) {
+            FN(wide) *mine = sums[PARTS > 1 ? i : 0];
+            FN(sum_up)(format, rows, m, FN(turn)(w, i), x, x_step, from, to, from > 0, FN(share)(ahead, i, TURNS), mine);
+            for (int r = 0; to == in && r < rows; r++) folds[r * TURNS + i] = FN(fold)(mine + r * OUTS);
+        }
+    }
 }
 
-/* Part i of n equal ones. */
-INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
-    int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
-    return (Ahead){all.rows + from, to - from, all.bytes, all.pace};
-}
-
-/* A function for each format and number of rows, so that each has all registers. `w`: a tile of weight rows. */
+/* A function for each format and number of rows, so that each has all registers. */
 typedef void (*FN(Dot))(const Matrix *m, const Row *w, const char *x, int64_t x_step, Ahead ahead, FN(vec) *folds);
 #define DOT(format, rows)                                                                                              \
     static NOINLINE void FN(dot_##format##_##rows)(const Matrix *m, const Row *w, const char *x, int64_t x_step,       \
                                                    Ahead ahead, FN(vec) *folds) {                                      \
-        for (int i = 0; i < TILE / OUTS; i++)                                                                          \
-            FN(dot)(format, rows, m, w + i / APIECE * LANES + i % APIECE, x, x_step,                                   \
-                    FN(share)(ahead, i, TILE / OUTS), folds + i);                                                      \
+        FN(dot)(format, rows, m, w, x, x_step, ahead, folds);                                                          \
     }
 #define DOTS(format) UP_TO_MOST(DOT, format)
 COMPUTED(DOTS)
@@ -196,6 +256,13 @@ COMPUTED(UNPACK)
 #define UNPACK_NAME(format) FN(unpack_##format),
 static const FN(Unpack) FN(unpack_of)[] = {COMPUTED(UNPACK_NAME)};
 
+/* In how many groups so many rows are multiplied. A few wait for memory most of the time, and less of it where a product
+   goes over its weights once, all parts together, while more of them are on the way. */
+INLINE int64_t FN(groups_for)(int64_t count) {
+    if (LANES == 8 && count <= 8) return count / 3 + 1;
+    return (count + MOST - 1) / MOST;
+}
+
 /* Up to CHUNK rows of inputs, in the order of the format's blocks and x_step bytes apart, times TILE weight rows. */
 static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const char *x, int64_t x_step, int64_t count,
                      Ahead ahead, f32x16 *out, char *decoded) {
@@ -213,7 +280,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
         }
         m = &dense, w = rows;
     }
-    const int64_t groups = (count + MOST - 1) / MOST;
+    const int64_t groups = FN(groups_for)(count);
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
         FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), folds);
@@ -313,16 +380,13 @@ static void FN(read)(const char *data, int64_t size) {
 /* Multiplies and adds in as many sums as a product has, `times` times: pairs of BF16 where there is an instruction for
    them, else floats. The operations. */
 static int64_t FN(multiply)(int64_t times) {
-    FN(vec) sums[MOST][OUTS * PARTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
+    FN(vec) sums[MOST * OUTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
     __asm__ volatile("" : "+m"(factor), "+m"(term));
-    for (int r = 0; r < MOST; r++)
-        for (int n = 0; n < OUTS * PARTS; n++) sums[r][n] = term;
+    for (int i = 0; i < MOST * OUTS; i++) sums[i] = term;
     for (int64_t t = 0; t < times; t++)
-        for (int r = 0; r < MOST; r++)
-            for (int n = 0; n < OUTS * PARTS; n++) sums[r][n] = MULTIPLY_ADD(sums[r][n], factor, term);
-    for (int r = 0; r < MOST; r++)
-        for (int n = 0; n < OUTS * PARTS; n++) __asm__ volatile("" : : "m"(sums[r][n]));
-    return times * MOST * OUTS * (HAS_PAIRS ? 64 : 32);
+        for (int i = 0; i < MOST * OUTS; i++) sums[i] = MULTIPLY_ADD(sums[i], factor, term);
+    for (int i = 0; i < MOST * OUTS; i++) __asm__ volatile("" : : "m"(sums[i]));
+    return times * MOST * OUTS * (HAS_PAIRS ? 4 : 2) * LANES;
 }
 
 static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store), FN(read), FN(multiply)};
@@ -330,10 +394,9 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef PARTS
 #undef FN
 #undef LANES
-#undef MOST
-#undef UP_TO_MOST
 #undef OUTS
 #undef APIECE
+#undef HOLD
 #undef HAS_PAIRS
 #undef COMPUTED
 #undef MULTIPLY_ADD

@@ -92,6 +92,7 @@ INLINE FN(vec) FN(decode)(const int format, Row w, const int j, const int p) {
         case F32: return LOAD(FN(vec), w.data + 4 * lane);
         case F16: return FN(half)(LOAD(FN(u16vec), w.data + 2 * lane));
         case BF16: {
+            if (j) __asm__("" : "+r"(w.data)); /* loading anew costs less than registers for what was loaded */
             FN(uvec) pairs = LOAD(FN(uvec), w.data + 4 * lane);
             return (FN(vec))(j ? pairs & 0xffff0000 : pairs << 16);
         }

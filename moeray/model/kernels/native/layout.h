@@ -27,8 +27,8 @@ typedef struct {
 static const Form forms[] = {
     [F32] = {32, 16, INT64_MAX, F32, F32},
     [F16] = {16, 16, 48, F32, F16},
-    [BF16] = {16, 32, 48, F32, PAIRS},
-    [INT8] = {8, 16, 48, F32, INT8_PAIRS},
+    [BF16] = {16, 32, INT64_MAX, BF16, PAIRS},
+    [INT8] = {8, 16, INT64_MAX, INT8, INT8_PAIRS},
     [FP8] = {8, 16, 12, F32, FP8_PAIRS},
     [MXFP4] = {4, 128, 12, F32, MXFP4_PAIRS},
     [PAIRS] = {16, 32, INT64_MAX, PAIRS, PAIRS},
@@ -109,6 +109,8 @@ typedef struct {
 
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
+    MOST = 6,        /* rows multiplied at once */
+    SPAN = 512,      /* inputs of so many rows that stay in the nearest cache */
     MOST_LANES = 32, /* where matrix tiles multiply: 32, or 16 beside 16 */
     GROUP = 16,      /* rows that a matrix tile holds */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */
@@ -139,13 +141,19 @@ INLINE int in_fp8(int64_t format) { return format == FP8 || scales_sums(format);
 
 INLINE int in_fp4(int64_t format) { return format == MXFP4 || format == MXFP4_PAIRS; }
 
-INLINE int64_t bytes_of(int64_t format, int64_t inputs) { return inputs * forms[format].bits >> 3; }
+INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
+    const int64_t bits = forms[format].bits;
+    return bits < 8 ? inputs * bits >> 3 : inputs * (bits >> 3);
+}
 
 /* An input in scratch. */
 INLINE int64_t input_bytes(int64_t format) { return in_pairs(format) ? 2 : 4; }
 
 /* Vectors that hold the inputs of a block. */
 INLINE int64_t vectors_of(int64_t format) { return forms[format].block * input_bytes(format) / 64; }
+
+/* Inputs that are multiplied in one turn of a loop: whole blocks, and weights that fill lines of the cache. */
+INLINE int64_t stretch_of(int64_t format) { return forms[format].bits < 8 ? 128 : 64; }
 
 INLINE int64_t padded(int64_t format, int64_t inputs) {
     const int64_t block = forms[format].block;
