@@ -1,6 +1,6 @@
 /* The kernels in terms of 16 lanes; compiled once for each instruction set, with FN defined, the LANES of its vectors, and
-   how many outputs (OUTS) of a product with MOST rows its registers hold: where a sum takes several vectors, one of them,
-   so that a product goes over its weights once for each of these parts.
+   how many rows (MOST) and outputs (OUTS) of a product its registers hold; with 8 lanes, of more than 3 rows only half of
+   each sum, so that a product goes over its weights once for each half.
 
    A sum is 16 partial sums, one a lane, each in the order of the inputs; they are added by one fixed tree. So the bits
    of an output depend on its own inputs and weights alone: not on other rows, threads, tiles, or, where there is a
@@ -150,17 +150,19 @@ INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int
         for (int p = 0; p < parts; p++) sums[i].part[part + p] = s[i].part[p];
 }
 
+/* Whether the registers hold no more than half of each sum. */
+INLINE int FN(in_halves)(int rows) { return LANES == 8 && rows > 3; }
+
 /* Part i of n equal ones. */
 INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
     int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
     return (Ahead){all.rows + from, to - from, all.bytes, all.pace};
 }
 
-/* Sums over the inputs [from, to), of OUTS weight rows, APIECE apart, and `rows` rows of inputs; so many of their parts
-   at once as there are registers for. */
+/* Sums over the inputs [from, to), of OUTS weight rows, APIECE apart, and `rows` rows of inputs. */
 INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
                        int64_t from, int64_t to, int more, Ahead ahead, FN(wide) *sums) {
-    const int parts = rows * PARTS <= MOST ? PARTS : 1;
+    const int parts = FN(in_halves)(rows) ? 1 : PARTS;
     for (int part = 0; part < PARTS; part += parts)
         FN(sum_parts)(format, rows, parts, part, m, w, x, x_step, from, to, more,
                       FN(share)(ahead, part / parts, PARTS / parts), sums);
@@ -216,12 +218,12 @@ INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row
         return;
     }
 #endif
-    FN(wide) sums[PARTS > 1 ? TURNS : 1][MOST * OUTS];
-    const int64_t in = m->in, span = rows * PARTS <= MOST ? in : SPAN;
+    FN(wide) sums[LANES == 8 ? TURNS : 1][MOST * OUTS];
+    const int64_t in = m->in, span = FN(in_halves)(rows) ? SPAN : in;
     for (int64_t from = 0; from < in; from += span) {
         const int64_t to = from + span < in ? from + span : in;
         for (int i = 0; i < TURNS; i++) {
-            FN(wide) *mine = sums[PARTS > 1 ? i : 0];
+            FN(wide) *mine = sums[LANES == 8 ? i : 0];
             FN(sum_up)(format, rows, m, FN(turn)(w, i), x, x_step, from, to, from > 0, FN(share)(ahead, i, TURNS), mine);
             for (int r = 0; to == in && r < rows; r++) folds[r * TURNS + i] = FN(fold)(mine + r * OUTS);
         }
@@ -394,6 +396,8 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef PARTS
 #undef FN
 #undef LANES
+#undef MOST
+#undef UP_TO_MOST
 #undef OUTS
 #undef APIECE
 #undef HOLD

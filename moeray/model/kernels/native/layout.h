@@ -109,8 +109,7 @@ typedef struct {
 
 enum {
     TILE = 16,       /* outputs computed at once: 16, or 8 of the gate beside their 8 of up */
-    MOST = 6,        /* rows multiplied at once */
-    SPAN = 512,      /* inputs of so many rows that stay in the nearest cache */
+    SPAN = 512,      /* inputs of the rows that are multiplied at once that stay in the nearest cache */
     MOST_LANES = 32, /* where matrix tiles multiply: 32, or 16 beside 16 */
     GROUP = 16,      /* rows that a matrix tile holds */
     CHUNK = 128,     /* rows computed at once, so that they stay in a near cache while the weights pass by */

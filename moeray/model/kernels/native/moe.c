@@ -27,13 +27,15 @@ typedef struct {
     int64_t (*multiply)(int64_t times);
 } Kernels;
 
-#define UP_TO_MOST(EACH, format) \
-    EACH(format, 1) EACH(format, 2) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
+#define UP_TO_2(EACH, format) EACH(format, 1) EACH(format, 2)
+#define UP_TO_6(EACH, format) UP_TO_2(EACH, format) EACH(format, 3) EACH(format, 4) EACH(format, 5) EACH(format, 6)
 
 /* -- one set of kernels for each instruction set ------------------------------------------------------------------- */
 
 #define FN(name) name##_portable
 #define LANES 4
+#define MOST 2
+#define UP_TO_MOST UP_TO_2
 #define OUTS 2
 #include "body.h"
 
@@ -42,6 +44,8 @@ typedef struct {
 #pragma GCC target("avx2,fma,f16c")
 #define FN(name) name##_avx2
 #define LANES 8
+#define MOST 6
+#define UP_TO_MOST UP_TO_6
 #define OUTS 2
 #include "body.h"
 #pragma GCC pop_options
@@ -50,6 +54,8 @@ typedef struct {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define FN(name) name##_avx512
 #define LANES 16
+#define MOST 6
+#define UP_TO_MOST UP_TO_6
 #define OUTS 4
 #include "body.h"
 #pragma GCC pop_options
@@ -58,6 +64,8 @@ typedef struct {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma")
 #define FN(name) name##_avx512_bf16
 #define LANES 16
+#define MOST 6
+#define UP_TO_MOST UP_TO_6
 #define OUTS 4
 #include "body.h"
 #pragma GCC pop_options
