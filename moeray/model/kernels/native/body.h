@@ -25,7 +25,7 @@ INLINE void FN(add_products)(const int format, FN(wide) *sums, int p, const char
 #if LANES == 8
     /* What compilers make of it holds more vectors at once than there are registers for. */
     __asm__ volatile("vmovups %2, %%ymm15\n\tvfmadd231ps %3, %%ymm15, %0\n\tvfmadd231ps %4, %%ymm15, %1"
-                     : "+x"(sums[0].part[p]), "+x"(sums[1].part[p])
+                     : "+&x"(sums[0].part[p]), "+&x"(sums[1].part[p])
                      : "m"(*(const char(*)[32])input), "x"(weights[0]), "x"(weights[1])
                      : "xmm15");
 #else

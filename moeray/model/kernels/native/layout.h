@@ -140,6 +140,7 @@ INLINE int in_fp8(int64_t format) { return format == FP8 || scales_sums(format);
 
 INLINE int in_fp4(int64_t format) { return format == MXFP4 || format == MXFP4_PAIRS; }
 
+/* Whole bytes are multiplied without a shift back, so that they can be part of an address. */
 INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
     const int64_t bits = forms[format].bits;
     return bits < 8 ? inputs * bits >> 3 : inputs * (bits >> 3);
