@@ -6,6 +6,7 @@ One thread, the loop, owns all that changes (`SystemKeeper`); every call from ou
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,7 @@ class Controller:
             "model": self._first.config.model,
             "status": state["status"],
             "detail": state["detail"],
+            "controller": {"node": self._cluster.node_id, "pid": os.getpid()},
             **(self._loop.ask(keeper.standing) if keeper is not None else {"epoch": 0}),
             "actors": self._overview.rows(snapshot),
         }

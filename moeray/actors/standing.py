@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from moeray.actors.audit import Audit
@@ -17,7 +16,7 @@ from moeray.control.update import kinds_of
 
 
 def standing(
-    config: Config, node: str, roster: Roster, autoscaler: Autoscaler, places: PlacementKeeper, audit: Audit
+    config: Config, roster: Roster, autoscaler: Autoscaler, places: PlacementKeeper, audit: Audit
 ) -> dict[str, Any]:
     """What is wanted and what is there; `skew`: layer -> max/mean of what its actors served of late."""
     placement, wanted = places.placement, autoscaler.wanted()
@@ -28,7 +27,6 @@ def standing(
     actors = sum(autoscaler.wish.actors.values())
     return {
         "epoch": placement.epoch,
-        "controller": {"node": node, "pid": os.getpid()},
         "wanted": wanted,
         "limits": {name: list(kind.actors_span) for name, kind in kinds_of(config).items()},
         "outdated": sorted(actor.actor_id for actor in roster if actor.outdated),

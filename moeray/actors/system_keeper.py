@@ -58,7 +58,6 @@ class SystemKeeper:
         self.audit = audit
         self.autoscaler = autoscaler
         self.metrics = metrics
-        self._node = cluster.node_id
         self._loop = loop
         self._readiness = readiness
         self._model = model
@@ -214,7 +213,7 @@ class SystemKeeper:
 
     def standing(self) -> dict[str, Any]:
         """How the system stands, as plain data."""
-        return standing(self.config, self._node, self.roster, self.autoscaler, self.places, self.audit)
+        return standing(self.config, self.roster, self.autoscaler, self.places, self.audit)
 
     # -- another config -------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from moeray.actors.controller import Controller
+from moeray.cluster.local import NODE
 from moeray.errors import ConfigError, MoerayError
 from tests.checkpoints import make_tiny
 from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
@@ -75,6 +77,15 @@ def test_growing_and_shrinking_by_hand(model, expected, tmp_path):
     assert events.count("scale") == 3
     assert "lost" not in events
     assert {"plan", "plan_ended", "leave", "stopped"} <= set(events)
+
+
+def test_a_controller_says_where_it_runs_before_anything_else_does(model, tmp_path):
+    system = LocalSystem(config_of(model, tmp_path))
+    before = system.controller.status()
+    assert before["status"] == "loading"
+    assert before["controller"] == {"node": NODE, "pid": os.getpid()}
+    with system:
+        assert system.controller.status()["controller"] == before["controller"]
 
 
 def test_a_system_that_was_stopped_does_not_say_that_it_is_ready(model, tmp_path):
