@@ -44,7 +44,8 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         hosts = [Host("experts-0", 1 << 40)]
-        self.placement = place({}, hosts, experts=self.files.expert_counts(), expert_bytes=self.files.expert_bytes())
+        sizes = self.files.expert_bytes(self.config.experts.quantization)
+        self.placement = place({}, hosts, experts=self.files.expert_counts(), expert_bytes=sizes)
         self.start_expert()
         return self
 

@@ -286,7 +286,8 @@ class Controller:
 def _open(config: Config, found: Found | None) -> Model:
     """Raises CheckpointError, UnsupportedModelError."""
     files = open_model(config.model, found.revision if found else config.revision, node="of the controller")
-    shape = ModelShape(files.expert_counts(), files.expert_bytes(), files.weights.trunk_bytes())
+    sizes = files.expert_bytes(config.experts.quantization)
+    shape = ModelShape(files.expert_counts(), sizes, files.weights.trunk_bytes())
     return Model(files.checkpoint.source.revision, eos_token_ids(files), shape)
 
 

@@ -66,7 +66,7 @@ async def calibrate(
             "name": config.model,
             "experts": {str(layer): count for layer, count in files.expert_counts().items()},
             "top_k": _top_k(files),
-            "expert_bytes": next(iter(files.expert_bytes().values())),
+            "expert_bytes": next(iter(files.expert_bytes(config.experts.quantization).values())),
         },
         "environment": environment(),
     }

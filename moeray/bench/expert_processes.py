@@ -69,7 +69,8 @@ def expert_processes(config: Config, count: int, threads: int = 1) -> Iterator[E
     files = open_model(config.model, None, node=NEAR)
     hosts = [Host(f"experts-{i}", 1 << 60) for i in range(count)]
     replicas = min(config.experts.replicas, count)
-    placement = place({}, hosts, experts=files.expert_counts(), expert_bytes=files.expert_bytes(), replicas=replicas)
+    sizes = files.expert_bytes(config.experts.quantization)
+    placement = place({}, hosts, experts=files.expert_counts(), expert_bytes=sizes, replicas=replicas)
     context, system, token = multiprocessing.get_context("spawn"), secrets.token_hex(4), secrets.token_bytes(32)
     started = []
     for host in hosts:

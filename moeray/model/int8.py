@@ -7,8 +7,9 @@ whole, and what was made before a crash is kept.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ from moeray.model.safetensors_file import SafetensorsFile
 from moeray.model.slices import ExpertTensor
 
 LAYOUT = 1
+
+
+def int8_bytes(shape: Sequence[int], transposed: bool) -> int:
+    """Bytes of the int8 form of weights [outputs, inputs], or `transposed`, with an fp32 scale for each output."""
+    return math.prod(shape) + 4 * shape[1 if transposed else 0]
 
 
 class Int8Cache:

@@ -12,10 +12,11 @@ from moeray.config import Config, DType, default_cache_dir
 from moeray.errors import ConfigError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.experts import ExpertBank
-from moeray.model.family import Family, load_family
+from moeray.model.family import ExpertsLayer, Family, load_family
 from moeray.model.generation import generation_defaults
-from moeray.model.int8 import Int8Cache
+from moeray.model.int8 import Int8Cache, int8_bytes
 from moeray.model.slices import WeightMap
+from moeray.settings.experts import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,18 @@ class ModelFiles:
         """MoE layer -> number of experts."""
         return {layer: moe.num_experts for layer, moe in self.family.layers.items()}
 
-    def expert_bytes(self) -> dict[int, int]:
-        """MoE layer -> stored bytes of one of its experts."""
+    def expert_bytes(self, quantization: Quantization) -> dict[int, int]:
+        """MoE layer -> bytes that one of its experts takes in memory, under `experts.quantization`."""
         return {
-            layer: sum(self.weights.expert_bytes(name) for name in moe.parameters())
+            layer: sum(self._bytes_of(moe, parameter, quantization) for parameter in moe.shapes)
             for layer, moe in self.family.layers.items()
         }
+
+    def _bytes_of(self, moe: ExpertsLayer, parameter: str, quantization: Quantization) -> int:
+        stored = self.weights.expert_bytes(f"{moe.name}.{parameter}")
+        if quantization == "none" or parameter.endswith("_bias"):
+            return stored
+        return min(stored, int8_bytes(moe.shapes[parameter][1:], moe.is_transposed))  # what is smaller stays as it is
 
     def dtype(self, asked: DType) -> torch.dtype:
         """The dtype to compute in: the one asked for, else the checkpoint's own, else bfloat16."""
