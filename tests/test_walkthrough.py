@@ -20,6 +20,8 @@ from tests.cli.test_serve import free_port
 from tests.jobs.test_ray_job import until
 from tests.test_docs import ROOT, blocks
 
+pytestmark = pytest.mark.ray
+
 ELSEWHERE = {
     "pip install -e .": ".ci/run",
     "pip install -e '.[dev]' && pytest": ".ci/run",

@@ -7,6 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.ray
+
 KEYS = {
     "requests", "lost_requests", "changed_tokens", "kills", "stall_p50_seconds", "stall_p99_seconds",
     "recovery_p99_seconds", "moved_requests",

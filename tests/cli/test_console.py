@@ -13,6 +13,8 @@ from tests.browser import browser
 from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port, moeray
 
+pytestmark = pytest.mark.ray
+
 ANSWER = ".turn.assistant:last-child"
 
 

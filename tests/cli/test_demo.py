@@ -17,7 +17,7 @@ from moeray.types import SamplingParams
 from tests.cli.test_serve import free_port, moeray
 from tests.systems import LocalSystem, tiny_config, tokens_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPTS = [
     "The capital of France is",

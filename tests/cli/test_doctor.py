@@ -22,6 +22,8 @@ from moeray.settings.engine import EngineConfig
 from moeray.threads import cpu_quota
 from tests.checkpoints import make_tiny
 
+pytestmark = pytest.mark.ray
+
 
 def check(finding: Finding, verdict: str, words: str = "") -> None:
     """It has the verdict, says `words` in what it found or advises, and advises where there is something to do."""

@@ -17,6 +17,8 @@ import pytest
 
 from moeray.cli.ray_address import astray, left_by_ray_start, unnamed, unreachable
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):

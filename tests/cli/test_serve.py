@@ -19,6 +19,8 @@ import pytest
 from tests.checkpoints import make_tiny
 from tests.jobs.support import answers, entry, write_lines
 
+pytestmark = pytest.mark.ray
+
 PROMPTS = [f"message number {i}, {'and so on ' * (i % 7)}" for i in range(32)]
 
 

@@ -24,6 +24,8 @@ import pytest
 from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port, moeray
 
+pytestmark = pytest.mark.ray
+
 KEY, TOKEN = "key-that-nobody-may-see", "token-that-nobody-may-see"
 DEADLINE_S = 120.0
 

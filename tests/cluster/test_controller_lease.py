@@ -15,6 +15,8 @@ from moeray.serve.system import SystemBackend
 from tests.checkpoints import make_tiny
 from tests.systems import tiny_config
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def cluster():

@@ -21,6 +21,8 @@ from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.scraping import samples, total
 from tests.systems import tiny_config
 
+pytestmark = pytest.mark.ray
+
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
 TOKENS = "moeray_generation_tokens_total"
 POOR = {"control__warm_pool": 1, "experts__min_actors": 1, "experts__max_actors": 4, "router__max_actors": 2}

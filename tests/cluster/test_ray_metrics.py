@@ -13,6 +13,8 @@ from moeray.cluster.ray_metrics import RayMetrics, flat
 from moeray.recorder import Recorder
 from tests.scraping import samples, total
 
+pytestmark = pytest.mark.ray
+
 
 def filled() -> Recorder:
     recorder = Recorder(model_name="m")

@@ -22,6 +22,8 @@ from moeray.types import GenerationRequest
 from tests.checkpoints import make_tiny
 from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
 
+pytestmark = pytest.mark.ray
+
 PROMPTS = ((5, 9, 33, 7), tuple(range(10, 60)), (3,))
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import ray
 
+pytestmark = pytest.mark.ray
+
 LIMIT_S = 120.0
 WARM = f"{sys.executable} -m moeray.cluster.warm"
 SCRIPT = """

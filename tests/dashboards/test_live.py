@@ -32,9 +32,10 @@ SHIPPED = Path(__file__).parents[2] / "deploy" / "prometheus"
 SCRAPE_S = 1.0
 STREAMS = 4
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian: prometheus)"
-)
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian: prometheus)"),
+]
 
 
 @contextmanager

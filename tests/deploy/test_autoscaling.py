@@ -27,7 +27,7 @@ from tests.cluster.live import is_whole, kill, live_system
 from tests.deploy.manifests import FOLDER
 from tests.deploy.test_config import node_types
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 HEAD_ID = "f" * 51 + "00000"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"

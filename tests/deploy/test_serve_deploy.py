@@ -23,6 +23,8 @@ from tests.checkpoints import make_tiny
 from tests.cli.test_serve import free_port
 from tests.cluster.test_serve_tools import wait_until_ready
 
+pytestmark = pytest.mark.ray
+
 SERVE = Path(sys.executable).with_name("serve")
 SHIPPED = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 PROMPTS = ["the quick brown fox", "hello", "stop here, and go on there", "one two three four five"]

@@ -26,6 +26,8 @@ from tests.cli.test_serve import free_port
 from tests.jobs.support import CHAT, COMPLETIONS, answers, entry, grown_to, write_lines
 from tests.systems import tiny_config
 
+pytestmark = pytest.mark.ray
+
 RAY = str(Path(sys.executable).with_name("ray"))
 DEADLINE_S = 600.0
 """For what hangs: how long a start takes says nothing on a machine with other work."""
