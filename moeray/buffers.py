@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 ALIGN = 64
+KEPT_BYTES = 16 << 20
+"""Larger memory than this is not kept for the next use, where most uses need far less."""
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeray.actors.answering import Answering
 from moeray.actors.tally import Tally
+from moeray.buffers import KEPT_BYTES
 from moeray.errors import MoerayError, PlacementError
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
 from moeray.model.kernels import Block, Scratch
@@ -25,7 +26,6 @@ from moeray.wire.rows import Given, Result, check_forward
 
 log = logging.getLogger(__name__)
 
-KEPT_BYTES = 16 << 20
 WARM_UP_ROWS = 8
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from moeray.buffers import ALIGN, Bytes, new_buffer
+from moeray.buffers import ALIGN, KEPT_BYTES, Bytes, new_buffer
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.base import UNAUTHENTICATED, T, limits_of
@@ -32,7 +32,6 @@ STREAM = "Stream"
 FRAME_KEY = "moeray-frame-bin"  # the suffix lets gRPC carry raw bytes
 
 _QUEUED = 8
-_KEPT_BYTES = 16 << 20
 _CLOSE_S = 1.0
 
 
@@ -114,7 +113,7 @@ class GrpcChannel:
             message = self.next_message(timeout)
             if len(message) > len(self._memory):
                 self._memory = new_buffer(len(message))
-            elif len(self._memory) > _KEPT_BYTES:
+            elif len(self._memory) > KEPT_BYTES:
                 self._memory = new_buffer(64 << 10)
             try:
                 return decode(message, self._limits, self._memory)

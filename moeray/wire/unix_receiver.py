@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-from moeray.buffers import Bytes, aligned, new_buffer
+from moeray.buffers import KEPT_BYTES, Bytes, aligned, new_buffer
 from moeray.errors import ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED, T
 from moeray.wire.frame import (
@@ -30,7 +30,6 @@ from moeray.wire.row_message import native, read_header
 from moeray.wire.unix_connection import Connection
 
 _BUFFER_BYTES = 256 << 10
-_KEPT_BYTES = 16 << 20
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -162,7 +161,7 @@ class Receiver:
         while self._large_end < size:
             self._large_end += self._receive(view[self._large_end : size], deadline)
         memory, self._large = self._large, None
-        self._spare = memory if len(memory) <= _KEPT_BYTES else None
+        self._spare = memory if len(memory) <= KEPT_BYTES else None
         self._lane.start = min(self._lane.end, self._lane.start + body + size)
         return memory.data
 

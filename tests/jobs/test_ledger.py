@@ -88,7 +88,9 @@ def test_a_tail_of_zeros_as_a_lost_machine_may_leave_it(output):
 
 
 @pytest.mark.parametrize(
-    "content", [b"notes\n", b"notes", b'{"a": 1}\n', answer("a") + b"notes", refusal("a")[:30] + b"\n"]
+    "content",
+    [b"notes\n", b"notes", b'{"a": 1}\n', answer("a") + b"notes", refusal("a")[:30] + b"\n"],
+    ids=["a line", "a line without end", "another's JSON", "behind an answer", "part of a refusal"],
 )
 def test_a_file_that_no_batch_has_written_is_left_as_it_is(output, content):
     output.write_bytes(content)

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeray.buffers import new_buffer
+from moeray.buffers import KEPT_BYTES, new_buffer
 from moeray.compiled import compiled
 from moeray.model.kernels.layout import Format, Layer
 from moeray.model.recording import perform
 
-_KEPT_BYTES = 16 << 20
 _ELEMENTS_PER_THREAD = 1 << 18
 """Fewer are done before another thread has woken up."""
 
@@ -153,7 +152,7 @@ def scratch(nbytes: int) -> Scratch:
     memory = _kept.scratch
     if memory.nbytes < nbytes:
         memory = Scratch(nbytes)
-        if nbytes <= _KEPT_BYTES:
+        if nbytes <= KEPT_BYTES:
             _kept.scratch = memory
     return memory
 
