@@ -136,9 +136,10 @@ class SystemBackend:
                 await self._take(state["info"])
         except ControllerLostError as error:
             self._unanswered += 1
-            log.warning("%s", error)
-            late = self._model is None and time.monotonic() - self._began > FIRST_CONTACT_S
-            self._said = BackendState("failed" if late else "loading", str(error))
+            late = time.monotonic() - self._began > FIRST_CONTACT_S
+            starts = self._model is None and not late
+            log.log(logging.INFO if starts else logging.WARNING, "%s", error)
+            self._said = BackendState("failed" if self._model is None and late else "loading", str(error))
         except MoerayError as error:
             log.error("%s", error)
             self._unanswered += 1

@@ -208,17 +208,17 @@ def test_what_a_node_says_of_itself():
     assert nodes.version_of("no-such-distribution") is None
 
 
-def test_the_runtime_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path))
-    check(files.runtime_folder(), "ok", str(tmp_path))
-    own = next(tmp_path.iterdir())
+def test_the_runtime_folder(short_path, monkeypatch):
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(short_path))
+    check(files.runtime_folder(), "ok", str(short_path))
+    own = next(short_path.iterdir())
     assert list(own.iterdir()) == []
     own.chmod(0o777)
     check(files.runtime_folder(), "fail", "mode 0700")
-    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path / ("x" * 90)))
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(short_path / ("x" * 90)))
     check(files.runtime_folder(), "fail", "choose a shorter folder")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path / "file"))
+    (short_path / "file").touch()
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(short_path / "file"))
     check(files.runtime_folder(), "fail", "MOERAY_RUNTIME_DIR")
 
 

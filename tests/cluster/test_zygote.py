@@ -34,9 +34,9 @@ WAITS = "import os, signal\nprint(os.getpid(), os.getppid(), flush=True)\nsignal
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path))
-    path = tmp_path / "script.py"
+def script(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(short_path))
+    path = short_path / "script.py"
     path.write_text(SCRIPT)
     return path
 
@@ -110,18 +110,18 @@ def test_a_zygote_that_cannot_be_is_not_tried_again(script: Path, tmp_path: Path
     assert "it did not start: no torch here; remove " in err
 
 
-def test_without_a_zygote_the_script_runs_all_the_same(script: Path, tmp_path: Path) -> None:
-    (tmp_path / f"moeray-{os.getuid()}").mkdir()
-    (tmp_path / f"moeray-{os.getuid()}").chmod(0o755)
+def test_without_a_zygote_the_script_runs_all_the_same(script: Path, short_path: Path) -> None:
+    (short_path / f"moeray-{os.getuid()}").mkdir()
+    (short_path / f"moeray-{os.getuid()}").chmod(0o755)
     with shell(f"{WARM} {script} 3; echo status $?") as owner:
         out, err = owner.communicate("\n", timeout=LIMIT_S)
     assert "[]\nstatus 3" in out
     assert "must be private to this user" in err
 
 
-def test_each_ray_job_has_a_zygote_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_ray_job_has_a_zygote_of_its_own(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs start an actor at once, on one node: each gets a process that is its own job's."""
-    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(short_path))
     with ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR") as context:
         job = [sys.executable, "-c", JOB, context.address_info["gcs_address"], WARM]
         jobs = [subprocess.Popen(job, stdout=subprocess.PIPE, text=True) for _ in range(2)]
