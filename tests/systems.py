@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,25 @@ def tiny_config(model: Path | str, **overrides: Any) -> Config:
 class LocalSystem:
     """A started system; `generate` runs requests through a client's channel, all at once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, cluster: LocalCluster | None = None) -> None:
         self.config = config
-        self.cluster = LocalCluster()
+        self.cluster = cluster or LocalCluster()
         self.controller = Controller(config, self.cluster)
 
     def __enter__(self) -> LocalSystem:
-        self.info = self.controller.start()
+        self.controller.start()
+        self.info = self.controller.state()["info"]
         return self
+
+    def take_over(self) -> None:
+        """A new controller goes on from the one that was abandoned; until it knows of a router that serves."""
+        self.controller = Controller(self.config, self.cluster)
+        self.controller.start()
+        end = time.monotonic() + 60.0
+        while (info := self.controller.state()["info"]) is None:
+            assert time.monotonic() < end, self.controller.status()  # a round trip, instead of spinning
+            self.controller.status()
+        self.info = info
 
     def handle(self, actor_id: str) -> ActorHandle:
         return next(handle for handle in self.cluster.find() if handle.actor_id == actor_id)

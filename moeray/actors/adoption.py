@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.loop import Loop
+from moeray.actors.orders import Orders, newest
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import ROUTER, Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, DatedConfig
@@ -43,6 +45,11 @@ class Found:
     def books(self) -> Books | None:
         """The newest copy of what the last controller had counted."""
         return reduce(newer, (says.get("books") for _, says in self.actors), None)
+
+    @property
+    def orders(self) -> Orders | None:
+        """What was wanted of the system at last."""
+        return reduce(newest, (says.get("orders") for _, says in self.actors), None)
 
     def enter(self, roster: Roster, loop: Loop, fleet: FleetKeeper, places: PlacementKeeper) -> Placement:
         """Put the actors into the roster as ready, watch them, and hold the placement that they hold."""
@@ -88,10 +95,11 @@ def _newest_config(dated: DatedConfig, says: Sequence[Mapping[str, Any]]) -> Dat
 def _ask(handles: Sequence[ActorHandle]) -> list[tuple[ActorHandle, Mapping[str, Any]]]:
     """What each actor that serves says of itself; the others are ended."""
     futures = [(handle, handle.call("describe")) for handle in handles]
+    until = time.monotonic() + DESCRIBE_S
     said: list[tuple[ActorHandle, Mapping[str, Any]]] = []
     for handle, future in futures:
         try:
-            says = future.result(timeout=DESCRIBE_S)
+            says = future.result(timeout=max(0.0, until - time.monotonic()))
         except (MoerayError, FutureTimeoutError) as error:
             log.warning("actor %s does not say who it is, so it is ended: %s", handle.actor_id, error)
             handle.kill()

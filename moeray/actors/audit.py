@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moeray.config import Config, default_cache_dir
 
@@ -25,22 +26,6 @@ class Audit:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def last(self, *events: str) -> str | None:
-        """Which of these events was written last, by this controller or one before it over the same actors.
-
-        A controller that took nobody over began a system; what the log has from an earlier one of that name is past.
-        """
-        if self.path is None or not self.path.exists():
-            return None
-        found = None
-        with self.path.open() as file:
-            for line in file:
-                if '"event": "controller"' in line and not json.loads(line)["adopted"]:
-                    found = None
-                elif any(f'"event": "{event}"' in line for event in events):
-                    found = json.loads(line)["event"]
-        return found
-
     def write(self, event: str, **fields: Any) -> None:
         """Append `{"at": unix seconds, "event": event, ...fields}`; a disk that refuses is reported, not fatal."""
         entry = {"at": round(time.time(), 3), "event": event, **fields}
@@ -48,10 +33,19 @@ class Audit:
         if self.path is None:
             return
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry, default=str) + "\n")
+            with self.path.open("ab+") as file:
+                end = b"\n" if _is_torn(file) else b""
+                file.write(end + json.dumps(entry, default=str).encode() + b"\n")
         except OSError as error:
             log.error("audit log %s cannot be written: %s; set control.audit_log", self.path, error.strerror)
+
+
+def _is_torn(file: BinaryIO) -> bool:
+    """Whether the last line has no end: the disk was full, or the machine went down. `file` stands at its end."""
+    if not file.tell():
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def audit_path(config: Config) -> Path:

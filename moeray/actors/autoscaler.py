@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
+from moeray.actors.orders import Orders
 from moeray.actors.roster import ROUTER, Roster
 from moeray.config import Config
 from moeray.control.fleet import Phase
@@ -58,17 +59,22 @@ class Autoscaler:
         routers = wanted.pop(ROUTER)
         self.wish = replace(self.wish, actors=wanted, routers=routers)
 
-    def adopt(self, placement: Placement) -> None:
-        """Go on from what an earlier controller had scaled to: the actors that serve, and hot experts' replicas."""
+    def adopt(self, placement: Placement, orders: Orders | None) -> None:
+        """Go on from what an earlier controller had scaled to. Where nobody has kept its orders that is the actors that
+        serve, and hot experts' replicas."""
+        if orders is not None:
+            self.paused = orders.paused
+        kept = orders.wish if orders is not None else self._found(placement)
+        groups = {name: self._within(name, kept.actors.get(name, count)) for name, count in self.wish.actors.items()}
+        self.wish = replace(kept, actors=groups, routers=self._within(ROUTER, kept.routers or 0))
+
+    def _found(self, placement: Placement) -> Wish:
+        """As if all that serves were wanted, and no more."""
         named = set(placement.actors())
-        groups = {
-            name: self._within(name, sum(a.group == name and a.actor_id in named for a in self._roster))
-            for name in self.wish.actors
-        }
-        routers = self._within(ROUTER, len(self._roster.routers(Phase.READY)))
+        groups = {name: sum(a.group == name and a.actor_id in named for a in self._roster) for name in self.wish.actors}
         base = self._config.experts.replicas
         hot = {expert: len(held) for expert, held in placement.replicas.items() if len(held) > base}
-        self.wish = Wish(groups, routers, hot)
+        return Wish(groups, len(self._roster.routers(Phase.READY)), hot)
 
     def _within(self, name: str, count: int) -> int:
         low, high = self._kinds[name].actors_span

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -26,9 +27,9 @@ from moeray.actors.overview import Overview
 from moeray.actors.placement_keeper import ModelShape
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
-from moeray.actors.spec import DatedConfig, SystemInfo
+from moeray.actors.spec import DatedConfig
 from moeray.actors.standing import dry_run
-from moeray.actors.system_keeper import Model, SystemKeeper
+from moeray.actors.system_keeper import Model, SystemKeeper, check_change
 from moeray.config import Config
 from moeray.control.ledger import merge
 from moeray.errors import MoerayError, NotReadyError
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 STOP_TIMEOUT_S = 30.0
+OPEN_RETRY_S = 5.0
+KEEP_S = 2.0
 
 
 class Controller:
@@ -52,6 +55,7 @@ class Controller:
 
     def __init__(self, config: Config, cluster: Cluster, since: float = 0.0) -> None:
         self._cluster = cluster
+        self._found: Found | None = None
         self._token = config.wire.token.encode() if config.wire.token else secrets.token_bytes(32)
         self._first = DatedConfig(config, since).public()
         self._system = secrets.token_hex(4)
@@ -64,27 +68,32 @@ class Controller:
         self._keeper: SystemKeeper | None = None
         self._overview = Overview(self._first.config)
         self._console = Console(self.state, self._moment)
-        self._stopped = False
+        self._stopped = threading.Event()
+        self._stopping = threading.Lock()
+        self._ended = False
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def start(self) -> SystemInfo:
-        """Bring the whole system up, or take over the one that runs. Raises the one MoerayError that stopped it."""
+    def start(self) -> None:
+        """Bring the whole system up, or take over the one that runs, which nothing that fails here ends.
+
+        Raises the one MoerayError that stopped it; `state` tells of it once all is stopped.
+        """
         try:
             self._start()
-        except MoerayError as error:
-            self._readiness.error = str(error)
-            self.stop()
+        except Exception as error:  # said to those who ask, since nobody may read what this thread raises
+            if self._found is None:
+                self.stop()
+            else:
+                self.abandon()
+            self._readiness.error = str(error) if isinstance(error, MoerayError) else repr(error)
             raise
-        assert self._readiness.info is not None
-        return self._readiness.info
 
     def _start(self) -> None:
         self._readiness.phase = "looking for running actors"
-        found = self._look_around()
+        self._found = found = self._look_around()
         dated = found.dated if found else self._first
-        self._readiness.phase = "opening the model"
-        model = _open(dated.config, found)
+        model = self._open(dated.config, found)
         keeper = SystemKeeper(
             dated, self._cluster, self._loop, self._roster, self._audit, self._autoscaler, self._metrics,
             self._readiness, model, self._token, self._system, found,
@@ -107,23 +116,39 @@ class Controller:
             self._metrics.configure(found.dated.config)
         return found
 
+    def _open(self, config: Config, found: Found | None) -> Model:
+        """Again and again where a system waits to be taken over. Raises CheckpointError, UnsupportedModelError."""
+        self._readiness.phase = "opening the model"
+        while True:
+            try:
+                return _open(config, found)
+            except MoerayError as error:
+                if found is None:
+                    raise
+                log.error("the running system is not taken over yet: %s", error)
+                self._readiness.phase = f"opening the model, which failed: {error}"
+            for handle, _ in found.actors:
+                handle.call("describe")  # so that it knows of a controller
+            if self._stopped.wait(OPEN_RETRY_S):
+                raise MoerayError("the controller was stopped while it took a system over")
+
     def _begin(self, keeper: SystemKeeper) -> None:
         self._keeper = keeper
         keeper.begin()
 
     def _tick(self) -> None:
-        if self._keeper is not None and not self._stopped:
+        if self._keeper is not None and not self._stopped.is_set():
             self._keeper.tick()
 
     # -- questions ------------------------------------------------------------------------------------------------
 
     @property
     def _running(self) -> SystemKeeper | None:
-        return None if self._stopped else self._keeper
+        return None if self._stopped.is_set() else self._keeper
 
     def state(self) -> dict[str, Any]:
         """`status` ("loading", "ready", "stopping" or "failed"), `detail` in a line, `info` (SystemInfo) if ready."""
-        return self._readiness.state(stopping=self._stopped)
+        return self._readiness.state(stopping=self._stopped.is_set())
 
     def status(self) -> dict[str, Any]:
         """The running system as plain data: its actors with what each says of itself, and what is wanted."""
@@ -153,6 +178,11 @@ class Controller:
             )
 
         return self._loop.ask(take, ANSWER_S)
+
+    @property
+    def config(self) -> Config:
+        """That which the system goes by: the one that it was made with, or a newer one that it has taken since."""
+        return self._keeper.config if self._keeper else self._first.config
 
     @property
     def epoch(self) -> int:
@@ -197,10 +227,14 @@ class Controller:
 
         Limits, objectives and policies hold from now on. Actors that were started with what it no longer says are
         replaced one after the other, each when another can work in its place. Raises ConfigError, and changes nothing,
-        where it needs another system.
+        where it needs another system, also during the start.
         """
         keeper = self._running
-        if keeper is None or since <= keeper.dated.since or not self._readiness.decided:
+        if keeper is None or not self._readiness.decided:
+            if since > self._first.since:
+                check_change(self._first.config, config, self._token)
+            return False
+        if since <= keeper.dated.since:
             return False
         return self._loop.ask(lambda: keeper.configure(DatedConfig(config, since)))
 
@@ -225,7 +259,7 @@ class Controller:
             keeper.follow()
             return self._autoscaler.wanted()
 
-        return self._ask(run)
+        return self._order(run)
 
     def drain(self, actor_id: str, within_s: float | None = None) -> None:
         """Empty one actor and stop it, within `within_s` seconds where given; another is started in its place."""
@@ -235,7 +269,7 @@ class Controller:
             self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
             keeper.follow()
 
-        self._ask(run)
+        self._order(run)
 
     def rebalance(self) -> bool:
         """Balance the placement by the load of now; False where nothing is to be moved, or a change is under way."""
@@ -256,7 +290,20 @@ class Controller:
             self._autoscaler.paused = paused
             self._audit.write("pause" if paused else "resume", by="hand")
 
-        self._ask(run)
+        self._order(run)
+
+    def _order(self, order: Callable[[SystemKeeper], _T]) -> _T:
+        """The same for what outlives this controller: an actor keeps it by then."""
+
+        def run(keeper: SystemKeeper) -> tuple[_T, SystemKeeper]:
+            answer = order(keeper)
+            keeper.hand_orders()
+            return answer, keeper
+
+        answer, keeper = self._ask(run)
+        if not keeper.kept.wait(KEEP_S):
+            log.warning("no actor keeps the order yet; it would be forgotten if the controller died now")
+        return answer
 
     def _ask(self, question: Callable[[SystemKeeper], _T]) -> _T:
         keeper = self._running
@@ -268,19 +315,24 @@ class Controller:
 
     def abandon(self) -> None:
         """Stop controlling and leave the actors as they are, for another controller to take over."""
-        self._stopped = True
+        self._stopped.set()
         self._loop.stop(STOP_TIMEOUT_S)
         if self._keeper is not None:
             self._keeper.fleet.close()
 
     def stop(self) -> None:
-        """End every actor: routers first, so that no row is sent to an actor that is going. Idempotent."""
-        if self._stopped:
-            return
-        self.abandon()
-        _end([actor.handle for actor in self._roster.routers() if actor.handle])
-        _end([actor.handle for actor in self._roster.experts() if actor.handle])
-        self._cluster.close()
+        """End every actor: routers first, so that no row is sent to an actor that is going. Idempotent; whoever asks
+        while that is under way waits for it."""
+        with self._stopping:
+            if self._ended:
+                return
+            self._ended = True
+            self.abandon()
+            _end([actor.handle for actor in self._roster.routers() if actor.handle])
+            _end([actor.handle for actor in self._roster.experts() if actor.handle])
+            if self._keeper is None:  # what an earlier controller has left, and this one had not taken over yet
+                _end(self._cluster.find())
+            self._cluster.close()
 
 
 def _open(config: Config, found: Found | None) -> Model:

@@ -67,7 +67,8 @@ def sentence(entry: Mapping[str, Any]) -> str:
         case "no_room":
             return f"There is no room for the experts: {entry['error']}"
         case "node_draining":
-            return f"Node {entry['node'][:8]} is being drained, {entry['seconds_left']:.0f} s are left"
+            left = entry["seconds_left"]
+            return f"Node {entry['node'][:8]} is being drained{'' if left is None else f', {left:.0f} s are left'}"
     return _other(entry)
 
 

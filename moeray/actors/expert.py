@@ -16,6 +16,7 @@ import torch
 from moeray.actors.cores import Cores, claim
 from moeray.actors.expert_figures import ExpertFigures
 from moeray.actors.expert_load import EXPERT_LOAD, by_expert
+from moeray.actors.orders import Orders, newest
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.vigil import Vigil, new_incarnation
@@ -65,6 +66,7 @@ class ExpertActor:
         self._figures = ExpertFigures(self._recorder)
         self._rows = RowServer(self._device, self._recorder)
         self._books: Books | None = None
+        self._orders: Orders | None = None
         self._loading = threading.Lock()
         self._moving = threading.Lock()
         self._telling = threading.Lock()  # what is told later is never less
@@ -79,6 +81,7 @@ class ExpertActor:
         wire = spec.config.wire
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
         self._address: Address | None = None
+        self._free_bytes = 0  # before it held anything: room for all that it hosts
         self._cores: Cores | None = None
         self._pins = self._device.type == "cpu" and spec.config.experts.pin_threads
 
@@ -88,9 +91,8 @@ class ExpertActor:
         """Listen, and say where this actor is and how many bytes are free for weights."""
         self._address = self._listener.start()
         self._vigil = Vigil(self._spec.config.control.orphan_s, self._orphaned, self._clock)
-        report = ActorReport(
-            self._spec.actor_id, self._node_id, os.getpid(), str(self._device), _free_bytes(self._device)
-        )
+        self._free_bytes = _free_bytes(self._device)
+        report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), self._free_bytes)
         return report, self._address
 
     def prepare(self, revision: str | None = None) -> None:
@@ -269,7 +271,7 @@ class ExpertActor:
             "node": self._node_id,
             "pid": os.getpid(),
             "device": str(self._device),
-            "free_bytes": _free_bytes(self._device),
+            "free_bytes": self._free_bytes,
             "address": asdict(self._address) if self._address else None,
             "experts": [list(expert) for expert in sorted(bank.hosted)] if bank else [],
             "revision": self._revision,
@@ -277,6 +279,7 @@ class ExpertActor:
             "leaving": self._leaving,
             "incarnation": self._incarnation,
             "books": self._books,
+            "orders": self._orders,
             "started": to_tree(self._spec.config),
             "config": to_tree(self._dated.config),
             "since": self._dated.since,
@@ -327,6 +330,11 @@ class ExpertActor:
         """Keep what the controller has counted, for the next controller."""
         self._heard()
         self._books = newer(self._books, books)
+
+    def keep_orders(self, orders: Orders) -> None:
+        """Keep what is wanted of the system, for the next controller."""
+        self._heard()
+        self._orders = newest(self._orders, orders)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,6 +153,12 @@ class FleetKeeper:
             raise MoerayError(f"there is no actor {actor_id!r}; the actors are {known}")
         self._told_to_leave[actor_id] = None if within_s is None else self._clock() + within_s
 
+    def leaving_by(self) -> dict[str, float | None]:
+        """Who was told so and is still there, and by when in unix seconds."""
+        ahead = time.time() - self._clock()
+        told = {a.actor_id: self._told_to_leave[a.actor_id] for a in self._roster if a.actor_id in self._told_to_leave}
+        return {name: None if by is None else round(by + ahead, 1) for name, by in told.items()}
+
     def look_at_nodes(self) -> None:
         """Ask the cluster, off the loop, which nodes are about to go."""
         if not self._asking_nodes:
@@ -164,7 +171,7 @@ class FleetKeeper:
             log.debug("the cluster does not say which nodes drain: %s", error)
             return
         for node in nodes.keys() - self._node_deadlines.keys():
-            self._audit.write("node_draining", node=node, seconds_left=nodes[node])
+            self._audit.write("node_draining", node=node, seconds_left=_rounded(nodes[node]))
         self._node_deadlines = nodes
 
     # -- starting -------------------------------------------------------------------------------------------------
@@ -295,7 +302,7 @@ class FleetKeeper:
         actor = self._roster.get(actor_id)
         assert actor is not None
         actor.phase, actor.leave_by = Phase.LEAVING, by
-        self._audit.write("leave", actor=actor_id, within_s=None if by is None else round(by - self._clock(), 1))
+        self._audit.write("leave", actor=actor_id, within_s=None if by is None else _rounded(by - self._clock()))
 
     def retire(self, actor: Actor) -> None:
         """An expert actor that no router names any more: let it finish what it has, then stop it."""
@@ -376,6 +383,11 @@ def _log_error(actor_id: str, what: str) -> Callable[[Any, Exception | None], No
             log.warning("%s of %s failed: %s", what, actor_id, error)
 
     return then
+
+
+def _rounded(seconds: float) -> float | None:
+    """As the audit log has it; None for no end, since JSON knows no infinity."""
+    return round(seconds, 1) if math.isfinite(seconds) else None
 
 
 def reserve_of(config: Config) -> dict[str, int]:

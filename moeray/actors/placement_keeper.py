@@ -284,7 +284,7 @@ class PlacementKeeper:
     def on_left(self, actor: Actor) -> None:
         """It was stopped in good order, which for a router may be before it could acknowledge what is published."""
         if actor.is_router:
-            self.tell(reconcile.Acked(actor.actor_id, 1 << 62))
+            self.tell(reconcile.RouterGone(actor.actor_id))
 
     def heal(self) -> None:
         """Map again what the placement names and publish it again, for rows that nobody takes though all seems well."""

@@ -38,6 +38,12 @@ class Readiness:
             self.phase = "ready"
             self._start.set_result(None)
 
+    def take_over(self) -> None:
+        """A system that runs has a controller again: what fails from now on is mended, and ends nothing."""
+        self.phase = "taking over the actors that run"
+        if not self.decided:
+            self._start.set_result(None)
+
     def wait(self, limit_s: float, look: Callable[[], str | None]) -> None:
         """Until the start has ended; `look` says meanwhile what it is doing, where that is known.
 

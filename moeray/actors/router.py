@@ -16,6 +16,7 @@ from moeray.actors.callers import Callers
 from moeray.actors.engine_figures import EngineFigures, status_of, with_stats
 from moeray.actors.memory import Memory
 from moeray.actors.observers import Losses, Observers
+from moeray.actors.orders import Orders, newest
 from moeray.actors.request_figures import RequestFigures
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, remove_runtime_dir, runtime_dir
 from moeray.actors.step_loop import StepLoop
@@ -82,6 +83,7 @@ class RouterActor:
         self._engine_figures = EngineFigures(self._recorder)
         self._requests = RequestFigures(self._recorder, Objectives.of(spec.config.control))
         self._books: Books | None = None
+        self._orders: Orders | None = None
         self._identity = spec.identity(node_id)
         self._loop = StepLoop(spec.actor_id, self._recorder, self._requests, self._stop_itself)
         self._observers = Observers(self._report)
@@ -222,6 +224,7 @@ class RouterActor:
             "placement": placement,
             "addresses": {actor: asdict(where) for actor, where in addresses.items()},
             "books": self._books,
+            "orders": self._orders,
         }
 
     def drain(self, timeout: float, migrate: bool = False) -> bool:
@@ -337,3 +340,8 @@ class RouterActor:
         """Keep what the controller has counted, for the next controller."""
         self._heard()
         self._books = newer(self._books, books)
+
+    def keep_orders(self, orders: Orders) -> None:
+        """Keep what is wanted of the system, for the next controller."""
+        self._heard()
+        self._orders = newest(self._orders, orders)

@@ -5,11 +5,14 @@ Owned by the controller's loop, on whose thread everything here runs.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from moeray.actors.accounts import Accounts
+from moeray.actors.accounts import COPIES, Accounts
 from moeray.actors.adoption import Found
 from moeray.actors.audit import Audit
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
@@ -17,6 +20,7 @@ from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import Cluster
 from moeray.actors.loop import Loop
+from moeray.actors.orders import Orders
 from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
@@ -26,9 +30,11 @@ from moeray.actors.watch import Loss
 from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.reports import Report, RouterReport
-from moeray.control.update import compare
+from moeray.control.update import Update, compare
 from moeray.errors import ConfigError, MoerayError
 from moeray.recorder import Reading
+
+log = logging.getLogger(__name__)
 
 EARLY_LOSSES = 3
 """So many actors may die before the system is up; one more, and the start is given up."""
@@ -75,6 +81,9 @@ class SystemKeeper:
         self._next_look = 0.0
         self._orphaned: dict[str, int] = {}
         self._early_losses = 0
+        self._handed: tuple[Orders, list[str]] | None = None
+        self.kept = threading.Event()
+        self.kept.set()
 
     @property
     def config(self) -> Config:
@@ -84,9 +93,12 @@ class SystemKeeper:
         """Take over what was found; from now on it is kept."""
         if self._found is not None:
             placement = self._found.enter(self.roster, self._loop, self.fleet, self.places)
-            self.autoscaler.adopt(placement)
-            if said := self.audit.last("pause", "resume"):  # by hand; where nobody did, the config holds
-                self.autoscaler.paused = said == "pause"
+            orders = self._found.orders
+            self.autoscaler.adopt(placement, orders)
+            for actor_id, by in orders.leaving.items() if orders is not None else ():
+                if self.roster.get(actor_id) is not None:
+                    self.fleet.tell_to_leave(actor_id, None if by is None else by - time.time())
+            self._readiness.take_over()
         self._begun = True
 
     # -- what the fleet tells -------------------------------------------------------------------------------------
@@ -161,6 +173,28 @@ class SystemKeeper:
         for actor in self.places.emptied():
             self.fleet.retire(actor)
         self._look_ready()
+        self.hand_orders()
+
+    def hand_orders(self) -> None:
+        """Have some actors keep what is wanted, whenever it or they have changed; `kept` is set once one does."""
+        orders = Orders(time.time(), self.autoscaler.wish, self.autoscaler.paused, self.fleet.leaving_by())
+        actors = (*self.roster.routers(), *self.roster.experts())
+        keepers = [actor for actor in actors if actor.calls and actor.report and not actor.draining][:COPIES]
+        told = orders, [actor.actor_id for actor in keepers]
+        if told == self._handed:
+            return
+        self._handed = told
+        if keepers:
+            self.kept.clear()
+        for actor in keepers:
+            assert actor.calls is not None
+            actor.calls.put("keep_orders", orders, then=partial(self._on_kept, actor.actor_id))
+
+    def _on_kept(self, actor_id: str, _: Any, error: Exception | None) -> None:
+        if error is None:
+            self.kept.set()
+        else:
+            log.warning("actor %s does not keep what is wanted: %s", actor_id, error)
 
     def _decide(self) -> None:
         before = self.autoscaler.wanted()
@@ -199,7 +233,7 @@ class SystemKeeper:
         if not self._begun or not self.places.placement.replicas:
             return
         info = self._readiness.info
-        routers = [r for r in self.roster.routers(Phase.READY) if r.epoch >= 1 and r.address]
+        routers = self._open_routers()
         if info is None and (not routers or self.places.change is not None):
             return
         addresses = tuple(router.address for router in routers if router.address)
@@ -211,6 +245,12 @@ class SystemKeeper:
             )  # fmt: skip
         self._readiness.succeed()
 
+    def _open_routers(self) -> list[Actor]:
+        """Those that take requests: where all are about to leave, they do until another one is there."""
+        staying, leaving = self.roster.routers(Phase.READY), self.roster.routers(Phase.LEAVING)
+        known = [router for router in staying if router.epoch >= 1 and router.address]
+        return known or [router for router in leaving if router.epoch >= 1 and router.address and not router.draining]
+
     def standing(self) -> dict[str, Any]:
         """How the system stands, as plain data."""
         return standing(self.config, self.roster, self.autoscaler, self.places, self.audit)
@@ -221,14 +261,7 @@ class SystemKeeper:
         """See `Controller.configure`."""
         if dated.since <= self.dated.since:  # another endpoint was faster
             return False
-        update = compare(self.config, dated.config)
-        token = dated.config.wire.token
-        other_token = token is not None and token.encode() != self._token
-        if refused := [*update.refused, *(["wire.token"] if other_token else [])]:
-            raise ConfigError(
-                f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
-                "the new system starts beside the old one, which ends when no endpoint asks for it any more"
-            )
+        update = check_change(self.config, dated.config, self._token)
         if not update.changed:  # an endpoint was started by the same config
             self.dated = DatedConfig(self.config, dated.since)
             return False
@@ -249,3 +282,15 @@ def _facts(info: SystemInfo | None) -> dict[str, Any]:
     """Of a router, while there is none: those of the ones before."""
     assert info is not None
     return {"max_context": info.max_context, "vocab_size": info.vocab_size}
+
+
+def check_change(old: Config, new: Config, token: bytes) -> Update:
+    """What a newer config changes. Raises ConfigError where it needs another system than the one with this `token`."""
+    update = compare(old, new)
+    other_token = new.wire.token is not None and new.wire.token.encode() != token
+    if refused := [*update.refused, *(["wire.token"] if other_token else [])]:
+        raise ConfigError(
+            f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
+            "the new system starts beside the old one, which ends when no endpoint asks for it any more"
+        )
+    return update

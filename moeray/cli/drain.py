@@ -50,7 +50,12 @@ def command(
 def _actors_of(controller: Any, nodes: list[str]) -> list[str]:
     from moeray.cluster.ray import ask
 
-    return [row["actor"] for row in ask(controller, "status")["actors"] if row["node"] in nodes] if nodes else []
+    if not nodes:
+        return []
+    status = ask(controller, "status")
+    if status["status"] != "ready":  # who runs there may not be known yet
+        raise MoerayError(f"the system is {status['status']} ({status['detail']}); try again when it is ready")
+    return [row["actor"] for row in status["actors"] if row["node"] in nodes]
 
 
 def _leave(controller: Any, actors: list[str], nodes: list[str], within: float | None, wait: bool) -> bool:

@@ -56,8 +56,12 @@ class ControllerProcess:
     def _start(self) -> None:
         try:
             self._controller.start()
-        except MoerayError:
+        except Exception:
             log.exception("the system did not start")
+            return
+        if self._controller.config != self._config:  # the controller before this one had taken a newer one
+            self._config = self._controller.config
+            change_logging(self._config)
 
     def _watch(self) -> None:
         while not self._ended.wait(LEASE_S / 4):
@@ -81,17 +85,19 @@ class ControllerProcess:
         state = self._controller.state()
         if config != self._config and state["status"] == "failed":
             return {"status": "gone", "detail": state["detail"], "info": None}
+        served = model_fingerprint(self._config)
+        if model_fingerprint(config) == served:  # also of an endpoint whose config is refused: it serves on as before
+            self._renewed = time.monotonic()
+            if reading is not None:
+                self._controller.hear(reading)
         if self._controller.configure(config, since):
             change_logging(config)
             self._config = config
-        if model_fingerprint(config) != model_fingerprint(self._config):
+        if model_fingerprint(config) != served:
             raise MoerayError(
                 f"a system named {config.serve.name!r} already serves {self._config.model} in this Ray cluster; "
                 "stop it, or choose another serve.name"
             )
-        self._renewed = time.monotonic()
-        if reading is not None:
-            self._controller.hear(reading)
         return state
 
     def call(self, method: str, *args: Any) -> Any:

@@ -60,10 +60,17 @@ class ActorLost:
 
 @dataclass(frozen=True)
 class Acked:
-    """The router holds `epoch` now; a router that is gone acknowledges everything."""
+    """The router holds `epoch` now."""
 
     router_id: str
     epoch: int
+
+
+@dataclass(frozen=True)
+class RouterGone:
+    """The router is lost, or has left: its acknowledgement is not waited for, now or later."""
+
+    router_id: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Abandon:
     why: str
 
 
-Event = Hosted | ActorLost | Acked | Abandon
+Event = Hosted | ActorLost | Acked | RouterGone | Abandon
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ def advance(change: Change, event: Event) -> tuple[Change, list[Instruction]]:
             return _lose(replace(change, dead=change.dead | {actor}), actor)
         case Acked(router, epoch) if epoch >= change.target.epoch and change.step is Step.ACKING:
             return _settle(replace(change, waiting=change.waiting - {router}))
+        case RouterGone(router):
+            return _settle(replace(change, routers=change.routers - {router}, waiting=change.waiting - {router}))
         case Abandon(why) if change.step is Step.HOSTING:
             return _roll_back(change, why)
     return change, []

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
@@ -43,23 +43,29 @@ class RayPort:
 
     def __init__(self, config: Config, since: float = 0.0) -> None:
         self._config, self._since = config, since
+        self._before: tuple[Config, float] | None = None  # while the system has not answered to a newer config
         self._lookup: asyncio.Future[Any] | None = None
 
     async def configure(self, config: Config, since: float, reading: Reading) -> None:
         """Ask for the system by a newer config from now on. Raises MoerayError, and keeps the one before, where the
         system refuses it; one that does not answer at present will hear of it when it does."""
-        before = self._config, self._since
+        self._before = self._before or (self._config, self._since)
         self._config, self._since = config, since
         try:
             await self.renew(reading)
         except ControllerLostError as error:
             log.warning("the new config is not taken yet: %s", error)
-        except MoerayError:
-            self._config, self._since = before
-            raise
 
     async def renew(self, reading: Reading) -> dict[str, Any]:
-        state = dict(await self._ask("renew", self._config, self._since, reading, timeout=RENEW_TIMEOUT_S))
+        try:
+            state = dict(await self._ask("renew", self._config, self._since, reading, timeout=RENEW_TIMEOUT_S))
+        except ControllerLostError:
+            raise
+        except MoerayError:
+            if self._before is not None:
+                (self._config, self._since), self._before = self._before, None
+            raise
+        self._before = None
         return await self._replace(state["detail"]) if state["status"] == "gone" else state
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -154,7 +160,8 @@ class Ingress:
             await self._port.configure(config, time.time(), self._backend.reading())
         except MoerayError as error:
             log.error("the config stays as it was: %s", error)
-            await self._backend.call("refuse", str(error))
+            with suppress(MoerayError):  # a controller that is away at the moment writes nothing down
+                await self._backend.call("refuse", str(error))
             return
         self._use(config)
 

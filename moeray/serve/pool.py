@@ -163,8 +163,8 @@ class RouterPool:
             self._waiting -= 1
 
     async def _stand_aside(self, request: GenerationRequest, error: QueueFullError, until: float) -> None:
-        """Every router is full: a new request is refused, and one that had begun waits."""
-        if request.attempt == 0:
+        """Every router is full: a new request is refused, and one that had begun waits, until its deadline."""
+        if request.attempt == 0 or self._clock() >= until:
             raise error
         await asyncio.sleep(min(error.retry_after_s, FULL_RETRY_S, max(0.0, until - self._clock())))
 
@@ -182,7 +182,7 @@ class RouterPool:
 
     async def _mend(self, router: _Router) -> None:
         while True:
-            await asyncio.sleep(min(LAST_RETRY_S, FIRST_RETRY_S * 2.0**router.failures))
+            await asyncio.sleep(min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(router.failures, 10)))
             router.failures += 1
             try:
                 await router.client.open()

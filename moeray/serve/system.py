@@ -130,20 +130,31 @@ class SystemBackend:
     async def _look(self) -> None:
         try:
             state = await self._controller.renew(self.reading())
-            self._unanswered = 0
-            self._said = BackendState(state["status"], state["detail"])
-            if state["info"] is not None:
-                await self._take(state["info"])
         except ControllerLostError as error:
-            self._unanswered += 1
-            late = time.monotonic() - self._began > FIRST_CONTACT_S
-            starts = self._model is None and not late
+            starts = self._wait_on(error)
             log.log(logging.INFO if starts else logging.WARNING, "%s", error)
-            self._said = BackendState("failed" if self._model is None and late else "loading", str(error))
+            return
         except MoerayError as error:
             log.error("%s", error)
             self._unanswered += 1
             self._said = BackendState("failed", str(error))
+            return
+        if state["info"] is not None:
+            try:
+                await self._take(state["info"])
+            except MoerayError as error:  # of this endpoint's node, such as a hub that does not answer
+                log.warning("%s", error)
+                self._wait_on(error)
+                return
+        self._unanswered = 0
+        self._said = BackendState(state["status"], state["detail"])
+
+    def _wait_on(self, error: MoerayError) -> bool:
+        """Try again later: for ever once the endpoint has served, else for a time, of which True says that it lasts."""
+        self._unanswered += 1
+        starts = self._model is None and time.monotonic() - self._began <= FIRST_CONTACT_S
+        self._said = BackendState("loading" if starts or self._model is not None else "failed", str(error))
+        return starts
 
     async def _take(self, info: SystemInfo) -> None:
         self._identity = Identity(self.name, self._node_id, model_fingerprint(self._config), info.token)

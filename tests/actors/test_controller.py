@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from moeray.actors.controller import Controller
-from moeray.cluster.local import NODE
-from moeray.errors import ConfigError, MoerayError
+from moeray.cluster.local import NODE, LocalCluster
+from moeray.errors import ConfigError, MoerayError, PlacementError
 from tests.checkpoints import make_tiny
 from tests.systems import GREEDY24, LocalSystem, tiny_config, tokens_of
 
@@ -150,9 +150,9 @@ def test_pausing_is_kept_by_the_next_controller_which_takes_everything_over(mode
         first.pause(True)
         first.abandon()
         assert tokens(system) == expected  # nobody controls, and all goes on
-        system.controller = Controller(config, system.cluster)
-        info = system.controller.start()
-        assert info.routers == system.info.routers
+        routers = system.info.routers
+        system.take_over()
+        assert system.info.routers == routers
         after = until(system.controller, settled)
         assert after["wanted"] == {"experts": 3, "router": 1}
         assert not after["autoscaling"]
@@ -171,8 +171,7 @@ def test_what_the_config_says_of_autoscaling_holds_for_the_next_controller(model
 
     def next_one(system):
         system.controller.abandon()
-        system.controller = Controller(system.config, system.cluster)
-        system.controller.start()
+        system.take_over()
         return system.controller.status()["autoscaling"]
 
     with LocalSystem(config) as system:
@@ -183,6 +182,95 @@ def test_what_the_config_says_of_autoscaling_holds_for_the_next_controller(model
     scaling = replace(config, control=replace(config.control, autoscale=True))
     with LocalSystem(scaling) as system:
         assert next_one(system)
+
+
+def test_a_takeover_goes_on_from_what_was_wanted_whoever_died_meanwhile(model, expected, tmp_path):
+    """Two of three expert actors die with the controller, and one is about to go: nobody forgets that."""
+    config = config_of(
+        model, tmp_path, experts__actors=2, experts__min_actors=1, experts__max_actors=4, experts__replicas=2,
+        control__autoscale=False,
+    )  # fmt: skip
+    with LocalSystem(config) as system:
+        system.controller.scale("experts", 3)
+        until(system.controller, settled)
+        system.controller.drain("experts-0", within_s=60.0)
+        system.controller.abandon()
+        for victim in ("experts-1", "experts-2"):
+            system.handle(victim).call("stop").result(10)
+        system.take_over()
+        after = until(system.controller, lambda s: settled(s) and "experts-0" not in {r["actor"] for r in s["actors"]})
+        assert after["wanted"] == {"experts": 3, "router": 1}
+        assert after["ready"]["experts"] == 3
+        assert tokens(system) == expected
+
+
+class Crowded(LocalCluster):
+    """While it is `full` it starts nothing."""
+
+    full = False
+
+    def start_expert(self, spec, group):
+        if self.full:
+            raise PlacementError("there is no room")
+        return super().start_expert(spec, group)
+
+
+def test_a_takeover_without_room_serves_on_with_what_is_left(model, tmp_path):
+    """An expert actor has died with the controller, and no other can be started: nothing that runs is ended."""
+    config = config_of(model, tmp_path, experts__replicas=1, control__autoscale=False)
+    with LocalSystem(config, Crowded()) as system:
+        system.controller.abandon()
+        system.handle("experts-1").call("stop").result(10)
+        survivor = system.handle("experts-0")
+        system.cluster.full = True
+        system.take_over()
+        until(system.controller, lambda s: "start_failed" in {entry["event"] for entry in audit(tmp_path)})
+        assert system.controller.state()["status"] == "ready"
+        assert survivor.call("status").result(10)["state"] == "ready"
+        system.cluster.full = False
+        until(system.controller, settled)
+
+
+def test_a_takeover_waits_for_a_model_that_cannot_be_opened_at_the_moment(model, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("moeray.actors.controller.OPEN_RETRY_S", 0.05)
+    here, away = tmp_path / "model", tmp_path / "away"
+    here.symlink_to(model)
+    with LocalSystem(config_of(here, tmp_path)) as system, ThreadPoolExecutor(1) as pool:
+        system.controller.abandon()
+        here.rename(away)
+        system.controller = Controller(system.config, system.cluster)
+        taken = pool.submit(system.controller.start)
+        until(system.controller, lambda s: "opening the model, which failed" in s["detail"])
+        assert tokens(system) == expected
+        away.rename(here)
+        taken.result(60)
+        until(system.controller, settled)
+        assert tokens(system) == expected
+
+
+def test_a_config_that_needs_another_system_is_refused_from_the_start(model, tmp_path):
+    config = config_of(model, tmp_path)
+    controller = Controller(config, LocalCluster(), since=1.0)
+    with pytest.raises(ConfigError, match="cannot change wire.max_payload_bytes"):
+        controller.configure(replace(config, wire=replace(config.wire, max_payload_bytes=1 << 25)), 2.0)
+    assert controller.configure(config, 2.0) is False
+    controller.stop()
+
+
+def test_a_stop_in_the_middle_of_a_takeover_leaves_nobody_behind(model, tmp_path):
+    config = config_of(model, tmp_path)
+    with LocalSystem(config) as system:
+        system.controller.abandon()
+        assert len(system.cluster.find()) == 3
+        Controller(config, system.cluster).stop()
+        assert system.cluster.find() == []
+
+
+def test_new_requests_go_to_the_only_router_until_another_can_take_it_over(model, tmp_path):
+    with LocalSystem(config_of(model, tmp_path)) as system:
+        system.controller.drain("router-0")
+        until(system.controller, lambda s: system.controller.state()["info"].routers and settled(s)
+              and "router-0" not in {row["actor"] for row in s["actors"]})  # fmt: skip
 
 
 def test_a_router_that_drains_hears_of_placements_until_its_end(model, tmp_path):

@@ -69,7 +69,7 @@ def test_the_tick_comes_again_and_again():
     loop.stop(5.0)
 
 
-def test_the_audit_log_is_appended_to_and_read_back(tmp_path):
+def test_the_audit_log_is_appended_to(tmp_path):
     path = tmp_path / "deep" / "audit.jsonl"
     first = Audit(path)
     first.write("pause", by="hand")
@@ -79,9 +79,18 @@ def test_the_audit_log_is_appended_to_and_read_back(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["event"] for line in lines] == ["pause", "decision", "resume"]
     assert lines[1]["actors"] == {"a": 2}
-    assert first.last("pause", "resume") == "resume"
-    assert first.last("absent") is None
     assert [entry["event"] for entry in again.recent] == ["resume"]
+
+
+def test_a_torn_line_of_the_audit_log_spoils_no_other(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    Audit(path).write("pause", by="hand")
+    path.write_bytes(path.read_bytes() + b'{"at": 17')
+    Audit(path).write("controller", adopted=True)
+    first, torn, last = path.read_text().splitlines()
+    assert json.loads(first)["event"] == "pause"
+    assert torn == '{"at": 17'
+    assert json.loads(last)["event"] == "controller"
 
 
 def test_an_audit_log_that_cannot_be_written_is_reported(tmp_path, caplog):

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from moeray.actors.accounts import Accounts
-from moeray.actors.controller import Controller
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.expert_load import EXPERT_LOAD
 from moeray.actors.roster import Roster
@@ -125,10 +124,7 @@ def test_the_next_controller_goes_on_from_what_was_served(model, tmp_path):
             system.controller.metrics()
         system.generate(PROMPTS, GREEDY24)
         system.handle("router-0").call("stop").result(10)  # nobody sees it die, and what it counted last
-        system.controller = Controller(config, system.cluster)
-        with pytest.raises(NotReadyError):
-            system.controller.metrics()
-        system.info = system.controller.start()
+        system.take_over()
         system.controller.hear(endpoint)
         after = scrape(system)
         assert fallen(lasting(before), lasting(after)) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from moeray.control.reconcile import (
     Host,
     Hosted,
     Publish,
+    RouterGone,
     Step,
     Unhost,
     advance,
@@ -73,6 +75,21 @@ def test_behind_publication_a_change_only_goes_forward():
     for router in ("r0", "r1"):
         change, todo = advance(change, Acked(router, 5))
     assert (change.step, todo) == (Step.DONE, [])  # `a`, which was to drop E1, is dead
+
+
+@pytest.mark.parametrize("gone", [("r0",), ("r0", "r1")])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_router_that_is_gone_is_not_waited_for(gone, early):
+    """Whether it went while weights were mapped, or after the new placement was published."""
+    events = [Hosted("c"), *map(RouterGone, gone)]
+    change, todo = start()
+    for event in events[1:] + events[:1] if early else events:
+        change, todo = advance(change, event)
+    if len(gone) == 1:
+        assert (change.step, change.waiting) == (Step.ACKING, {"r1"})
+        change, todo = advance(change, Acked("r1", 5))
+    assert change.step is Step.DONE
+    assert todo[-1] == Unhost("a", (E1,))
 
 
 def test_repair_goes_first():
