@@ -54,11 +54,13 @@ class Answered(NamedTuple):
 class Answering:
     """Thread-safe, but for `answer`, which each channel's own thread calls. `lock` is held by whoever computes.
 
-    What was answered is counted later, many at a time: `take_answered`.
+    What was answered is counted later, many at a time: `take_answered`. `on_sent` is called when outputs have gone out
+    that did not at once.
     """
 
-    def __init__(self, lock: threading.Lock) -> None:
+    def __init__(self, lock: threading.Lock, on_sent: Callable[[], None]) -> None:
         self._lock = lock
+        self._on_sent = on_sent
         self._answered: deque[tuple[int, bytes, bytes, float, float, float]] = deque()
         self._memory = _Memory()
         self._shared = _shared() if native is not None and available() else None
@@ -77,10 +79,16 @@ class Answering:
         left = channel.on_lane(lambda lane: self._answer(lane, tables))
         if left is None:
             return False
-        if left:
-            channel.send_rows(_result(*left))
-        elif left == ():
-            channel.flush()
+        if isinstance(left, tuple):
+            try:
+                if left:
+                    channel.send_rows(_result(*left))
+                else:
+                    channel.flush()
+            finally:
+                assert native is not None
+                native.sent(ctypes.addressof(self._shared))
+                self._on_sent()
         return True
 
     def _answer(self, lane: int, tables: Mapping[int, ExpertTable]) -> Any:
@@ -94,10 +102,13 @@ class Answering:
             )
             if not isinstance(left, int) or not left:
                 return left
-            memory = self._memory.of(left)
+            try:
+                memory = self._memory.of(left)
+            except MemoryError:
+                return None  # Python answers that there is none
 
     def close(self) -> None:
-        """Begin no forward any more; the one that is being answered holds the lock."""
+        """Begin no forward any more; the one that is being computed holds the lock."""
         if self._shared is not None:
             self._shared.closed = 1
 

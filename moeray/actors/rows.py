@@ -15,7 +15,7 @@ from torch import Tensor
 from moeray.actors.answering import Answering
 from moeray.actors.tally import Tally
 from moeray.buffers import KEPT_BYTES
-from moeray.errors import MoerayError, PlacementError
+from moeray.errors import PlacementError
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
 from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
@@ -59,8 +59,10 @@ class _Forward:
         return counts
 
     def rows(self) -> Rows:
-        """For `compute`."""
+        """For `compute`. The row index is the checked copy: the peer may still write to where the frame's lies."""
         x_UD, token_of_row_R = self.frame.tensors
+        if self.given is not None and self.given.rows:
+            token_of_row_R = torch.frombuffer(bytearray(self.given.token_of_row), dtype=torch.int64)
         return self.held, self.experts, self.counts, x_UD, token_of_row_R
 
     def fits(self, other: _Forward) -> bool:
@@ -103,7 +105,7 @@ class RowServer:
         self._in_flight = 0
         self._outs = _Outs()
         self._threads = torch.get_num_threads()
-        self._answering = Answering(self._compute)
+        self._answering = Answering(self._compute, self._tell_idle)
         self._tally = Tally()
 
     def use(self, bank: ExpertBank) -> None:
@@ -126,7 +128,7 @@ class RowServer:
 
     @property
     def in_flight(self) -> int:
-        """Forwards that wait or compute."""
+        """Forwards that wait, compute, or are being sent."""
         return self._in_flight + self._answering.active
 
     @property
@@ -147,7 +149,11 @@ class RowServer:
             return False
         self._compute.release()
         with self._idle:
-            return self._idle.wait_for(lambda: self._in_flight == 0, max(0.0, deadline - time.monotonic()))
+            return self._idle.wait_for(lambda: self.in_flight == 0, max(0.0, deadline - time.monotonic()))
+
+    def _tell_idle(self) -> None:
+        with self._idle:
+            self._idle.notify_all()
 
     def answer(self, channel: Channel) -> bool:
         """Answer what comes on the channel, for as long as it is as usual; False where something else is to be read."""
@@ -163,7 +169,7 @@ class RowServer:
         try:
             try:
                 forward = self._forward(frame, channel)
-            except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
+            except Exception as error:
                 channel.send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
                 return
             self._answer(forward, channel)
@@ -234,7 +240,7 @@ class RowServer:
                 first.took = time.perf_counter() - began
                 return
             outs = compute([forward.rows() for forward in batch], self._device)
-        except (MoerayError, RuntimeError, ValueError, MemoryError) as error:
+        except Exception as error:  # each router is told, also those whose rows have only run along
             for forward in batch:
                 forward.error = error
             return

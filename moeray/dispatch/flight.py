@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeray.dispatch.links import Links
 from moeray.dispatch.plan import Share
+from moeray.errors import ChannelTimeoutError
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame
 from moeray.wire.row_message import native
@@ -67,13 +68,17 @@ class Flight:
         return taken
 
     def first(self, out_TKD: Tensor) -> tuple[Sent, float | None]:
-        """What is answered first, else that whose deadline ends first; in flight no longer.
+        """What is answered first, else that whose deadline ends first, and before them what never will be, its channel
+        being closed; in flight no longer.
 
         With it its actor's seconds of compute, where the part in C has put its rows to `out_TKD` already.
         """
         heads = list({id(sent.channel): sent for sent in reversed(self.sent)}.values())  # actors answer in order
         soonest = min(heads, key=_until)
-        sent, compute_s = self._take_result(heads, out_TKD, soonest.until) or (soonest, None)
+        gone = next((sent for sent in heads if sent.channel.closed), None)
+        sent, compute_s = (
+            (gone, None) if gone is not None else self._take_result(heads, out_TKD, soonest.until) or (soonest, None)
+        )
         self.sent = [other for other in self.sent if other is not sent]
         self._counted(sent, -1)
         return sent, compute_s
@@ -86,6 +91,8 @@ class Flight:
             frame = sent.channel.recv(timeout=max(0.0, until - self._clock()))
             if frame.id == sent.frame_id:
                 return frame
+            if self._clock() >= until:
+                raise ChannelTimeoutError(f"{sent.share.actor_id} answers everything but what it was asked")
 
     def _take_result(self, heads: list[Sent], out_TKD: Tensor, until: float) -> tuple[Sent, float | None] | None:
         """As `first`, of these, the earliest on each channel; None where nothing came until then, or the part in C does

@@ -9,7 +9,7 @@ from typing import Any
 
 from moeray.dispatch.deadline import Latency, deadline_s, dial_s, observed, timed_out
 from moeray.dispatch.view import PlacementView, Usable
-from moeray.errors import ChannelClosedError
+from moeray.errors import ChannelClosedError, WireError
 from moeray.types import Address
 from moeray.wire.channel import Channel
 
@@ -147,8 +147,11 @@ class Links:
         try:
             with self._dials:
                 channel = self._connect(link.address, seconds)
-        except Exception as failure:
+        except WireError as failure:
             error = failure
+        except Exception as failure:  # for whoever needs the channel it is one that cannot be had
+            error = ChannelClosedError(f"{link.address.actor_id} cannot be dialled: {failure!r}")
+            error.__cause__ = failure
         with self._changed:
             wanted = link.dialling is threading.current_thread()
             if wanted:

@@ -36,7 +36,10 @@ def connect_unix(address: Address, identity: Identity, wire: WireConfig, timeout
     assert address.unix is not None
     check_path(address.unix)
     deadline = monotonic() + timeout
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ChannelClosedError(f"no socket for {address.actor_id} ({error.strerror}); raise `ulimit -n`") from error
     try:
         # Where the listener's queue is full, connect waits at most this long.
         wait = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6) or 1)

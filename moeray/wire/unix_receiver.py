@@ -73,6 +73,8 @@ class Receiver:
                 self._reader = RingReader(fds[0])
             elif mark != b"-":
                 raise self._connection.lost(None) if not mark else WireError(f"{who} sent no shared memory ring")
+        except OSError as error:  # it is none, or this process has too many files or mappings
+            raise WireError(f"the shared memory of {who} cannot be mapped ({error.strerror})") from error
         finally:
             for fd in fds:
                 socket.close(fd)

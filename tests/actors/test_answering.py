@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -257,6 +258,29 @@ def test_once_idle_what_comes_is_served_by_python(served):
         served.router.send(forward([2, 1]))
         assert served.router.recv(SOON).op is Op.RESULT
         assert len(left) == 1
+
+
+def test_an_answer_that_has_not_gone_out_yet_is_waited_for(serve, monkeypatch):
+    served = serve(ring_bytes=0)
+    sending, go, send_rows = threading.Event(), threading.Event(), served.actor.send_rows
+
+    def send_late(result):
+        sending.set()
+        assert go.wait(SOON)
+        send_rows(result)
+
+    monkeypatch.setattr(served.actor, "send_rows", send_late)
+    asked = forward([600])  # more than is sent without Python
+    with served.answering(), ThreadPoolExecutor(1) as pool:
+        served.router.send(asked)
+        assert sending.wait(SOON)
+        assert served.server.in_flight == 1
+        assert not served.server.wait_idle(0.0)
+        idle = pool.submit(served.server.wait_idle, SOON)
+        go.set()
+        check_result(asked, served.router.recv(SOON), served.exact(asked))
+        assert idle.result(SOON)
+    assert served.server.in_flight == 0
 
 
 def test_whoever_computes_is_waited_for(served):

@@ -251,7 +251,7 @@ def test_a_takeover_waits_for_a_model_that_cannot_be_opened_at_the_moment(model,
 def test_a_config_that_needs_another_system_is_refused_from_the_start(model, tmp_path):
     config = config_of(model, tmp_path)
     controller = Controller(config, LocalCluster(), since=1.0)
-    with pytest.raises(ConfigError, match="cannot change wire.max_payload_bytes"):
+    with pytest.raises(ConfigError, match=r"cannot change wire\.max_payload_bytes"):
         controller.configure(replace(config, wire=replace(config.wire, max_payload_bytes=1 << 25)), 2.0)
     assert controller.configure(config, 2.0) is False
     controller.stop()

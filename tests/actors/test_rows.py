@@ -195,6 +195,40 @@ def test_from_memory_to_memory_is_as_by_tensors(path):
 
 
 @compiled_parts
+def test_an_index_that_its_router_changes_later_is_not_looked_at_again(path, monkeypatch):
+    """Rows of two routers run as one; the frame of one lies in memory that its router can still write."""
+    import moeray.actors.rows as rows
+
+    frame = next(frames(torch.float32, 1))
+    mine = received(frame)
+
+    def compute_late(batch, device):
+        mine.tensors[1].fill_(1 << 40)
+        return compute(batch, device)
+
+    server = RowServer(CPU, Recorder(group="experts"))
+    server.use(bank_of(path, torch.float32, "torch"))
+    exact = answer_to(server, frame)
+    monkeypatch.setattr(rows, "compute", compute_late)
+    (found,) = answer_to(server, mine).tensors
+    assert torch.equal(found, exact.tensors[0])
+
+
+def test_whatever_goes_wrong_every_router_of_a_batch_is_told(path, monkeypatch):
+    import moeray.actors.rows as rows
+
+    def fail(batch, device):
+        raise IndexError("rows that nobody has checked")
+
+    monkeypatch.setattr(rows, "compute", fail)
+    server = RowServer(CPU, Recorder(group="experts"))
+    server.use(bank_of(path, torch.float32, "torch"))
+    answers = [answer_to(server, frame) for frame in frames(torch.float32)]
+    assert [(a.op, a.meta["kind"]) for a in answers] == [(Op.ERROR, "failed")] * 3
+    assert server.in_flight == 0
+
+
+@compiled_parts
 @pytest.mark.parametrize("width", [0, 63, 65, 128])
 def test_rows_of_another_width_are_refused_unread(path, width):
     server = RowServer(CPU, Recorder(group="experts"))

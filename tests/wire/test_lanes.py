@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from moeray.errors import ChannelClosedError
 from moeray.wire import row_message
-from moeray.wire.frame import Frame, Limits, Op
+from moeray.wire.frame import Frame, Limits, Op, encode
 from moeray.wire.rows import Result
 from moeray.wire.tensors import CODES
 from moeray.wire.unix import RING_THRESHOLD, UnixChannel
@@ -149,6 +150,24 @@ def test_a_place_that_is_never_sent_is_given_back_with_the_next(ends):
 def test_few_outputs_have_no_place_in_the_ring(ends):
     assert ends[1].place_outputs(RING_THRESHOLD - 64) is None
     assert ends[1].place_outputs(RING + 64) is None
+
+
+def test_an_answer_that_trickles_in_is_waited_for_no_longer_than_any_other(ends):
+    a, b = ends
+    message = b"".join(encode(Frame(Op.RESULT, 8, 3, 9, {"compute_s": 0.5, "queue_s": 0.25}, (x_of(500),)), LIMITS))
+    ended = threading.Event()
+
+    def trickle():
+        for at in range(len(message) - 1):
+            b._connection.sock.sendall(message[at : at + 1])
+            if ended.wait(0.02):
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(trickle)
+        assert take([(a, 8, ints(*range(500)))], torch.zeros(500, 1, 8), timeout=0.3) is None
+        ended.set()
+        sent.result(SOON)
 
 
 def test_a_closed_channel_has_no_lane(ends):

@@ -216,7 +216,7 @@ static int answer_next(Answering *s, Lane *lane, PyObject *tables, PyObject *loc
                 lane->in->head = lane->in->done; /* whoever reads it next holds it anew */
             }
         }
-        s->active--;
+        if (!*result || !PyTuple_Check(*result)) s->active--; /* else it is, until the caller has sent the rest */
         let_go(lock);
     }
     Py_DECREF(kept);
@@ -232,7 +232,7 @@ static const char ANSWER_USAGE[] = "answer(answering, lane, tables, lock, served
 
    Returns None where something else is to be read; a number of bytes where the next forward needs so much memory, 0 after
    MANY forwards; a tuple of what Result holds (with the place's position and address) of outputs that are still to be
-   sent, an empty one where they went out in part.
+   sent, an empty one where they went out in part; the forward is active until `sent` is called.
    The caller keeps others from receiving and from closing. Other threads run meanwhile. */
 static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
@@ -255,7 +255,10 @@ static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count)
         if (found == TAKEN) {
             if (result != Py_None) return result;
             Py_DECREF(result);
-            if (lane->unsent_from != lane->unsent_to) return PyTuple_New(0);
+            if (lane->unsent_from != lane->unsent_to) {
+                s->active++;
+                return PyTuple_New(0);
+            }
             served++;
             continue;
         }
@@ -271,7 +274,18 @@ static PyObject *answer(PyObject *self, PyObject *const *args, Py_ssize_t count)
     return PyLong_FromLong(0);
 }
 
-static PyMethodDef methods[] = {{"answer", (PyCFunction)(void (*)(void))answer, METH_FASTCALL, ANSWER_USAGE}, {NULL}};
+/* sent(answering): what `answer` had left of a forward has gone out, or never will. */
+static PyObject *sent(PyObject *self, PyObject *address) {
+    (void)self;
+    Answering *s = PyLong_AsVoidPtr(address);
+    if (PyErr_Occurred()) return NULL;
+    s->active--;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {{"answer", (PyCFunction)(void (*)(void))answer, METH_FASTCALL, ANSWER_USAGE},
+                                {"sent", sent, METH_O, "sent(answering)"},
+                                {NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "moeray.actors._native", .m_methods = methods};
 

@@ -66,8 +66,9 @@ static inline int take(const Wanted *w, const Target *t, Answer *a) {
 
 /* Which of the wanted, MAX_LANES at most, has something to be read first: its answer, which is taken then, or OTHER.
    NONE_IN_TIME; FAILED with an exception. Other threads run meanwhile. */
-static inline int64_t take_first(const Wanted *wanted, int64_t count, const Target *t, double seconds, Answer *a, int *found) {
+static inline int64_t take_first(const Wanted *wanted, int64_t count, const Target *t, double wait_s, Answer *a, int *found) {
     struct pollfd polled[MAX_LANES];
+    const double until = seconds() + wait_s;
     for (int waited = 0;; waited = 1) {
         for (int64_t i = 0; i < count; i++) {
             *found = take(wanted + i, t, a);
@@ -76,9 +77,11 @@ static inline int64_t take_first(const Wanted *wanted, int64_t count, const Targ
             if (*found != MORE) return i;
             polled[i] = (struct pollfd){(int)wanted[i].lane->fd, POLLIN, 0};
         }
+        const double left = until - seconds();
+        if (waited && left <= 0) return NONE_IN_TIME; /* something came, again and again, and never all of it */
         int ready;
         Py_BEGIN_ALLOW_THREADS
-        ready = poll(polled, (nfds_t)count, seconds > 3600 ? 3600000 : (int)(seconds * 1000) + 1);
+        ready = poll(polled, (nfds_t)count, left > 3600 ? 3600000 : left > 0 ? (int)(left * 1000) + 1 : 0);
         Py_END_ALLOW_THREADS
         if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) ready = 0;
         if (ready < 0 && !PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
