@@ -17,6 +17,7 @@ from xdist.scheduler import LoadFileScheduling
 # Before anything imports Ray. Short: the paths of Ray's sockets lie below it, and may have 107 bytes.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="m", dir="/tmp")
 os.environ.pop("RAY_ADDRESS", None)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the other worker's tests need the cores
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
