@@ -52,7 +52,8 @@ class Found:
         return reduce(newest, (says.get("orders") for _, says in self.actors), None)
 
     def enter(self, roster: Roster, loop: Loop, fleet: FleetKeeper, places: PlacementKeeper) -> Placement:
-        """Put the actors into the roster as ready, watch them, and hold the placement that they hold."""
+        """Put the actors into the roster as ready, watch them, and hold the placement that they hold. What no placement
+        names, since the change that mapped it died with its controller, is dropped."""
         kinds = {group.name: group for group in self.dated.config.experts.resolved()}
         for handle, says in self.actors:
             roster.add(_actor(handle, says, kinds, loop))
@@ -62,6 +63,11 @@ class Found:
         fleet.configure(self.dated)
         for actor in roster.routers():
             places.publish_to(actor)
+        for handle, says in self.actors:
+            hosted = [ExpertId(*expert) for expert in says.get("experts", ())]
+            left = [e for e in hosted if handle.actor_id not in places.placement.replicas.get(e, ())]
+            if left:
+                places.unhost(handle.actor_id, left)
         return places.placement
 
 

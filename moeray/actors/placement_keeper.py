@@ -195,7 +195,7 @@ class PlacementKeeper:
                 case reconcile.Host(actor_id, experts):
                     self._host(actor_id, experts)
                 case Unhost(actor_id, experts):
-                    self._unhost(actor_id, experts)
+                    self.unhost(actor_id, experts)
                 case Publish(placement):
                     self.publish(placement)
         if self.change is not None and self.change.ended:
@@ -229,7 +229,8 @@ class PlacementKeeper:
 
         actor.calls.put("host", [tuple(expert) for expert in experts], then=hosted)
 
-    def _unhost(self, actor_id: str, experts: Sequence[ExpertId]) -> None:
+    def unhost(self, actor_id: str, experts: Sequence[ExpertId]) -> None:
+        """Have it drop experts that no router names."""
         self._call(actor_id, "unhost", [tuple(expert) for expert in experts])
         self._metrics.dropped(len(experts))
 

@@ -114,16 +114,17 @@ async def _ready(backend: SystemBackend, show: Show | None = None) -> None:
         ready.cancel()
 
 
-def connect_ray(config: Config | None = None, **options: Any) -> None:
-    """Connect to the cluster that runs, else start one on this machine. Actors' logs stay in Ray's log folder.
-    Raises MoerayError where a cluster is named and cannot be reached.
+def connect_ray(config: Config | None = None) -> None:
+    """Connect to the cluster that runs, else start one on this machine, without Ray's dashboard, whose processes would
+    compete with the start. Actors' logs stay in Ray's log folder. Raises MoerayError where a cluster is named and
+    cannot be reached.
     """
     import ray
 
     if not ray.is_initialized():
         _refuse(unreachable(None))
         os.environ.setdefault(*_NICENESS)
-        ray.init(configure_logging=True, **_quiet(config), **options)
+        ray.init(configure_logging=True, include_dashboard=False, **_quiet(config))
     setup_logging(config)
 
 

@@ -204,6 +204,18 @@ def test_a_takeover_goes_on_from_what_was_wanted_whoever_died_meanwhile(model, e
         assert tokens(system) == expected
 
 
+def test_what_a_change_has_mapped_that_died_with_its_controller_is_dropped(model, expected, tmp_path):
+    config = config_of(model, tmp_path, experts__replicas=1, control__autoscale=False)
+    with LocalSystem(config) as system:
+        before = {row["actor"]: row.get("experts") for row in system.controller.status()["actors"]}
+        every = [(layer, expert) for layer, expert, _ in system.controller.load()]
+        system.controller.abandon()
+        system.handle("experts-0").call("host", every).result(20)
+        system.take_over()
+        until(system.controller, lambda s: {row["actor"]: row.get("experts") for row in s["actors"]} == before)
+        assert tokens(system) == expected
+
+
 class Crowded(LocalCluster):
     """While it is `full` it starts nothing."""
 

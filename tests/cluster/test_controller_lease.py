@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def cluster():
-    ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     yield
     ray.shutdown()
 

@@ -32,7 +32,10 @@ RICH = {"experts__replicas": 2, "router__actors": 2, "experts__max_actors": 3, "
 @pytest.fixture(scope="module")
 def ray_here():
     system_config = {"metrics_report_interval_ms": 1000}
-    ray.init("local", num_cpus=8, log_to_driver=False, logging_level="ERROR", _system_config=system_config)
+    ray.init(
+        "local", num_cpus=8, log_to_driver=False, logging_level="ERROR", include_dashboard=False,
+        _system_config=system_config,
+    )  # fmt: skip
     yield
     ray.shutdown()
 

@@ -29,7 +29,8 @@ PROMPTS = ((5, 9, 33, 7), tuple(range(10, 60)), (3,))
 
 @pytest.fixture
 def two_nodes():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"near": 10}})
+    head = {"num_cpus": 2, "resources": {"near": 10}, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2, resources={"far": 10})
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")

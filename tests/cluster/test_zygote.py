@@ -122,7 +122,7 @@ def test_without_a_zygote_the_script_runs_all_the_same(script: Path, short_path:
 def test_each_ray_job_has_a_zygote_of_its_own(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs start an actor at once, on one node: each gets a process that is its own job's."""
     monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(short_path))
-    with ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR") as context:
+    with ray.init("local", num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False) as context:
         job = [sys.executable, "-c", JOB, context.address_info["gcs_address"], WARM]
         jobs = [subprocess.Popen(job, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         outs = [each.communicate(timeout=LIMIT_S)[0].split() for each in jobs]
