@@ -292,8 +292,14 @@ class Controller:
 
         self._order(run)
 
+    def _ask(self, question: Callable[[SystemKeeper], _T]) -> _T:
+        keeper = self._running
+        if keeper is None or not self._readiness.decided or self._readiness.error is not None:
+            raise NotReadyError(f"the system is {self._readiness.phase}; try again when it is ready")
+        return self._loop.ask(lambda: question(keeper))
+
     def _order(self, order: Callable[[SystemKeeper], _T]) -> _T:
-        """The same for what outlives this controller: an actor keeps it by then."""
+        """As `_ask`, for what the next controller is to know as well: an actor keeps it by the time of the answer."""
 
         def run(keeper: SystemKeeper) -> tuple[_T, SystemKeeper]:
             answer = order(keeper)
@@ -304,12 +310,6 @@ class Controller:
         if not keeper.kept.wait(KEEP_S):
             log.warning("no actor keeps the order yet; it would be forgotten if the controller died now")
         return answer
-
-    def _ask(self, question: Callable[[SystemKeeper], _T]) -> _T:
-        keeper = self._running
-        if keeper is None or not self._readiness.decided or self._readiness.error is not None:
-            raise NotReadyError(f"the system is {self._readiness.phase}; try again when it is ready")
-        return self._loop.ask(lambda: question(keeper))
 
     # -- stop -----------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ def plan(**fields):
             {"event": "node_draining", "node": "0123456789", "seconds_left": 89.6},
             "Node 01234567 is being drained, 90 s are left",
         ),
+        ({"event": "node_draining", "node": "0123456789", "seconds_left": None}, "Node 01234567 is being drained"),
         ({"event": "something_new", "at": 1.0, "what": 3}, "something new: what 3"),
     ],
 )  # fmt: skip

@@ -98,20 +98,23 @@ def test_after_each_timeout_an_actor_has_twice_as_long(stage):
     assert stage.losses == [("a", "timeout")] * 2
 
 
-def test_an_actor_that_cannot_be_dialled_for_lack_of_files_is_one_that_is_lost(stage, monkeypatch):
-    stage.publish(1, {0: "ab"})
-
+def test_an_actor_that_cannot_be_dialled_for_lack_of_files_is_one_that_is_lost(folder, monkeypatch):
     def no_files(*args):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("moeray.wire.unix_receiver.RingReader", no_files)
-        with pytest.raises(MoerayError):
-            stage.dispatch([[0]])
-    assert {reason for _, reason in stage.losses} == {"error"}
-    for actor in "ab":
-        stage.view.restore(actor)
-    stage.dispatch([[0]])
+    stage = Stage(folder, deadline_s=2.0)
+    try:
+        stage.publish(1, {0: "ab"})
+        with monkeypatch.context() as patch:
+            patch.setattr("moeray.wire.unix_receiver.RingReader", no_files)
+            with pytest.raises(MoerayError):
+                stage.dispatch([[0]])
+        assert {reason for _, reason in stage.losses} == {"error"}
+        for actor in "ab":
+            stage.view.restore(actor)
+        stage.dispatch([[0]])
+    finally:
+        stage.close()
 
 
 def test_a_hung_actor_holds_up_nobody_elses_answer(stage):

@@ -1,0 +1,68 @@
+"""Routers that are lost or full for longer than usual, behind a client that does as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from moeray.errors import QueueFullError, RouterLostError
+from moeray.recorder import Recorder
+from moeray.serve import pool as module
+from moeray.serve.pool import RouterPool
+from moeray.types import Address, GenerationRequest, SamplingParams
+
+ADDRESS = Address("router-0", "here", None, None)
+REQUEST = GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4))
+
+
+class Client:
+    """A router that is full, and that cannot be reached for so many times."""
+
+    def __init__(self, unreachable: int = 0) -> None:
+        self.unreachable = unreachable
+        self.asked = 0
+
+    async def generate(self, request):
+        self.asked += 1
+        raise QueueFullError("the queue is full", retry_after_s=0.01)
+        yield
+
+    async def open(self):
+        if self.unreachable:
+            self.unreachable -= 1
+            raise RouterLostError("nobody listens")
+
+    async def close(self):
+        """Nothing is open."""
+
+
+def test_a_request_that_had_begun_waits_for_a_full_router_until_its_deadline_and_no_longer():
+    async def ask():
+        client = Client()
+        pool = RouterPool(lambda address, on_loss: client, 0.2, Recorder())
+        pool.follow([ADDRESS])
+        begun = GenerationRequest("r", REQUEST.prompt_ids, REQUEST.sampling, output_ids=(7,), attempt=1)
+        with pytest.raises(QueueFullError):
+            await asyncio.wait_for(anext(pool.generate(begun)), 20)
+        assert client.asked > 1
+        await pool.close()
+
+    asyncio.run(ask())
+
+
+def test_a_router_that_was_out_of_reach_for_very_long_is_used_again(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_RETRY_S", 0.0)
+
+    async def wait():
+        losses = []
+        pool = RouterPool(lambda address, on_loss: losses.append(on_loss) or Client(1100), 1.0, Recorder())
+        pool.follow([ADDRESS])
+        losses[0]()
+        assert not pool.usable
+        async with asyncio.timeout(30):
+            while not pool.usable:
+                await asyncio.sleep(0)
+        await pool.close()
+
+    asyncio.run(wait())
