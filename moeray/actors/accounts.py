@@ -23,8 +23,6 @@ from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)
 
-COPIES = 3
-"""So many actors keep the books for the next controller."""
 REMEMBER_S = 0.5
 
 
@@ -90,9 +88,8 @@ class Accounts:
             self.take(reading)
         self._own.stand(standing, self._roster, hosting)
         self.tick(time.monotonic())
-        actors = (*self._roster.routers(), *self._roster.experts())
-        keepers = [actor.handle for actor in actors if actor.report and actor.handle]
-        return [self._zero, *self._ledger.parts()], self._ledger.books(time.time()), keepers[:COPIES]
+        keepers = [actor.handle for actor in self._roster.keepers() if actor.handle]
+        return [self._zero, *self._ledger.parts()], self._ledger.books(time.time()), keepers
 
 
 def remember(books: Books, keepers: Collection[ActorHandle]) -> None:

@@ -29,9 +29,10 @@ from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import DatedConfig
 from moeray.actors.standing import dry_run
-from moeray.actors.system_keeper import Model, SystemKeeper, check_change
+from moeray.actors.system_keeper import Model, SystemKeeper
 from moeray.config import Config
 from moeray.control.ledger import merge
+from moeray.control.update import check_change
 from moeray.errors import MoerayError, NotReadyError
 from moeray.exposition import exposition
 from moeray.model.loading import eos_token_ids, open_model
@@ -93,7 +94,7 @@ class Controller:
         self._readiness.phase = "looking for running actors"
         self._found = found = self._look_around()
         dated = found.dated if found else self._first
-        model = self._open(dated.config, found)
+        model = self._open_in_time(dated.config, found)
         keeper = SystemKeeper(
             dated, self._cluster, self._loop, self._roster, self._audit, self._autoscaler, self._metrics,
             self._readiness, model, self._token, self._system, found,
@@ -116,7 +117,7 @@ class Controller:
             self._metrics.configure(found.dated.config)
         return found
 
-    def _open(self, config: Config, found: Found | None) -> Model:
+    def _open_in_time(self, config: Config, found: Found | None) -> Model:
         """Again and again where a system waits to be taken over. Raises CheckpointError, UnsupportedModelError."""
         self._readiness.phase = "opening the model"
         while True:

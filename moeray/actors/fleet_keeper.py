@@ -309,8 +309,8 @@ class FleetKeeper:
         self._finish(actor, "drain", self._drain_time(actor))
 
     def _drain_router(self, actor: Actor, now: float) -> None:
-        """Once another router is there, or none can come in time."""
-        if not self._roster.routers(Phase.READY) and (actor.leave_by is None or now < actor.leave_by - MIGRATE_S):
+        """Once another router serves, or none can come in time."""
+        if not self._roster.serving_routers() and (actor.leave_by is None or now < actor.leave_by - MIGRATE_S):
             return
         self._finish(actor, "drain", max(0.0, self._drain_time(actor) - MIGRATE_S), False)
 

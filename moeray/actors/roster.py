@@ -22,6 +22,9 @@ from moeray.types import Address
 BASE_BYTES = 512 << 20
 """What an actor's process needs beside its weights."""
 
+COPIES = 3
+"""So many actors keep what the next controller is to know."""
+
 Then = Callable[[Any, Exception | None], None]
 
 
@@ -134,6 +137,15 @@ class Roster:
 
     def routers(self, *phases: Phase) -> list[Actor]:
         return [a for a in self if a.is_router and (not phases or a.phase in phases)]
+
+    def serving_routers(self) -> list[Actor]:
+        """Those that hold a placement, and stay."""
+        return [a for a in self.routers(Phase.READY) if a.epoch >= 1 and a.address]
+
+    def keepers(self) -> list[Actor]:
+        """Those that keep what the next controller is to know: routers first."""
+        present = [a for a in (*self.routers(), *self.experts()) if a.report and a.handle and not a.draining]
+        return present[:COPIES]
 
     def members(self, placement: Placement) -> list[Member]:
         """The roster as decisions read it."""

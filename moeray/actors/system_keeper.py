@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from moeray.actors.accounts import COPIES, Accounts
+from moeray.actors.accounts import Accounts
 from moeray.actors.adoption import Found
 from moeray.actors.audit import Audit
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
@@ -30,8 +30,8 @@ from moeray.actors.watch import Loss
 from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.reports import Report, RouterReport
-from moeray.control.update import Update, compare
-from moeray.errors import ConfigError, MoerayError
+from moeray.control.update import check_change
+from moeray.errors import MoerayError
 from moeray.recorder import Reading
 
 log = logging.getLogger(__name__)
@@ -178,8 +178,7 @@ class SystemKeeper:
     def hand_orders(self) -> None:
         """Have some actors keep what is wanted, whenever it or they have changed; `kept` is set once one does."""
         orders = Orders(time.time(), self.autoscaler.wish, self.autoscaler.paused, self.fleet.leaving_by())
-        actors = (*self.roster.routers(), *self.roster.experts())
-        keepers = [actor for actor in actors if actor.calls and actor.report and not actor.draining][:COPIES]
+        keepers = self.roster.keepers()
         told = orders, [actor.actor_id for actor in keepers]
         if told == self._handed:
             return
@@ -188,13 +187,13 @@ class SystemKeeper:
             self.kept.clear()
         for actor in keepers:
             assert actor.calls is not None
-            actor.calls.put("keep_orders", orders, then=partial(self._on_kept, actor.actor_id))
+            actor.calls.put("keep_orders", orders, then=partial(self._on_kept, actor.actor_id, orders))
 
-    def _on_kept(self, actor_id: str, _: Any, error: Exception | None) -> None:
-        if error is None:
-            self.kept.set()
-        else:
+    def _on_kept(self, actor_id: str, orders: Orders, _: Any, error: Exception | None) -> None:
+        if error is not None:
             log.warning("actor %s does not keep what is wanted: %s", actor_id, error)
+        elif self._handed is not None and self._handed[0] is orders:  # else there are newer ones
+            self.kept.set()
 
     def _decide(self) -> None:
         before = self.autoscaler.wanted()
@@ -247,9 +246,8 @@ class SystemKeeper:
 
     def _open_routers(self) -> list[Actor]:
         """Those that take requests: where all are about to leave, they do until another one is there."""
-        staying, leaving = self.roster.routers(Phase.READY), self.roster.routers(Phase.LEAVING)
-        known = [router for router in staying if router.epoch >= 1 and router.address]
-        return known or [router for router in leaving if router.epoch >= 1 and router.address and not router.draining]
+        leaving = self.roster.routers(Phase.LEAVING)
+        return self.roster.serving_routers() or [r for r in leaving if r.epoch >= 1 and r.address and not r.draining]
 
     def standing(self) -> dict[str, Any]:
         """How the system stands, as plain data."""
@@ -282,15 +280,3 @@ def _facts(info: SystemInfo | None) -> dict[str, Any]:
     """Of a router, while there is none: those of the ones before."""
     assert info is not None
     return {"max_context": info.max_context, "vocab_size": info.vocab_size}
-
-
-def check_change(old: Config, new: Config, token: bytes) -> Update:
-    """What a newer config changes. Raises ConfigError where it needs another system than the one with this `token`."""
-    update = compare(old, new)
-    other_token = new.wire.token is not None and new.wire.token.encode() != token
-    if refused := [*update.refused, *(["wire.token"] if other_token else [])]:
-        raise ConfigError(
-            f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
-            "the new system starts beside the old one, which ends when no endpoint asks for it any more"
-        )
-    return update

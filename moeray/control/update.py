@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from moeray.config import Config
+from moeray.errors import ConfigError
 from moeray.settings.experts import ExpertGroupConfig, ExpertsConfig
 from moeray.settings.router import ROUTER, RouterConfig
 
@@ -79,6 +80,18 @@ def compare(before: Config, after: Config) -> Update:
         for group in _renews(key, stay):
             renewed[group] = (*renewed.get(group, ()), key)
     return Update(changed, renewed, tuple(key for key in changed if reach(key) is Reach.SYSTEM))
+
+
+def check_change(old: Config, new: Config, token: bytes) -> Update:
+    """What a newer config changes. Raises ConfigError where it needs another system than the one with this `token`."""
+    update = compare(old, new)
+    other_token = new.wire.token is not None and new.wire.token.encode() != token
+    if refused := [*update.refused, *(["wire.token"] if other_token else [])]:
+        raise ConfigError(
+            f"a system that runs cannot change {', '.join(refused)}; stop it first, or choose another serve.name: "
+            "the new system starts beside the old one, which ends when no endpoint asks for it any more"
+        )
+    return update
 
 
 def reach(key: str) -> Reach:

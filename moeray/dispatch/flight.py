@@ -76,9 +76,8 @@ class Flight:
         heads = list({id(sent.channel): sent for sent in reversed(self.sent)}.values())  # actors answer in order
         soonest = min(heads, key=_until)
         gone = next((sent for sent in heads if sent.channel.closed), None)
-        sent, compute_s = (
-            (gone, None) if gone is not None else self._take_result(heads, out_TKD, soonest.until) or (soonest, None)
-        )
+        found = (gone, None) if gone is not None else self._take_result(heads, out_TKD, soonest.until)
+        sent, compute_s = found or (soonest, None)
         self.sent = [other for other in self.sent if other is not sent]
         self._counted(sent, -1)
         return sent, compute_s

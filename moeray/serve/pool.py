@@ -142,10 +142,7 @@ class RouterPool:
             if self._closed:
                 raise RouterLostError("the endpoint is closing; send the request to another")
             if left <= 0:
-                raise RouterLostError(
-                    f"no router has taken the request within {self.timeout_s:g} s (serve.request_timeout_s); "
-                    "`moeray status` shows what is missing"
-                )
+                raise self._too_late()
             await self._wait(left)
 
     def _usable(self, full: set[_Router]) -> list[_Router]:
@@ -164,9 +161,17 @@ class RouterPool:
 
     async def _stand_aside(self, request: GenerationRequest, error: QueueFullError, until: float) -> None:
         """Every router is full: a new request is refused, and one that had begun waits, until its deadline."""
-        if request.attempt == 0 or self._clock() >= until:
+        if request.attempt == 0:
             raise error
+        if self._clock() >= until:
+            raise self._too_late() from error
         await asyncio.sleep(min(error.retry_after_s, FULL_RETRY_S, max(0.0, until - self._clock())))
+
+    def _too_late(self) -> RouterLostError:
+        return RouterLostError(
+            f"no router has taken the request within {self.timeout_s:g} s (serve.request_timeout_s); "
+            "`moeray status` shows what is missing"
+        )
 
     # -- routers come and go --------------------------------------------------------------------------------------
 

@@ -281,8 +281,12 @@ def test_a_stop_in_the_middle_of_a_takeover_leaves_nobody_behind(model, tmp_path
 def test_new_requests_go_to_the_only_router_until_another_can_take_it_over(model, tmp_path):
     with LocalSystem(config_of(model, tmp_path)) as system:
         system.controller.drain("router-0")
-        until(system.controller, lambda s: system.controller.state()["info"].routers and settled(s)
-              and "router-0" not in {row["actor"] for row in s["actors"]})  # fmt: skip
+
+        def replaced(status):
+            assert system.controller.state()["info"].routers  # at every look, not only at last
+            return settled(status) and "router-0" not in {row["actor"] for row in status["actors"]}
+
+        until(system.controller, replaced)
 
 
 def test_a_router_that_drains_hears_of_placements_until_its_end(model, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moeray.actors.accounts import Accounts
+from moeray.actors.controller import Controller
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.expert_load import EXPERT_LOAD
 from moeray.actors.roster import Roster
@@ -124,6 +125,8 @@ def test_the_next_controller_goes_on_from_what_was_served(model, tmp_path):
             system.controller.metrics()
         system.generate(PROMPTS, GREEDY24)
         system.handle("router-0").call("stop").result(10)  # nobody sees it die, and what it counted last
+        with pytest.raises(NotReadyError):
+            Controller(config, system.cluster).metrics()
         system.take_over()
         system.controller.hear(endpoint)
         after = scrape(system)

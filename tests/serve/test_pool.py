@@ -43,7 +43,7 @@ def test_a_request_that_had_begun_waits_for_a_full_router_until_its_deadline_and
         pool = RouterPool(lambda address, on_loss: client, 0.2, Recorder())
         pool.follow([ADDRESS])
         begun = GenerationRequest("r", REQUEST.prompt_ids, REQUEST.sampling, output_ids=(7,), attempt=1)
-        with pytest.raises(QueueFullError):
+        with pytest.raises(RouterLostError, match="no router has taken the request"):
             await asyncio.wait_for(anext(pool.generate(begun)), 20)
         assert client.asked > 1
         await pool.close()
