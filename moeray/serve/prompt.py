@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from jinja2 import TemplateError
 from moeray.errors import CheckpointError, ConfigError, RequestError
 from moeray.serve.backend import ModelInfo
 from moeray.serve.tokens import Vocabulary
+
+# transformers imports its parts when they are asked for, and in a circle: of two threads that ask at once one can
+# find a module that is not whole yet, and gets an ImportError.
+_IMPORTING = threading.Lock()
 
 _INLINE_CHARACTERS = 8192  # about a millisecond of tokenizing; longer text goes to a thread
 
@@ -83,9 +88,14 @@ class PromptEncoder:
         return {**message, "role": role}
 
 
-def import_tokenizers() -> None:
-    """What `load_encoder` needs; takes seconds (torch, too), for which nobody should wait once a model is there."""
-    import transformers.models.auto.tokenization_auto  # noqa: F401
+def import_tokenizers() -> Any:
+    """transformers' AutoTokenizer. The first call takes seconds (torch, too), for which nobody should wait once a model
+    is there, and a process that serves nothing never pays them. Safe to call from several threads at once.
+    """
+    with _IMPORTING:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
 
 
 def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
@@ -93,10 +103,8 @@ def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
 
     `chat_template`, a file or the template itself, replaces the model's own.
     """
-    from transformers import AutoTokenizer  # see `import_tokenizers`: not where nothing is served
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.metadata_dir, local_files_only=True)
+        tokenizer = import_tokenizers().from_pretrained(model.metadata_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         there = any(Path(model.metadata_dir).glob("tokenizer*"))
         reason = " ".join(str(error).split())[:300] if there else "there are no files of one"

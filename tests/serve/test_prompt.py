@@ -1,6 +1,8 @@
 """The tokenizer and the chat template of a model."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,24 @@ def test_missing_files_are_named(tmp_path):
         load_encoder(model_info(tmp_path), None)
     with pytest.raises(ConfigError, match="chat_template"):
         read_template(str(tmp_path / "missing.jinja"))
+
+
+def test_a_request_may_need_the_tokenizer_while_it_is_imported(metadata_dir):
+    """In a process of its own, since what is imported once stays so."""
+    both_at_once = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from moeray.serve.backend import ModelInfo
+from moeray.serve.prompt import import_tokenizers, load_encoder
+
+assert "transformers" not in sys.modules
+model = ModelInfo("tiny", 0, 64, 64, Path(sys.argv[1]))
+with ThreadPoolExecutor(2) as pool:
+    imported, encoder = pool.submit(import_tokenizers), pool.submit(load_encoder, model, None)
+assert encoder.result().vocabulary and imported.result()
+"""
+    subprocess.run([sys.executable, "-c", both_at_once, str(metadata_dir)], check=True, timeout=120)
 
 
 def test_the_encoder_is_loaded_once(metadata_dir):
