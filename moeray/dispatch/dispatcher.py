@@ -156,8 +156,13 @@ class Dispatcher:
             self._send_rows(work, None)
             return
         self.slowest_compute_s = found.slowest_s
-        if found.answered:
-            self._note("unix", work, actors, found.answered)
+        by_kind: dict[str, list[Answered]] = {}
+        for answered in found.answered:
+            channel = channels[answered[0]]
+            assert channel is not None, "its rows went out on it"
+            by_kind.setdefault(channel.kind, []).append(answered)
+        for kind, of_kind in by_kind.items():
+            self._note(kind, work, actors, of_kind)
         if found.left:
             self._go_on(work, found.left, channels)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import Channel
+from moeray.wire.greeting import introduce
+from moeray.wire.handshake import Connector
 from moeray.wire.identity import Identity
 from moeray.wire.listener import Listener
-from moeray.wire.unix_door import connect_unix
+from moeray.wire.socket_channel import SocketChannel
+from moeray.wire.unix_dial import dial_unix
 
 __all__ = ["Channel", "Listener", "connect"]
 
@@ -19,14 +24,25 @@ def connect(address: Address, identity: Identity, wire: WireConfig, *, timeout: 
     Raises AuthenticationError for another token, model or version; ChannelClosedError where nobody listens;
     ChannelTimeoutError after `timeout` seconds; WireError where the address has no way of the kind that is needed.
     """
-    if address.node_id == identity.node_id:
+    deadline = monotonic() + timeout
+    channel = _dial(address, identity.node_id, wire, timeout)
+    try:
+        introduce(channel, Connector(identity, address.actor_id), wire, deadline)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _dial(address: Address, node_id: str, wire: WireConfig, timeout: float) -> SocketChannel:
+    if address.node_id == node_id:
         if address.unix is None:
             raise WireError(
                 f"{address.actor_id} is on this node but its address has no unix socket; start its listener"
             )
-        return connect_unix(address, identity, wire, timeout)
+        return dial_unix(address, wire, timeout)
     if address.grpc is None:
         raise WireError(f"{address.actor_id} is on node {address.node_id} but has no gRPC port; set wire.grpc: true")
-    from moeray.wire.grpc_door import connect_grpc  # only where it is used: grpc takes a while to import
+    from moeray.wire.grpc_dial import dial_grpc  # only where it is used: grpc takes a while to import
 
-    return connect_grpc(address, identity, wire, timeout)
+    return dial_grpc(address, wire)

@@ -34,7 +34,7 @@ class Lane(Structure):
 
     `buffer`: `room` bytes, of which [start, end) are received and not yet read; start is a multiple of 64. `message`:
     memory of `message_room` bytes for a message on its way out; of the last one, [unsent_from, unsent_to) has not gone
-    out. `reading`: a frame has been read in part, and unix_receiver.py goes on with it. `out`, `inward`: the rings,
+    out. `reading`: a frame has been read in part, and receiver.py goes on with it. `out`, `inward`: the rings,
     where there are any. `most_header`, `most_payload`: limits in bytes. `ring_from`: payloads of so many bytes go
     through the ring.
     """

@@ -17,13 +17,15 @@ from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import Channel
+from moeray.wire.connection import Carrier
+from moeray.wire.greeting import receive
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
 from moeray.wire.identity import Identity
-from moeray.wire.unix import UnixChannel
-from moeray.wire.unix_door import accept_unix, check_path
+from moeray.wire.socket_channel import SocketChannel
+from moeray.wire.unix_dial import Kernel, check_path
 
 if TYPE_CHECKING:
-    from moeray.wire.grpc_door import GrpcServer
+    from moeray.wire.grpc_server import GrpcServer
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +65,9 @@ class Listener:
         return Address(self._identity.actor_id, self._identity.node_id, str(self._path), port)
 
     def _start_grpc(self) -> str:
-        from moeray.wire.grpc_door import GrpcServer  # only where it is used: grpc takes a while to import
+        from moeray.wire.grpc_server import GrpcServer  # only where it is used: grpc takes a while to import
 
-        self._grpc = GrpcServer(self._identity, self._wire, self._guests)
+        self._grpc = GrpcServer(self._identity.actor_id, self._wire, self._guests, self._receive)
         return self._grpc.start()
 
     def _accept(self, listening: socket.socket) -> None:
@@ -77,22 +79,24 @@ class Listener:
                     _log.error("cannot accept a channel at %s: %s", self._path, error.strerror)
                     self._closing.wait(0.1)  # out of descriptors or memory: others may give some back
                 continue
-            self._receive(sock)
+            self._receive(sock, Kernel())
 
-    def _receive(self, sock: socket.socket) -> None:
+    def _receive(self, sock: socket.socket, carrier: Carrier) -> bool:
         if not self._guests.enter():
             sock.close()
-            return
-        channel = UnixChannel(sock, self._wire.send_timeout_s)
-        if not self._guests.spawn("wire-unix-greeting", lambda: self._host(channel)):
+            return False
+        channel = SocketChannel(sock, self._wire.send_timeout_s, carrier)
+        if not self._guests.spawn(f"wire-{carrier.kind}-greeting", lambda: self._host(channel)):
             self._guests.leave()
-            channel.close()
+            sock.close()
+            return False
+        return True
 
-    def _host(self, channel: UnixChannel) -> None:
+    def _host(self, channel: SocketChannel) -> None:
         try:
-            accept_unix(channel, self._identity, self._wire, self._guests)
+            receive(channel, self._identity, self._wire, self._guests)
         except WireError as error:
-            _log.warning("refused a peer at %s: %s", self._path, error)
+            _log.warning("refused a peer (%s): %s", channel.kind, error)
             channel.close()
             return
         finally:

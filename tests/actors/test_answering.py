@@ -22,7 +22,7 @@ from moeray.model.loading import open_model
 from moeray.recorder import Recorder
 from moeray.types import ExpertId
 from moeray.wire.frame import Frame, Limits, Op
-from moeray.wire.unix import RING_THRESHOLD
+from moeray.wire.socket_channel import RING_THRESHOLD
 from tests.checkpoints import make_tiny
 from tests.wire.support import admitted_pair
 

@@ -106,7 +106,7 @@ def test_an_actor_that_cannot_be_dialled_for_lack_of_files_is_one_that_is_lost(f
     try:
         stage.publish(1, {0: "ab"})
         with monkeypatch.context() as patch:
-            patch.setattr("moeray.wire.unix_receiver.RingReader", no_files)
+            patch.setattr("moeray.wire.receiver.RingReader", no_files)
             with pytest.raises(MoerayError):
                 stage.dispatch([[0]])
         assert {reason for _, reason in stage.losses} == {"error"}

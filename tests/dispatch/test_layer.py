@@ -13,7 +13,7 @@ from moeray.dispatch.plan import plan_rows
 from moeray.dispatch.planner import Planner
 from moeray.dispatch.view import Usable
 from moeray.wire.frame import Frame, Limits, Op
-from moeray.wire.unix import RING_THRESHOLD
+from moeray.wire.socket_channel import RING_THRESHOLD
 from tests.wire.support import admitted_pair
 
 pytestmark = pytest.mark.skipif(planner.native is None, reason="the part in C was not compiled on this machine")

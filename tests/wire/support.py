@@ -19,7 +19,8 @@ from moeray.types import Address
 from moeray.wire.channel import Channel, Listener, connect
 from moeray.wire.frame import Frame, Limits, Op
 from moeray.wire.identity import Identity
-from moeray.wire.unix import UnixChannel
+from moeray.wire.socket_channel import SocketChannel
+from moeray.wire.unix_dial import Kernel
 
 SERVER = "expert-0"
 KINDS = ("unix", "grpc")
@@ -116,12 +117,12 @@ if __name__ == "__main__":
     main(sys.argv[1])
 
 
-def admitted_pair(limits: Limits, ring_bytes: int, *, soon_full: bool = False) -> tuple[UnixChannel, UnixChannel]:
+def admitted_pair(limits: Limits, ring_bytes: int, *, soon_full: bool = False) -> tuple[SocketChannel, SocketChannel]:
     """Both ends of a channel whose handshake is over. `soon_full`: its sockets take as little as they can."""
     left, right = socket.socketpair()
     for sock in (left, right) if soon_full else ():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    a, b = UnixChannel(left, SMALL.send_timeout_s), UnixChannel(right, SMALL.send_timeout_s)
+    a, b = SocketChannel(left, SMALL.send_timeout_s, Kernel()), SocketChannel(right, SMALL.send_timeout_s, Kernel())
     until = monotonic() + SMALL.handshake_timeout_s
     admit = threading.Thread(target=a.admit, args=("expert", limits, ring_bytes, until))
     admit.start()

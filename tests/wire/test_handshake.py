@@ -6,9 +6,9 @@ import os
 import socket
 import struct
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
-import grpc
 import msgpack
 import pytest
 
@@ -19,7 +19,7 @@ from moeray.types import Address
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.channel import connect
 from moeray.wire.frame import PREFIX, Frame, Op, decode, encode
-from moeray.wire.grpc_stream import FRAME_KEY, GREET, SERVICE, STREAM
+from moeray.wire.grpc_dial import dial_grpc
 from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.handshake import Acceptor, Connector
 from tests.wire.support import KINDS, SERVER, SMALL, Host, eventually, identity
@@ -125,62 +125,66 @@ def test_a_listener_of_another_version_is_named(folder):
         answering.join()
 
 
-def test_a_connector_of_another_version_is_told_so(host):
-    with socket.socket(socket.AF_UNIX) as sock:
+@contextmanager
+def stranger(host: Host, kind: str) -> Iterator[socket.socket]:
+    """A socket to the listener, of a peer that goes by no rules."""
+    if kind == "unix":
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(host.address.unix)
+            sock.settimeout(5.0)
+            yield sock
+        return
+    channel = dial_grpc(host.address, SMALL)
+    with channel._connection.sock.dup() as sock:
         sock.settimeout(5.0)
-        sock.connect(host.address.unix)
+        yield sock
+    channel.close()
+
+
+def test_a_connector_of_another_version_is_told_so(host, kind):
+    with stranger(host, kind) as sock:
         sock.sendall(of_version(2))
         assert decode(sock.recv(4096), UNAUTHENTICATED).meta == {"reason": "version"}
         assert sock.recv(1) == b""
-    host.dial("unix").close()
+    host.dial(kind).close()
 
 
-def greet_by_grpc(address: Address, message: bytes) -> Frame:
-    with grpc.insecure_channel(address.grpc) as connection:
-        call = connection.stream_stream(f"/{SERVICE}/{GREET}")(iter(()), metadata=((FRAME_KEY, message),), timeout=5.0)
-        assert list(call) == []
-        return decode(dict(call.initial_metadata())[FRAME_KEY], UNAUTHENTICATED)
-
-
-@pytest.mark.parametrize(("message", "reason"), [(of_version(2), "version"), (b"noise", "greeting")])
-def test_grpc_greetings_of_others_are_refused(host, message, reason):
-    assert greet_by_grpc(host.address, message).meta == {"reason": reason}
-    host.dial("grpc").close()
-
-
-@pytest.mark.parametrize("metadata", [(), ((FRAME_KEY, b"x"),), "proof"])
-def test_a_grpc_stream_without_proof_is_refused_before_its_messages_are_read(host, metadata):
-    if metadata == "proof":
-        metadata = ((FRAME_KEY, b"".join(encode(Frame(Op.PROOF, meta={"nonce": bytes(32)}), UNAUTHENTICATED))),)
-    with grpc.insecure_channel(host.address.grpc) as connection:
-        stream = connection.stream_stream(f"/{SERVICE}/{STREAM}")
-        with pytest.raises(grpc.RpcError) as caught:
-            list(stream(iter([b"x" * 1000]), metadata=metadata, timeout=5.0))
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+def test_one_who_begins_with_something_else_is_told_so(host, kind):
+    with stranger(host, kind) as sock:
+        sock.sendall(b"".join(encode(Frame(Op.PROOF, meta={"nonce": bytes(32)}), UNAUTHENTICATED)))
+        assert decode(sock.recv(4096), UNAUTHENTICATED).meta == {"reason": "greeting"}
+        assert sock.recv(1) == b""
     assert host.channels.empty()
+    host.dial(kind).close()
 
 
 @pytest.mark.parametrize("data", [struct.pack("<II", 5000, 0), struct.pack("<II", 50, 64), b"GET / HTTP/1.1\r\n\r\n"])
-def test_an_unproven_peer_gets_tiny_limits(host, data):
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5.0)
-        sock.connect(host.address.unix)
+def test_an_unproven_peer_gets_tiny_limits(host, kind, data):
+    with stranger(host, kind) as sock:
         sock.sendall(data)
         with suppress(ConnectionResetError):
             assert sock.recv(1) == b""
-    host.dial("unix").close()
+    assert host.channels.empty()
+    host.dial(kind).close()
 
 
-def test_silent_peers_are_dropped_and_bounded(folder):
+def test_what_an_unproven_peer_sends_on_is_not_kept(host, kind):
+    """It is cut off, however much it has sent by then."""
+    with stranger(host, kind) as sock, suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(of_version(2))
+        for _ in range(1000):
+            sock.sendall(bytes(1 << 20))
+        raise AssertionError("the listener took it all")
+    host.dial(kind).close()
+
+
+def test_silent_peers_are_dropped_and_bounded(folder, kind):
     host = Host(folder, WireConfig(handshake_timeout_s=0.5))
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(MAX_UNAUTHENTICATED + 8)]
-    for sock in silent:
-        sock.connect(host.address.unix)
-        sock.settimeout(10.0)
-    for sock in silent:  # the first are dropped at the deadline, those over the bound at once
-        assert sock.recv(1) == b""
-        sock.close()
-    near, _ = host.pair("unix")
+    with ExitStack() as stack:
+        silent = [stack.enter_context(stranger(host, kind)) for _ in range(MAX_UNAUTHENTICATED + 8)]
+        for sock in silent:  # the first are dropped at the deadline, those over the bound at once
+            assert sock.recv(1) == b""
+    near, _ = host.pair(kind)
     near.close()
     host.close()
 

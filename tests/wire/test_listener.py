@@ -15,7 +15,7 @@ from moeray.errors import ChannelClosedError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
-from moeray.wire.grpc_door import only_address
+from moeray.wire.grpc_server import only_address
 from tests.wire.support import SMALL, Host, echo, identity
 
 UNIX_ONLY = replace(SMALL, grpc=False)

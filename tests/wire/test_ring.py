@@ -15,7 +15,8 @@ from moeray.buffers import ALIGN
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.wire.frame import PREFIX, Frame, Limits, Op, pack_head
 from moeray.wire.ring import RingReader, RingWriter
-from moeray.wire.unix import RING_THRESHOLD, UnixChannel
+from moeray.wire.socket_channel import RING_THRESHOLD, SocketChannel
+from moeray.wire.unix_dial import Kernel
 
 LIMITS = Limits(1 << 16, 1 << 24)
 RING = 256 << 10
@@ -30,11 +31,11 @@ def ring() -> Iterator[tuple[RingWriter, RingReader]]:
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[UnixChannel, UnixChannel, socket.socket]]:
+def ends() -> Iterator[tuple[SocketChannel, SocketChannel, socket.socket]]:
     """Two admitted channel ends, and a second handle of the first end's socket to write raw bytes with."""
     left, right = socket.socketpair()
     raw = left.dup()
-    a, b = UnixChannel(left, 0.3), UnixChannel(right, 0.3)
+    a, b = SocketChannel(left, 0.3, Kernel()), SocketChannel(right, 0.3, Kernel())
     admit = threading.Thread(target=a.admit, args=("b", LIMITS, RING, monotonic() + 5))
     admit.start()
     b.admit("a", LIMITS, RING, monotonic() + 5)

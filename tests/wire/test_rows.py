@@ -407,8 +407,8 @@ def test_rows_over_a_channel(kind, tokens, compiled, host, monkeypatch):
     if not compiled:
         monkeypatch.setattr(rows, "native", None)
         monkeypatch.setattr(row_message, "native", None)
-        monkeypatch.setattr("moeray.wire.unix_sender.native", None)
-        monkeypatch.setattr("moeray.wire.unix_receiver.native", None)
+        monkeypatch.setattr("moeray.wire.sender.native", None)
+        monkeypatch.setattr("moeray.wire.receiver.native", None)
     near, far = host.pair(kind)
     x_TD = random_tensor((tokens, 700), torch.bfloat16)
     index = np.arange(tokens).repeat(2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from moeray.actors.spec import machine_dir, remove_runtime_dir, runtime_dir
 from moeray.cli.checks.finding import Finding, fail, failed_by, ok, skipped, warn
 from moeray.errors import MoerayError
-from moeray.wire.unix_door import check_path
+from moeray.wire.unix_dial import check_path
 
 _NODE, _SYSTEM = "doctor000000", "doctor00"
 _LONGEST_NAME = "experts-1000.sock"

@@ -38,7 +38,7 @@ static inline int find_payload(Lane *lane, const Whole *w, int64_t where, const 
     }
     if (!lane->in) return OTHER;
     release(lane->in);
-    /* Where the position is odd, unix_receiver.py says so, to which the ring is as it was. */
+    /* Where the position is odd, receiver.py says so, to which the ring is as it was. */
     const int64_t head = lane->in->head;
     *payload = hold(lane->in, where, w->payload, ALIGN);
     if (!*payload) lane->in->head = head;

@@ -1,5 +1,5 @@
 /* A layer's messages, sent and taken straight on channels' ends while the interpreter's lock is held, so that no other
-   thread is about the same end. What is large, unusual or wrong is left as it is, to be done by unix.py. */
+   thread is about the same end. What is large, unusual or wrong is left as it is, to be done by sender.py and receiver.py. */
 #include "lanes.h"
 
 #include "lane_out.h"

@@ -1,26 +1,43 @@
-"""The socket of a channel within a node, as the channel and both of its halves have it: who is at its other side, and
-whether it is still open.
+"""The socket of a channel, as the channel and both of its halves have it: who is at its other side, and whether it is
+still open.
 """
 
 from __future__ import annotations
 
 import socket
+from typing import Protocol
 
 from moeray.errors import ChannelClosedError
 from moeray.wire.frame import Limits
 from moeray.wire.lane import Lane
 
 
+class Carrier(Protocol):
+    """What takes a socket's bytes to the peer."""
+
+    @property
+    def kind(self) -> str:
+        """See `Channel.kind`."""
+
+    @property
+    def why(self) -> str:
+        """Why it has ended, where it knows more than the socket says; else empty."""
+
+    def hang_up(self) -> None:
+        """The socket is closed; ends what still runs. What was written to it before goes out first, for a second."""
+
+
 class Connection:
-    """A connected unix socket.
+    """A connected socket.
 
     `peer`: the actor id of the other side, empty until it is known. `lane`: what the compiled part knows of this end.
     `shut`: either side is known to be gone.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, carrier: Carrier) -> None:
         sock.settimeout(None)
         self.sock = sock
+        self.carrier = carrier
         self.peer = ""
         self.shut = False
         # Whatever the compiled part is to leave alone until the peer is proven has no descriptor.
@@ -50,8 +67,8 @@ class Connection:
     def lost(self, error: OSError | None) -> ChannelClosedError:
         """The peer is gone, as this error of the socket says, or its end: shuts down; what to raise."""
         self.shut_down()
-        cause = f" ({error.strerror})" if error is not None else ""
-        return ChannelClosedError(f"{self.who} is gone{cause}; connect again")
+        why = self.carrier.why or (error.strerror if error is not None else "")
+        return ChannelClosedError(f"{self.who} is gone{f' ({why})' if why else ''}; connect again")
 
     def shut_down(self) -> None:
         """End it, and wake whoever waits on it, on either side."""

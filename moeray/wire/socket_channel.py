@@ -1,4 +1,5 @@
-"""The channel within a node: a unix stream socket, with large payloads in shared memory rings.
+"""The channel: a stream socket, within a node with large payloads in shared memory rings; across nodes gRPC carries its
+bytes (`grpc_tunnel.py`).
 
 A frame costs one system call on each side. A payload that finds no room in the ring goes through the socket, which is
 always correct. Waiting is the kernel's (SO_RCVTIMEO, poll); nothing spins.
@@ -11,24 +12,23 @@ import threading
 from collections.abc import Callable
 
 from moeray.wire.base import T
+from moeray.wire.connection import Carrier, Connection
 from moeray.wire.frame import Limits
-from moeray.wire.unix_connection import Connection
-from moeray.wire.unix_receiver import Receiver
-from moeray.wire.unix_sender import RING_THRESHOLD, Sender
+from moeray.wire.receiver import Receiver
+from moeray.wire.sender import RING_THRESHOLD, Sender
 
-__all__ = ["RING_THRESHOLD", "UnixChannel"]
+__all__ = ["RING_THRESHOLD", "SocketChannel"]
 
 
-class UnixChannel:
-    """One end of a connected unix socket; see `Channel`. Made by `connect_unix` and by the listener.
+class SocketChannel:
+    """One end of a connected socket; see `Channel`. Made by `connect` and by the listener.
 
     It begins with the limits of an unproven peer; `admit` lifts them once the handshake is over.
     """
 
-    kind = "unix"
-
-    def __init__(self, sock: socket.socket, send_timeout_s: float) -> None:
-        self._connection = Connection(sock)
+    def __init__(self, sock: socket.socket, send_timeout_s: float, carrier: Carrier) -> None:
+        self.kind = carrier.kind
+        self._connection = Connection(sock, carrier)
         self._sender = Sender(self._connection, send_timeout_s)
         self._receiver = Receiver(self._connection)
         self._close_lock = threading.Lock()
@@ -67,6 +67,11 @@ class UnixChannel:
         self._sender.timeout_s = seconds
 
     @property
+    def shares_memory(self) -> bool:
+        """Whether descriptors reach the peer."""
+        return self.kind == "unix"
+
+    @property
     def lane(self) -> int:
         """See `Channel.lane`."""
         return self._connection.open_lane
@@ -98,3 +103,4 @@ class UnixChannel:
                 self._sender.drop()
                 self._receiver.drop()
                 self._released = True
+        self._connection.carrier.hang_up()

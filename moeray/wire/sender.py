@@ -16,16 +16,18 @@ from typing import TypeVar
 
 from moeray.errors import ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED
+from moeray.wire.connection import Connection
 from moeray.wire.frame import INLINE, Frame, Limits, chunks_of, inline_buffers, pack_head
 from moeray.wire.ring import RingWriter
 from moeray.wire.row_message import Place, RowMessage, native
-from moeray.wire.unix_connection import Connection
 
 _M = TypeVar("_M")
 
 RING_THRESHOLD = 4 << 10
 
 _MESSAGE_BYTES = 48 << 10
+_WHOLE_BYTES = 1 << 20
+"""Of a message's memory where there is no ring: what the compiled part copies goes out in one call."""
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
@@ -40,15 +42,20 @@ class Sender:
         self._lane = connection.lane
         self._limits = UNAUTHENTICATED
         self._unsent = b""
-        self._message = bytearray(_MESSAGE_BYTES)
-        self._message_view = memoryview(self._message)
-        self._lane.message, self._lane.message_room = addressof(c_char.from_buffer(self._message)), _MESSAGE_BYTES
         self._writer: RingWriter | None = None
+        self._use(bytearray(_MESSAGE_BYTES))
+
+    def _use(self, message: bytearray) -> None:
+        """Write small messages to this memory from now on."""
+        self._message, self._message_view = message, memoryview(message)
+        self._lane.message, self._lane.message_room = addressof(c_char.from_buffer(message)), len(message)
 
     def admit(self, limits: Limits, ring_bytes: int) -> None:
         """The peer is proven: give it a shared memory ring and lift the limits. Raises WireError."""
         self._limits = limits
         self._offer_ring(ring_bytes)
+        if self._writer is None:
+            self._use(bytearray(_WHOLE_BYTES))
         self._lane.ring_from = RING_THRESHOLD
         self._lane.join(self._writer.ring if self._writer else None, None)
 

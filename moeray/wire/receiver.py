@@ -14,6 +14,7 @@ from time import monotonic
 from moeray.buffers import KEPT_BYTES, Bytes, aligned, new_buffer
 from moeray.errors import ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED, T
+from moeray.wire.connection import Connection
 from moeray.wire.frame import (
     INLINE,
     PREFIX,
@@ -27,9 +28,10 @@ from moeray.wire.frame import (
 )
 from moeray.wire.ring import RingReader
 from moeray.wire.row_message import native, read_header
-from moeray.wire.unix_connection import Connection
 
 _BUFFER_BYTES = 256 << 10
+_WHOLE_BYTES = (1 << 20) + (64 << 10)
+"""Where there is no ring: payloads that the compiled part copies lie whole in it."""
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -56,7 +58,7 @@ class Receiver:
         self._take_ring(deadline)
         assert self._lane.start == self._lane.end, "bytes of an unproven peer are read one frame at a time"
         self._lane.start = self._lane.end = 0
-        self._use(new_buffer(_BUFFER_BYTES))
+        self._use(new_buffer(_BUFFER_BYTES if self._reader else _WHOLE_BYTES))
         self._lane.join(None, self._reader.ring if self._reader else None)
 
     def _take_ring(self, deadline: float) -> None:
@@ -124,7 +126,7 @@ class Receiver:
         if header.where != INLINE:
             memory, at = self._in_ring(header.where, payload_bytes)
             self._lane.start += body
-        elif body + payload_bytes <= _BUFFER_BYTES:
+        elif body + payload_bytes <= len(self._memory):
             self._need(body + payload_bytes, deadline)
             memory, at = self._view, self._lane.start + body
             self._lane.start += body + payload_bytes

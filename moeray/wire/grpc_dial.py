@@ -1,0 +1,43 @@
+"""The way to an actor on another node: a gRPC stream to its port."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import grpc
+
+from moeray.settings.wire import WireConfig
+from moeray.types import Address
+from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, read_pem, stop_quietly
+from moeray.wire.socket_channel import SocketChannel
+
+
+def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
+    """A channel to whoever listens at `address.grpc`; one to nobody is found closed. Raises ConfigError."""
+    assert address.grpc is not None
+    connection = _connection(address.grpc, wire)
+    tunnel = Tunnel(lambda: finish())
+    call = connection.stream_stream(f"/{SERVICE}/{STREAM}")(tunnel.outgoing())
+    reader = threading.Thread(
+        target=tunnel.pump, args=(call,), name=f"wire-grpc-read-{address.actor_id}", daemon=True
+    )  # fmt: skip
+    reader.start()
+
+    def finish() -> None:
+        reader.join(CLOSE_S)
+        stop_quietly(call.cancel)
+        reader.join()
+        connection.close()
+
+    return SocketChannel(tunnel.near, wire.send_timeout_s, tunnel)
+
+
+def _connection(target: str, wire: WireConfig) -> Any:
+    if wire.tls_cert is None:
+        return grpc.insecure_channel(target, options(wire, server=False))
+    cert, key = read_pem(wire.tls_cert, "tls_cert"), read_pem(wire.tls_key, "tls_key")
+    authority = read_pem(wire.tls_ca, "tls_ca")
+    # Without an authority of its own a cluster shares one certificate, which vouches for itself.
+    credentials = grpc.ssl_channel_credentials(authority or cert, key, cert)
+    return grpc.secure_channel(target, credentials, options(wire, server=False))

@@ -1,0 +1,124 @@
+"""The gRPC port of a listener: each stream is a socket more that it accepts."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from time import monotonic
+from typing import Any
+
+import grpc
+import psutil
+
+from moeray.errors import WireError
+from moeray.settings.wire import WireConfig
+from moeray.wire.connection import Carrier
+from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, read_pem, stop_quietly
+from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
+
+Accept = Callable[[socket.socket, Carrier], bool]
+"""Greet whoever is behind the socket, and serve it; False, with the socket closed, where it is turned away."""
+
+
+class GrpcServer:
+    """Accepts streams at `wire.host`, each of which becomes a socket for `accept`. Its readers are among `guests`."""
+
+    def __init__(self, actor_id: str, wire: WireConfig, guests: Guests, accept: Accept) -> None:
+        self._wire = wire
+        self._guests = guests
+        self._accept = accept
+        self._most = wire.max_channels + MAX_UNAUTHENTICATED
+        self._pool = ThreadPoolExecutor(self._most, thread_name_prefix=f"wire-grpc-{actor_id}")
+        self._server: Any = None
+
+    def start(self) -> str:
+        """Listen; returns `host:port` as others reach it. Raises WireError where the host is not this machine's."""
+        self._server = grpc.server(
+            self._pool,
+            options=options(self._wire, server=True),
+            maximum_concurrent_rpcs=self._most,
+        )
+        handlers = {STREAM: grpc.stream_stream_rpc_method_handler(self._stream)}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        try:
+            port = self._bind(f"{_bracketed(self._wire.host)}:0")
+        except RuntimeError as error:
+            self._pool.shutdown()
+            raise WireError(f"cannot listen at wire.host {self._wire.host}; name an address of this machine") from error
+        self._server.start()
+        return f"{_bracketed(_reachable(self._wire.host))}:{port}"
+
+    def _bind(self, target: str) -> int:
+        wire = self._wire
+        if wire.tls_cert is None:
+            return int(self._server.add_insecure_port(target))
+        pair = (read_pem(wire.tls_key, "tls_key"), read_pem(wire.tls_cert, "tls_cert"))
+        authority = read_pem(wire.tls_ca, "tls_ca")
+        credentials = grpc.ssl_server_credentials([pair], authority, authority is not None)
+        return int(self._server.add_secure_port(target, credentials))
+
+    def _stream(self, chunks: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        over = threading.Event()
+
+        def finish() -> None:
+            if not over.wait(CLOSE_S):
+                stop_quietly(context.cancel)
+
+        tunnel = Tunnel(finish)
+        try:
+            if not self._guests.spawn("wire-grpc-read", lambda: tunnel.pump(chunks)):
+                tunnel.drop()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the listener closes")
+            self._accept(tunnel.near, tunnel)
+            yield from tunnel.outgoing()
+        finally:
+            over.set()
+
+    def close(self, deadline: float) -> list[str]:
+        """End all calls and join gRPC's threads; the name of what still runs at the deadline."""
+        stopped = self._server.stop(None)
+        if not stopped.wait(max(0.0, deadline - monotonic())):
+            return ["the gRPC server"]
+        self._pool.shutdown()
+        return []
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _reachable(host: str) -> str:
+    """The address that others dial: `host`, or for a wildcard the one that this machine's route outside has, and where
+    there is no such route, the only one that it has."""
+    if host not in ("0.0.0.0", "::", "[::]"):
+        return host
+    family = socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))  # sends nothing
+        except OSError:
+            return only_address(host, _addresses(family))
+        return str(probe.getsockname()[0])
+
+
+def _addresses(family: socket.AddressFamily) -> list[str]:
+    """Of this machine's interfaces that are up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = psutil.net_if_addrs().items()
+    return [entry.address for name, entries in found if name in up for entry in entries if entry.family == family]
+
+
+def only_address(host: str, addresses: Sequence[str]) -> str:
+    """The address by which others reach a machine without a route outside; without any network that is the loopback's,
+    since all others are on it, too. Raises WireError where several may be meant."""
+    known = [ip_address(address.partition("%")[0]) for address in addresses]
+    outside = [str(ip) for ip in known if not ip.is_loopback and not ip.is_link_local]
+    if len(outside) > 1:
+        which = f"no default route tells by which of {', '.join(outside)} others reach this machine"
+        raise WireError(f"wire.host {host}: {which}; set wire.host to that one")
+    if not known:
+        raise WireError(f"wire.host {host}: this machine has no such address; set wire.host to one that it has")
+    return outside[0] if outside else str(known[0])
