@@ -80,7 +80,7 @@ METRICS: dict[str, MetricSpec] = {
     "moeray_step_seconds": histogram("Duration of an engine step.", SECONDS),
     "moeray_dispatch_seconds": histogram("From sending an actor's rows to having their outputs.", MICRO, "hop"),
     "moeray_combine_seconds": histogram("Weighted sum of a layer's outputs.", MICRO),
-    "moeray_dispatch_rows_total": counter("Rows whose outputs came back, by hop (unix, grpc).", "hop"),
+    "moeray_dispatch_rows_total": counter("Rows whose outputs came back, by hop (unix, tcp, grpc).", "hop"),
     "moeray_dispatch_bytes_total": counter("Tensor bytes sent to experts and received from them.", "hop", "direction"),
     "moeray_dispatch_retries_total": counter("Rows sent again after a loss, by reason.", "reason"),
     # -- expert groups

@@ -132,10 +132,12 @@ class TokenOutput:
 class Address:
     """Where an actor listens. Locality is the Ray node id (`node_id`), never the host.
 
-    `unix`: path of its socket, reachable from the same node only. `grpc`: `host:port`, or None where off.
+    `unix`: path of its socket, reachable from the same node only. `tcp`, `grpc`: `host:port`, or None where it does not
+    listen so.
     """
 
     actor_id: str
     node_id: str
     unix: str | None
-    grpc: str | None
+    tcp: str | None = None
+    grpc: str | None = None

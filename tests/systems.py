@@ -21,7 +21,7 @@ _names = itertools.count()
 
 def tiny_config(model: Path | str, **overrides: Any) -> Config:
     """Dots in keys are written as `__`."""
-    small = {"model": str(model), "dtype": "float32", "engine__kv_blocks": 256, "wire__grpc": False}
+    small = {"model": str(model), "dtype": "float32", "engine__kv_blocks": 256, "wire__remote": "off"}
     return load_config(None, {key.replace("__", "."): value for key, value in (small | overrides).items()})
 
 

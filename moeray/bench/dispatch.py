@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from moeray.bench.expert_processes import FAR, NEAR, ExpertProcesses, expert_pro
 from moeray.config import Config, load_config
 from moeray.model.loading import open_bank, open_model
 from moeray.types import ExpertId
+
+Hop = Literal["unix", "tcp", "grpc"]
+HOPS: tuple[Hop, ...] = get_args(Hop)
 
 
 def measure(shape: Shape, actors: int, tokens: list[int], repeat: int) -> dict[str, Any]:
@@ -39,8 +42,8 @@ def _row(processes: ExpertProcesses, shape: Shape, tokens: int, repeat: int) -> 
         "tokens": tokens,
         "in_process_us": _in_process(processes.config, shape, len(processes.addresses), x_TD, ids_TK, repeat),
     }
-    for hop, node in (("unix", NEAR), ("grpc", FAR)):
-        row |= _over(hop, node, processes, shape, x_TD, ids_TK, repeat)
+    for hop in HOPS:
+        row |= _over(hop, processes, shape, x_TD, ids_TK, repeat)
     return row
 
 
@@ -62,11 +65,12 @@ def _in_process(config: Config, shape: Shape, actors: int, x_TD: Tensor, ids_TK:
 
 
 def _over(
-    hop: str, node: str, processes: ExpertProcesses, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repeat: int
+    hop: Hop, processes: ExpertProcesses, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repeat: int
 ) -> dict[str, float]:
-    """One layer through a real dispatcher, from a router on `node`."""
+    """One layer through a real dispatcher, from a router on the actors' node or on another one."""
     computes: list[float] = []
-    with processes.dispatcher(node) as dispatcher:
+    reach = processes.dispatcher(NEAR) if hop == "unix" else processes.dispatcher(FAR, hop)
+    with reach as dispatcher:
 
         def layer(i: int) -> None:
             dispatcher(i % shape.layers, x_TD, ids_TK)

@@ -29,6 +29,7 @@ from moeray.engine.trunk_runner import TrunkRunner
 from moeray.model.dispatched import ExpertRows
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.model.trunk import Trunk
+from moeray.settings.wire import Remote
 from moeray.types import ExpertId, GenerationRequest, SamplingParams
 
 Report = Callable[[str, int, int], None]
@@ -153,24 +154,24 @@ def overlapping_engine(config: Config, rows: tuple[Dispatcher, Dispatcher]) -> O
 
 @contextmanager
 def own_engines(
-    config: Config, actors: int, *, overlap: bool = False, grpc: bool = False, local: bool = False
+    config: Config, actors: int, *, overlap: bool = False, remotes: Sequence[Remote] = (), local: bool = False
 ) -> Iterator[dict[str, OwnEngine]]:
     """Engines by name: `moeray` with `actors` expert processes of a thread each (0: with its experts in this process);
-    `overlap`: another one of them that computes a batch's halves at the same time; `grpc`: another that reaches the
-    same processes over gRPC, as from another node; `local`: one with its experts here."""
+    `overlap`: another one of them that computes a batch's halves at the same time; `remotes`: others that reach
+    the same processes as from another node, by these; `local`: one with its experts here."""
     with ExitStack() as stack:
         engines: dict[str, OwnEngine] = {}
         if actors:
             processes = stack.enter_context(expert_processes(config, actors))
 
-            def reach(node: str) -> Dispatcher:
-                return stack.enter_context(processes.dispatcher(node))
+            def reach(node: str, remote: Remote = "auto") -> Dispatcher:
+                return stack.enter_context(processes.dispatcher(node, remote))
 
             engines["moeray"] = timed_engine(config, reach(NEAR))
             if overlap:
                 engines["overlapped"] = overlapping_engine(config, (reach(NEAR), reach(NEAR)))
-            if grpc:
-                engines["over gRPC"] = timed_engine(config, reach(FAR))
+            for remote in remotes:
+                engines[f"over {remote}"] = timed_engine(config, reach(FAR, remote))
         if local or not actors:
             engines["in process" if actors else "moeray"] = timed_engine(config, in_process(config))
         yield engines

@@ -22,11 +22,12 @@ from moeray.errors import MoerayError
 from moeray.logs import setup_logging
 from moeray.model.loading import open_model
 from moeray.recorder import Recorder
+from moeray.settings.wire import Remote
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import connect
 
 NEAR, FAR = "near", "far"
-"""The actors' node, and another one as far as channels can tell: from there, they are reached by gRPC."""
+"""The actors' node, and another one as far as channels can tell: from there, they are reached by TCP or gRPC."""
 START_TIMEOUT_S = 120.0
 
 
@@ -41,13 +42,13 @@ class ExpertProcesses:
     addresses: dict[str, Address]
 
     @contextmanager
-    def dispatcher(self, node: str) -> Iterator[Dispatcher]:
-        """A router's dispatcher on `node`, closed at the end."""
+    def dispatcher(self, node: str, remote: Remote = "auto") -> Iterator[Dispatcher]:
+        """A router's dispatcher on `node`, closed at the end. `remote`: by what it reaches actors of another one."""
         spec = ActorSpec("bench", "router", "cpu", 1, self.config, self.token, self.system)
         identity = replace(spec.identity(node), actor_id=f"bench-{node}")
         view = PlacementView()
         view.publish(self.placement, self.addresses)
-        wire = self.config.wire
+        wire = replace(self.config.wire, remote=remote)
         dispatcher = Dispatcher(
             view,
             lambda address, seconds: connect(address, identity, wire, timeout=seconds),
@@ -64,7 +65,8 @@ class ExpertProcesses:
 def expert_processes(config: Config, count: int, threads: int = 1) -> Iterator[ExpertProcesses]:
     """`count` actors of `threads` compute threads on the node NEAR, which host all experts with `experts.replicas`.
 
-    All are stopped at the end. Raises CheckpointError, and MoerayError where one does not start.
+    They can be reached by TCP and by gRPC. All are stopped at the end. Raises CheckpointError, and MoerayError where
+    one does not start.
     """
     files = open_model(config.model, None, node=NEAR)
     hosts = [Host(f"experts-{i}", 1 << 60) for i in range(count)]
@@ -72,9 +74,10 @@ def expert_processes(config: Config, count: int, threads: int = 1) -> Iterator[E
     sizes = files.expert_bytes(config.experts.quantization)
     placement = place({}, hosts, experts=files.expert_counts(), expert_bytes=sizes, replicas=replicas)
     context, system, token = multiprocessing.get_context("spawn"), secrets.token_hex(4), secrets.token_bytes(32)
+    reachable = replace(config, wire=replace(config.wire, remote="both"))
     started = []
     for host in hosts:
-        spec = ActorSpec(host.actor_id, "experts", "cpu", threads, config, token, system)
+        spec = ActorSpec(host.actor_id, "experts", "cpu", threads, reachable, token, system)
         ours, theirs = context.Pipe()
         process = context.Process(target=_run_actor, args=(spec, placement.hosted_by(host.actor_id), theirs))
         process.start()

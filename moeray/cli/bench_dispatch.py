@@ -19,7 +19,7 @@ import click
 @click.option("--repeat", type=int, default=30, show_default=True, help="Layers timed per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(tokens: str, output: str, **shape: int) -> None:
-    """Microseconds per layer: the same experts in process, over the unix channel and over gRPC.
+    """Microseconds per layer: the same experts in process, over the unix channel, over TCP and over gRPC.
 
     The expert actors are processes of their own; the in-process figure uses the same number of threads in all.
     """
@@ -47,12 +47,12 @@ def _print(result: dict[str, Any]) -> None:
         f"bf16, {shape['actors']} expert actors; median µs of {result['repeat']}"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("tokens", "in process", "unix", "of it experts", "gRPC", "of it experts"):
+    for column in ("tokens", "in process", "unix", "of it experts", "TCP", "of it experts", "gRPC", "of it experts"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         table.add_row(
-            str(row["tokens"]), f"{row['in_process_us']:.0f}", f"{row['unix_us']:.0f}", f"{row['unix_compute_us']:.0f}",
-            f"{row['grpc_us']:.0f}", f"{row['grpc_compute_us']:.0f}",
+            str(row["tokens"]), f"{row['in_process_us']:.0f}",
+            *(f"{row[f'{hop}_{part}']:.0f}" for hop in ("unix", "tcp", "grpc") for part in ("us", "compute_us")),
         )  # fmt: skip
     console = Console()
     console.print(table)

@@ -30,15 +30,16 @@ _DEFAULTS = {
 @click.option("--rounds", type=int, default=3, show_default=True, help="Runs of each; medians are shown.")
 @click.option("--in-process", is_flag=True, help="Run the same engine with its experts in process too, in alternation.")
 @click.option("--overlap", is_flag=True, help="Run it with both halves of a batch at the same time, in alternation.")
-@click.option("--grpc", is_flag=True, help="Run it over gRPC too, as between nodes, in alternation.")
+@click.option("--tcp", is_flag=True, help="Run it over TCP too, as between nodes, in alternation.")
+@click.option("--grpc", is_flag=True, help="Run it over gRPC too, as between nodes with TLS, in alternation.")
 @click.option("--against", multiple=True, metavar="PEER=PYTHON", help="vllm or transformers, run in alternation.")
 @click.option("--plot", type=click.Path(), help="Write the budgets as a PNG (with moeray[plot]).")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options
 def command(
     model: str, actors: int, batches: str, prompt_tokens: int, output_tokens: int, rounds: int, in_process: bool,
-    overlap: bool, grpc: bool, against: tuple[str, ...], plot: str | None, output: str, config_file: str | None,
-    **flags: Any,
+    overlap: bool, tcp: bool, grpc: bool, against: tuple[str, ...], plot: str | None, output: str,
+    config_file: str | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Prefill and decode tokens per second of a real engine and real expert processes, with a budget of a step.
 
@@ -51,6 +52,7 @@ def command(
 
     from moeray.bench.engine import Contender, Workload, measure, own_engines
     from moeray.bench.peers import peer
+    from moeray.settings.wire import Remote
 
     if plot is not None:
         from moeray.cli.plots import require_matplotlib
@@ -60,8 +62,9 @@ def command(
     work = Workload(tuple(int(part) for part in batches.split(",")), prompt_tokens, output_tokens, rounds)
     threads = config.router.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
+    remotes: list[Remote] = [*(("tcp",) if tcp else ()), *(("grpc",) if grpc else ())]
     with ExitStack() as stack, progress() as report:
-        own = stack.enter_context(own_engines(config, actors, overlap=overlap, grpc=grpc, local=in_process))
+        own = stack.enter_context(own_engines(config, actors, overlap=overlap, remotes=remotes, local=in_process))
         contenders: dict[str, Contender] = dict(own)
         for entry in against:
             name, _, python = entry.partition("=")

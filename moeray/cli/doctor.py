@@ -68,7 +68,7 @@ def _examine(flags: Mapping[str, Any], config_file: str | None, address: str | N
         with surveying(address) as asked:
             yield from _examine_here(config)
             survey = asked.result()
-    yield from cluster.examine(survey, nodes.facts(), config.wire.host, config.wire.grpc)
+    yield from cluster.examine(survey, nodes.facts(), config.wire.host, config.wire.remotes)
 
 
 def _examine_here(config: Config) -> Iterator[Finding]:
@@ -118,7 +118,7 @@ def _machine(config: Config) -> Iterator[Finding]:
     taken = gather.bind_error(host, port)
     holder, ours = (gather.holder_of(port), gather.is_endpoint(host, port)) if taken else (None, False)
     yield machine.port(host, port, taken, holder, ours)
-    yield machine.wire(config.wire.host, gather.bind_error(config.wire.host, 0), config.wire.grpc)
+    yield machine.wire(config.wire.host, gather.bind_error(config.wire.host, 0), config.wire.remotes)
 
 
 def _print(findings: Sequence[Finding]) -> None:

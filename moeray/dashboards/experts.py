@@ -135,7 +135,7 @@ WAY = Row(
             unit="s",
         ),
         Panel(
-            "Rows by hop", "By which channel do the rows go: shared memory of the node (unix) or the network (grpc)?",
+            "Rows by hop", "How do the rows go: by shared memory of the node (unix) or the network (tcp, grpc)?",
             (Query(rate("moeray_dispatch_rows_total", ("hop",)), "{{hop}}"),), unit="none", stacked=True,
         ),
         Panel(

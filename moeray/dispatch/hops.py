@@ -9,7 +9,7 @@ from contextlib import suppress
 from moeray.dispatch.planner import Answered
 from moeray.recorder import Recorder
 
-KINDS = ("unix", "grpc")
+KINDS = ("unix", "tcp", "grpc")
 MANY = 64
 
 

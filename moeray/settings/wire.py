@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moeray.tree import require
+
+Remote = Literal["auto", "tcp", "grpc", "both", "off"]
 
 
 @dataclass(frozen=True)
 class WireConfig:
     """The data plane. `token` None: read MOERAY_CLUSTER_TOKEN, else one is made for each start.
 
+    `remote`: what actors of different nodes speak by: `tcp`, or `grpc`, for TLS and for networks that let nothing else
+    through; `auto` is grpc where TLS is configured and else tcp. `both` listens for either and dials tcp first, to go
+    over from one to the other; `off`: all actors are on one node.
+
     `send_timeout_s` bounds one send to a peer that does not read, `handshake_timeout_s` the wait for a peer's proof,
     and `max_channels` the channels that one listener serves at once (of each kind).
     """
 
     host: str = "127.0.0.1"
-    grpc: bool = True
+    remote: Remote = "auto"
     max_header_bytes: int = 1 << 20
     max_payload_bytes: int = 1 << 30
     shared_memory_bytes: int = 32 << 20
@@ -35,4 +42,15 @@ class WireConfig:
         require(self.max_channels >= 1, "wire.max_channels", f"must be at least 1, got {self.max_channels}")
         require(0 < self.max_payload_bytes < 1 << 32, "wire.max_payload_bytes", "must be above 0 and below 4 GiB")
         require(0 < self.max_header_bytes < 1 << 32, "wire.max_header_bytes", "must be above 0 and below 4 GiB")
+        plain = self.remote in ("tcp", "both")
+        require(
+            not (plain and self.tls_cert), "wire.remote", f"is {self.remote}, which is not encrypted; use grpc or auto"
+        )
         require((self.tls_cert is None) == (self.tls_key is None), "wire.tls_cert", "goes with wire.tls_key; set both")
+
+    @property
+    def remotes(self) -> tuple[str, ...]:
+        """The kinds of channels between nodes, the one that is dialled first in front."""
+        if self.remote == "auto":
+            return ("grpc",) if self.tls_cert else ("tcp",)
+        return {"both": ("tcp", "grpc"), "off": ()}.get(self.remote, (self.remote,))

@@ -27,7 +27,7 @@ class Channel(Protocol):
 
     @property
     def kind(self) -> str:
-        """`unix` or `grpc`."""
+        """`unix`, `tcp` or `grpc`."""
 
     @property
     def peer(self) -> str:

@@ -13,13 +13,14 @@ from moeray.wire.handshake import Connector
 from moeray.wire.identity import Identity
 from moeray.wire.listener import Listener
 from moeray.wire.socket_channel import SocketChannel
+from moeray.wire.tcp import dial_tcp
 from moeray.wire.unix_dial import dial_unix
 
 __all__ = ["Channel", "Listener", "connect"]
 
 
 def connect(address: Address, identity: Identity, wire: WireConfig, *, timeout: float) -> Channel:
-    """A proven channel to the actor at `address`: unix socket within the node, gRPC across nodes.
+    """A proven channel to the actor at `address`: unix socket within the node, TCP or gRPC across nodes.
 
     Raises AuthenticationError for another token, model or version; ChannelClosedError where nobody listens;
     ChannelTimeoutError after `timeout` seconds; WireError where the address has no way of the kind that is needed.
@@ -41,8 +42,15 @@ def _dial(address: Address, node_id: str, wire: WireConfig, timeout: float) -> S
                 f"{address.actor_id} is on this node but its address has no unix socket; start its listener"
             )
         return dial_unix(address, wire, timeout)
-    if address.grpc is None:
-        raise WireError(f"{address.actor_id} is on node {address.node_id} but has no gRPC port; set wire.grpc: true")
-    from moeray.wire.grpc_dial import dial_grpc  # only where it is used: grpc takes a while to import
+    for kind in wire.remotes:
+        if kind == "tcp" and address.tcp is not None:
+            return dial_tcp(address, wire, timeout)
+        if kind == "grpc" and address.grpc is not None:
+            from moeray.wire.grpc_dial import dial_grpc  # only where it is used: grpc takes a while to import
 
-    return dial_grpc(address, wire)
+            return dial_grpc(address, wire)
+    wanted = " or ".join(wire.remotes) or "none, as wire.remote is off"
+    raise WireError(
+        f"{address.actor_id} is on node {address.node_id} but has no port of the kind that is dialled here ({wanted}); "
+        "set wire.remote alike on both sides"
+    )

@@ -5,6 +5,7 @@ still open.
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Protocol
 
 from moeray.errors import ChannelClosedError
@@ -25,6 +26,17 @@ class Carrier(Protocol):
 
     def hang_up(self) -> None:
         """The socket is closed; ends what still runs. What was written to it before goes out first, for a second."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The `Carrier` of a socket whose other end is the peer's."""
+
+    kind: str
+    why: str = ""
+
+    def hang_up(self) -> None:
+        """The kernel has done so."""
 
 
 class Connection:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_address
 from time import monotonic
 from typing import Any
 
 import grpc
-import psutil
 
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.connection import Carrier
 from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, read_pem, stop_quietly
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
+from moeray.wire.own_address import bracketed, reachable
 
 Accept = Callable[[socket.socket, Carrier], bool]
 """Greet whoever is behind the socket, and serve it; False, with the socket closed, where it is turned away."""
@@ -44,12 +43,12 @@ class GrpcServer:
         handlers = {STREAM: grpc.stream_stream_rpc_method_handler(self._stream)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
-            port = self._bind(f"{_bracketed(self._wire.host)}:0")
+            port = self._bind(f"{bracketed(self._wire.host)}:0")
         except RuntimeError as error:
             self._pool.shutdown()
             raise WireError(f"cannot listen at wire.host {self._wire.host}; name an address of this machine") from error
         self._server.start()
-        return f"{_bracketed(_reachable(self._wire.host))}:{port}"
+        return f"{bracketed(reachable(self._wire.host))}:{port}"
 
     def _bind(self, target: str) -> int:
         wire = self._wire
@@ -84,41 +83,3 @@ class GrpcServer:
             return ["the gRPC server"]
         self._pool.shutdown()
         return []
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def _reachable(host: str) -> str:
-    """The address that others dial: `host`, or for a wildcard the one that this machine's route outside has, and where
-    there is no such route, the only one that it has."""
-    if host not in ("0.0.0.0", "::", "[::]"):
-        return host
-    family = socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))  # sends nothing
-        except OSError:
-            return only_address(host, _addresses(family))
-        return str(probe.getsockname()[0])
-
-
-def _addresses(family: socket.AddressFamily) -> list[str]:
-    """Of this machine's interfaces that are up."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found = psutil.net_if_addrs().items()
-    return [entry.address for name, entries in found if name in up for entry in entries if entry.family == family]
-
-
-def only_address(host: str, addresses: Sequence[str]) -> str:
-    """The address by which others reach a machine without a route outside; without any network that is the loopback's,
-    since all others are on it, too. Raises WireError where several may be meant."""
-    known = [ip_address(address.partition("%")[0]) for address in addresses]
-    outside = [str(ip) for ip in known if not ip.is_loopback and not ip.is_link_local]
-    if len(outside) > 1:
-        which = f"no default route tells by which of {', '.join(outside)} others reach this machine"
-        raise WireError(f"wire.host {host}: {which}; set wire.host to that one")
-    if not known:
-        raise WireError(f"wire.host {host}: this machine has no such address; set wire.host to one that it has")
-    return outside[0] if outside else str(known[0])

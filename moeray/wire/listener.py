@@ -1,4 +1,4 @@
-"""Where an actor can be reached: a unix socket in a private folder and, where the config says so, a gRPC port."""
+"""Where an actor can be reached: a unix socket in a private folder and, for other nodes, a TCP or a gRPC port."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -17,12 +16,14 @@ from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import Channel
-from moeray.wire.connection import Carrier
+from moeray.wire.connection import Carrier, Kernel
+from moeray.wire.door import Door
 from moeray.wire.greeting import receive
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
 from moeray.wire.identity import Identity
 from moeray.wire.socket_channel import SocketChannel
-from moeray.wire.unix_dial import Kernel, check_path
+from moeray.wire.tcp import TCP, listen_tcp
+from moeray.wire.unix_dial import UNIX, check_path
 
 if TYPE_CHECKING:
     from moeray.wire.grpc_server import GrpcServer
@@ -40,46 +41,40 @@ class Listener:
         self._wire = wire
         self._path = Path(socket_dir) / (re.sub(r"[^A-Za-z0-9._-]", "_", identity.actor_id) + ".sock")
         self._guests = Guests(handler, wire.max_channels)
-        self._socket: socket.socket | None = None
         self._inode = 0
-        self._acceptor: threading.Thread | None = None
+        self._doors: list[Door] = []
         self._grpc: GrpcServer | None = None
-        self._closing = threading.Event()
 
     def start(self) -> Address:
         """Listen. Raises WireError for an unsafe folder, too long a path, or a socket that another actor holds."""
         check_path(str(self._path))
         _check_folder(self._path.parent)
         _clear_stale(self._path)
-        self._socket = _bind(self._path)
+        me, remotes = self._identity, self._wire.remotes
+        self._open(_bind(self._path), UNIX)
         self._inode = self._path.stat().st_ino
         try:
-            port = self._start_grpc() if self._wire.grpc else None
+            tcp = self._start_tcp() if "tcp" in remotes else None
+            grpc = self._start_grpc() if "grpc" in remotes else None
         except BaseException:
-            self._unlink()
-            self._socket.close()
+            self.close(0.0)
             raise
-        name = f"wire-accept-{self._identity.actor_id}"
-        self._acceptor = threading.Thread(target=self._accept, args=(self._socket,), name=name, daemon=True)
-        self._acceptor.start()
-        return Address(self._identity.actor_id, self._identity.node_id, str(self._path), port)
+        return Address(me.actor_id, me.node_id, str(self._path), tcp, grpc)
+
+    def _open(self, listening: socket.socket, carrier: Kernel) -> None:
+        name = f"wire-accept-{carrier.kind}-{self._identity.actor_id}"
+        self._doors.append(Door(listening, name, lambda sock: self._receive(sock, carrier)))
+
+    def _start_tcp(self) -> str:
+        listening, address = listen_tcp(self._wire.host)
+        self._open(listening, TCP)
+        return address
 
     def _start_grpc(self) -> str:
         from moeray.wire.grpc_server import GrpcServer  # only where it is used: grpc takes a while to import
 
         self._grpc = GrpcServer(self._identity.actor_id, self._wire, self._guests, self._receive)
         return self._grpc.start()
-
-    def _accept(self, listening: socket.socket) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, _ = listening.accept()
-            except OSError as error:
-                if not self._closing.is_set():
-                    _log.error("cannot accept a channel at %s: %s", self._path, error.strerror)
-                    self._closing.wait(0.1)  # out of descriptors or memory: others may give some back
-                continue
-            self._receive(sock, Kernel())
 
     def _receive(self, sock: socket.socket, carrier: Carrier) -> bool:
         if not self._guests.enter():
@@ -105,16 +100,13 @@ class Listener:
 
     def close(self, timeout: float) -> None:
         """Stop listening, end all channels, join all threads. Raises WireError that names what still runs after it."""
-        if self._socket is None:
+        if not self._doors:
             return
         deadline = monotonic() + timeout
-        self._closing.set()
         self._unlink()
-        self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
-        assert self._acceptor is not None
-        self._acceptor.join(max(0.0, deadline - monotonic()))
-        self._socket.close()
-        self._socket = None
+        for door in self._doors:
+            door.close(deadline)
+        self._doors = []
         left = self._guests.close(deadline)
         if self._grpc is not None:
             left += self._grpc.close(deadline)

@@ -8,19 +8,13 @@ import struct
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
+from moeray.wire.connection import Kernel
 from moeray.wire.socket_channel import SocketChannel
 
 MAX_PATH_BYTES = 107
 
 
-class Kernel:
-    """The carrier within a node; see `Carrier`."""
-
-    kind = "unix"
-    why = ""
-
-    def hang_up(self) -> None:
-        """The kernel has done so."""
+UNIX = Kernel("unix")
 
 
 def check_path(path: str) -> None:
@@ -53,4 +47,4 @@ def dial_unix(address: Address, wire: WireConfig, timeout: float) -> SocketChann
         raise ChannelClosedError(
             f"{address.actor_id} does not listen at {address.unix} ({error.strerror}); it is gone or not started"
         ) from error
-    return SocketChannel(sock, wire.send_timeout_s, Kernel())
+    return SocketChannel(sock, wire.send_timeout_s, UNIX)

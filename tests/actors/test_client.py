@@ -19,7 +19,7 @@ from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
 from moeray.wire.identity import Identity
 
-WIRE = WireConfig(grpc=False, max_header_bytes=1 << 16)
+WIRE = WireConfig(remote="off", max_header_bytes=1 << 16)
 
 
 def identity(name: str) -> Identity:

@@ -126,7 +126,7 @@ def test_a_truncated_file(model, tmp_path):
 
 def test_nothing_is_left_behind(model):
     before = set(threading.enumerate())
-    with LocalSystem(tiny_config(model, wire__grpc=True)) as system:
+    with LocalSystem(tiny_config(model, wire__remote="tcp")) as system:
         system.generate(PROMPTS[:1], GREEDY24)
     left = {t.name for t in threading.enumerate()} - {t.name for t in before}
     assert not {name for name in left if not name.startswith(("asyncio", "Thread-auto_conversion"))}

@@ -16,7 +16,7 @@ from moeray.wire.frame import Frame, Op
 from moeray.wire.identity import Identity
 
 TOKEN = b"t" * 32
-WIRE = WireConfig(grpc=False)
+WIRE = WireConfig(remote="off")
 
 
 def identity(name):

@@ -114,9 +114,9 @@ def test_gpus(present, seen, build, wanted, verdict, words):
         (machine.port("127.0.0.1", 8000, "in use", "nginx (pid 7)", False), "fail", "nginx (pid 7)"),
         (machine.port("127.0.0.1", 8000, "in use", "ray (pid 7)", True), "ok", "moeray endpoint"),
         (machine.port("10.9.8.7", 8000, "Cannot assign requested address", None, False), "fail", "--host"),
-        (machine.wire("127.0.0.1", None, True), "ok", ""),
-        (machine.wire("10.9.8.7", "Cannot assign requested address", True), "fail", "wire.host"),
-        (machine.wire("127.0.0.1", None, False), "skipped", "off"),
+        (machine.wire("127.0.0.1", None, ["tcp", "grpc"]), "ok", "for tcp and grpc"),
+        (machine.wire("10.9.8.7", "Cannot assign requested address", ["tcp"]), "fail", "wire.host"),
+        (machine.wire("127.0.0.1", None, []), "skipped", "off"),
         (secrets.token(None), "ok", "one is made"),
         (secrets.token("x" * 32), "ok", "32 characters"),
         (secrets.token("short"), "fail", "openssl rand"),
@@ -160,13 +160,13 @@ FAR = NODE | {"address": "10.0.0.2"}
 )
 def test_the_cluster(name, survey, verdict, words):
     told = survey if isinstance(survey, dict) else {"address": "10.0.0.1:6379", "nodes": survey}
-    found = {finding.name: finding for finding in cluster.examine(told, HERE, "127.0.0.1", grpc=True)}
+    found = {finding.name: finding for finding in cluster.examine(told, HERE, "127.0.0.1", ["tcp"])}
     check(found[name], verdict, words)
 
 
-@pytest.mark.parametrize(("host", "grpc", "verdict"), [("0.0.0.0", True, "ok"), ("0.0.0.0", False, "fail")])
-def test_actors_of_two_machines_reach_each_other(host, grpc, verdict):
-    check(cluster.network([NODE, FAR], host, grpc), verdict)
+@pytest.mark.parametrize(("remotes", "verdict"), [(["grpc"], "ok"), ([], "fail")])
+def test_actors_of_two_machines_reach_each_other(remotes, verdict):
+    check(cluster.network([NODE, FAR], "0.0.0.0", remotes), verdict)
 
 
 # -- the facts ----------------------------------------------------------------------------------------------------

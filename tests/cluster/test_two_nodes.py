@@ -1,4 +1,4 @@
-"""Two Ray nodes: rows between them travel over gRPC, within one over the unix socket; tokens stay the same.
+"""Two Ray nodes: rows between them travel over TCP or gRPC, within one over the unix socket; tokens stay the same.
 
 The nodes share an address (they are processes of one machine), so locality is Ray's node id. No socket and no cache
 folder of moeray's is common to both.
@@ -39,10 +39,10 @@ def two_nodes():
     cluster.shutdown()
 
 
-def spread(path: Path):
+def spread(path: Path, remote: str):
     return tiny_config(
         path,
-        wire__grpc=True,
+        wire__remote=remote,
         router__resources={"near": 1},
         experts__groups=[
             {"name": "near", "actors": 1, "device": "cpu", "resources": {"near": 1}},
@@ -66,11 +66,12 @@ async def run(config) -> list[list[int]]:
         await backend.close()
 
 
-def test_rows_cross_nodes_by_grpc(two_nodes, tmp_path):
+@pytest.mark.parametrize("remote", ["tcp", "grpc"])
+def test_rows_cross_nodes(two_nodes, tmp_path, remote):
     path = make_tiny("olmoe", tmp_path / "olmoe")
     with LocalSystem(tiny_config(path)) as system:
         expected = [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)]
-    config = spread(path)
+    config = spread(path, remote)
     controller = start_controller(config)
     try:
         assert asyncio.run(run(config)) == expected
@@ -78,9 +79,9 @@ def test_rows_cross_nodes_by_grpc(two_nodes, tmp_path):
         nodes = {row["actor"]: row["node"] for row in status["actors"]}
         assert nodes["router-0"] == nodes["near-0"] != nodes["far-0"] == nodes["far-1"]
         metrics = ask(controller, "metrics")[0].decode()
-        rows = {hop: float(_value(metrics, f'moeray_dispatch_rows_total{{hop="{hop}"}}')) for hop in ("unix", "grpc")}
+        rows = {hop: float(_value(metrics, f'moeray_dispatch_rows_total{{hop="{hop}"}}')) for hop in ("unix", remote)}
         assert rows["unix"] > 0
-        assert rows["grpc"] > 0
+        assert rows[remote] > 0
         _check_private(set(nodes.values()), ask(controller, "state")["info"].system)
     finally:
         ray.get(controller.stop.remote(), timeout=60)

@@ -84,8 +84,8 @@ class FakeActor:
         self.rows = 0
         self.release = threading.Event()
         self.hung_up = threading.Event()
-        grpc = WireConfig(grpc=node != "here", shared_memory_bytes=1 << 20)
-        self._listener = Listener(identity(actor_id, node), grpc, self._run, folder)
+        wire = WireConfig(remote="off" if node == "here" else "both", shared_memory_bytes=1 << 20)
+        self._listener = Listener(identity(actor_id, node), wire, self._run, folder)
         self.address = self._listener.start()
 
     def _run(self, channel: Channel) -> None:

@@ -10,7 +10,7 @@ E0, E1 = ExpertId(0, 0), ExpertId(0, 1)
 
 
 def at(actor, path="sock"):
-    return Address(actor, "node", f"{actor}-{path}", None)
+    return Address(actor, "node", f"{actor}-{path}")
 
 
 AB = {"a": at("a"), "b": at("b")}

@@ -12,7 +12,7 @@ from moeray.serve import pool as module
 from moeray.serve.pool import RouterPool
 from moeray.types import Address, GenerationRequest, SamplingParams
 
-ADDRESS = Address("router-0", "here", None, None)
+ADDRESS = Address("router-0", "here", None)
 REQUEST = GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4))
 
 

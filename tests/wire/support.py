@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
@@ -20,15 +21,23 @@ from moeray.wire.channel import Channel, Listener, connect
 from moeray.wire.frame import Frame, Limits, Op
 from moeray.wire.identity import Identity
 from moeray.wire.socket_channel import SocketChannel
-from moeray.wire.unix_dial import Kernel
+from moeray.wire.unix_dial import UNIX
 
 SERVER = "expert-0"
-KINDS = ("unix", "grpc")
-SMALL = WireConfig(send_timeout_s=10.0, handshake_timeout_s=5.0, shared_memory_bytes=1 << 20)
+KINDS = ("unix", "tcp", "grpc")
+SMALL = WireConfig(remote="both", send_timeout_s=10.0, handshake_timeout_s=5.0, shared_memory_bytes=1 << 20)
 
 
 def identity(actor: str = SERVER, node: str = "here", fingerprint: str = "model", token: bytes = b"secret") -> Identity:
     return Identity(actor, node, fingerprint, token)
+
+
+def dial(address: Address, me: Identity, wire: WireConfig, kind: str, timeout: float = 20.0) -> Channel:
+    """A channel of this kind."""
+    if kind == "unix":
+        return connect(address, me, wire, timeout=timeout)
+    remote = "grpc" if kind == "grpc" else wire.remote
+    return connect(address, replace(me, node_id="there"), replace(wire, remote=remote), timeout=timeout)
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -45,6 +54,8 @@ class Host:
     """A listener whose channels are handed to the test; it keeps each until the channel is closed."""
 
     def __init__(self, folder: Path, wire: WireConfig = SMALL) -> None:
+        if wire.remote == "auto" and wire.tls_cert is None:
+            wire = replace(wire, remote="both")
         self.wire = wire
         self.channels: SimpleQueue[Channel] = SimpleQueue()
         self._done = threading.Event()
@@ -57,8 +68,7 @@ class Host:
 
     def dial(self, kind: str, actor: str = "router-0", **other: object) -> Channel:
         """Only the connecting end."""
-        me = identity(actor, "here" if kind == "unix" else "there", **other)
-        return connect(self.address, me, self.wire, timeout=10.0)
+        return dial(self.address, identity(actor, **other), self.wire, kind)
 
     def pair(self, kind: str) -> tuple[Channel, Channel]:
         """The connecting and the listening end of a new channel."""
@@ -93,12 +103,10 @@ class OtherProcess:
             text=True,
         )
         assert self.process.stdout is not None
-        unix, grpc = self.process.stdout.readline().split()
-        self.address = Address(SERVER, "here", unix, grpc)
+        self.address = Address(SERVER, "here", *self.process.stdout.readline().split())
 
     def dial(self, kind: str, wire: WireConfig = SMALL) -> Channel:
-        me = identity("router-0", "here" if kind == "unix" else "there")
-        return connect(self.address, me, wire, timeout=20.0)
+        return dial(self.address, identity("router-0"), wire, kind)
 
     def close(self) -> None:
         self.process.kill()
@@ -108,7 +116,7 @@ class OtherProcess:
 def main(folder: str) -> None:
     listener = Listener(identity(), SMALL, echo, Path(folder))
     address = listener.start()
-    print(address.unix, address.grpc, flush=True)
+    print(address.unix, address.tcp, address.grpc, flush=True)
     sys.stdin.read()
     listener.close(5.0)
 
@@ -122,7 +130,7 @@ def admitted_pair(limits: Limits, ring_bytes: int, *, soon_full: bool = False) -
     left, right = socket.socketpair()
     for sock in (left, right) if soon_full else ():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    a, b = SocketChannel(left, SMALL.send_timeout_s, Kernel()), SocketChannel(right, SMALL.send_timeout_s, Kernel())
+    a, b = SocketChannel(left, SMALL.send_timeout_s, UNIX), SocketChannel(right, SMALL.send_timeout_s, UNIX)
     until = monotonic() + SMALL.handshake_timeout_s
     admit = threading.Thread(target=a.admit, args=("expert", limits, ring_bytes, until))
     admit.start()

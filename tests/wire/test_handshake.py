@@ -8,12 +8,13 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 
 import msgpack
 import pytest
 
 from moeray.buffers import aligned
-from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.errors import AuthenticationError, ChannelClosedError, ChannelTimeoutError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import UNAUTHENTICATED
@@ -22,7 +23,7 @@ from moeray.wire.frame import PREFIX, Frame, Op, decode, encode
 from moeray.wire.grpc_dial import dial_grpc
 from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.handshake import Acceptor, Connector
-from tests.wire.support import KINDS, SERVER, SMALL, Host, eventually, identity
+from tests.wire.support import KINDS, SERVER, SMALL, Host, dial, eventually, identity
 
 CLIENT = identity("router-0")
 
@@ -128,9 +129,9 @@ def test_a_listener_of_another_version_is_named(folder):
 @contextmanager
 def stranger(host: Host, kind: str) -> Iterator[socket.socket]:
     """A socket to the listener, of a peer that goes by no rules."""
-    if kind == "unix":
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(host.address.unix)
+    if kind != "grpc":
+        with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as sock:
+            sock.connect(host.address.unix if kind == "unix" else ("127.0.0.1", int(host.address.tcp.split(":")[1])))
             sock.settimeout(5.0)
             yield sock
         return
@@ -214,20 +215,38 @@ def test_a_full_listener_says_so(folder, kind):
 def test_nobody_there_is_a_closed_channel(folder, chosen):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = Address(
-            SERVER,
-            "here" if chosen == "unix" else "there",
-            str(folder / "no.sock"),
-            f"127.0.0.1:{free.getsockname()[1]}",
-        )
+        port = f"127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(ChannelClosedError, match=SERVER):
-            connect(address, CLIENT, SMALL, timeout=5.0)
+            dial(Address(SERVER, "here", str(folder / "no.sock"), port, port), CLIENT, SMALL, chosen)
 
 
-@pytest.mark.parametrize(("node", "named"), [("here", "unix socket"), ("there", "gRPC port")])
-def test_a_missing_way_is_named(node, named):
+@pytest.mark.parametrize(
+    ("node", "remote", "named"),
+    [
+        ("here", "auto", "unix socket"),
+        ("there", "auto", r"\(tcp\); set wire\.remote alike"),
+        ("there", "grpc", r"\(grpc\); set wire\.remote alike"),
+        ("there", "off", r"wire\.remote is off"),
+    ],
+)
+def test_a_missing_way_is_named(node, remote, named):
     with pytest.raises(WireError, match=named):
-        connect(Address(SERVER, node, None, None), CLIENT, SMALL, timeout=1.0)
+        connect(Address(SERVER, node, None), CLIENT, WireConfig(remote=remote), timeout=1.0)
+
+
+def test_of_two_ways_tcp_is_dialled_first(host):
+    me = identity("router-0", "there")
+    channel = connect(host.address, me, host.wire, timeout=5.0)
+    assert channel.kind == "tcp"
+    channel.close()
+
+
+def test_what_is_to_be_encrypted_goes_by_grpc():
+    wire = WireConfig(tls_cert="cert.pem", tls_key="key.pem")
+    assert wire.remotes == ("grpc",)
+    for remote in ("tcp", "both"):
+        with pytest.raises(ConfigError, match=r"wire\.remote.* not encrypted"):
+            replace(wire, remote=remote)
 
 
 @pytest.mark.parametrize("chosen", KINDS)
@@ -237,6 +256,6 @@ def test_a_listener_that_never_answers_is_a_timeout(folder, chosen):
         listening.bind(str(folder / "mute.sock") if chosen == "unix" else ("127.0.0.1", 0))
         listening.listen()
         port = None if chosen == "unix" else f"127.0.0.1:{listening.getsockname()[1]}"
-        node = "here" if chosen == "unix" else "there"
+        address = Address(SERVER, "here", str(folder / "mute.sock"), port, port)
         with pytest.raises((ChannelTimeoutError, ChannelClosedError)):
-            connect(Address(SERVER, node, str(folder / "mute.sock"), port), CLIENT, SMALL, timeout=0.5)
+            dial(address, CLIENT, SMALL, chosen, timeout=0.5)

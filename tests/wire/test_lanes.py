@@ -17,7 +17,7 @@ from moeray.wire.frame import Frame, Limits, Op, encode
 from moeray.wire.rows import Result
 from moeray.wire.socket_channel import RING_THRESHOLD, SocketChannel
 from moeray.wire.tensors import CODES
-from moeray.wire.unix_dial import Kernel
+from moeray.wire.unix_dial import UNIX
 from tests.wire.support import admitted_pair
 
 pytestmark = pytest.mark.skipif(row_message.native is None, reason="the part in C was not compiled on this machine")
@@ -72,8 +72,8 @@ def test_answers_are_taken_as_they_come(ends, width):
 def test_whoever_answers_first_is_taken_first(ends):
     a, b = ends
     other, silent = socket.socketpair()
-    idle = SocketChannel(other, SOON, Kernel())
-    peer = SocketChannel(silent, SOON, Kernel())
+    idle = SocketChannel(other, SOON, UNIX)
+    peer = SocketChannel(silent, SOON, UNIX)
     admit = threading.Thread(target=idle.admit, args=("slow", LIMITS, 0, monotonic() + SOON))
     admit.start()
     peer.admit("router", LIMITS, 0, monotonic() + SOON)

@@ -15,10 +15,10 @@ from moeray.errors import ChannelClosedError, ConfigError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
-from moeray.wire.grpc_server import only_address
-from tests.wire.support import SMALL, Host, echo, identity
+from moeray.wire.own_address import only_address
+from tests.wire.support import SMALL, Host, dial, echo, identity
 
-UNIX_ONLY = replace(SMALL, grpc=False)
+UNIX_ONLY = replace(SMALL, remote="off")
 
 # Made for this test alone, for 127.0.0.1; it protects nothing.
 CERT = """\
@@ -52,7 +52,7 @@ def test_the_socket_and_its_folder_are_private(folder):
     address = mine.start()
     assert stat.S_IMODE(os.stat(address.unix).st_mode) == 0o600
     assert stat.S_IMODE((folder / "run").stat().st_mode) == 0o700
-    assert address.grpc is None
+    assert (address.tcp, address.grpc) == (None, None)
     mine.close(5.0)
     assert not Path(address.unix).exists()
     mine.close(5.0)
@@ -133,8 +133,7 @@ def test_a_handler_that_fails_ends_only_its_channel(folder, kind, caplog):
 
     mine = Listener(identity(), SMALL, handler, folder)
     address = mine.start()
-    me = identity("router-0", "here" if kind == "unix" else "there")
-    bad, good = (connect(address, me, SMALL, timeout=5.0) for _ in range(2))
+    bad, good = (dial(address, identity("router-0"), SMALL, kind) for _ in range(2))
     bad.send(Frame(Op.ABORT))
     with pytest.raises(ChannelClosedError):
         bad.recv(5.0)
@@ -154,7 +153,7 @@ def test_a_handler_runs_in_a_named_thread(folder, kind):
         channel.send(Frame(Op.PONG))
 
     mine = Listener(identity(), SMALL, handler, folder)
-    channel = connect(mine.start(), identity("router-0", "here" if kind == "unix" else "there"), SMALL, timeout=5.0)
+    channel = dial(mine.start(), identity("router-0"), SMALL, kind)
     assert channel.recv(5.0).op is Op.PONG
     assert names == [f"wire-{kind}-router-0"]
     channel.close()
@@ -183,12 +182,13 @@ def test_a_host_that_is_not_ours_is_named(folder):
     assert not list(folder.iterdir())
 
 
-def test_a_host_for_all_addresses_is_one_that_others_can_dial(folder):
+@pytest.mark.parametrize("chosen", ["tcp", "grpc"])
+def test_a_host_for_all_addresses_is_one_that_others_can_dial(folder, chosen):
     """On a machine without any network, too."""
     host = Host(folder, replace(SMALL, host="0.0.0.0"))
     try:
-        assert not (host.address.grpc or "").startswith("0.0.0.0")
-        for end in host.pair("grpc"):
+        assert not (getattr(host.address, chosen) or "").startswith("0.0.0.0")
+        for end in host.pair(chosen):
             end.close()
     finally:
         host.close()
@@ -218,7 +218,7 @@ def test_a_machine_without_a_default_route_that_may_have_any_address(addresses, 
 def tls(folder) -> WireConfig:
     (folder / "cert.pem").write_text(CERT)
     (folder / "key.pem").write_text(KEY)
-    return replace(SMALL, tls_cert=str(folder / "cert.pem"), tls_key=str(folder / "key.pem"))
+    return replace(SMALL, remote="auto", tls_cert=str(folder / "cert.pem"), tls_key=str(folder / "key.pem"))
 
 
 @pytest.mark.parametrize("mutual", [False, True])
@@ -228,6 +228,7 @@ def test_tls(folder, tls, mutual):
     near, far = host.pair("grpc")
     near.send(Frame(Op.PING, 3))
     assert far.recv(5.0).id == 3
+    assert host.address.tcp is None
     host.wire = SMALL
     with pytest.raises(ChannelClosedError):
         host.dial("grpc")  # in the clear

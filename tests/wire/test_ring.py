@@ -16,7 +16,7 @@ from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.wire.frame import PREFIX, Frame, Limits, Op, pack_head
 from moeray.wire.ring import RingReader, RingWriter
 from moeray.wire.socket_channel import RING_THRESHOLD, SocketChannel
-from moeray.wire.unix_dial import Kernel
+from moeray.wire.unix_dial import UNIX
 
 LIMITS = Limits(1 << 16, 1 << 24)
 RING = 256 << 10
@@ -35,7 +35,7 @@ def ends() -> Iterator[tuple[SocketChannel, SocketChannel, socket.socket]]:
     """Two admitted channel ends, and a second handle of the first end's socket to write raw bytes with."""
     left, right = socket.socketpair()
     raw = left.dup()
-    a, b = SocketChannel(left, 0.3, Kernel()), SocketChannel(right, 0.3, Kernel())
+    a, b = SocketChannel(left, 0.3, UNIX), SocketChannel(right, 0.3, UNIX)
     admit = threading.Thread(target=a.admit, args=("b", LIMITS, RING, monotonic() + 5))
     admit.start()
     b.admit("a", LIMITS, RING, monotonic() + 5)

@@ -13,7 +13,9 @@ SKEW_S = 1.0
 _ALIKE = ("python", "ray", "moeray", "code", "torch", "transformers")
 
 
-def examine(survey: Mapping[str, Any], here: Mapping[str, Any], wire_host: str, grpc: bool) -> list[Finding]:
+def examine(
+    survey: Mapping[str, Any], here: Mapping[str, Any], wire_host: str, remotes: Sequence[str]
+) -> list[Finding]:
     """`survey`: `address` and `nodes`, or `error` (no cluster where one was named), or `absent` (none was named, and
     why there is none here). `here`: the facts of this machine."""
     if "absent" in survey:
@@ -28,7 +30,7 @@ def examine(survey: Mapping[str, Any], here: Mapping[str, Any], wire_host: str, 
         versions(known, here),
         clocks(known),
         node_gpus(known),
-        network(survey["nodes"], wire_host, grpc),
+        network(survey["nodes"], wire_host, remotes),
     ]
 
 
@@ -78,14 +80,14 @@ def node_gpus(known: Sequence[Node]) -> Finding:
     return ok("node GPUs", f"{sum(node['ray_gpus'] for node in known):g}, usable where Ray has any")
 
 
-def network(all_nodes: Sequence[Node], wire_host: str, grpc: bool) -> Finding:
+def network(all_nodes: Sequence[Node], wire_host: str, remotes: Sequence[str]) -> Finding:
     """Actors of different machines reach each other."""
     addresses = {node["address"] for node in all_nodes}
     if len(addresses) < 2:
         return ok("node network", "one machine")
-    mend = "set wire.grpc: true and wire.host: 0.0.0.0 in the config"
-    if not grpc:
-        return fail("node network", f"{len(addresses)} machines, and wire.grpc is off", mend)
+    mend = "set wire.remote: auto and wire.host: 0.0.0.0 in the config"
+    if not remotes:
+        return fail("node network", f"{len(addresses)} machines, and wire.remote is off", mend)
     if wire_host.startswith("127.") or wire_host in ("localhost", "::1"):
         return fail("node network", f"{len(addresses)} machines, and wire.host {wire_host} is for one alone", mend)
-    return ok("node network", f"{len(addresses)} machines, gRPC at {wire_host}")
+    return ok("node network", f"{len(addresses)} machines, {remotes[0]} at {wire_host}")

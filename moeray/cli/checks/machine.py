@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moeray.cli.checks.finding import Finding, fail, ok, skipped, warn
 
 _LEAST_FILES, _GOOD_FILES = 1024, 4096
@@ -90,15 +92,15 @@ def port(host: str, number: int, error: str | None, holder: str | None, ours: bo
     return fail("port", f"{where}: {error}{held}", "end what holds it, or choose another with --port or --host")
 
 
-def wire(host: str, error: str | None, on: bool) -> Finding:
-    """Whether gRPC, between nodes, can listen."""
-    if not on:
-        return skipped("gRPC", "wire.grpc is off: all actors on one node")
+def wire(host: str, error: str | None, remotes: Sequence[str]) -> Finding:
+    """Whether actors can listen for those of other nodes."""
+    if not remotes:
+        return skipped("wire", "wire.remote is off: all actors on one node")
     if error is not None:
         return fail(
-            "gRPC", f"cannot listen at wire.host {host}: {error}", "set wire.host to an address of this machine"
+            "wire", f"cannot listen at wire.host {host}: {error}", "set wire.host to an address of this machine"
         )
-    return ok("gRPC", f"can listen at {host}")
+    return ok("wire", f"can listen at {host}, for {' and '.join(remotes)}")
 
 
 def _size(count: float) -> str:
