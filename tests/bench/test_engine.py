@@ -35,7 +35,7 @@ def test_a_run_against_the_same_engine_in_process_and_a_peer(model):
     assert [row["batch"] for row in result["rows"]] == [1, 3]
     assert result["environment"]["cores"] > 0
     for row in result["rows"]:
-        names = "moeray", "in process", "over gRPC", "overlapped", "transformers"
+        names = "moeray", "in process", "over grpc", "overlapped", "transformers"
         ours, near, far, halves, other = (row[name] for name in names)
         for figures in (ours, near, far, halves, other):
             assert figures["prefill_tok_s"] > 0
