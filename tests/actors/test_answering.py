@@ -270,7 +270,7 @@ def test_an_answer_that_has_not_gone_out_yet_is_waited_for(serve, monkeypatch):
         send_rows(result)
 
     monkeypatch.setattr(served.actor, "send_rows", send_late)
-    asked = forward([6000])  # more than is sent without Python
+    asked = forward([20_000])  # more than is sent without Python
     with served.answering(), ThreadPoolExecutor(1) as pool:
         served.router.send(asked)
         assert sending.wait(SOON)
