@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeray.model import kernels
+
 
 @dataclass(frozen=True)
 class Cores:
@@ -30,6 +32,19 @@ class Cores:
     def release(self) -> None:
         for file in self._files:
             os.close(file)
+
+
+def part(threads: int) -> None:
+    """The calling thread and the one that computes with it, of `threads` in all, keep to a core each, where these two
+    are all that this process may run on. Woken for less than a millisecond at a time, they are else often found on one
+    core beside an idle one.
+
+    Of larger teams OpenMP ends the threads that a small product does not need, and what it starts for the next large
+    one would be on the core of the thread that asks for it: those run where the kernel's scheduler puts them.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if threads == len(cores) == 2 and kernels.available() and not kernels.part(*cores):
+        os.sched_setaffinity(0, cores)
 
 
 def claim(count: int, folder: Path, allowed: Iterable[int] | None = None) -> Cores | None:

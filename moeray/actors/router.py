@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from moeray.actors.callers import Callers
+from moeray.actors.cores import part
 from moeray.actors.engine_figures import EngineFigures, status_of, with_stats
 from moeray.actors.memory import Memory
 from moeray.actors.observers import Losses, Observers
@@ -36,7 +37,7 @@ from moeray.errors import MoerayError, WireError
 from moeray.model.loading import eos_token_ids, open_model, pick_device
 from moeray.model.trunk import Trunk
 from moeray.recorder import Reading, Recorder, Snapshot
-from moeray.threads import apart
+from moeray.threads import all_cores, apart
 from moeray.tree import to_tree
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
@@ -143,8 +144,12 @@ class RouterActor:
             if self._state is Lifecycle.STOPPED:
                 raise MoerayError(f"router {self._spec.actor_id} was stopped while it loaded; start another")
             self._state = self._state.advance(Lifecycle.READY)
-            self._loop.start(Engine(config.engine, runner))
+            self._loop.start(Engine(config.engine, runner), self._take_cores)
         return self._facts
+
+    def _take_cores(self) -> None:
+        if self._device.type == "cpu" and self._spec.config.router.pin_threads:
+            part(self._spec.threads or all_cores())
 
     def _dispatcher(self) -> Dispatcher:
         return Dispatcher(

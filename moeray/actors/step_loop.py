@@ -55,10 +55,12 @@ class StepLoop:
         self._idle = threading.Condition()
         self._refusing = False
         self._engine: Engine | None = None
+        self._prepare: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name=f"step-loop-{actor_id}", daemon=True)
 
-    def start(self, engine: Engine) -> None:
-        self._engine = engine
+    def start(self, engine: Engine, prepare: Callable[[], None] = lambda: None) -> None:
+        """Compute from now on; `prepare` is called first, in the thread that does."""
+        self._engine, self._prepare = engine, prepare
         self._thread.start()
 
     def stats(self) -> EngineStats | None:
@@ -116,6 +118,7 @@ class StepLoop:
 
     def _run(self) -> None:
         try:
+            self._prepare()
             self._steps()
         except BaseException:
             log.exception("the step loop died; every channel is closed, so that no client waits for ever")

@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moeray.actors.cores import part
 from moeray.bench.budget import StepBudget, TimedExperts, TimedRunner, TimedSampler, median_budget
 from moeray.bench.environment import surroundings
 from moeray.bench.expert_processes import FAR, NEAR, expert_processes
@@ -62,16 +64,20 @@ class Contender(Protocol):
 
 
 class OwnEngine:
-    """This project's engine over real channels."""
+    """This project's engine over real channels, in the thread of `compute`, as a router has one for its steps."""
 
-    def __init__(self, engine: Engine, vocab_size: int) -> None:
+    def __init__(self, engine: Engine, vocab_size: int, compute: Executor) -> None:
         self._engine = engine
+        self._compute = compute
         self._vocab_size = vocab_size
         self._ids = itertools.count()
         self._random = random.Random(0)
 
     def run(self, batch: int, prompt: int, output: int) -> float:
         """See `Contender`."""
+        return self._compute.submit(self._run, batch, prompt, output).result()
+
+    def _run(self, batch: int, prompt: int, output: int) -> float:
         vocab = self._vocab_size
         requests = [
             GenerationRequest(
@@ -96,17 +102,16 @@ class TimedEngine(OwnEngine):
     """The same, timed. Of the last run: `budgets` of the steps that did nothing but decode, and of all steps together,
     `whole`."""
 
-    def __init__(self, engine: Engine, runner: TimedRunner, budget: _Current) -> None:
-        super().__init__(engine, runner.vocab_size)
+    def __init__(self, engine: Engine, runner: TimedRunner, budget: _Current, compute: Executor) -> None:
+        super().__init__(engine, runner.vocab_size, compute)
         self._runner = runner
         self._budget = budget
         self.budgets: list[StepBudget] = []
         self.whole = StepBudget()
 
-    def run(self, batch: int, prompt: int, output: int) -> float:
-        """See `Contender`."""
+    def _run(self, batch: int, prompt: int, output: int) -> float:
         self.budgets, self.whole = [], StepBudget()
-        return super().run(batch, prompt, output)
+        return super()._run(batch, prompt, output)
 
     def _step(self, batch: int) -> None:
         budget = self._budget.renew()
@@ -139,17 +144,18 @@ def load_trunk(config: Config) -> Trunk:
     return Trunk.load(files.checkpoint, files.family, files.weights, dtype, device, config.engine)
 
 
-def timed_engine(config: Config, rows: ExpertRows | Dispatcher) -> TimedEngine:
+def timed_engine(config: Config, rows: ExpertRows | Dispatcher, compute: Executor) -> TimedEngine:
     """An engine in this process; `rows` reaches its experts."""
-    trunk, budget = load_trunk(config), _Current()
+    trunk, budget = compute.submit(load_trunk, config).result(), _Current()
     runner = TimedRunner(TrunkRunner(trunk, config.engine, TimedExperts(rows, budget), ()), trunk, budget)
-    return TimedEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget)
+    return TimedEngine(Engine(config.engine, runner, TimedSampler(budget)), runner, budget, compute)
 
 
-def overlapping_engine(config: Config, rows: tuple[Dispatcher, Dispatcher]) -> OwnEngine:
+def overlapping_engine(config: Config, rows: tuple[Dispatcher, Dispatcher], compute: Executor) -> OwnEngine:
     """One that computes every batch of two sequences or more as two halves."""
-    runner = OverlapRunner(TrunkRunner(load_trunk(config), config.engine, rows[0], ()), rows)
-    return OwnEngine(Engine(config.engine, runner), runner.vocab_size)
+    trunk = compute.submit(load_trunk, config).result()
+    runner = OverlapRunner(TrunkRunner(trunk, config.engine, rows[0], ()), rows)
+    return OwnEngine(Engine(config.engine, runner), runner.vocab_size, compute)
 
 
 @contextmanager
@@ -160,6 +166,8 @@ def own_engines(
     `overlap`: another one of them that computes a batch's halves at the same time; `remotes`: others that reach
     the same processes as from another node, by these; `local`: one with its experts here."""
     with ExitStack() as stack:
+        # One thread for all of them: OpenMP's threads are then no more than the cores.
+        compute = stack.enter_context(ThreadPoolExecutor(1, "step-loop", lambda: part(torch.get_num_threads())))
         engines: dict[str, OwnEngine] = {}
         if actors:
             processes = stack.enter_context(expert_processes(config, actors))
@@ -167,13 +175,15 @@ def own_engines(
             def reach(node: str, remote: Remote = "auto") -> Dispatcher:
                 return stack.enter_context(processes.dispatcher(node, remote))
 
-            engines["moeray"] = timed_engine(config, reach(NEAR))
+            engines["moeray"] = timed_engine(config, reach(NEAR), compute)
             if overlap:
-                engines["overlapped"] = overlapping_engine(config, (reach(NEAR), reach(NEAR)))
+                engines["overlapped"] = overlapping_engine(config, (reach(NEAR), reach(NEAR)), compute)
             for remote in remotes:
-                engines[f"over {remote}"] = timed_engine(config, reach(FAR, remote))
+                engines[f"over {remote}"] = timed_engine(config, reach(FAR, remote), compute)
         if local or not actors:
-            engines["in process" if actors else "moeray"] = timed_engine(config, in_process(config))
+            engines["in process" if actors else "moeray"] = timed_engine(
+                config, compute.submit(in_process, config).result(), compute
+            )
         yield engines
 
 

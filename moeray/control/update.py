@@ -33,7 +33,7 @@ _REACH = {
     "wire": Reach.SYSTEM,
     "engine": Reach.ROUTERS,
     "router": Reach.CONTROL,
-    **{f"router.{key}": Reach.ROUTERS for key in _STARTED_WITH},
+    **{f"router.{key}": Reach.ROUTERS for key in (*_STARTED_WITH, "pin_threads")},
     "experts.kernel": Reach.EXPERTS,
     "experts.quantization": Reach.EXPERTS,
     "experts.pin_threads": Reach.EXPERTS,

@@ -13,13 +13,18 @@ ROUTER = "router"
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """The actors that hold the trunk and the KV cache."""
+    """The actors that hold the trunk and the KV cache.
+
+    `pin_threads`: where a router's threads are two, and all the cores that there are, each keeps to one; switch it off
+    where other programs compute on the same cores.
+    """
 
     actors: int = 1
     device: Device = "auto"
     num_cpus: float = 0.5
     num_gpus: float | None = None
     threads: int = 0
+    pin_threads: bool = True
     resources: dict[str, float] = field(default_factory=dict)
     min_actors: int | None = None
     max_actors: int | None = None

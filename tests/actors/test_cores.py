@@ -3,7 +3,10 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from moeray.actors.cores import claim
+from moeray.model import kernels
 
 
 def test_cores_are_claimed_once(tmp_path):
@@ -54,3 +57,39 @@ def test_only_the_calling_thread_keeps_to_them(tmp_path):
     thread.join()
     assert seen == [cores.numbers]
     assert os.sched_getaffinity(0) == before
+
+
+PART = """
+import os, sys, threading
+import torch
+from moeray.actors.cores import part
+
+torch.set_num_threads(2)
+os.sched_setaffinity(0, {cores})
+
+def kept():
+    return sorted(tuple(sorted(os.sched_getaffinity(int(task)))) for task in os.listdir("/proc/self/task"))
+
+def run():
+    part({threads})
+    torch.ones(1 << 20).add_(1)
+    print([cores for cores in kept() if len(cores) == 1])
+
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+print(len(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the CPU kernels are not compiled")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_team_of_two_has_a_core_each(threads):
+    """And of the others that the process has, none is confined."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    code = PART.format(cores=set(cores), threads=threads)
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+    confined = [(core,) for core in cores] if threads == 2 else []
+    assert said.splitlines() == [str(confined), "2"]

@@ -71,6 +71,8 @@ def _declared(lib: Any) -> Any:
     lib.moeray_read.restype = None
     lib.moeray_multiply.argtypes = [c_int64, c_int64, c_int64]
     lib.moeray_multiply.restype = c_int64
+    lib.moeray_part.argtypes = [c_int64, c_int64]
+    lib.moeray_part.restype = c_int64
     return lib
 
 
@@ -120,6 +122,14 @@ def with_scratch(function: Callable[..., int], *args: Any) -> None:
     memory = scratch(0)
     while needed := function(*args, memory.address, memory.nbytes):
         memory = scratch(needed)
+
+
+def part(own: int, other: int) -> bool:
+    """Keep the calling thread on one core and the thread that computes with it, in a team of two, on another; whether
+    both can be. Ask `available` first."""
+    lib = library()
+    assert lib is not None
+    return bool(lib.moeray_part(own, other) == 0)
 
 
 def threads_for(rows: int, elements: int) -> int:
