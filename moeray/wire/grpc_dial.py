@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from moeray.errors import ChannelClosedError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, read_pem, stop_quietly
@@ -14,10 +15,18 @@ from moeray.wire.socket_channel import SocketChannel
 
 
 def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
-    """A channel to whoever listens at `address.grpc`; one to nobody is found closed. Raises ConfigError."""
+    """A channel to whoever listens at `address.grpc`; one to nobody is found closed. Raises ConfigError, and
+    ChannelClosedError where there are no descriptors for it."""
     assert address.grpc is not None
-    connection = _connection(address.grpc, wire)
-    tunnel = Tunnel(lambda: finish())
+    try:
+        tunnel = Tunnel(lambda: finish())
+    except OSError as error:
+        raise ChannelClosedError(f"no sockets for {address.actor_id} ({error.strerror}); raise `ulimit -n`") from error
+    try:
+        connection = _connection(address.grpc, wire)
+    except BaseException:
+        tunnel.drop()
+        raise
     call = connection.stream_stream(f"/{SERVICE}/{STREAM}")(tunnel.outgoing())
     reader = threading.Thread(
         target=tunnel.pump, args=(call,), name=f"wire-grpc-read-{address.actor_id}", daemon=True

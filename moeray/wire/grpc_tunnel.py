@@ -50,6 +50,8 @@ class Tunnel:
         try:
             while chunk := self._far.recv(CHUNK_BYTES):
                 yield chunk
+        except ConnectionResetError:  # the channel was closed with something unread
+            return
         finally:
             self._leave()
 

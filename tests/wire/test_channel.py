@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import select
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +102,20 @@ def test_frames_sent_before_close_still_arrive(host, kind):
     assert [far.recv(5.0).id for _ in range(5)] == list(range(5))
     with pytest.raises(ChannelClosedError):
         far.recv(5.0)
+
+
+@pytest.mark.parametrize("closer", ["near", "far"])
+def test_what_was_never_read_troubles_nobody(host, kind, closer, caplog):
+    near, far = host.pair(kind)
+    ends = (near, far) if closer == "near" else (far, near)
+    ends[1].send(Frame(Op.PONG, 1, tensors=(torch.ones(20_000),)))
+    arrived, _, _ = select.select([ends[0]._connection.sock], [], [], 5.0)
+    assert arrived
+    ends[0].close()
+    with pytest.raises(ChannelClosedError):
+        ends[1].recv(5.0)
+    ends[1].close()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_many_threads_may_send_on_one_channel(host, kind):
