@@ -129,6 +129,8 @@ INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int
     for (int n = 0; n < OUTS; n++) rows_of[n] = w[n * APIECE];
     if (to % block) /* before there are sums: a call takes their registers */
         for (int n = 0; n < OUTS; n++) last[n] = FN(filled)(format, m, rows_of[n], to / block * block, fillers[n]);
+    /* Unrolled, or the sums would be in memory instead of registers: compilers do so by themselves up to 16 times. */
+#pragma GCC unroll 24
     for (int i = 0; i < rows * OUTS; i++)
         for (int p = 0; p < parts; p++) s[i].part[p] = more ? sums[i].part[part + p] : (FN(vec)){0};
     x += input_bytes(format) * from + 4 * LANES * part;
@@ -146,6 +148,7 @@ INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int
         for (int n = 0; n < OUTS; n++) at[n] = from + block <= to ? FN(at)(format, m, rows_of[n], from) : last[n];
         FN(step)(format, rows, parts, part, at, x, x_step, s);
     }
+#pragma GCC unroll 24
     for (int i = 0; i < rows * OUTS; i++)
         for (int p = 0; p < parts; p++) sums[i].part[part + p] = s[i].part[p];
 }
@@ -383,11 +386,20 @@ static void FN(read)(const char *data, int64_t size) {
    them, else floats. The operations. */
 static int64_t FN(multiply)(int64_t times) {
     FN(vec) sums[MOST * OUTS], factor = (FN(vec)){0} + 0.5f, term = (FN(vec)){0} + 1;
-    __asm__ volatile("" : "+m"(factor), "+m"(term));
-    for (int i = 0; i < MOST * OUTS; i++) sums[i] = term;
+    __asm__ volatile("" : "+m"(factor));
+#pragma GCC unroll 24
+    for (int i = 0; i < MOST * OUTS; i++) { /* all the same, and nobody knows: else one would do for all */
+        __asm__ volatile("" : "+m"(term));
+        sums[i] = term;
+    }
     for (int64_t t = 0; t < times; t++)
+#pragma GCC unroll 24
         for (int i = 0; i < MOST * OUTS; i++) sums[i] = MULTIPLY_ADD(sums[i], factor, term);
-    for (int i = 0; i < MOST * OUTS; i++) __asm__ volatile("" : : "m"(sums[i]));
+#pragma GCC unroll 24
+    for (int i = 0; i < MOST * OUTS; i++) {
+        term = sums[i];
+        __asm__ volatile("" : : "m"(term));
+    }
     return times * MOST * OUTS * (HAS_PAIRS ? 4 : 2) * LANES;
 }
 
