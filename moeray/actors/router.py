@@ -86,7 +86,7 @@ class RouterActor:
         self._books: Books | None = None
         self._orders: Orders | None = None
         self._identity = spec.identity(node_id)
-        self._loop = StepLoop(spec.actor_id, self._recorder, self._requests, self._stop_itself)
+        self._loop = StepLoop(spec.actor_id, self._recorder, self._requests, self._stop_itself, self._take_cores)
         self._observers = Observers(self._report)
         self._callers = Callers(self._loop, self._observers, self._heard)
         folder = runtime_dir(node_id, spec.system)
@@ -144,7 +144,7 @@ class RouterActor:
             if self._state is Lifecycle.STOPPED:
                 raise MoerayError(f"router {self._spec.actor_id} was stopped while it loaded; start another")
             self._state = self._state.advance(Lifecycle.READY)
-            self._loop.start(Engine(config.engine, runner), self._take_cores)
+            self._loop.start(Engine(config.engine, runner))
         return self._facts
 
     def _take_cores(self) -> None:

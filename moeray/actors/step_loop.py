@@ -40,12 +40,13 @@ class StepLoop:
     """Any thread may call the public methods; what they ask is done between two steps.
 
     A request's end is told only to the channel that submitted its newest attempt. `on_death` is called from the loop's
-    thread when it dies of a bug.
+    thread when it dies of a bug, `prepare` before its first step.
     """
 
     def __init__(
-        self, actor_id: str, recorder: Recorder, figures: RequestFigures, on_death: Callable[[], None]
-    ) -> None:
+        self, actor_id: str, recorder: Recorder, figures: RequestFigures, on_death: Callable[[], None],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._actor_id = actor_id
         self._step_seconds = recorder.histogram("moeray_step_seconds")
         self._figures = figures
@@ -55,12 +56,11 @@ class StepLoop:
         self._idle = threading.Condition()
         self._refusing = False
         self._engine: Engine | None = None
-        self._prepare: Callable[[], None] = lambda: None
+        self._prepare = prepare
         self._thread = threading.Thread(target=self._run, name=f"step-loop-{actor_id}", daemon=True)
 
-    def start(self, engine: Engine, prepare: Callable[[], None] = lambda: None) -> None:
-        """Compute from now on; `prepare` is called first, in the thread that does."""
-        self._engine, self._prepare = engine, prepare
+    def start(self, engine: Engine) -> None:
+        self._engine = engine
         self._thread.start()
 
     def stats(self) -> EngineStats | None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.environment import environment
 from moeray.bench.expert_processes import FAR, NEAR, ExpertProcesses, expert_processes
 from moeray.config import Config, load_config
+from moeray.dispatch.hops import KINDS, Kind
 from moeray.model.loading import open_bank, open_model
 from moeray.types import ExpertId
-
-Hop = Literal["unix", "tcp", "grpc"]
-HOPS: tuple[Hop, ...] = get_args(Hop)
 
 
 def measure(shape: Shape, actors: int, tokens: list[int], repeat: int) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def _row(processes: ExpertProcesses, shape: Shape, tokens: int, repeat: int) -> 
         "tokens": tokens,
         "in_process_us": _in_process(processes.config, shape, len(processes.addresses), x_TD, ids_TK, repeat),
     }
-    for hop in HOPS:
+    for hop in KINDS:
         row |= _over(hop, processes, shape, x_TD, ids_TK, repeat)
     return row
 
@@ -65,7 +63,7 @@ def _in_process(config: Config, shape: Shape, actors: int, x_TD: Tensor, ids_TK:
 
 
 def _over(
-    hop: Hop, processes: ExpertProcesses, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repeat: int
+    hop: Kind, processes: ExpertProcesses, shape: Shape, x_TD: Tensor, ids_TK: Tensor, repeat: int
 ) -> dict[str, float]:
     """One layer through a real dispatcher, from a router on the actors' node or on another one."""
     computes: list[float] = []

@@ -41,6 +41,8 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moeray.dispatch.hops import KINDS
+
     shape = result["shape"]
     title = (
         f"one MoE layer, {shape['experts']} experts, top-{shape['top_k']}, {shape['hidden']}x{shape['intermediate']}, "
@@ -52,7 +54,7 @@ def _print(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         table.add_row(
             str(row["tokens"]), f"{row['in_process_us']:.0f}",
-            *(f"{row[f'{hop}_{part}']:.0f}" for hop in ("unix", "tcp", "grpc") for part in ("us", "compute_us")),
+            *(f"{row[f'{hop}_{part}']:.0f}" for hop in KINDS for part in ("us", "compute_us")),
         )  # fmt: skip
     console = Console()
     console.print(table)

@@ -62,7 +62,8 @@ def command(
     work = Workload(tuple(int(part) for part in batches.split(",")), prompt_tokens, output_tokens, rounds)
     threads = config.router.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    remotes: list[Remote] = [*(("tcp",) if tcp else ()), *(("grpc",) if grpc else ())]
+    asked: dict[Remote, bool] = {"tcp": tcp, "grpc": grpc}
+    remotes = [remote for remote, on in asked.items() if on]
     with ExitStack() as stack, progress() as report:
         own = stack.enter_context(own_engines(config, actors, overlap=overlap, remotes=remotes, local=in_process))
         contenders: dict[str, Contender] = dict(own)

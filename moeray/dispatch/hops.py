@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Literal, get_args
 
 from moeray.dispatch.planner import Answered
 from moeray.recorder import Recorder
 
-KINDS = ("unix", "tcp", "grpc")
+Kind = Literal["unix", "tcp", "grpc"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Of channels."""
 MANY = 64
 
 
@@ -17,7 +20,7 @@ class Hops:
     """Of all kinds of channels. Thread-safe."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self._hops = {kind: _Hop(recorder, kind) for kind in KINDS}
+        self._hops: dict[str, _Hop] = {kind: _Hop(recorder, kind) for kind in KINDS}
         self._noted: deque[tuple[str, int, Sequence[Answered]]] = deque()
 
     def note(self, kind: str, row_bytes: int, answered: Sequence[Answered]) -> None:

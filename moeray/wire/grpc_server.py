@@ -18,8 +18,8 @@ from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, r
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
 from moeray.wire.own_address import bracketed, reachable
 
-Accept = Callable[[socket.socket, Carrier], bool]
-"""Greet whoever is behind the socket, and serve it; False, with the socket closed, where it is turned away."""
+Accept = Callable[[socket.socket, Carrier], None]
+"""Greet whoever is behind the socket, and serve it, in another thread; or close the socket."""
 
 
 class GrpcServer:
@@ -40,6 +40,7 @@ class GrpcServer:
             options=options(self._wire, server=True),
             maximum_concurrent_rpcs=self._most,
         )
+        host = bracketed(reachable(self._wire.host))
         handlers = {STREAM: grpc.stream_stream_rpc_method_handler(self._stream)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
@@ -48,7 +49,7 @@ class GrpcServer:
             self._pool.shutdown()
             raise WireError(f"cannot listen at wire.host {self._wire.host}; name an address of this machine") from error
         self._server.start()
-        return f"{bracketed(reachable(self._wire.host))}:{port}"
+        return f"{host}:{port}"
 
     def _bind(self, target: str) -> int:
         wire = self._wire

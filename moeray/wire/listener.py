@@ -50,25 +50,26 @@ class Listener:
         check_path(str(self._path))
         _check_folder(self._path.parent)
         _clear_stale(self._path)
-        me, remotes = self._identity, self._wire.remotes
-        self._open(_bind(self._path), UNIX)
+        me, remotes, tcp, grpc = self._identity, self._wire.remotes, None, None
+        listening = [(_bind(self._path), UNIX)]
         self._inode = self._path.stat().st_ino
         try:
-            tcp = self._start_tcp() if "tcp" in remotes else None
-            grpc = self._start_grpc() if "grpc" in remotes else None
+            if "tcp" in remotes:
+                sock, tcp = listen_tcp(self._wire.host)
+                listening.append((sock, TCP))
+            if "grpc" in remotes:
+                grpc = self._start_grpc()
         except BaseException:
-            self.close(0.0)
+            self._unlink()
+            for sock, _ in listening:
+                sock.close()
             raise
+        self._doors = [self._door(sock, carrier) for sock, carrier in listening]
         return Address(me.actor_id, me.node_id, str(self._path), tcp, grpc)
 
-    def _open(self, listening: socket.socket, carrier: Kernel) -> None:
+    def _door(self, listening: socket.socket, carrier: Kernel) -> Door:
         name = f"wire-accept-{carrier.kind}-{self._identity.actor_id}"
-        self._doors.append(Door(listening, name, lambda sock: self._receive(sock, carrier)))
-
-    def _start_tcp(self) -> str:
-        listening, address = listen_tcp(self._wire.host)
-        self._open(listening, TCP)
-        return address
+        return Door(listening, name, lambda sock: self._receive(sock, carrier))
 
     def _start_grpc(self) -> str:
         from moeray.wire.grpc_server import GrpcServer  # only where it is used: grpc takes a while to import
@@ -76,16 +77,14 @@ class Listener:
         self._grpc = GrpcServer(self._identity.actor_id, self._wire, self._guests, self._receive)
         return self._grpc.start()
 
-    def _receive(self, sock: socket.socket, carrier: Carrier) -> bool:
+    def _receive(self, sock: socket.socket, carrier: Carrier) -> None:
         if not self._guests.enter():
             sock.close()
-            return False
+            return
         channel = SocketChannel(sock, self._wire.send_timeout_s, carrier)
         if not self._guests.spawn(f"wire-{carrier.kind}-greeting", lambda: self._host(channel)):
             self._guests.leave()
             sock.close()
-            return False
-        return True
 
     def _host(self, channel: SocketChannel) -> None:
         try:
