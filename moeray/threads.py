@@ -25,6 +25,10 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 layer's products, and less than it takes from the last one until an expert begins."""
 
 
+BACKGROUND = 10
+"""Niceness of what nobody waits for: a tenth of a core where others want all of it."""
+
+
 def wait_passively() -> None:
     """Set `PASSIVE` where the user has not chosen otherwise, for this process and its children."""
     for name, value in PASSIVE.items():
@@ -38,15 +42,22 @@ def wait_for_a_core() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def apart(call: Callable[[], T]) -> T:
+def apart(call: Callable[[], T], niceness: int = 0) -> T:
     """Call it in a thread of its own, for whose end the caller waits: what computes now and then, beside what computes
-    all the time.
+    all the time. `niceness`: of the thread, which ends with it, where nobody is in a hurry (Linux keeps one for each).
 
     libgomp keeps a team of threads for each thread that has ever computed. Where all of them are more than the cores,
     those that compute go to sleep after a 20th of their rounds. A thread's team ends with it.
     """
+
+    def run() -> T:
+        if niceness:
+            with suppress(OSError):  # then at the ordinary priority
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        return call()
+
     with ThreadPoolExecutor(1, thread_name_prefix="apart") as own:
-        return own.submit(call).result()
+        return own.submit(run).result()
 
 
 def in_idle_time(work: Callable[[], None], within_s: float) -> None:

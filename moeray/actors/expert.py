@@ -27,7 +27,7 @@ from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.recorder import Reading, Recorder, Snapshot
-from moeray.threads import apart, in_idle_time, wait_for_a_core
+from moeray.threads import BACKGROUND, apart, in_idle_time, wait_for_a_core
 from moeray.tree import to_tree
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
@@ -102,7 +102,7 @@ class ExpertActor:
         """
         self._heard()
         with self._loading:
-            self._open(revision)
+            apart(lambda: self._open(revision), BACKGROUND if self._spec.background else 0)
 
     def host(self, experts: Sequence[tuple[int, int]], revision: str | None = None) -> int:
         """Map the weights of `experts` beside those already hosted; stored bytes in all.

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from moeray.config import Config
 
 _DEFAULTS = {
-    "experts__max_actors": 3, "experts__num_cpus": 0.1, "router__num_cpus": 0.1, "control__warm_pool": 1,
-    "control__autoscale": False, "dtype": "float32", "serve__name": "moeray-grow", "engine__kv_blocks": 1024,
+    "experts__actors": 1, "experts__max_actors": 2, "experts__num_cpus": 0.1, "router__num_cpus": 0.1,
+    "router__threads": 1, "control__warm_pool": 1, "control__autoscale": False, "serve__name": "moeray-grow",
+    "engine__kv_blocks": 1024,
 }  # fmt: skip
 
 
@@ -42,6 +43,10 @@ def command(
 
     It starts a system of its own: MODEL, or a small random checkpoint, with a warm pool of one unless told otherwise.
     Each round adds an actor of the first group and removes it again. Exits 1 when a request was lost.
+
+    A router and an expert actor of one thread each take turns, so that a machine of two cores has one for the actor
+    that comes. Where there is none (--experts-actors 2 --experts-max-actors 3 --router-threads 2), growing takes the
+    time of those that serve.
     """
     from moeray.bench.checkpoint import write_small_moe
     from moeray.bench.grow import GrowPlan

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = {
     "experts__max_actors": 4, "experts__num_cpus": 0.1, "experts__threads": 1, "router__num_cpus": 0.1,
-    "dtype": "float32", "serve__name": "moeray-replay", "engine__kv_blocks": 4096,
+    "serve__name": "moeray-replay", "engine__kv_blocks": 4096,
 }  # fmt: skip
 
 

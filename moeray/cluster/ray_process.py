@@ -9,28 +9,24 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from moeray.threads import BACKGROUND, all_cores, apart
+
 if TYPE_CHECKING:
     from moeray.actors.spec import ActorSpec
-
-_NICE = 5
-
 
 class Process:
     """`kind` is `expert` or `router`. SIGTERM makes the actor say that it is leaving: the controller moves its work."""
 
     def __init__(self, kind: str, spec: ActorSpec) -> None:
         if spec.background:
-            _import_gently("torch", "transformers", f"moeray.actors.{kind}")
+            apart(lambda: _import("torch", "transformers", f"moeray.actors.{kind}"), BACKGROUND)
         import torch
 
         from moeray.logs import setup_logging
-        from moeray.threads import all_cores
 
         node_id = ray.get_runtime_context().get_node_id()
         self._actor: Any = None
@@ -64,15 +60,6 @@ def _exit() -> None:
     os._exit(0)
 
 
-def _import_gently(*modules: str) -> None:
-    """Import in a thread whose priority is low; Linux keeps a priority for each thread, and this one ends."""
-
-    def run() -> None:
-        with suppress(OSError):  # then at the ordinary priority
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        for module in modules:
-            importlib.import_module(module)
-
-    thread = threading.Thread(target=run, name="import")
-    thread.start()
-    thread.join()
+def _import(*modules: str) -> None:
+    for module in modules:
+        importlib.import_module(module)
