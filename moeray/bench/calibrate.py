@@ -29,9 +29,7 @@ from moeray.control.eplb import place
 from moeray.control.placement import Host
 from moeray.control.popularity import MoeShape, PopularityModel
 from moeray.errors import MoerayError
-from moeray.model.experts import ExpertBank
-from moeray.model.loading import ModelFiles, open_model, pick_device
-from moeray.model.trunk import max_context
+from moeray.model.loading import ModelFiles, open_bank, open_model, pick_device
 from moeray.types import ExpertId
 
 NODE = "calibrate"
@@ -41,9 +39,11 @@ POLL_S = 0.05
 
 
 async def calibrate(
-    system: System, config: Config, vocab: int, *, repeat: int = 15, report: Callable[[str], None] = lambda what: None
-) -> dict[str, Any]:
-    """Measure a running system of this config, whose autoscaling is off, that nobody else uses.
+    system: System, config: Config, vocab: int, context: int, *, repeat: int = 15,
+    report: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a running system of this config, whose autoscaling is off, that nobody else uses. `context`: tokens that
+    its sequences may have.
 
     Returns plain data for the cost file: `costs` (see `control.cost.Costs`), the points that they were fitted to, the
     model's shape and the environment. How long an actor takes to start is measured where the config lets the first
@@ -51,9 +51,11 @@ async def calibrate(
     """
     files = open_model(config.model, None, node=NODE)
     report("experts")
-    points, expert_costs = await asyncio.to_thread(_experts, files, repeat)
-    longest = min(config.engine.max_batch_tokens, max_context(files.family.config) - 1)
-    rhythm = await Rhythms(system, vocab, longest, repeat).measure(report)
+    points, expert_costs = await asyncio.to_thread(_experts, files, config, repeat)
+    most = config.engine.max_batch_tokens
+    longest, chunk = min(most, context - 1), min(config.engine.prefill_chunk, most - 1)
+    rhythms = Rhythms(system, vocab, longest=longest, chunk=chunk, context=context, repeat=repeat)
+    rhythm = await rhythms.measure(report)
     shape = MoeShape(len(files.expert_counts()), max(files.expert_counts().values()), _top_k(files))
     measured = Costs(**expert_costs, trunk_layers=shape.layers, hop_s=0.0, hop_row_s=0.0)
     costs = expert_costs | fit_rhythm(rhythm, measured, shape, config.experts.resolved()[0].actors)
@@ -75,10 +77,10 @@ async def calibrate(
 # -- experts ----------------------------------------------------------------------------------------------------------
 
 
-def _experts(files: ModelFiles, repeat: int) -> tuple[list[dict[str, float]], dict[str, Any]]:
+def _experts(files: ModelFiles, config: Config, repeat: int) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Forwards of different experts each time, as in a model of many layers, on one thread."""
-    dtype = files.dtype("auto")
-    bank = ExpertBank(files.family, files.weights, dtype, pick_device("cpu"))
+    dtype = files.dtype(config.dtype)
+    bank = open_bank(files, config, pick_device("cpu"))
     counts = files.expert_counts()
     bank.load(ExpertId(layer, expert) for layer, count in counts.items() for expert in range(count))
     layers = sorted(counts)
@@ -115,17 +117,22 @@ def _one_thread() -> Iterator[None]:
 
 
 def fit_rhythm(rhythm: Rhythm, experts: Costs, shape: MoeShape, actors: int) -> dict[str, Any]:
-    """The costs of hops, trunk, waking and requests, with which a simulated step lasts as long as a seen one.
+    """The costs of hops, trunk, attention, waking and requests: with them a simulated step lasts as long as a seen one.
 
     Small steps are taken from streams, larger ones from prompts; what a decode costs beside a prompt is the difference
     where the two meet. `experts`: costs of experts alone; `actors`: how many there were when the rhythm was taken.
     """
     hops = _hop_costs(rhythm, shape.top_k)
     rest_s = _beside_experts(replace(experts, **hops), shape, actors)
-    streams = {phase.count: phase.step_s for phase in rhythm.streams}
-    request_s = max(0.0, rhythm.beside_s - streams[1] / 2 - streams[2])
-    wake_s = max(0.0, rhythm.prompts[0].step_s - streams[1] - request_s)
-    prefills = {p.count: p.step_s - request_s - wake_s for p in rhythm.prompts if p.count > 1}
+    seen = {phase.count: phase.step_s for phase in rhythm.streams}
+    request_s = max(0.0, rhythm.beside_s - seen[1] / 2 - seen[2])
+    wake_s = max(0.0, rhythm.prompts[0].step_s - seen[1] - request_s)
+    decode_context_s, prefill_context_s = _context_costs(rhythm)
+    streams = {p.count: p.step_s - p.count * p.context * decode_context_s for p in rhythm.streams}
+    prefills = {
+        p.count: p.step_s - request_s - wake_s - prefill_context_s * p.count**2 / 2
+        for p in rhythm.prompts if p.count > 1
+    }  # fmt: skip
     most = max(streams)
     as_prefill_s = float(np.interp(most, sorted(prefills), [prefills[n] for n in sorted(prefills)]))
     decode_s = max(0.0, (streams[most] - as_prefill_s) / most)
@@ -135,8 +142,28 @@ def fit_rhythm(rhythm: Rhythm, experts: Costs, shape: MoeShape, actors: int) -> 
     trunk_s = rising([max(0.0, steps[n] - rest_s(n)) for n in tokens])
     return hops | {
         "trunk_tokens": tokens, "trunk_s": trunk_s, "trunk_layers": shape.layers, "decode_s": decode_s,
-        "request_s": request_s, "wake_s": wake_s,
+        "decode_context_s": decode_context_s, "prefill_context_s": prefill_context_s, "request_s": request_s,
+        "wake_s": wake_s,
     }  # fmt: skip
+
+
+def _context_costs(rhythm: Rhythm) -> tuple[float, float]:
+    """Seconds for each token that a decoding sequence attends to, and that a prompt's token does.
+
+    A prompt that is cut into chunks takes as many times as long as there are chunks, and what they attend to of those
+    before them; beside that, once, what a prompt of one token does but for its own step.
+    """
+    streams = {phase.count: phase for phase in rhythm.streams}
+    decode_s = prefill_s = 0.0
+    if (far := rhythm.far_streams) is not None:
+        near = streams[far.count]
+        decode_s = (far.step_s - near.step_s) / (far.count * (far.context - near.context))
+    if rhythm.far_prompts is not None:
+        chunk, whole = rhythm.far_prompts
+        once_s, chunks = rhythm.beside_s - streams[2].step_s, whole.count / chunk.count
+        pairs = (chunks**2 - chunks) / 2 * chunk.count**2
+        prefill_s = (whole.step_s - once_s - chunks * (chunk.step_s - once_s)) / pairs
+    return max(0.0, decode_s), max(0.0, prefill_s)
 
 
 def _hop_costs(rhythm: Rhythm, top_k: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeray.bench.traffic import System
 from moeray.errors import MoerayError
@@ -21,6 +21,9 @@ from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenO
 STREAMS = (1, 2, 4, 8, 16)
 PROMPTS = (1, 16, 64, 128, 256, 512, 1024)
 CONTEXT, ANSWER = 64, 64
+FAR_STREAMS, FAR_CONTEXT = 2, 1024
+FAR = 8
+"""So many times as long as another is the prompt that tells what attention takes."""
 REST_S = 0.3
 """How long the system has nothing to do before a prompt: all its threads sleep by then."""
 
@@ -28,29 +31,78 @@ REST_S = 0.3
 @dataclass(frozen=True)
 class Phase:
     """One kind of load. `step_s`: of a client's wait, mean (median for prompts); `hop_s`: mean way of one actor's rows
-    there and back, without what the actor computed."""
+    there and back, without what the actor computed; `context`: tokens that each stream attends to, in the mean."""
 
     count: int
     step_s: float
     hop_s: float
+    context: float = 0.0
 
 
 @dataclass(frozen=True)
 class Rhythm:
     """`streams`: seconds between a stream's tokens, by how many decode side by side. `prompts`: seconds to the first
     token of a prompt of so many tokens that finds the system at rest; `beside_s`: of one token, while a stream decodes.
+
+    `far_streams`: as `streams`, with a context that is many times as long. `far_prompts`: seconds to the first token of
+    a prompt and of one that is `FAR` times as long, both cut into chunks beside a stream. None where the model has no
+    such contexts.
     """
 
     streams: Sequence[Phase]
     prompts: Sequence[Phase]
     beside_s: float
+    far_streams: Phase | None = None
+    far_prompts: tuple[Phase, Phase] | None = None
+
+
+class _SideBySide:
+    """Streams of one run, from the moment at which all have begun until each has had `ANSWER` tokens more, in the
+    same time or nearly so."""
+
+    def __init__(self, count: int) -> None:
+        self._before, self._since = [0] * count, [0] * count
+        self._began = self._ended = 0.0
+
+    def stream(self, number: int) -> Callable[[float], bool]:
+        """To be told of each of its tokens; it says whether that was the last."""
+
+        def token(at: float) -> bool:
+            if self._began:
+                self._since[number] += 1
+                self._ended = at
+            else:
+                self._before[number] += 1
+                self._began = at if all(self._before) else 0.0
+            return min(self._since) >= ANSWER
+
+        return token
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between a stream's tokens. Raises MoerayError where one had ended before the last began."""
+        if min(self._since) == 0:
+            raise MoerayError(
+                f"{len(self._since)} streams did not decode side by side: the prompt of one took longer than the "
+                "whole answer of another"
+            )
+        return (self._ended - self._began) * len(self._since) / sum(self._since)
+
+    @property
+    def answered(self) -> float:
+        """Tokens of an answer halfway, in the mean over the streams."""
+        return statistics.mean(b + s / 2 for b, s in zip(self._before, self._since, strict=True))
 
 
 class Rhythms:
-    """Measures a system that nobody else uses. `longest`: tokens that a prompt may have; `repeat`: times each."""
+    """Measures a system that nobody else uses. `longest`: tokens that a step may have; `chunk`: of prompts beside a
+    stream; `context`: that a sequence may have; `repeat`: times each."""
 
-    def __init__(self, system: System, vocab: int, longest: int, repeat: int, seed: int = 0) -> None:
-        self._system, self._vocab, self._longest, self._repeat = system, vocab, longest, repeat
+    def __init__(
+        self, system: System, vocab: int, *, longest: int, chunk: int, context: int, repeat: int, seed: int = 0
+    ) -> None:
+        self._system, self._vocab = system, vocab
+        self._longest, self._chunk, self._context, self._repeat = longest, chunk, context, repeat
         self._rng = random.Random(seed)
         self._sent = 0
 
@@ -60,12 +112,31 @@ class Rhythms:
         streams, prompts = [], []
         for count in STREAMS:
             report(f"{count} streams")
-            streams.append(await self._phase(count, self._streams(count)))
+            streams.append(await self._stream_phase(count, CONTEXT))
         for tokens in (n for n in PROMPTS if n <= self._longest):
             report(f"prompts of {tokens} tokens")
-            prompts.append(await self._phase(tokens, self._prompts(tokens)))
+            prompts.append(await self._phase(tokens, self._prompts(tokens, self._repeat)))
         report("prompts beside a stream")
-        return Rhythm(streams, prompts, await self._beside())
+        beside_s = await self._beside(1, 2 * self._repeat)
+        report("long contexts")
+        return Rhythm(streams, prompts, beside_s, await self._far_streams(), await self._far_prompts())
+
+    async def _far_streams(self) -> Phase | None:
+        context = min(FAR_CONTEXT, self._context // FAR_STREAMS - 2 * ANSWER)  # so that the KV cache holds all of them
+        return None if context < FAR * CONTEXT else await self._stream_phase(FAR_STREAMS, context)
+
+    async def _far_prompts(self) -> tuple[Phase, Phase] | None:
+        near = max((n for n in PROMPTS[1:] if n <= self._chunk and FAR * n < self._context), default=None)
+        if near is None:
+            return None
+        repeat = max(1, self._repeat // 2)
+        each = [await self._phase(tokens, self._beside(tokens, repeat)) for tokens in (near, FAR * near)]
+        return each[0], each[1]
+
+    async def _stream_phase(self, count: int, context: int) -> Phase:
+        runs: list[_SideBySide] = []
+        phase = await self._phase(count, self._streams(count, context, runs))
+        return replace(phase, context=context + statistics.mean(run.answered for run in runs))
 
     async def _phase(self, count: int, load: Awaitable[float]) -> Phase:
         before = await self._figures()
@@ -88,35 +159,35 @@ class Rhythms:
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
-    async def _streams(self, count: int) -> float:
+    async def _streams(self, count: int, context: int, runs: list[_SideBySide]) -> float:
         """Mean over the time in which all of them decode: a request's time per token is a mean too."""
-        periods = []
+        most = min(self._context - context, 64 * ANSWER)
         for _ in range(max(1, self._repeat // 5)):
             await asyncio.sleep(REST_S)
-            each = await asyncio.gather(*(self._times(CONTEXT, ANSWER) for _ in range(count)))
-            begin, end = max(times[0] for times in each), min(times[-1] for times in each)
-            tokens = sum(begin < at <= end for times in each for at in times)
-            periods.append((end - begin) * count / tokens)
-        return statistics.mean(periods)
+            run = _SideBySide(count)
+            each = [run.stream(number) for number in range(count)]
+            await asyncio.gather(*(self._times(context, most, enough) for enough in each))
+            runs.append(run)
+        return statistics.mean(run.period_s for run in runs)
 
-    async def _prompts(self, tokens: int) -> float:
+    async def _prompts(self, tokens: int, repeat: int) -> float:
         waits = []
-        for _ in range(self._repeat):
+        for _ in range(repeat):
             await asyncio.sleep(REST_S)
             began = time.monotonic()
             waits.append((await self._times(tokens, 1))[0] - began)
         return statistics.median(waits)
 
-    async def _beside(self) -> float:
+    async def _beside(self, tokens: int, repeat: int) -> float:
         """Prompts come at any moment of the stream's step."""
         waits: list[float] = []
-        while len(waits) < 2 * self._repeat:
-            stream = asyncio.create_task(self._times(CONTEXT, 8 * ANSWER))
+        while len(waits) < repeat:
+            stream = asyncio.create_task(self._times(CONTEXT, min(self._context - CONTEXT, 64 * ANSWER)))
             await asyncio.sleep(REST_S)
-            while not stream.done() and len(waits) < 2 * self._repeat:
+            while not stream.done() and len(waits) < repeat:
                 await asyncio.sleep(self._rng.uniform(0.02, 0.1))
                 began = time.monotonic()
-                first = (await self._times(1, 1))[0]
+                first = (await self._times(tokens, 1))[0]
                 if not stream.done():
                     waits.append(first - began)
             stream.cancel()
@@ -125,8 +196,8 @@ class Rhythms:
                 stream.result()
         return statistics.mean(waits)
 
-    async def _times(self, prompt: int, answer: int) -> list[float]:
-        """When each of a request's tokens came."""
+    async def _times(self, prompt: int, answer: int, enough: Callable[[float], bool] = lambda at: False) -> list[float]:
+        """When each of a request's tokens came, until it has been `enough`, which is asked for each."""
         self._sent += 1
         ids = tuple(self._rng.randrange(3, self._vocab) for _ in range(prompt))
         sampling = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
@@ -138,4 +209,6 @@ class Rhythms:
                 if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise MoerayError(output.error or "the request was aborted")
                 times += [time.monotonic()] * len(output.token_ids)
+                if any(enough(times[-1]) for _ in output.token_ids):
+                    break
         return times

@@ -71,5 +71,5 @@ async def _run(config: Config, local: bool, repeat: int, report: Callable[[str],
 
     async with local_system(config) if local else ray_system(apart(config, "bench")) as backend:
         assert backend.model is not None
-        vocab = min(backend.model.vocab_size, 32000)
-        return await calibrate(backend, config, vocab, repeat=repeat, report=report)
+        vocab, context = min(backend.model.vocab_size, 32000), backend.model.max_context
+        return await calibrate(backend, config, vocab, context, repeat=repeat, report=report)

@@ -18,6 +18,7 @@ from moeray.threads import BACKGROUND, all_cores, apart
 if TYPE_CHECKING:
     from moeray.actors.spec import ActorSpec
 
+
 class Process:
     """`kind` is `expert` or `router`. SIGTERM makes the actor say that it is leaving: the controller moves its work."""
 

@@ -33,8 +33,9 @@ class Costs:
     """Seconds.
 
     `trunk_tokens`, `trunk_s`: a step of the trunk of `trunk_layers` layers by its tokens, between them a straight line;
-    `decode_s`: what a decoding sequence adds to that (it reads its own KV cache). `forward_s` + `row_s` x rows +
-    `expert_s` x distinct experts: one layer's forward at one actor of speed 1. `hop_s` + `hop_row_s` x rows: the way
+    `decode_s`: what a decoding sequence adds to that; `decode_context_s`: and each token of its context, which it
+    attends to; `prefill_context_s`: the same of a prompt's token. `forward_s` + `row_s` x rows + `expert_s` x distinct
+    experts: one layer's forward at one actor of speed 1. `hop_s` + `hop_row_s` x rows: the way
     there and back of a layer's rows, planning and combining included.
     `request_s`: a request's way to its router and its tokens' way back, beside the steps; `wake_s`: what the first step
     of a router that had nothing to do takes longer (processes wake, caches are cold).
@@ -46,6 +47,8 @@ class Costs:
     trunk_s: tuple[float, ...] = (0.010, 0.011, 0.020, 0.100)
     trunk_layers: int = 24
     decode_s: float = 0.0001
+    decode_context_s: float = 0.0
+    prefill_context_s: float = 0.0
     forward_s: float = 0.00015
     row_s: float = 0.0000107
     expert_s: float = 0.00030
@@ -110,7 +113,8 @@ class StepTable:
 
 
 class StepCosts:
-    """Makes the tables, for one shape, one set of costs and steps of at most `largest` tokens."""
+    """Makes the tables, for one shape, one set of costs and steps of at most `largest` tokens. What a step takes beside
+    the tables' part is in seconds of all the shape's layers."""
 
     def __init__(self, costs: Costs, shape: MoeShape, largest: int) -> None:
         self.costs, self.shape = costs, shape
@@ -120,7 +124,7 @@ class StepCosts:
 
     @cached_property
     def trunk_s(self) -> list[float]:
-        """Trunk and hops of a step by its tokens, without what decoding adds."""
+        """Trunk and hops of a step by its tokens, without attention and what decoding adds."""
         costs, layers = self.costs, self.shape.layers
         trunk = np.interp(self._tokens, costs.trunk_tokens, costs.trunk_s) * layers / costs.trunk_layers
         hops = layers * (costs.hop_s + costs.hop_row_s * self.shape.top_k * self._tokens)
@@ -128,7 +132,18 @@ class StepCosts:
 
     @cached_property
     def decode_s(self) -> float:
-        return self.costs.decode_s * self.shape.layers / self.costs.trunk_layers
+        return self._of_all_layers(self.costs.decode_s)
+
+    @cached_property
+    def decode_context_s(self) -> float:
+        return self._of_all_layers(self.costs.decode_context_s)
+
+    @cached_property
+    def prefill_context_s(self) -> float:
+        return self._of_all_layers(self.costs.prefill_context_s)
+
+    def _of_all_layers(self, seconds: float) -> float:
+        return seconds * self.shape.layers / self.costs.trunk_layers
 
     @cached_property
     def weights_TG(self) -> Floats:

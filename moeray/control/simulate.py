@@ -3,7 +3,7 @@
 Each router does continuous batching as `engine.scheduler` does (without KV limits, preemption and prefix reuse).
 Between two events of a router, its steps are alike and are taken together. A step lasts
 
-    trunk(tokens) + hops + slowest expert actor(tokens) / (1 - U)
+    trunk(tokens) + attention(contexts) + hops + slowest expert actor(tokens) / (1 - U)
 
 where U is how busy the other routers keep the busiest actor: the arrival theorem of closed queueing networks (Reiser
 and Lavenberg 1980) with Schweitzer's approximation, so that R routers slow each other down at most R times.
@@ -15,6 +15,7 @@ import heapq
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,9 @@ from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 
 Floats = NDArray[np.float64]
 
+LONGEST_RUN = 64
+"""Steps that are taken together at most: contexts grow meanwhile, and the mean stands for all."""
+
 
 @dataclass(eq=False, slots=True)
 class SimRouter:
@@ -38,10 +42,12 @@ class SimRouter:
     waiting: deque[int] = field(default_factory=deque)
     prefills: list[list[int]] = field(default_factory=list)  # [request, tokens left], oldest first
     decodes: list[tuple[int, int]] = field(default_factory=list)  # heap of (last step, request)
+    context: int = 0  # tokens that the decoding sequences attend to, of all together
     step: int = 0
     takes: list[int] = field(default_factory=list)
     began: float = 0.0
     step_s: float = 0.0
+    attention_s: float = 0.0  # of a step
     steps: int = 0
     waking: bool = False  # its next step is the first after a rest
     credited: int = 0
@@ -218,8 +224,7 @@ class Engine:
         decodes = len(router.decodes)
         takes = self._prefill_takes(router, decodes) if router.prefills or router.waiting else []
         steps = router.decodes[0][0] - router.step if decodes else 1 << 60
-        if router.waking:
-            steps = 1
+        steps = 1 if router.waking else min(steps, LONGEST_RUN)
         for (_, left), take in zip(router.prefills, takes, strict=False):
             if left < steps * take:
                 steps = left // take
@@ -229,22 +234,32 @@ class Engine:
             return
         router.takes, router.tokens = takes, tokens
         router.began, router.steps, router.credited, router.worked = self.now, steps, 0, 0.0
+        router.attention_s = self._attention_s(router, takes, steps)
         self._time_steps(router)
         self._push(router)
 
     def _time_steps(self, router: SimRouter) -> None:
         """How long a step of its batch takes with the present placement, beside what the other routers do."""
-        router.step_s, router.expert_s = self._step_s(router, len(router.decodes), router.tokens)
+        router.step_s, router.expert_s = self._step_s(router, len(router.decodes), router.tokens, router.attention_s)
         if router.waking:
             router.step_s += self._costs.costs.wake_s
         self._set_busy(router, self.table.bottleneck_s[router.tokens] / router.step_s)
 
-    def _step_s(self, router: SimRouter, decodes: int, tokens: int) -> tuple[float, float]:
+    def _attention_s(self, router: SimRouter, takes: Sequence[int], steps: int) -> float:
+        """Of one of its next steps, in the mean: each takes so many tokens of the first prompts."""
+        costs = self._costs
+        pairs = 0.0
+        for (request, left), take in zip(router.prefills, takes, strict=False):
+            pairs += take * (self._prompt[request] - left + take * steps / 2)
+        seen = router.context + len(router.decodes) * (steps - 1) / 2
+        return costs.decode_context_s * seen + costs.prefill_context_s * pairs
+
+    def _step_s(self, router: SimRouter, decodes: int, tokens: int, attention_s: float) -> tuple[float, float]:
         """The same for any batch, and the part of it that is spent on experts."""
         others, most = self._busy - router.busy, 1 - 1 / len(self.routers)
         others = 0.0 if others < 0 else min(others, most)
         experts_s = self.table.slowest_s[tokens] / (1 - others)
-        return self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + experts_s, experts_s
+        return self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + attention_s + experts_s, experts_s
 
     def _rest(self, router: SimRouter) -> None:
         router.takes, router.tokens, router.steps, router.credited, router.worked = [], 0, 0, 0, 0.0
@@ -287,7 +302,11 @@ class Engine:
     def _chunk(self, router: SimRouter, decodes: int, most: int) -> int:
         """Prefill tokens beside decoding sequences: those at which `engine.pace` settles."""
         step_s, chunk = self._settings.step_s, min(most, self._settings.prefill_chunk)
-        while step_s is not None and chunk > LEAST_CHUNK and self._step_s(router, decodes, decodes + chunk)[0] > step_s:
+
+        def lasts_s(chunk: int) -> float:
+            return self._step_s(router, decodes, decodes + chunk, self._attention_s(router, [chunk], 1))[0]
+
+        while step_s is not None and chunk > LEAST_CHUNK and lasts_s(chunk) > step_s:
             chunk = max(LEAST_CHUNK, chunk // 2)
         return chunk
 
@@ -315,8 +334,11 @@ class Engine:
         router.waking = False
         router.step += steps
         decodes, step = router.decodes, router.step
+        router.context += steps * len(decodes)
         while decodes and decodes[0][0] == step:
-            self._end(router, heapq.heappop(decodes)[1])
+            request = heapq.heappop(decodes)[1]
+            router.context -= self._prompt[request] + self._output[request] - 1
+            self._end(router, request)
         if router.takes:
             for prefill, take in zip(router.prefills, router.takes, strict=False):
                 prefill[1] -= take * steps
@@ -331,6 +353,7 @@ class Engine:
         if self._output[request] == 1:
             self._end(router, request)
         else:
+            router.context += self._prompt[request]
             heapq.heappush(router.decodes, (router.step + self._output[request] - 1, request))
 
     def _end(self, router: SimRouter, request: int) -> None:

@@ -54,26 +54,36 @@ def test_a_value_that_falls_is_evened_out_with_its_neighbours(values, expected):
 def test_a_simulated_step_lasts_as_long_as_the_one_that_was_seen():
     truth = Costs(
         trunk_tokens=(1, 64), trunk_s=(0.004, 0.020), trunk_layers=2, decode_s=0.0005, forward_s=1e-4, row_s=1e-5,
-        expert_s=2e-4, hop_s=3e-4, hop_row_s=2e-6, request_s=0.006, wake_s=0.003,
+        expert_s=2e-4, hop_s=3e-4, hop_row_s=2e-6, request_s=0.006, wake_s=0.003, decode_context_s=2e-6,
+        prefill_context_s=5e-7,
     )  # fmt: skip
-    shape = MoeShape(2, 4, 2)
+    shape, context = MoeShape(2, 4, 2), 96.0
 
-    def lasts(tokens: int, decodes: int) -> float:
+    def lasts(tokens: int, decodes: int, context: float = context) -> float:
         trunk_s = float(np.interp(tokens, truth.trunk_tokens, truth.trunk_s))
-        return trunk_s + decodes * truth.decode_s + calibration._beside_experts(truth, shape, 2)(tokens)
+        attention_s = decodes * context * truth.decode_context_s
+        if not decodes:
+            attention_s = truth.prefill_context_s * tokens**2 / 2
+        beside_s = calibration._beside_experts(truth, shape, 2)(tokens)
+        return trunk_s + decodes * truth.decode_s + attention_s + beside_s
 
-    def phase(count: int, step_s: float) -> Phase:
-        return Phase(count, step_s, truth.hop_s + truth.hop_row_s * count * shape.top_k)
+    def phase(count: int, step_s: float, context: float = 0.0) -> Phase:
+        return Phase(count, step_s, truth.hop_s + truth.hop_row_s * count * shape.top_k, context)
 
     before_s = truth.request_s + truth.wake_s
+    beside_s = lasts(1, 1) / 2 + truth.request_s
+    chunk_s = lasts(16, 0) + truth.decode_s
+    chunks_s = 8 * chunk_s + truth.prefill_context_s * 16**2 * sum(range(8))
     rhythm = Rhythm(
-        [phase(n, lasts(n, n)) for n in (1, 2, 4, 8, 16)],
+        [phase(n, lasts(n, n), context) for n in (1, 2, 4, 8, 16)],
         [phase(1, lasts(1, 1) + before_s), *(phase(n, lasts(n, 0) + before_s) for n in (16, 64))],
-        lasts(1, 1) / 2 + lasts(2, 2) + truth.request_s,
+        beside_s + lasts(2, 2),
+        far_streams=phase(4, lasts(4, 4, 1000.0), 1000.0),
+        far_prompts=(phase(16, chunk_s + beside_s), phase(128, chunks_s + beside_s)),
     )
     experts = replace(truth, hop_s=0.0, hop_row_s=0.0)
     found = calibration.fit_rhythm(rhythm, experts, shape, 2)
-    for key in ("hop_s", "hop_row_s", "request_s", "wake_s", "decode_s"):
+    for key in ("hop_s", "hop_row_s", "request_s", "wake_s", "decode_s", "decode_context_s", "prefill_context_s"):
         assert found[key] == pytest.approx(getattr(truth, key)), key
     assert found["trunk_tokens"] == [1, 2, 4, 8, 16, 64]
     assert found["trunk_s"] == pytest.approx(np.interp(found["trunk_tokens"], truth.trunk_tokens, truth.trunk_s))
@@ -90,6 +100,9 @@ def test_a_running_system_is_measured_and_the_simulator_reads_it(tmp_path):
     costs = load_costs(tmp_path / "costs.json")
     assert costs.trunk_layers == 2
     assert costs.trunk_tokens == (1, 2, 4, 8, 16, 64)
+    seen = result["points"]["rhythm"]
+    assert [phase["count"] for phase in seen["far_prompts"]] == [16, 128]
+    assert seen["far_streams"]["context"] > 4 * seen["streams"][0]["context"]
     assert costs.cores == 0  # an actor's figures hold for any number of machines
     assert costs.start_s > 0
     assert costs.trunk_s[0] > 0

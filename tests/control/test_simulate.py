@@ -238,6 +238,23 @@ def test_a_lone_request_takes_what_its_steps_take():
     assert outcome.latencies.last_s[0] == pytest.approx(prefill + 2 * decode)
 
 
+def test_attention_takes_its_time_for_each_token_that_is_seen():
+    """A prompt of 128 tokens in two steps, whose second half sees the first one too, and 200 answers after it."""
+    it = world(trace_of("one", [(0.0, 128, 201)]))
+    placement = it.settled_placement(it.hosts(2), it.hindsight.load)
+
+    def run(costs):
+        costs = StepCosts(costs, SHAPE, 64)
+        engine = Engine(it.trace, EngineConfig(max_batch_tokens=64), costs, it_table(costs, it, placement), 1)
+        engine.advance(math.inf)
+        return engine.latencies()
+
+    blind, seeing = run(COSTS), run(replace(COSTS, decode_context_s=3e-6, prefill_context_s=5e-7))
+    first_s = 5e-7 * 128**2 / 2
+    assert seeing.first_s - blind.first_s == pytest.approx(first_s)
+    assert seeing.last_s - blind.last_s == pytest.approx(first_s + 3e-6 * sum(range(128, 328)))
+
+
 def test_a_large_system_is_simulated():
     """61 layers of 256 experts on 1,000 actors."""
     shape = MoeShape(61, 256, 8)
