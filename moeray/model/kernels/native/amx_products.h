@@ -63,7 +63,7 @@ INLINE void add_products(const int groups, const Side *a, const char *const *b, 
         const int64_t byte = (k >> 4) * ahead.pace;
         if (byte % 64 == 0 && byte < ahead.bytes)
             _Pragma("GCC unroll 4") for (int64_t i = 0; i < ahead.count; i++)
-                __builtin_prefetch(ahead.rows[i].data + byte, 0, 2);
+                __builtin_prefetch(ahead.rows[i * ahead.step].data + byte, 0, 2);
     }
 }
 

@@ -12,6 +12,7 @@
 #include "decode.h"
 
 #define APIECE (LANES / OUTS) /* products for a vector of outputs */
+#define FETCH_TO (LANES == 16 ? 3 : 2) /* the nearest cache, or the one behind it */
 #if LANES == 8
 #define HOLD(address) __asm__("" : "+r"(address)) /* as it is; else there is one for each row, and no registers */
 #else
@@ -122,11 +123,16 @@ INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int
                           const char *x, int64_t x_step, int64_t from, int64_t to, int more, Ahead ahead,
                           FN(wide) *sums) {
     const int64_t block = forms[format].block, stretch = LANES == 8 ? stretch_of(format) : block;
-    int64_t byte = (from / 16 * ahead.pace + 63) & -64;
+    const int64_t bytes = bytes_of(format, stretch), lines = (bytes + 63) / 64, of_a_line = bytes < 64 ? 64 / bytes : 1;
+    const int64_t pace = stretch / 16 * ahead.pace;
+    const uint8_t *next[OUTS];
     FN(wide) s[MOST * OUTS];
     uint8_t fillers[OUTS][FILLER];
     Row rows_of[OUTS], at[OUTS], last[OUTS];
-    for (int n = 0; n < OUTS; n++) rows_of[n] = w[n * APIECE];
+    for (int n = 0; n < OUTS; n++) {
+        rows_of[n] = w[n * APIECE];
+        next[n] = n < ahead.count ? ahead.rows[n * ahead.step].data + from / 16 * ahead.pace : NULL;
+    }
     if (to % block) /* before there are sums: a call takes their registers */
         for (int n = 0; n < OUTS; n++) last[n] = FN(filled)(format, m, rows_of[n], to / block * block, fillers[n]);
     /* Unrolled, or the sums would be in memory instead of registers: compilers do so by themselves up to 16 times. */
@@ -141,8 +147,11 @@ INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int
             for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, rows_of[n], from + k);
             FN(step)(format, rows, parts, part, at, x + input_bytes(format) * k, x_step, s);
         }
-        for (; byte < ahead.bytes && byte < (from + stretch) / 16 * ahead.pace; byte += 64)
-            for (int64_t a = 0; a < ahead.count; a++) __builtin_prefetch(ahead.rows[a].data + byte, 0, 2);
+        for (int n = 0; n < OUTS; n++) {
+            for (int64_t i = 0; n < ahead.count && from / stretch % of_a_line == 0 && i < lines; i++)
+                __builtin_prefetch(next[n] + 64 * i, 0, FETCH_TO);
+            next[n] += pace;
+        }
     }
     for (; !in_pairs(format) && from < to; from += block, x += input_bytes(format) * block) {
         for (int n = 0; n < OUTS; n++) at[n] = from + block <= to ? FN(at)(format, m, rows_of[n], from) : last[n];
@@ -158,8 +167,8 @@ INLINE int FN(in_halves)(int rows) { return LANES == 8 && rows > 3; }
 
 /* Part i of n equal ones. */
 INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
-    int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
-    return (Ahead){all.rows + from, to - from, all.bytes, all.pace};
+    const int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
+    return (Ahead){all.rows + from * all.step, to - from, all.step, all.bytes, all.pace, all.near};
 }
 
 /* Sums over the inputs [from, to), of OUTS weight rows, APIECE apart, and `rows` rows of inputs. */
@@ -209,6 +218,23 @@ INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, co
 /* Of a tile the first of the OUTS rows that are multiplied together, in turn i. */
 INLINE const Row *FN(turn)(const Row *w, int64_t i) { return w + i / APIECE * LANES + i % APIECE; }
 
+/* What is fetched during turn i: a part of the next tile; or the rows of the next turn, which is far enough where memory
+   is what turns wait for, and near enough for the nearest cache. */
+INLINE Ahead FN(soon)(const Row *w, int64_t i, Ahead ahead) {
+    enum { TURNS = TILE / OUTS };
+    if (!ahead.near) return FN(share)(ahead, i, TURNS);
+    const int last = i + 1 == TURNS;
+    const Row *next = last ? ahead.rows : FN(turn)(w, i + 1);
+    return (Ahead){next, last && !ahead.count ? 0 : OUTS, APIECE, ahead.bytes, ahead.pace, 1};
+}
+
+/* While outputs are finished, memory would have nothing to do: the first of what comes after the next tile's first turn. */
+INLINE void FN(fetch_meanwhile)(Ahead ahead) {
+    const Row *w = FN(turn)(ahead.rows, 1);
+    for (int64_t byte = 0; byte < MEANWHILE && byte < ahead.bytes; byte += 64)
+        for (int n = 0; n < OUTS; n++) __builtin_prefetch(w[n * APIECE].data + byte, 0, FETCH_TO);
+}
+
 /* TILE weight rows times `rows` rows of inputs: TILE / OUTS folds for each row. SPAN inputs at a time, so that those of
    all rows stay in the nearest cache while the weights pass by, unless one pass over the weights does. */
 INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
@@ -217,7 +243,7 @@ INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row
 #if HAS_PAIRS
     if (scales_sums(format)) {
         for (int i = 0; i < TURNS; i++)
-            FN(dot_scaled)(format, rows, m, FN(turn)(w, i), x, x_step, FN(share)(ahead, i, TURNS), folds + i);
+            FN(dot_scaled)(format, rows, m, FN(turn)(w, i), x, x_step, FN(soon)(w, i, ahead), folds + i);
         return;
     }
 #endif
@@ -227,7 +253,7 @@ INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row
         const int64_t to = from + span < in ? from + span : in;
         for (int i = 0; i < TURNS; i++) {
             FN(wide) *mine = sums[LANES == 8 ? i : 0];
-            FN(sum_up)(format, rows, m, FN(turn)(w, i), x, x_step, from, to, from > 0, FN(share)(ahead, i, TURNS), mine);
+            FN(sum_up)(format, rows, m, FN(turn)(w, i), x, x_step, from, to, from > 0, FN(soon)(w, i, ahead), mine);
             for (int r = 0; to == in && r < rows; r++) folds[r * TURNS + i] = FN(fold)(mine + r * OUTS);
         }
     }
@@ -286,9 +312,11 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
         m = &dense, w = rows;
     }
     const int64_t groups = FN(groups_for)(count);
+    ahead.near = LANES == 16 && groups == 1 && m != &dense;
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
         FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), folds);
+        if (ahead.near && ahead.count) FN(fetch_meanwhile)(ahead);
         for (int64_t r = 0; r < few; r++) {
             FN(vec) sums[PARTS];
             for (int p = 0; p < PARTS; p++) sums[p] = FN(unite)(folds + r * (TILE / OUTS) + p * APIECE);
@@ -412,6 +440,7 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef UP_TO_MOST
 #undef OUTS
 #undef APIECE
+#undef FETCH_TO
 #undef HOLD
 #undef HAS_PAIRS
 #undef COMPUTED

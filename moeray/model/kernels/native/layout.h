@@ -100,11 +100,11 @@ typedef struct {
     const uint8_t *data, *scale;
 } Row;
 
-/* Weight rows that will be read next, for fetching them from memory meanwhile: `bytes` of each, at the pace of so many
-   for 16 inputs. */
+/* Every `step`th weight row of those that will be read next, for fetching them from memory meanwhile: `bytes` of each, at
+   the pace of so many for 16 inputs. near: turn by turn, instead of a tile ahead. */
 typedef struct {
     const Row *rows;
-    int64_t count, bytes, pace;
+    int64_t count, step, bytes, pace, near;
 } Ahead;
 
 enum {
@@ -117,6 +117,7 @@ enum {
     NEAR = 5 << 18,  /* bytes of such a cache that they and the weights of three tiles may take */
     PANEL_ROWS = 256, /* for so many at least weights are copied to where tiles read them fastest */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
+    MEANWHILE = 512, /* bytes of a weight row that are fetched while outputs are finished */
     READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
 };

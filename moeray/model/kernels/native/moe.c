@@ -148,7 +148,7 @@ static void compute_stage(const Kernels *k, const Work *w, const Stage *s, int64
     int64_t item = claim(taken), shaped = 0;
     if (item < s->count) find_tile(s, item, tiles);
     for (int now = 0; item < s->count; now = !now) {
-        Ahead ahead = {tiles[!now].w, lanes_of(w), s->m->row_bytes, bytes_of(s->m->format, 16)};
+        Ahead ahead = {tiles[!now].w, lanes_of(w), 1, s->m->row_bytes, bytes_of(s->m->format, 16), 0};
         item = claim(taken);
         if (item < s->count)
             find_tile(s, item, tiles + !now);
