@@ -26,7 +26,7 @@ layer's products, and less than it takes from the last one until an expert begin
 
 
 BACKGROUND = 10
-"""Niceness of what nobody waits for: a tenth of a core where others want all of it."""
+"""So much nicer is what nobody waits for: it gets a tenth of a core where another thread wants all of it."""
 
 
 def wait_passively() -> None:
@@ -42,18 +42,19 @@ def wait_for_a_core() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def apart(call: Callable[[], T], niceness: int = 0) -> T:
+def apart(call: Callable[[], T], nicer: int = 0) -> T:
     """Call it in a thread of its own, for whose end the caller waits: what computes now and then, beside what computes
-    all the time. `niceness`: of the thread, which ends with it, where nobody is in a hurry (Linux keeps one for each).
+    all the time. `nicer`: so much nicer than its caller is the thread (Linux: each has a niceness), where nobody waits.
 
     libgomp keeps a team of threads for each thread that has ever computed. Where all of them are more than the cores,
     those that compute go to sleep after a 20th of their rounds. A thread's team ends with it.
     """
 
     def run() -> T:
-        if niceness:
-            with suppress(OSError):  # then at the ordinary priority
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+        if nicer:
+            me = threading.get_native_id()
+            with suppress(OSError):  # then at the caller's priority
+                os.setpriority(os.PRIO_PROCESS, me, min(19, os.getpriority(os.PRIO_PROCESS, me) + nicer))
         return call()
 
     with ThreadPoolExecutor(1, thread_name_prefix="apart") as own:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from moeray.threads import apart, in_idle_time, within_quota
+from moeray.threads import BACKGROUND, apart, in_idle_time, within_quota
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,16 @@ def test_what_computes_apart_leaves_no_threads_behind():
 def test_what_fails_apart_fails_here():
     with pytest.raises(ZeroDivisionError):
         apart(lambda: 1 // 0)
+
+
+def test_what_nobody_waits_for_is_nice_and_its_caller_stays_as_it_was():
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    assert apart(niceness, BACKGROUND) == min(19, before + BACKGROUND)
+    assert niceness() == before
+    assert apart(niceness) == before
 
 
 def test_work_in_idle_time_gives_way_and_nobody_waits_for_it_for_long():

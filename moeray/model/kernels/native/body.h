@@ -131,7 +131,7 @@ INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int
     Row rows_of[OUTS], at[OUTS], last[OUTS];
     for (int n = 0; n < OUTS; n++) {
         rows_of[n] = w[n * APIECE];
-        next[n] = n < ahead.count ? ahead.rows[n * ahead.step].data + from / 16 * ahead.pace : NULL;
+        next[n] = n < ahead.count ? ahead.rows[n * ahead.step].data + from / 16 * ahead.pace : rows_of[n].data;
     }
     if (to % block) /* before there are sums: a call takes their registers */
         for (int n = 0; n < OUTS; n++) last[n] = FN(filled)(format, m, rows_of[n], to / block * block, fillers[n]);
