@@ -24,7 +24,6 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 """Environment of every process that computes. 2,000 rounds take about 50 us: as long as Python takes between two of a
 layer's products, and less than it takes from the last one until an expert begins."""
 
-
 BACKGROUND = 10
 """So much nicer is what nobody waits for: it gets a tenth of a core where another thread wants all of it."""
 

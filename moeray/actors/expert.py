@@ -102,7 +102,10 @@ class ExpertActor:
         """
         self._heard()
         with self._loading:
-            apart(lambda: self._open(revision), BACKGROUND if self._spec.background else 0)
+            if self._spec.background:
+                apart(lambda: self._open(revision), BACKGROUND)
+            else:
+                self._open(revision)
 
     def host(self, experts: Sequence[tuple[int, int]], revision: str | None = None) -> int:
         """Map the weights of `experts` beside those already hosted; stored bytes in all.
