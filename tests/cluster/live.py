@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,8 +24,9 @@ from tests.scraping import Sample, fallen, lasting, samples
 
 _names = itertools.count()
 
-GREEDY = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
-SAMPLED = SamplingParams(max_tokens=48, temperature=0.9, seed=5, ignore_eos=True, frequency_penalty=0.4)
+TOKENS = 96  # of each request
+GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=TOKENS, temperature=0.9, seed=5, ignore_eos=True, frequency_penalty=0.4)
 REQUESTS = tuple((tuple(range(5 + i, 25 + 2 * i)), GREEDY if i % 2 == 0 else SAMPLED) for i in range(4))
 
 
@@ -36,24 +38,34 @@ class Live:
         self.controller = controller
         self._scraped: dict[Sample, float] = {}
 
-    async def tokens(self, prompt: tuple[int, ...], sampling: SamplingParams, after: Any = None) -> list[int]:
-        """One request's tokens; `after`, an event, is set at its 4th token."""
+    async def tokens(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, at: Callable[[int], None] = lambda count: None
+    ) -> list[int]:
+        """One request's tokens; `at` is told how many there are, each time that some have come."""
         got: list[int] = []
         request = GenerationRequest(f"live-{next(_names)}", prompt, sampling)
         async with aclosing(self.backend.generate(request)) as outputs:
             async for output in outputs:
                 assert output.error is None, output.error
                 got += output.token_ids
-                if after is not None and len(got) >= 4:
-                    after.set()
+                at(len(got))
         return got
 
     async def all_tokens(self, disturb: Callable[[], Any] | None = None) -> list[list[int]]:
-        """Every request's tokens, side by side; `disturb` runs once all of them have begun to stream."""
-        begun = [asyncio.Event() for _ in REQUESTS]
-        tasks = [asyncio.create_task(self.tokens(*r, after=e)) for r, e in zip(REQUESTS, begun, strict=True)]
+        """Every request's tokens, side by side; `disturb` runs once all of them have begun to stream, or the quickest
+        is half through: on few cores some router may not get one for as long."""
+        begun: set[int] = set()
+        now = asyncio.Event()
+
+        def at(request: int, count: int) -> None:
+            if count >= 4:
+                begun.add(request)
+            if len(begun) == len(REQUESTS) or count >= TOKENS // 2:
+                now.set()
+
+        tasks = [asyncio.create_task(self.tokens(*r, at=partial(at, i))) for i, r in enumerate(REQUESTS)]
         if disturb is not None:
-            await asyncio.gather(*(event.wait() for event in begun))
+            await now.wait()
             assert not any(task.done() for task in tasks), "the streams ended before they could be disturbed"
             answer = disturb()
             if asyncio.iscoroutine(answer):

@@ -63,14 +63,8 @@ def running(request, ray_here, tmp_path_factory):
 async def survives(live: Live, calm: list[list[int]], disturb) -> None:
     """The same tokens during and after the disturbance, and everything is there again in the end. What was counted
     before is counted still, throughout."""
-
-    async def scraped_disturb() -> None:
-        await live.scrape()
-        answer = disturb()
-        if asyncio.iscoroutine(answer):
-            await answer
-
-    assert await live.all_tokens(scraped_disturb) == calm
+    await live.scrape()
+    assert await live.all_tokens(disturb) == calm
     await live.scrape()
     await live.whole()
     before = total(await live.scrape(), TOKENS)
