@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeray.engine.sampling import SampledToken, adjust, draw, keyed_uniform, report_logprobs
+from moeray.engine.sampling import SampledToken, adjust, draw, keyed_uniform, likeliest, report_logprobs
 from moeray.engine.sequence import Sequence
 from moeray.errors import MoerayError
 from moeray.types import SamplingParams, TokenLogprobs
@@ -35,12 +35,9 @@ class Sampler:
         """
         if not seqs:
             return []
-        best_B, ids_B = logits.max(-1)  # NaN wins every comparison
-        self._check(best_B, seqs)
-        if all(map(_plain, (seq.sampling for seq in seqs))):
-            return [SampledToken(token) for token in ids_B.tolist()]
         logits_BV = logits.float()
-        tokens = self._draw(logits_BV, ids_B, seqs)
+        self._check(logits_BV.amax(-1), seqs)  # which NaN passes through
+        tokens = self._draw(logits_BV, seqs)
         logprobs = self._logprobs(logits_BV, seqs, tokens)
         return [SampledToken(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
@@ -48,20 +45,21 @@ class Sampler:
         if not (finite := best_B.isfinite()).all():
             raise LogitsError(tuple(seq.request_id for seq, ok in zip(seqs, finite.tolist(), strict=True) if not ok))
 
-    def _draw(self, logits_BV: Tensor, best_B: Tensor, seqs: list[Sequence]) -> list[int]:
-        """`best_B`: the likeliest tokens before anything is adjusted."""
+    def _draw(self, logits_BV: Tensor, seqs: list[Sequence]) -> list[int]:
         if adjusted := [row for row, seq in enumerate(seqs) if _adjusts(seq.sampling)]:
             logits_BV = logits_BV.clone()
             for row in adjusted:
                 adjust(logits_BV[row], seqs[row].sampling, seqs[row].tokens, seqs[row].num_prompt)
-            best_B = logits_BV.argmax(-1)
-        tokens: list[int] = best_B.tolist()
-        rows = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
-        if rows:
-            uniform = [keyed_uniform(seqs[row].sampling.seed, seqs[row].num_tokens) for row in rows]
-            some = len(rows) < len(seqs)
-            logits_RV = logits_BV[torch.tensor(rows, device=logits_BV.device)] if some else logits_BV
-            for row, token in zip(rows, draw(logits_RV, [seqs[row].sampling for row in rows], uniform), strict=True):
+        greedy = [row for row, seq in enumerate(seqs) if _greedy(seq.sampling)]
+        drawn = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
+        tokens = [0] * len(seqs)
+        if greedy:
+            for row, token in zip(greedy, likeliest(_rows(logits_BV, greedy)), strict=True):
+                tokens[row] = token
+        if drawn:
+            uniform = [keyed_uniform(seqs[row].sampling.seed, seqs[row].num_tokens) for row in drawn]
+            params = [seqs[row].sampling for row in drawn]
+            for row, token in zip(drawn, draw(_rows(logits_BV, drawn), params, uniform), strict=True):
                 tokens[row] = token
         return tokens
 
@@ -70,8 +68,7 @@ class Sampler:
         if not wanted:
             return {}
         rows = list(wanted)
-        logits_RV = logits_BV[torch.tensor(rows, device=logits_BV.device)]
-        reports = report_logprobs(logits_RV, [tokens[row] for row in rows], list(wanted.values()))
+        reports = report_logprobs(_rows(logits_BV, rows), [tokens[row] for row in rows], list(wanted.values()))
         return dict(zip(rows, reports, strict=True))
 
 
@@ -85,6 +82,6 @@ def _adjusts(params: SamplingParams) -> bool:
     )
 
 
-def _plain(params: SamplingParams) -> bool:
-    """The model's own likeliest token, and nothing else, is asked for."""
-    return _greedy(params) and not _adjusts(params) and params.logprobs is None
+def _rows(logits_BV: Tensor, rows: list[int]) -> Tensor:
+    """These, in order, without a copy where they are all."""
+    return logits_BV if len(rows) == len(logits_BV) else logits_BV[torch.tensor(rows, device=logits_BV.device)]

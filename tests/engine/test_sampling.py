@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeray.engine.sampler import Sampler
-from moeray.engine.sampling import draw, keyed_uniform
+from moeray.engine.sampling import draw, keyed_uniform, likeliest
 from moeray.engine.sequence import Sequence
 from moeray.types import GenerationRequest, SamplingParams
 
@@ -27,6 +27,17 @@ def kept(logits_V, params):
         nucleus.append(token)
         before += p[token]
     return {token for token in nucleus if p[token] >= params.min_p * p[order[0]]}
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 255, 256, 257, 511, 512, 49155])
+def test_the_likeliest_token_is_the_first_of_the_highest(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    few = torch.randint(-3, 3, (40, vocab), generator=generator).float()  # ties everywhere
+    places = torch.randint(vocab, (40, 1), generator=generator)
+    single = torch.full((40, vocab), -math.inf).scatter_(1, places, 1.0)
+    last = torch.zeros(1, vocab).index_fill_(1, torch.tensor([vocab - 1]), 1.0)
+    for logits_RV in (few, single, last):
+        assert likeliest(logits_RV) == [row.index(max(row)) for row in logits_RV.tolist()]
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0, 8.0])  # a nucleus of thousands of tokens, of hundreds, of a few
