@@ -14,6 +14,7 @@ enum {
     KEYS = 32,  /* keys that are decoded and scored at once */
     PART = 256, /* keys of a sequence that one thread works on */
     HEADS = 16, /* queries that it works on */
+    RUNS = 8,   /* runs of parts that each thread gets at least, so that all end together */
 };
 #define LOWEST -3.0e38f /* less than any score; minus infinity would give NaN as a difference */
 
@@ -24,18 +25,24 @@ typedef struct {
     float *out, most[HEADS], sum[HEADS];
 } Part;
 
-/* What a thread writes. k_rows, v_rows: a tile's keys and values of the first key/value head, where they lie; next_...:
-   of the next tile, `share` of which, from `ahead` on, are asked for while this head is computed. keys, values: those of
-   the head, maybe decoded to k and v. */
+/* The rows of the next tile, `keys` keys and then their values, of so many bytes each: those from `row`, byte `at`, up
+   to `end` are still to be asked for, `pace` lines at each step of what is computed meanwhile. */
+typedef struct {
+    const char *rows[2 * KEYS];
+    int64_t keys, k_bytes, v_bytes, row, at, end, pace;
+} Coming;
+
+/* What a thread writes. k_rows, v_rows: a tile's keys and values of the first key/value head, where they lie. keys,
+   values: those of the head that is computed, maybe decoded to k and v. */
 typedef struct {
     float *q, *k, *v, scores[HEADS * KEYS], fade[HEADS];
     int64_t slots[PART];
-    const char *k_rows[KEYS], *v_rows[KEYS], *next_k_rows[KEYS], *next_v_rows[KEYS], *keys[KEYS], *values[KEYS];
-    int64_t ahead, share, k_bytes, v_bytes;
+    const char *k_rows[KEYS], *v_rows[KEYS], *keys[KEYS], *values[KEYS];
+    Coming next;
 } Work;
 
 typedef struct {
-    void (*attend)(const Attention *, Part *, Work *);
+    void (*attend)(const Attention *, Part *, const Part *next, Work *);
     void (*join)(const Attention *, const Part *, int64_t count, int64_t step, int64_t h, void *y);
 } Kernels;
 
@@ -65,11 +72,50 @@ static const char *value_at(const Attention *a, int64_t slot, int64_t group) {
     return (const char *)a->v + slot * a->v_slot + group * a->v_head;
 }
 
-/* Asks for the share of rows that goes with keys [n, n + count) of this tile: a few at a time, for as many as memory can
-   be asked for at once. */
-static inline void fetch(const Work *w, const char *const *rows, int64_t bytes, int64_t n, int64_t count) {
-    for (int64_t r = w->share * n / KEYS; r < w->share * (n + count) / KEYS; r++)
-        for (int64_t d = 0; d < bytes; d += 64) __builtin_prefetch(rows[w->ahead + r] + d, 0, 2);
+/* The keys of a part's tile that begins with key `from`. */
+static int64_t keys_of(const Part *part, int64_t from) { return part->to - from < KEYS ? part->to - from : KEYS; }
+
+/* Its key/value heads: some whole ones, or one, of some of whose queries it is. */
+static int64_t groups_in(const Attention *a, const Part *part) {
+    return part->heads > queries_of(a) ? part->heads / queries_of(a) : 1;
+}
+
+/* Where the next tile lies: that of key `from`, or the first of the part that comes then, if there is one. */
+static void look_ahead(const Attention *a, const Part *part, int64_t from, const Part *then, Coming *next) {
+    next->keys = next->row = next->at = next->end = 0;
+    if (from >= part->to) {
+        if (!then) return;
+        part = then;
+        from = part->from;
+    }
+    int64_t slots[KEYS];
+    const int64_t group = part->head / queries_of(a), others = groups_in(a, part) - 1;
+    next->keys = keys_of(part, from);
+    next->k_bytes = others * a->k_head + bytes_of(a->format, a->k_size);
+    next->v_bytes = others * a->v_head + bytes_of(a->format, a->v_size);
+    find(a, a->tables + part->sequence * a->table_width, from, from + next->keys, slots);
+    for (int64_t n = 0; n < next->keys; n++) {
+        next->rows[n] = key_at(a, slots[n], group);
+        next->rows[next->keys + n] = value_at(a, slots[n], group);
+    }
+}
+
+static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* So many steps are left to ask for all that is left. */
+static inline void set_pace(Coming *next, int64_t steps) {
+    const int64_t keys = lesser(next->end, next->keys) - lesser(next->row, next->keys);
+    const int64_t values = next->end - next->row - keys;
+    const int64_t lines = keys * ((next->k_bytes + 63) / 64) + values * ((next->v_bytes + 63) / 64);
+    next->pace = (lines + steps - 1) / steps;
+}
+
+/* Asks for the lines of one step. Of many at once a CPU forgets some, as it waits for so many at a time at most. */
+static inline void fetch(Coming *next) {
+    for (int64_t i = 0; i < next->pace && next->row < next->end; i++) {
+        __builtin_prefetch(next->rows[next->row] + next->at);
+        if ((next->at += 64) >= (next->row < next->keys ? next->k_bytes : next->v_bytes)) next->at = 0, next->row++;
+    }
 }
 
 #define FN(name) name##_portable
@@ -167,6 +213,8 @@ void moeray_attention(const Attention *a) {
                 parts[n].to = from + PART < a->end[i] ? from + PART : a->end[i];
                 parts[n].out = outs + n * out;
             }
+    /* So many one after the other: a thread asks for the next one's keys while it works on the one before. */
+    const int64_t run = 1 + count / (RUNS * a->threads);
 #pragma omp parallel num_threads(a->threads) if (a->threads > 1)
     {
         Work work;
@@ -174,7 +222,9 @@ void moeray_attention(const Attention *a) {
         work.k = work.q + HEADS * whole(a->k_size);
         work.v = work.k + KEYS * whole(a->k_size);
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < count; n++) k->attend(a, parts + n, &work);
+        for (int64_t from = 0; from < count; from += run)
+            for (int64_t n = from; n < count && n < from + run; n++)
+                k->attend(a, parts + n, n + 1 < count && n + 1 < from + run ? parts + n + 1 : NULL, &work);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < count; n++) {
             const Part *part = parts + n;

@@ -36,17 +36,23 @@ INLINE f32x16 FN(multiply_add)(const int format, f32x16 sum, f32x16 a, f32x16 b)
     return sum + a * b;
 }
 
+/* How many keys' products with so many queries are added up at once, and over how many dimensions a step. */
+INLINE int FN(at_once)(const int heads) { return SUMS / heads; }
+
+INLINE int64_t FN(stride)(const int format) { return format == PAIRS ? 32 : 16; }
+
 /* 16 scores: of `heads` queries with 16 / heads keys, those of a query side by side. q_step: bytes. */
 INLINE void FN(dots)(const int format, const int heads, const char *q, int64_t q_step, const char *const *keys,
-                     int64_t width, float scale, float *scores) {
-    const int count = 16 / heads, at_once = SUMS / heads > count ? count : SUMS / heads;
-    const int64_t vector = format == PAIRS ? 32 : 16;
+                     int64_t width, float scale, float *scores, Coming *next) {
+    const int count = 16 / heads, at_once = FN(at_once)(heads);
+    const int64_t vector = FN(stride)(format);
     f32x16 sums[16];
     for (int n = 0; n < count; n += at_once) {
         f32x16 own[SUMS];
         UNROLL
         for (int i = 0; i < heads * at_once; i++) own[i] = (f32x16){0};
-        for (int64_t d = 0; d < width; d += vector)
+        for (int64_t d = 0; d < width; d += vector) {
+            fetch(next);
             UNROLL
             for (int j = 0; j < at_once; j++) {
                 f32x16 key = format == PAIRS ? LOAD(f32x16, keys[n + j] + 2 * d) : FN(load)(format, keys[n + j], d);
@@ -56,11 +62,13 @@ INLINE void FN(dots)(const int format, const int heads, const char *q, int64_t q
                     own[h * at_once + j] = FN(multiply_add)(format, own[h * at_once + j], query, key);
                 }
             }
+        }
         UNROLL
         for (int h = 0; h < heads; h++)
             UNROLL
             for (int j = 0; j < at_once; j++) sums[h * count + n + j] = own[h * at_once + j];
     }
+    fetch(next);
     f32x16 all = FN(sums_of)(sums) * scale;
     UNROLL
     for (int h = 0; h < heads; h++) memcpy(scores + h * KEYS, (float *)&all + h * count, 4 * count);
@@ -68,18 +76,16 @@ INLINE void FN(dots)(const int format, const int heads, const char *q, int64_t q
 
 INLINE void FN(score)(const int format, const int heads, const Attention *a, Work *w, int64_t h) {
     const int64_t width = whole(a->k_size), q_step = 4 * width;
-    for (int n = 0; n < KEYS; n += 16 / heads) {
-        fetch(w, w->next_k_rows, w->k_bytes, n, 16 / heads);
+    for (int n = 0; n < KEYS; n += 16 / heads)
         FN(dots)(format, heads, (const char *)w->q + h * q_step, q_step, w->keys + n, width,
-                 format == PAIRS ? a->scale : 1, w->scores + h * KEYS + n);
-    }
+                 format == PAIRS ? a->scale : 1, w->scores + h * KEYS + n, &w->next);
 }
 
 /* -- values -------------------------------------------------------------------------------------------------------- */
 
 /* out = out * fade + p V for `heads` queries and `vectors` vectors of the value from d on. */
-INLINE void FN(mix)(const int format, const int heads, const int vectors, const Work *w, int64_t h0, int64_t d,
-                    int64_t count, float *out, int64_t width) {
+INLINE void FN(mix)(const int format, const int heads, const int vectors, Work *w, int64_t h0, int64_t d, int64_t count,
+                    float *out, int64_t width) {
     const float *p = w->scores + h0 * KEYS;
     f32x16 sums[16];
     UNROLL
@@ -88,7 +94,7 @@ INLINE void FN(mix)(const int format, const int heads, const int vectors, const 
         for (int j = 0; j < vectors; j++)
             sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
     for (int64_t n = 0; n < count; n++) {
-        if (d == 0) fetch(w, w->next_v_rows, w->v_bytes, n, 1);
+        fetch(&w->next);
         UNROLL
         for (int j = 0; j < vectors; j++) {
             f32x16 value = FN(load)(format, w->values[n], d + 16 * j);
@@ -104,7 +110,7 @@ INLINE void FN(mix)(const int format, const int heads, const int vectors, const 
 
 #if defined(__AVX512BF16__)
 /* The same of two keys at once. Dimensions of `out` are in the order of unpacked words, until `in_order`. */
-INLINE void FN(mix_pairs)(const int heads, const int vectors, const Work *w, int64_t h0, int64_t d, int64_t count,
+INLINE void FN(mix_pairs)(const int heads, const int vectors, Work *w, int64_t h0, int64_t d, int64_t count,
                           float *out, int64_t width) {
     f32x16 sums[16];
     uint16_t p[4][KEYS];
@@ -118,7 +124,7 @@ INLINE void FN(mix_pairs)(const int heads, const int vectors, const Work *w, int
             sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
     }
     for (int64_t n = 0; n < count; n += 2) {
-        if (d == 0) fetch(w, w->next_v_rows, w->v_bytes, n, 2);
+        fetch(&w->next);
         UNROLL
         for (int j = 0; j < vectors; j += 2) {
             __m512i a = LOAD(__m512i, w->values[n] + 2 * (d + 16 * j));
@@ -150,7 +156,7 @@ static void FN(in_order)(float *out, int64_t count) {
 }
 #endif
 
-INLINE void FN(mixed)(const int format, const int heads, const Attention *a, const Work *w, int64_t h, int64_t count,
+INLINE void FN(mixed)(const int format, const int heads, const Attention *a, Work *w, int64_t h, int64_t count,
                       float *out) {
     const int64_t width = whole(a->v_size);
     int64_t d = 0;
@@ -209,25 +215,21 @@ INLINE void FN(soften)(float softcap, int64_t count, float *scores, f32x16 *most
 
 /* -- a part -------------------------------------------------------------------------------------------------------- */
 
-/* Where a tile of `count` keys and values lies, and the next one; the last one again where there are no more. */
-static void FN(find_rows)(const Attention *a, const Part *part, int64_t from, int64_t count, Work *w) {
+/* Where a tile of `count` keys and values lies, the last one again behind them. */
+static void FN(find_rows)(const Attention *a, const Part *part, const int64_t *slots, int64_t count, Work *w) {
     const int64_t group = part->head / queries_of(a);
     for (int64_t n = 0; n < KEYS; n++) {
-        const int64_t i = from - part->from + (n < count ? n : count - 1), last = part->to - part->from - 1;
-        const int64_t slot = w->slots[i], next = w->slots[i + KEYS < last ? i + KEYS : last];
+        const int64_t slot = slots[n < count ? n : count - 1];
         w->k_rows[n] = key_at(a, slot, group);
         w->v_rows[n] = value_at(a, slot, group);
-        w->next_k_rows[n] = key_at(a, next, group);
-        w->next_v_rows[n] = value_at(a, next, group);
     }
 }
 
-/* Those of the part's key/value head i of `count`, and a share of the next tile's rows is asked for. */
-static void FN(take)(const Attention *a, int64_t i, int64_t count, int decoded, Work *w) {
+/* Those of the part's key/value head i of `groups`. Its share of the next tile's rows is to be asked for. */
+static void FN(take)(const Attention *a, int64_t i, int64_t groups, int decoded, Work *w) {
     const int64_t k_width = whole(a->k_size), v_width = whole(a->v_size);
-    w->ahead = KEYS * i / count, w->share = KEYS * (i + 1) / count - w->ahead;
-    w->k_bytes = (count - 1) * a->k_head + bytes_of(a->format, a->k_size);
-    w->v_bytes = a->v == a->k ? 0 : (count - 1) * a->v_head + bytes_of(a->format, a->v_size);
+    /* Where v is k, a value is the beginning of its key. */
+    w->next.end = (a->v == a->k ? w->next.keys : 2 * w->next.keys) * (i + 1) / groups;
     for (int64_t n = 0; n < KEYS; n++) {
         w->keys[n] = w->k_rows[n] + i * a->k_head;
         w->values[n] = w->v_rows[n] + i * a->v_head;
@@ -241,28 +243,37 @@ static void FN(take)(const Attention *a, int64_t i, int64_t count, int decoded, 
     }
 }
 
-/* One tile for queries [h, h + heads). */
-INLINE void FN(tile)(const int format, const int heads, const Attention *a, Work *w, int64_t h, int64_t count,
-                     f32x16 *most, f32x16 *sum, float *out) {
+/* How often a tile asks for lines: about as long as one step of summing takes the next one. */
+INLINE int64_t FN(steps)(const int format, const int heads, const Attention *a, int64_t count) {
+    const int64_t k_width = whole(a->k_size), v_width = whole(a->v_size), each = format == PAIRS ? 64 : 4 * SUMS;
+    const int64_t scored = KEYS / FN(at_once)(heads) * (k_width / FN(stride)(format)) + KEYS * heads / 16;
+    return scored + heads + (format == PAIRS ? (count + 1) / 2 : count) * ((v_width + each - 1) / each);
+}
+
+/* One tile for queries [h, h + heads), of which there are so many in `tiles`. */
+INLINE void FN(tile)(const int format, const int heads, const Attention *a, Work *w, int64_t h, int64_t tiles,
+                     int64_t count, f32x16 *most, f32x16 *sum, float *out) {
+    set_pace(&w->next, tiles * FN(steps)(format, heads, a, count));
     FN(score)(format, heads, a, w, h);
-    for (int i = 0; i < heads; i++)
+    for (int i = 0; i < heads; i++) {
+        fetch(&w->next);
         FN(soften)(a->softcap, count, w->scores + (h + i) * KEYS, most + h + i, sum + h + i, w->fade + h + i);
+    }
     FN(mixed)(format, heads, a, w, h, count, out);
-    w->share = 0; /* the next queries of the same keys need not ask again */
 }
 
 /* ... for queries [h, end). */
 INLINE void FN(tiles)(const int format, const Attention *a, const Part *part, int64_t h, int64_t end, int64_t count,
                       Work *w, f32x16 *most, f32x16 *sum) {
-    for (; h + 4 <= end; h += 4) FN(tile)(format, 4, a, w, h, count, most, sum, part->out);
-    for (; h + 2 <= end; h += 2) FN(tile)(format, 2, a, w, h, count, most, sum, part->out);
-    for (; h < end; h++) FN(tile)(format, 1, a, w, h, count, most, sum, part->out);
+    for (; h + 4 <= end; h += 4) FN(tile)(format, 4, a, w, h, (end - h) / 4, count, most, sum, part->out);
+    for (; h + 2 <= end; h += 2) FN(tile)(format, 2, a, w, h, 1, count, most, sum, part->out);
+    for (; h < end; h++) FN(tile)(format, 1, a, w, h, end - h, count, most, sum, part->out);
 }
 
-/* The queries of one key/value head, or of several, over keys [from, to) of one sequence. */
-static void FN(attend)(const Attention *a, Part *part, Work *w) {
-    const int64_t heads = part->heads, k_width = whole(a->k_size);
-    const int64_t each = queries_of(a) < heads ? queries_of(a) : heads, groups = heads / each;
+/* The queries of one key/value head, or of several, over keys [from, to) of one sequence. next: the part that comes
+   then, or NULL. */
+static void FN(attend)(const Attention *a, Part *part, const Part *next, Work *w) {
+    const int64_t heads = part->heads, k_width = whole(a->k_size), groups = groups_in(a, part), each = heads / groups;
     const char *q = (const char *)a->q + part->sequence * a->q_row + part->head * a->q_head;
     const int pairs = takes_pairs(a);
     /* For more than 4 queries keys are decoded once; only whole vectors can be read where they lie. */
@@ -279,8 +290,9 @@ static void FN(attend)(const Attention *a, Part *part, Work *w) {
     memset(part->out, 0, heads * whole(a->v_size) * 4);
     find(a, a->tables + part->sequence * a->table_width, part->from, part->to, w->slots);
     for (int64_t from = part->from; from < part->to; from += KEYS) {
-        const int64_t count = part->to - from < KEYS ? part->to - from : KEYS;
-        FN(find_rows)(a, part, from, count, w);
+        const int64_t count = keys_of(part, from);
+        FN(find_rows)(a, part, w->slots + from - part->from, count, w);
+        look_ahead(a, part, from + KEYS, next, &w->next);
         for (int64_t i = 0; i < groups; i++) {
             FN(take)(a, i, groups, decoded, w);
             const int64_t h = i * each;
