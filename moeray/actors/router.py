@@ -132,7 +132,7 @@ class RouterActor:
         trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, self._device, config.engine)
         self._dispatchers = Halves(self._dispatcher(), self._dispatcher())
         combined = self._recorder.histogram("moeray_combine_seconds").observe
-        whole = TrunkRunner(trunk, config.engine, self._dispatchers.first, eos_token_ids(files), combined)
+        whole = TrunkRunner(trunk, config.engine, self._dispatchers.first.combined, eos_token_ids(files), combined)
         runner = overlapped(whole, self._dispatchers.each, config.engine.overlap, lambda: self._overlaps)
         self._revision = files.checkpoint.source.revision
         self._facts = {

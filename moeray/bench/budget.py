@@ -20,7 +20,7 @@ from moeray.engine.sampler import Sampler
 from moeray.engine.sampling import SampledToken
 from moeray.engine.scheduler import Batch
 from moeray.engine.sequence import Sequence
-from moeray.model.dispatched import ExpertRows
+from moeray.model.dispatched import ExpertRows, Sum, summed
 from moeray.model.recording import perform
 from moeray.model.trunk import Trunk
 
@@ -70,18 +70,18 @@ class TimedExperts:
     """A dispatcher (or experts in this process, which dispatch nothing) that adds its times to a budget."""
 
     def __init__(self, rows: ExpertRows | Dispatcher, budget: Callable[[], StepBudget]) -> None:
-        self._rows = rows
+        self._dispatcher = rows if isinstance(rows, Dispatcher) else None
+        self._experts = rows.combined if isinstance(rows, Dispatcher) else summed(rows)
         self._budget = budget
 
-    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, total: Sum) -> None:
         began = _now()
-        out_TKD = self._rows(layer, x_TD, ids_TK)
-        took = _now() - began
-        compute = self._rows.slowest_compute_s if isinstance(self._rows, Dispatcher) else took
+        self._experts(layer, x_TD, ids_TK, total)
+        took = _now() - began - total.seconds
+        compute = took if self._dispatcher is None else self._dispatcher.slowest_compute_s
         budget = self._budget()
         budget.experts += compute
         budget.dispatch += took - compute
-        return out_TKD
 
 
 class TimedSampler(Sampler):

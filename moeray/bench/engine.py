@@ -154,7 +154,7 @@ def timed_engine(config: Config, rows: ExpertRows | Dispatcher, compute: Executo
 def overlapping_engine(config: Config, rows: tuple[Dispatcher, Dispatcher], compute: Executor) -> OwnEngine:
     """One that computes every batch of two sequences or more as two halves."""
     trunk = compute.submit(load_trunk, config).result()
-    runner = OverlapRunner(TrunkRunner(trunk, config.engine, rows[0], ()), rows)
+    runner = OverlapRunner(TrunkRunner(trunk, config.engine, rows[0].combined, ()), rows)
     return OwnEngine(Engine(config.engine, runner), runner.vocab_size, compute)
 
 

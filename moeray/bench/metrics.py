@@ -55,7 +55,9 @@ class Router:
     def step(self) -> None:
         """All of one step."""
         for _ in range(self._load.layers):
-            self._hops.note("unix", 2048, [(a, [0, 1, 2, 3], 4, 4, 0.001) for a in range(self._load.actors)])
+            self._hops.note(
+                ["unix"] * self._load.actors, 2048, [(a, [0, 1, 2, 3], 4, 4, 0.001) for a in range(self._load.actors)]
+            )
             self._hops.record(MANY)
             self._combine.observe(0.0001)
         self._step.observe(0.05)

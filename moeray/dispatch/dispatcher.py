@@ -9,8 +9,9 @@ Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -22,7 +23,7 @@ from moeray.dispatch.hops import MANY, Hops
 from moeray.dispatch.links import Connect, Links, UnknownActorError
 from moeray.dispatch.pieces import AHEAD, cut, rows_of_a_piece
 from moeray.dispatch.plan import Ints, Plan, Share
-from moeray.dispatch.planner import Answered, Left, Planner, native
+from moeray.dispatch.planner import Answered, Layer, Left, Planner, native
 from moeray.dispatch.view import PlacementView, Usable
 from moeray.dispatch.work import Work
 from moeray.errors import (
@@ -32,6 +33,8 @@ from moeray.errors import (
     PlacementError,
     WireError,
 )
+from moeray.model.dispatched import Sum
+from moeray.model.kernels.combine import Combining
 from moeray.recorder import Recorder
 from moeray.types import Address, ExpertId
 from moeray.wire.channel import Channel
@@ -109,13 +112,85 @@ class Dispatcher:
         failed.
         """
         x_TD, ids_TK, device = _at_home(x_TD), _at_home(ids_TK), x_TD.device
-        out_TKD = self._outputs(x_TD, ids_TK)
-        flight = Flight(layer, self._links, self._deadline_s, self._clock)
-        work = Work(layer, x_TD, ids_TK, out_TKD, self._clock(), flight)
+        self._dispatch(layer, x_TD, ids_TK, None)
+        return self._outputs(x_TD, ids_TK).to(device)
+
+    def combined(self, layer: int, x_TD: Tensor, ids_TK: Tensor, total: Sum) -> None:
+        """The same summed up: in C with all else where it can be, the last outputs where they lie."""
+        combining = total.in_c() if x_TD.is_cpu else None
+        if combining is None:
+            total.of(self(layer, x_TD, ids_TK))
+            return
+        x_TD, ids_TK = _at_home(x_TD), _at_home(ids_TK)
+        combined_s = self._dispatch(layer, x_TD, ids_TK, combining)
+        if combined_s is None:
+            total.of(self._outputs(x_TD, ids_TK))
+        else:
+            total.seconds = combined_s
+
+    def _dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, combining: Combining | None) -> float | None:
+        """Have every row's output in `_outputs`, or combined within so many seconds."""
+        began = self._clock()
         self.slowest_compute_s = 0.0
         self._links.sweep()
+        combined_s = None
         try:
-            self._begin(work)
+            found, channels = self._at_once(layer, x_TD, ids_TK, combining)
+            if found is None or found.left:
+                self._see_through(layer, x_TD, ids_TK, began, found, channels)
+            elif combining is not None:
+                combined_s = found.combined_s
+            return combined_s
+        finally:
+            self.seconds_total += self._clock() - began - (combined_s or 0.0)
+            if len(self._to_learn) >= MANY:
+                self._hops.record()
+                self._learn()
+
+    def _memory(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        """Of the last layer's outputs again: that of many tokens would be fetched from the system page by page."""
+        size = ids_TK.numel() * x_TD.shape[1]
+        if self._out is None or self._out.numel() < size or self._out.dtype is not x_TD.dtype:
+            self._out = x_TD.new_empty(size)
+        return self._out
+
+    def _outputs(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        """[T, K, D] of that memory."""
+        shape = *ids_TK.shape, x_TD.shape[1]
+        return self._memory(x_TD, ids_TK)[: math.prod(shape)].view(shape)
+
+    def _at_once(
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, combining: Combining | None
+    ) -> tuple[Layer | None, list[Channel | None]]:
+        """Send all rows, and take what comes soon; over these channels. Nearly all layers are done with that, where the
+        part in C is there; None, with nothing sent, where it does not do it."""
+        self._check_wanted()
+        if native is None or x_TD.dtype not in CODES:
+            return None, []
+        now, out = self._view.now, self._memory(x_TD, ids_TK)
+        self._planner.renew(now)
+        actors = self._planner.actors
+        links = self._links.open_channels(actors)
+        first, self._next_id = self._next_id, self._next_id + len(actors)
+        within_s = min(LEAST_S, self._deadline_s)
+        found = self._planner.layer(now, layer, ids_TK, x_TD, out.data_ptr(), links.lanes, first, within_s, combining)
+        if found is not None:
+            self.slowest_compute_s = found.slowest_s
+            self._note(layer, x_TD, actors, links.kinds, found.answered)
+        return found, links.channels
+
+    def _see_through(
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, began: float, found: Layer | None,
+        channels: list[Channel | None],
+    ) -> None:  # fmt: skip
+        """What was not done at once, until every row is answered."""
+        flight = Flight(layer, self._links, self._deadline_s, self._clock)
+        work = Work(layer, x_TD, ids_TK, self._outputs(x_TD, ids_TK), began, flight)
+        try:
+            if found is None:
+                self._send_rows(work, None)
+            else:
+                self._go_on(work, found.left, channels)
             while flight.sent or work.waiting:
                 if work.waiting and self._view.now.version > work.version:
                     self._send_rows(work, work.take_waiting())
@@ -126,45 +201,6 @@ class Dispatcher:
             assert not work.backlog, "an actor with rows left has some in flight"
         finally:
             self._orphans = 0
-            self.seconds_total += self._clock() - work.began
-        if len(self._to_learn) >= MANY:
-            self._hops.record()
-            self._learn()
-        return out_TKD.to(device)
-
-    def _outputs(self, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-        """The memory of the last layer's again: that of many tokens would be fetched from the system page by page."""
-        size = ids_TK.numel() * x_TD.shape[1]
-        if self._out is None or self._out.numel() < size or self._out.dtype is not x_TD.dtype:
-            self._out = x_TD.new_empty(size)
-        return self._out[:size].view(*ids_TK.shape, x_TD.shape[1])
-
-    def _begin(self, work: Work) -> None:
-        """Send all rows. Where the part in C is there, nearly all layers are done with that."""
-        self._check_wanted()
-        now, x_TD = self._view.now, work.x_TD
-        if native is None or x_TD.dtype not in CODES:
-            self._send_rows(work, None)
-            return
-        self._planner.renew(now)
-        actors = self._planner.actors
-        channels, lanes = self._links.open_channels(actors)
-        first, self._next_id = self._next_id, self._next_id + len(actors)
-        within_s = min(LEAST_S, self._deadline_s)
-        found = self._planner.layer(now, work.layer, work.ids_TK, x_TD, work.out_TKD, lanes, first, within_s)
-        if found is None:
-            self._send_rows(work, None)
-            return
-        self.slowest_compute_s = found.slowest_s
-        by_kind: dict[str, list[Answered]] = {}
-        for answered in found.answered:
-            channel = channels[answered[0]]
-            assert channel is not None, "its rows went out on it"
-            by_kind.setdefault(channel.kind, []).append(answered)
-        for kind, of_kind in by_kind.items():
-            self._note(kind, work, actors, of_kind)
-        if found.left:
-            self._go_on(work, found.left, channels)
 
     def _go_on(self, work: Work, left: list[Left], channels: list[Channel | None]) -> None:
         """With the shares that the part in C has sent, and then those that it has not: to be dialled first, on channels
@@ -313,12 +349,14 @@ class Dispatcher:
         share, took_s = sent.share, work.answered(sent, compute_s, self._clock())
         self.slowest_compute_s = max(self.slowest_compute_s, work.compute_s[share.actor_id])
         done = (0, share.experts, share.size, len(share.tokens) // 8, took_s)
-        self._note(sent.channel.kind, work, [share.actor_id], [done])
+        self._note(work.layer, work.x_TD, [share.actor_id], [sent.channel.kind], [done])
 
-    def _note(self, kind: str, work: Work, actors: list[str], answered: list[Answered]) -> None:
-        """Forwards that some of the actors have answered."""
-        self._hops.note(kind, work.row_bytes, answered)
-        self._to_learn.append((work.layer, actors, answered))
+    def _note(
+        self, layer: int, x_TD: Tensor, actors: list[str], kinds: Sequence[str], answered: list[Answered]
+    ) -> None:
+        """Forwards that some of the actors have answered, over channels of these kinds."""
+        self._hops.note(kinds, x_TD.shape[1] * x_TD.itemsize, answered)
+        self._to_learn.append((layer, actors, answered))
 
     def _learn(self) -> None:
         """How long each actor takes, from what was noted."""

@@ -21,11 +21,12 @@ class Hops:
 
     def __init__(self, recorder: Recorder) -> None:
         self._hops: dict[str, _Hop] = {kind: _Hop(recorder, kind) for kind in KINDS}
-        self._noted: deque[tuple[str, int, Sequence[Answered]]] = deque()
+        self._noted: deque[tuple[Sequence[str], int, Sequence[Answered]]] = deque()
 
-    def note(self, kind: str, row_bytes: int, answered: Sequence[Answered]) -> None:
-        """Forwards were answered; `row_bytes`: of a token, and of a row of outputs."""
-        self._noted.append((kind, row_bytes, answered))
+    def note(self, kinds: Sequence[str], row_bytes: int, answered: Sequence[Answered]) -> None:
+        """Forwards were answered, each over a channel of its actor's kind; `row_bytes`: of a token, and of a row of
+        outputs."""
+        self._noted.append((kinds, row_bytes, answered))
 
     def record(self, least: int = 1) -> None:
         """Count what was noted, if that is so much."""
@@ -34,9 +35,9 @@ class Hops:
         noted: dict[str, list[tuple[float, int, int, int]]] = {kind: [] for kind in KINDS}
         with suppress(IndexError):  # another thread took the last
             while self._noted:
-                kind, row_bytes, answered = self._noted.popleft()
-                for _, _, rows, tokens, took_s in answered:
-                    noted[kind].append((took_s, rows, tokens * row_bytes + rows * 8, rows * row_bytes))
+                kinds, row_bytes, answered = self._noted.popleft()
+                for actor, _, rows, tokens, took_s in answered:
+                    noted[kinds[actor]].append((took_s, rows, tokens * row_bytes + rows * 8, rows * row_bytes))
         for kind, forwards in noted.items():
             if forwards:
                 self._hops[kind].record(forwards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from moeray.dispatch.deadline import Latency, deadline_s, dial_s, observed, timed_out
 from moeray.dispatch.view import PlacementView, Usable
@@ -18,6 +18,15 @@ Connect = Callable[[Address, float], Channel]
 
 MAX_DIALS = 32
 """So many at a time: hundreds would keep each other waiting for the interpreter until they count as late."""
+
+
+class Open(NamedTuple):
+    """Of several actors: the channel on which a frame can go out to each without dialling first, its lane and its kind;
+    None, 0 and no kind where there is none, or the actor is named dead or elsewhere."""
+
+    channels: list[Channel | None]
+    lanes: list[int]
+    kinds: list[str]
 
 
 class UnknownActorError(LookupError):
@@ -52,7 +61,7 @@ class Links:
         self._version = -1
         self._closed = False
         self._edition = 0  # of the channels
-        self._opened: tuple[list[Channel | None], list[int]] = [], []
+        self._opened = Open([], [], [])
         self._opened_for: tuple[Usable, int, list[str]] | None = None
         view.subscribe(self.cut)
 
@@ -73,13 +82,13 @@ class Links:
         link = self._links.get(actor_id)
         return link is not None and link.channel is channel
 
-    def open_channels(self, actors: list[str]) -> tuple[list[Channel | None], list[int]]:
-        """Each actor's channel on which a frame can go out without dialling first, and its lane; None and 0 where there
-        is none, or the actor is named dead or elsewhere. The same lists as before, where nothing has changed."""
+    def open_channels(self, actors: list[str]) -> Open:
+        """Those of these actors, the same as before where nothing has changed."""
         seen = (self._view.now, self._edition, actors)
         if seen != self._opened_for:
             channels = [self._open_channel(actor_id) for actor_id in actors]
-            self._opened = channels, [channel.lane if channel is not None else 0 for channel in channels]
+            lanes = [0 if channel is None else channel.lane for channel in channels]
+            self._opened = Open(channels, lanes, ["" if channel is None else channel.kind for channel in channels])
             self._opened_for = seen
         return self._opened
 

@@ -21,6 +21,7 @@ from moeray.compiled import compiled
 from moeray.dispatch.balance import DECAY, NEAR, READ, SPLIT_FROM, Balancer
 from moeray.dispatch.plan import NO_ROWS, Ints, Plan, Share, plan_rows
 from moeray.dispatch.view import Usable
+from moeray.model.kernels.combine import Combining
 from moeray.wire.tensors import CODES
 
 native = compiled("moeray.dispatch._native")
@@ -29,7 +30,7 @@ _TABLE_HEAD = struct.Struct("=ddqqqq")
 
 
 Answered = tuple[int, list[int], int, int, float]
-"""A share whose outputs are in their places: (actor, by its place in `Planner.actors`; its experts; how many rows and
+"""A share whose outputs have come: (actor, by its place in `Planner.actors`; its experts; how many rows and
 tokens it has; seconds from sending them until their outputs came)."""
 
 
@@ -44,11 +45,13 @@ class Left(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What came of a layer. `slowest_s`: the longest that an actor computed, as it says."""
+    """What came of a layer. `slowest_s`: the longest that an actor computed, as it says; `combined_s`: what combining
+    took, where nothing is left."""
 
     answered: list[Answered]
     left: list[Left]
     slowest_s: float
+    combined_s: float
 
 
 class Planner:
@@ -72,26 +75,27 @@ class Planner:
         self._now, self._tables = now, {}
 
     def layer(
-        self, now: Usable, layer: int, ids_TK: Tensor, x_TD: Tensor, out_TKD: Tensor, lanes: list[int], first_id: int,
-        within_s: float,
+        self, now: Usable, layer: int, ids_TK: Tensor, x_TD: Tensor, out: int, lanes: list[int], first_id: int,
+        within_s: float, combining: Combining | None,
     ) -> Layer | None:  # fmt: skip
         """Plan all rows, send each actor's share on its lane (0: there is none) under the ids from first_id on, and put
-        the outputs that come `within_s` to their places. None, with nothing done, where C does not do it.
+        the outputs that come `within_s` to their places, [T, K, D] at the address `out`, or where all of them come,
+        combine them (without putting all to `out`). None, with nothing done, where C does not do it.
 
-        ids_TK: int64; all are contiguous, on the CPU, and x's dtype is one of the wire's.
+        ids_TK: int64; both are contiguous, on the CPU, and x's dtype is one of the wire's.
         """
         assert native is not None
         _check_ids(ids_TK)
         found = native.layer(
             self._table(now, layer), self._carry, ids_TK.data_ptr(), *ids_TK.shape, lanes, first_id, layer, now.epoch,
-            CODES[x_TD.dtype], x_TD.data_ptr(), x_TD.shape[1], out_TKD.data_ptr(), within_s,
+            CODES[x_TD.dtype], x_TD.data_ptr(), x_TD.shape[1], out, within_s, combining,
         )  # fmt: skip
         if found is None:
             return None
-        answered, left, slowest_s = found
-        if not left:
-            return Layer(answered, left, slowest_s)
-        return Layer(answered, [Left(share[0], self._share(share), *rest) for share, *rest in left], slowest_s)
+        answered, left, slowest_s, combined_s = found
+        if left:
+            left = [Left(share[0], self._share(share), *rest) for share, *rest in left]
+        return Layer(answered, left, slowest_s, combined_s)
 
     def plan(self, now: Usable, layer: int, ids_TK: Tensor) -> Plan:
         """All rows of a layer; ids_TK: int64, contiguous, on the CPU. Raises PlacementError as `plan_rows`."""

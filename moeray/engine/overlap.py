@@ -19,7 +19,7 @@ from moeray.engine.runner import Runner
 from moeray.engine.scheduler import Batch
 from moeray.engine.trials import Trials
 from moeray.engine.trunk_runner import TrunkRunner
-from moeray.model.dispatched import ExpertRows
+from moeray.model.dispatched import ExpertRows, Sum
 from moeray.settings.engine import Overlap
 
 
@@ -93,12 +93,13 @@ class OverlapRunner:
     def _half(self, batch: Batch, half: int, trunk: threading.Lock) -> Tensor:
         expert_rows = self._rows[half]
 
-        def rows(layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
+        def experts(layer: int, x_TD: Tensor, ids_TK: Tensor, total: Sum) -> None:
             trunk.release()
             try:
-                return expert_rows(layer, x_TD, ids_TK)
+                rows_TKD = expert_rows(layer, x_TD, ids_TK)
             finally:
                 trunk.acquire()
+            total.of(rows_TKD)
 
         with trunk:
-            return self._whole.compute(batch, rows, half)
+            return self._whole.compute(batch, experts, half)

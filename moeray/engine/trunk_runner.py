@@ -12,7 +12,7 @@ from torch import Tensor
 from moeray.engine.runner import PackedBatch, pack
 from moeray.engine.scheduler import Batch
 from moeray.errors import ConfigError
-from moeray.model.dispatched import ExpertRows, Seconds, unheard
+from moeray.model.dispatched import Experts, Seconds, unheard
 from moeray.model.paged import Decodes, Span, Step
 from moeray.model.trunk import Trunk
 from moeray.settings.engine import EngineConfig
@@ -24,13 +24,13 @@ class TrunkRunner:
     """Implements `Runner`. Owned by the step loop; `compute` may run for two halves at the same time."""
 
     def __init__(
-        self, trunk: Trunk, config: EngineConfig, expert_rows: ExpertRows, eos_token_ids: tuple[int, ...],
+        self, trunk: Trunk, config: EngineConfig, experts: Experts, eos_token_ids: tuple[int, ...],
         on_combine: Seconds = unheard,
     ) -> None:  # fmt: skip
         self._trunk = trunk
         self._on_combine = on_combine
         self._block_size = config.block_size
-        self._expert_rows = expert_rows
+        self._experts = experts
         self.eos_token_ids = eos_token_ids
         self.vocab_size = trunk.vocab_size
         self.num_blocks = self._count_blocks(config)
@@ -61,9 +61,9 @@ class TrunkRunner:
 
     def run(self, batch: Batch) -> Tensor:
         """Logits [S, V] of the sampled entries, in the batch's order."""
-        return self.compute(batch, self._expert_rows)
+        return self.compute(batch, self._experts)
 
-    def compute(self, batch: Batch, expert_rows: ExpertRows, half: int = 0) -> Tensor:
+    def compute(self, batch: Batch, experts: Experts, half: int = 0) -> Tensor:
         """The same, with these experts. `half`: see `Trunk.forward`."""
         packed = pack(batch, self._block_size)
         device = self._trunk.device
@@ -72,7 +72,7 @@ class TrunkRunner:
             packed.position_ids_T.to(device),
             self._step(packed),
             packed.sample_index_S.to(device),
-            expert_rows,
+            experts,
             self._on_combine,
             half,
         )

@@ -15,7 +15,7 @@ from moeray.errors import CheckpointError, ConfigError
 from moeray.model import attention, dispatched, kernels
 from moeray.model.bars import without_bars
 from moeray.model.checkpoint import Checkpoint
-from moeray.model.dispatched import ExpertRows, Seconds, dispatching, unheard
+from moeray.model.dispatched import Experts, Seconds, dispatching, unheard
 from moeray.model.family import Family, is_experts, model_class, without_experts
 from moeray.model.kernels.attention import DTYPES as NATIVE_DTYPES
 from moeray.model.latent import is_latent, keep_latents
@@ -104,12 +104,12 @@ class Trunk:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, expert_rows: ExpertRows,
+        self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, experts: Experts,
         on_combine: Seconds = unheard, half: int = 0,
     ) -> Tensor:  # fmt: skip
         """One step over packed sequences: logits [S, V] of the rows `sample_index_S`, in the trunk's dtype or
         fp32. Of steps that are computed at the same time, by two threads, each is another `half`, 0 or 1."""
-        with dispatching(expert_rows, on_combine):
+        with dispatching(experts, on_combine):
             if self._decoding and step.cache is self.cache:
                 return self._decoding[half].run(token_ids_T, position_ids_T, step, sample_index_S)
             return self.compute(token_ids_T, position_ids_T, step, sample_index_S)

@@ -18,6 +18,8 @@ from moeray.control.placement import Placement
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.errors import ChannelClosedError
+from moeray.model.dispatched import Sum
+from moeray.model.kernels import combine
 from moeray.recorder import Recorder
 from moeray.settings.wire import WireConfig
 from moeray.types import Address, ExpertId
@@ -108,7 +110,9 @@ class FakeActor:
 
 class Stage:
     """A dispatcher, its view and some actors. `losses` has what `on_loss` was told, `dialling` the actors that are
-    being dialled, `dialled` those that were; each may take `patience_s` for that."""
+    being dialled, `dialled` those that were; each may take `patience_s` for that. `combines`: outputs are summed up."""
+
+    combines = False
 
     def __init__(self, folder: Path, names: str = "ab", *, deadline_s: float = 30.0, nodes: str = "here") -> None:
         self.actors = {name: FakeActor(name, folder, nodes) for name in names}
@@ -145,7 +149,12 @@ class Stage:
         """One layer; every output must be right."""
         ids_TK = torch.tensor(ids)
         x_TD = torch.randn(len(ids), 8)
-        assert torch.equal(self.dispatcher(0, x_TD, ids_TK), expected(x_TD, ids_TK))
+        if not self.combines:
+            assert torch.equal(self.dispatcher(0, x_TD, ids_TK), expected(x_TD, ids_TK))
+            return
+        total = Sum(torch.rand(ids_TK.shape), torch.full_like(x_TD, torch.nan))
+        self.dispatcher.combined(0, x_TD, ids_TK, total)
+        assert torch.equal(total.out_TD, combine(expected(x_TD, ids_TK), total.weights_TK))
 
     def close(self) -> None:
         self.dispatcher.close()

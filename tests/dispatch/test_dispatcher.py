@@ -35,6 +35,11 @@ BOTH = {0: "ab", 1: "ab", 2: "ab"}
 SPLIT = {0: "a", 1: "b"}
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["rows", "sums"])
+def combines(request, monkeypatch):
+    monkeypatch.setattr(Stage, "combines", request.param)
+
+
 @pytest.fixture
 def folder():
     path = Path(tempfile.mkdtemp(prefix="moeray-"))

@@ -12,6 +12,8 @@ from moeray.dispatch import planner
 from moeray.dispatch.plan import plan_rows
 from moeray.dispatch.planner import Planner
 from moeray.dispatch.view import Usable
+from moeray.model.dispatched import Sum
+from moeray.model.kernels import combine
 from moeray.wire.frame import Frame, Limits, Op
 from moeray.wire.socket_channel import RING_THRESHOLD
 from tests.wire.support import admitted_pair
@@ -59,7 +61,7 @@ class Actors:
 def outputs(frame: Frame) -> torch.Tensor:
     x_UD, token_of_row_R = frame.tensors
     experts, counts = torch.tensor(frame.meta["experts"]), torch.tensor(frame.meta["counts"])
-    return x_UD[token_of_row_R] * (experts.repeat_interleave(counts) + 1)[:, None]
+    return x_UD[token_of_row_R] * (experts.repeat_interleave(counts) + 1)[:, None].to(x_UD.dtype)
 
 
 def result(frame: Frame, out_RD: torch.Tensor, **changed) -> Frame:
@@ -78,15 +80,15 @@ def x_of(width=8, tokens=4):
     return torch.arange(tokens * width, dtype=torch.float32).view(tokens, width)
 
 
-def run(lanes, x_TD, *, within_s=SOON, ids_TK=IDS, now=NOW):
+def run(lanes, x_TD, *, within_s=SOON, ids_TK=IDS, now=NOW, combining=None):
     made = Planner()
     made.renew(now)
-    out_TKD = torch.full((*ids_TK.shape, x_TD.shape[1]), -1.0)
-    return made.layer(now, 3, ids_TK, x_TD, out_TKD, lanes, 7, within_s), out_TKD
+    out_TKD = torch.full((*ids_TK.shape, x_TD.shape[1]), -1.0, dtype=x_TD.dtype)
+    return made.layer(now, 3, ids_TK, x_TD, out_TKD.data_ptr(), lanes, 7, within_s, combining), out_TKD
 
 
 def exact(x_TD, ids_TK=IDS):
-    return x_TD[:, None, :] * (ids_TK + 1.0)[:, :, None]
+    return x_TD[:, None, :] * (ids_TK + 1.0)[:, :, None].to(x_TD.dtype)
 
 
 @pytest.mark.parametrize("width", [1, 8, RING_THRESHOLD // 8], ids=["tiny", "through the socket", "in the ring"])
@@ -104,6 +106,41 @@ def test_rows_go_out_and_outputs_to_their_places(actors, width):
         frame, share = actors.frames[name], plan_rows(IDS.numpy(), NOW.replicas[3]).shares[number]
         assert (frame.op, frame.id, frame.layer, frame.epoch) == (Op.FORWARD, 7 + number, 3, 9)
         assert frame.meta == {"experts": share.experts, "counts": share.counts}
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["rows fp32", "rows bf16"])
+@pytest.mark.parametrize("width", [1, 8, RING_THRESHOLD // 4], ids=["tiny", "through the socket", "in the ring"])
+def test_outputs_are_combined_once_all_are_there(actors, width, dtype, weights):
+    x_TD = torch.randn(4, width).to(dtype)
+    total = Sum(torch.rand(4, 2).to(weights), torch.full_like(x_TD, torch.nan))
+    for _ in range(3):  # the rings' memory is given back each time
+        actors.answer("a")
+        actors.answer("b")
+        found, _ = run(actors.lanes(), x_TD, combining=total.in_c())
+        assert found.left == []
+        assert found.combined_s > 0.0
+        assert torch.equal(total.out_TD, combine(exact(x_TD).to(dtype), total.weights_TK))
+        total.out_TD.fill_(torch.nan)
+
+
+def test_nothing_is_combined_while_something_is_left(actors):
+    actors.answer("a")
+    x_TD = x_of(RING_THRESHOLD // 8)
+    total = Sum(torch.rand(4, 2), torch.full_like(x_TD, -1.0))
+    found, out_TKD = run(actors.lanes(), x_TD, within_s=0.2, combining=total.in_c())
+    assert [left.share.actor_id for left in found.left] == ["b"]
+    assert found.combined_s == 0.0
+    assert (total.out_TD == -1).all()
+    chosen = (IDS == 0) | (IDS == 2)
+    assert torch.equal(out_TKD[chosen], exact(x_TD)[chosen])
+
+
+def test_what_cannot_be_combined_in_c():
+    out_TD = torch.empty(4, 8)
+    assert Sum(torch.rand(4, 2), out_TD, norm=torch.nn.Identity()).in_c() is None
+    assert Sum(torch.rand(4, 2), out_TD.half()).in_c() is None
+    assert Sum(torch.rand(4, 4)[:, ::2], out_TD).in_c() is None
 
 
 def test_whoever_is_not_on_a_lane_is_left_and_nobody_is_waited_for(actors):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from moeray.engine.engine import Engine
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.model import kernels
+from moeray.model.dispatched import summed
 from moeray.model.loading import open_model
 from moeray.model.paged import Decodes, PagedCache, Span, Step
 from moeray.model.trunk import Trunk
@@ -27,7 +28,7 @@ ATTENTION = ("torch", pytest.param("native", marks=pytest.mark.skipif(not kernel
 def loaded(path, config):
     files = open_model(str(path), None, node="here")
     trunk = Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, CPU, config)
-    return trunk, InProcess(files, torch.float32)
+    return trunk, summed(InProcess(files, torch.float32))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,6 +14,7 @@ from moeray.engine.sequence import Sequence
 from moeray.engine.trials import COUNTED, UNCOUNTED
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.errors import PlacementError
+from moeray.model.dispatched import summed
 from moeray.model.loading import open_model
 from moeray.model.trunk import Trunk
 from moeray.settings.engine import EngineConfig
@@ -63,7 +64,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def whole(files):
     trunk = Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, CPU, CONFIG)
-    return TrunkRunner(trunk, CONFIG, InProcess(files, torch.float32), ())
+    return TrunkRunner(trunk, CONFIG, summed(InProcess(files, torch.float32)), ())
 
 
 def generated(runner, prompts=PROMPTS):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moeray.model.dispatched import summed
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_model
 from moeray.model.paged import Span, Step
@@ -38,7 +39,7 @@ def our_logits(path, dtype, ids):
     rows = torch.arange(len(ids))
     trunk.cache.allocate(len(ids), dtype, CPU)
     step = Step(trunk.cache, rows, None, (Span(0, len(ids), len(ids), rows),))
-    return trunk.forward(ids, rows, step, rows, InProcess(files, dtype)).float()
+    return trunk.forward(ids, rows, step, rows, summed(InProcess(files, dtype))).float()
 
 
 def their_logits(path, dtype, ids):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeray.model import kernels
-from moeray.model.dispatched import dispatching
+from moeray.model.dispatched import dispatching, summed
 from moeray.model.loading import open_model
 from moeray.model.paged import Decodes, Step
 from moeray.model.trunk import Trunk
@@ -47,6 +47,7 @@ def decode_step(trunk, count, rng):
     return ids, torch.tensor(contexts) - 1, step, torch.arange(count)
 
 
+@summed
 def experts(layer, x_TD, ids_TK):
     """Each of them another function."""
     return x_TD.unsqueeze(1) * (1 + ids_TK.unsqueeze(-1) / 8).to(x_TD.dtype)

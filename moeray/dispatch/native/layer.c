@@ -1,8 +1,9 @@
-/* A layer's rows, from the gate's choice to the experts' outputs, in one call: dealt out, sent, waited for and put in
-   their places without a line of Python between. What is unusual, or went wrong, is left to dispatcher.py. */
+/* A layer's rows, from the gate's choice to the sums of the experts' outputs, in one call: dealt out, sent, waited for and
+   combined without a line of Python between. What is unusual, or went wrong, is left to dispatcher.py. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "../../model/kernels/native/combine.h"
 #include "../../wire/native/lane_out.h"
 #include "../../wire/native/results.h"
 #include "deal.h"
@@ -100,8 +101,15 @@ static void send_share(Post *p, const Ids *ids, Rows *rows) {
     p->sent_at = seconds();
 }
 
-/* Take answers until all have come, one of them is unusual, or the time is over. 0 with an exception. */
-static int gather(Post *posts, int64_t count, const Target *target, double within_s, double *slowest) {
+/* The last answer, which is read where it lies; `from` is NULL where there is none. */
+typedef struct {
+    const Post *from;
+    Answer answer;
+} Held;
+
+/* Take answers until all have come, one of them is unusual, or the time is over. The last one is only held, where `held`
+   is given: it is then for the caller to `be_done` with it. 0 with an exception. */
+static int gather(Post *posts, int64_t count, const Target *target, double within_s, double *slowest, Held *held) {
     Wanted wanted[MAX_LANES];
     Post *of[MAX_LANES];
     int64_t left = 0;
@@ -115,12 +123,14 @@ static int gather(Post *posts, int64_t count, const Target *target, double withi
         Answer answer;
         int found;
         const double rest = until - seconds();
-        const int64_t first = take_first(wanted, left, target, rest > 0 ? rest : 0, &answer, &found);
+        const int64_t first = find_first(wanted, left, target, rest > 0 ? rest : 0, &answer, &found);
         if (first == FAILED) return 0;
         if (first == NONE_IN_TIME || found == OTHER) return 1;
         of[first]->state = ANSWERED;
         of[first]->took_s = seconds() - of[first]->sent_at;
         if (answer.compute_s > *slowest) *slowest = answer.compute_s;
+        if (held && left == 1) *held = (Held){of[first], answer};
+        else take(wanted + first, target, &answer);
         left--;
         wanted[first] = wanted[left];
         of[first] = of[left];
@@ -128,8 +138,38 @@ static int gather(Post *posts, int64_t count, const Target *target, double withi
     return 1;
 }
 
-/* (answered, left, slowest): see `layer`. */
-static PyObject *outcome(const Post *posts, int64_t count, double slowest) {
+/* -- the sums ------------------------------------------------------------------------------------------------------ */
+
+/* What combines, and what it is told. */
+typedef struct {
+    void (*run)(const Combine *, const void *const *rows, int64_t tokens, int64_t top_k, int64_t size);
+    Combine call;
+} Sum;
+
+/* item: (address of moeray_combine, format, weights_format, weights, out, threads), or None. 0 with an exception. */
+static int read_sum(PyObject *item, Sum *sum, const char *usage) {
+    sum->run = NULL;
+    if (item == Py_None) return 1;
+    if (!wants(PyTuple_Check(item) && PyTuple_GET_SIZE(item) == 6, usage)) return 0;
+    int64_t n[6];
+    for (int i = 0; i < 6; i++) n[i] = number(PyTuple_GET_ITEM(item, i));
+    sum->run = (void (*)(const Combine *, const void *const *, int64_t, int64_t, int64_t))n[0];
+    sum->call = (Combine){n[1], n[2], (const void *)n[3], (void *)n[4], n[5]};
+    return !PyErr_Occurred();
+}
+
+/* Combine the rows, of which those that are held lie on their lane and all others in their places. The interpreter's lock
+   is kept, since whoever closes the channel would take their memory away. */
+static void combine(const Sum *sum, const Deal *d, const Target *target, const Held *held, const void **rows) {
+    for (int64_t r = 0; r < d->rows; r++) rows[r] = target->out + r * target->row_bytes;
+    const Share *share = held->from->share;
+    for (int64_t r = 0; r < share->rows; r++) rows[share->row[r]] = held->answer.rows + r * target->row_bytes;
+    sum->run(&sum->call, rows, d->rows / d->top_k, d->top_k, target->width);
+    be_done(held->from->lane, &held->answer);
+}
+
+/* (answered, left, slowest, combined_s): see `layer`. */
+static PyObject *outcome(const Post *posts, int64_t count, double slowest, double combined_s) {
     PyObject *answered = PyList_New(0), *left = PyList_New(0);
     for (int64_t i = 0; answered && left && i < count; i++) {
         const Post *p = posts + i;
@@ -139,34 +179,40 @@ static PyObject *outcome(const Post *posts, int64_t count, double slowest) {
             : append(left, Py_BuildValue("NLi", as_tuple(s), p->id, p->state == IN_PART));
         if (!did) Py_CLEAR(answered);
     }
-    if (answered && left) return Py_BuildValue("NNd", answered, left, slowest);
+    if (answered && left) return Py_BuildValue("NNdd", answered, left, slowest, combined_s);
     Py_XDECREF(answered);
     Py_XDECREF(left);
     return NULL;
 }
 
 static const char LAYER_USAGE[] =
-    "layer(table, carry, ids, tokens, top_k, lanes, first_id, layer, epoch, dtype, x, width, out, within_s)";
+    "layer(table, carry, ids, tokens, top_k, lanes, first_id, layer, epoch, dtype, x, width, out, within_s, sum)";
 
 /* Deal out the rows as `deal` does, send each share on its actor's lane (addresses, 0: there is none) as the frame
    first_id + its place, wait for the outputs `within_s` seconds at most, and put them in their places. x, out: addresses
-   of [tokens, width] and [tokens, top_k, width] of the dtype with that code.
+   of [tokens, width] and [tokens, top_k, width] of the dtype with that code. sum: None, or as `read_sum` has it: once all
+   outputs are there they are combined, and need not be in `out`.
 
-   Returns (answered, left, slowest), or None where `deal` does, with nothing sent. answered: (actor, experts, rows,
-   tokens, seconds) of the shares whose rows are in `out`; left: (share as `deal` has it, id or 0 where it was not sent,
-   whether it went out only in part) of the others; slowest: the longest that an actor says that it computed. */
+   Returns (answered, left, slowest, combined_s), or None where `deal` does, with nothing sent. answered: (actor, experts,
+   rows, tokens, seconds) of the shares whose rows have come; left: (share as `deal` has it, id or 0 where it was not
+   sent, whether it went out only in part) of the others; slowest: the longest that an actor says that it computed;
+   combined_s: seconds that the sum took, 0 where nothing was combined, since something is left. */
 static PyObject *layer(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
     (void)self;
     Deal d;
+    Sum sum;
     int dealt;
-    if (!wants(arg_count == 14 && PyList_Check(args[5]) && PyFloat_Check(args[13]), LAYER_USAGE)) return NULL;
+    if (!wants(arg_count == 15 && PyList_Check(args[5]) && PyFloat_Check(args[13]), LAYER_USAGE)) return NULL;
+    if (!read_sum(args[14], &sum, LAYER_USAGE)) return NULL;
     char *memory = deal_from(args, &d, &dealt, LAYER_USAGE);
     if (!memory) return NULL;
     Ids ids = {number(args[6]), number(args[7]), number(args[8])};
     Rows rows = {.dtype = number(args[9]), .x = PyLong_AsVoidPtr(args[10]), .width = number(args[11])};
     PyObject *result = NULL;
     Post *posts = PyMem_New(Post, d.share_count + 1);
-    if (!wants(posts && !PyErr_Occurred() && rows.dtype >= 0 && rows.dtype < (int64_t)sizeof SIZES && rows.width >= 0 &&
+    const void **places = sum.run ? PyMem_New(const void *, d.rows + 1) : NULL;
+    if (!wants(posts && (places || !sum.run) && !PyErr_Occurred() && rows.dtype >= 0 &&
+                   rows.dtype < (int64_t)sizeof SIZES && rows.width >= 0 &&
                    (!dealt || PyList_GET_SIZE(args[5]) == d.table->actors), LAYER_USAGE))
         goto done;
     if (!dealt) {
@@ -179,11 +225,20 @@ static PyObject *layer(PyObject *self, PyObject *const *args, Py_ssize_t arg_cou
     }
     const int64_t row_bytes = rows.width * SIZES[rows.dtype];
     const Target target = {rows.dtype, rows.width, row_bytes, d.rows, PyLong_AsVoidPtr(args[12])};
-    double slowest = 0;
+    double slowest = 0, combined_s = 0;
+    Held held = {NULL};
     /* An exception of the wait (a signal's) comes through; what was sent is then answered to nobody. */
-    if (!PyErr_Occurred() && gather(posts, d.share_count, &target, PyFloat_AS_DOUBLE(args[13]), &slowest))
-        result = outcome(posts, d.share_count, slowest);
+    if (PyErr_Occurred() ||
+        !gather(posts, d.share_count, &target, PyFloat_AS_DOUBLE(args[13]), &slowest, sum.run ? &held : NULL))
+        goto done;
+    if (held.from) {
+        const double began = seconds();
+        combine(&sum, &d, &target, &held, places);
+        combined_s = seconds() - began;
+    }
+    result = outcome(posts, d.share_count, slowest, combined_s);
 done:
+    PyMem_Free(places);
     PyMem_Free(posts);
     PyMem_Free(memory);
     return result;

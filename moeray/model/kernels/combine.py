@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+
 from torch import Tensor
 
-from moeray.model.kernels.native import CALL_FORMATS, available, functions, threads_for
+from moeray.model.kernels.native import CALL_FORMATS, available, functions, library, threads_for
+
+Call = tuple[int, int, int, int, int]
+"""What the part in C is told (`Combine` in native/combine.h)."""
+
+Combining = tuple[int, *Call]
+"""The address of the function in C, and what it is told."""
 
 
 def combine(rows_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None) -> Tensor:
@@ -15,15 +24,39 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None) 
     tokens, top_k, size = rows_TKD.shape
     if out_TD is None:
         out_TD = rows_TKD.new_empty(tokens, size)
-    native = rows_TKD.is_cpu and available() and rows_TKD.dtype in CALL_FORMATS and out_TD.dtype is rows_TKD.dtype
-    if not native or not rows_TKD.numel():
+    call = _call(weights_TK := weights_TK.contiguous(), out_TD) if rows_TKD.dtype is out_TD.dtype else None
+    if call is None or not rows_TKD.numel():
         return out_TD.copy_(_combine(rows_TKD, weights_TK))
-    rows, weights = rows_TKD.contiguous(), weights_TK.float().contiguous()
-    functions().combine(
-        CALL_FORMATS[rows.dtype], rows.data_ptr(), weights.data_ptr(), tokens, top_k, size, out_TD.data_ptr(),
-        threads_for(tokens, rows.numel()),
-    )  # fmt: skip
+    rows = rows_TKD.contiguous()
+    functions().combine(*call, rows.data_ptr(), tokens, top_k, size * rows.itemsize, size)
     return out_TD
+
+
+def combining(weights_TK: Tensor, out_TD: Tensor) -> Combining | None:
+    """For whoever combines rows of out's dtype in C; None where it cannot.
+
+    Both tensors are to be kept alive.
+    """
+    call = _call(weights_TK, out_TD)
+    return None if call is None else (_address(), *call)
+
+
+def _call(weights_TK: Tensor, out_TD: Tensor) -> Call | None:
+    form, weights_form = CALL_FORMATS.get(out_TD.dtype), CALL_FORMATS.get(weights_TK.dtype)
+    if form is None or weights_form is None or not (out_TD.is_cpu and available()):
+        return None
+    if not (out_TD.is_contiguous() and weights_TK.is_contiguous()):
+        return None
+    tokens, top_k = weights_TK.shape
+    threads = threads_for(tokens, top_k * out_TD.numel())
+    return form, weights_form, weights_TK.data_ptr(), out_TD.data_ptr(), threads
+
+
+@cache
+def _address() -> int:
+    lib = library()
+    assert lib is not None
+    return ctypes.cast(lib.moeray_combine, ctypes.c_void_p).value or 0
 
 
 def _combine(rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:

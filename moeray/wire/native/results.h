@@ -18,9 +18,12 @@ typedef struct {
     const int64_t *to;
 } Wanted;
 
+/* An answer that lies on its lane, its rows one after the other. */
 typedef struct {
     double compute_s, queue_s;
     int64_t where;
+    Whole whole;
+    const uint8_t *rows;
 } Answer;
 
 /* Whether the header is that of the RESULT of the frame `id` with so many rows as the target takes. */
@@ -46,34 +49,40 @@ static inline int read_result(In in, int64_t id, int64_t rows, const Target *t, 
     return same && !in.bad && in.at == in.end;
 }
 
-/* Take the answer from its lane, if it is all there. */
-static inline int take(const Wanted *w, const Target *t, Answer *a) {
+/* TAKEN: the answer is all there, and its lane must `be_done` with it before anything else is read or the interpreter's
+   lock is let go. */
+static inline int find_answer(const Wanted *w, const Target *t, Answer *a) {
     Lane *lane = w->lane;
     if (!lane || lane->fd < 0 || lane->reading) return OTHER;
-    Whole whole;
-    const int found = find_whole(lane, &whole);
+    const int found = find_whole(lane, &a->whole);
     if (found != TAKEN) return found;
-    if (!read_result(whole.header, w->id, w->rows, t, a) || whole.payload != aligned(w->rows * t->row_bytes)) return OTHER;
-    const uint8_t *from;
-    const int there = find_payload(lane, &whole, a->where, &from);
-    if (there != TAKEN) return there;
-    for (int64_t r = 0; r < w->rows; r++)
-        memcpy(t->out + w->to[r] * t->row_bytes, from + r * t->row_bytes, t->row_bytes);
-    if (a->where != INLINE) release(lane->in);
-    pass(lane, &whole, a->where);
-    return TAKEN;
+    if (!read_result(a->whole.header, w->id, w->rows, t, a)) return OTHER;
+    if (a->whole.payload != aligned(w->rows * t->row_bytes)) return OTHER;
+    return find_payload(lane, &a->whole, a->where, &a->rows);
 }
 
-/* Which of the wanted, MAX_LANES at most, has something to be read first: its answer, which is taken then, or OTHER.
+static inline void be_done(Lane *lane, const Answer *a) {
+    if (a->where != INLINE) release(lane->in);
+    pass(lane, &a->whole, a->where);
+}
+
+/* Put the rows of an answer to their places. */
+static inline void take(const Wanted *w, const Target *t, const Answer *a) {
+    for (int64_t r = 0; r < w->rows; r++)
+        memcpy(t->out + w->to[r] * t->row_bytes, a->rows + r * t->row_bytes, t->row_bytes);
+    be_done(w->lane, a);
+}
+
+/* Which of the wanted, MAX_LANES at most, has something to be read first: its answer, as `find_answer` has it, or OTHER.
    NONE_IN_TIME; FAILED with an exception. Other threads run meanwhile. */
-static inline int64_t take_first(const Wanted *wanted, int64_t count, const Target *t, double wait_s, Answer *a, int *found) {
+static inline int64_t find_first(const Wanted *wanted, int64_t count, const Target *t, double wait_s, Answer *a, int *found) {
     struct pollfd polled[MAX_LANES];
     const double until = seconds() + wait_s;
     for (int waited = 0;; waited = 1) {
         for (int64_t i = 0; i < count; i++) {
-            *found = take(wanted + i, t, a);
+            *found = find_answer(wanted + i, t, a);
             if (*found == MORE && waited && polled[i].revents)
-                *found = receive_now(wanted[i].lane) ? take(wanted + i, t, a) : OTHER;
+                *found = receive_now(wanted[i].lane) ? find_answer(wanted + i, t, a) : OTHER;
             if (*found != MORE) return i;
             polled[i] = (struct pollfd){(int)wanted[i].lane->fd, POLLIN, 0};
         }

@@ -88,8 +88,6 @@ typedef struct {
 int64_t moeray_attention_scratch(const Attention *call);
 void moeray_attention(const Attention *call);
 
-void moeray_combine(int64_t format, const void *rows, const float *weights, int64_t tokens, int64_t top_k, int64_t size,
-                    void *out, int64_t threads);
 void moeray_norm(int64_t format, const void *x, const float *weight, int64_t rows, int64_t size, float eps,
                  int64_t early, void *y, int64_t threads);
 void moeray_rotate(int64_t format, const void *x, int64_t token, int64_t head, int64_t tokens, int64_t heads,

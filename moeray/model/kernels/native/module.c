@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "combine.h"
 #include "layout.h"
 
 static const char USAGE[] =
@@ -103,15 +104,24 @@ static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t arg_co
     return PyLong_FromLong(0);
 }
 
-static const char COMBINE_USAGE[] = "combine(format, rows, weights, tokens, top_k, size, out, threads)";
+static const char COMBINE_USAGE[] =
+    "combine(format, weights_format, weights, out, threads, rows, tokens, top_k, row_bytes, size)";
 
+/* rows: the address of [tokens, top_k, size], each row `row_bytes` behind the one before. */
 static PyObject *combine(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
     (void)self;
-    int64_t n[8];
-    if (!all_numbers(args, arg_count, n, 8, COMBINE_USAGE)) return NULL;
-    PyThreadState *unlocked = unlock(n[7]);
-    moeray_combine(n[0], (const void *)n[1], (const float *)n[2], n[3], n[4], n[5], (void *)n[6], n[7]);
-    return lock(unlocked);
+    int64_t n[10];
+    if (!all_numbers(args, arg_count, n, 10, COMBINE_USAGE)) return NULL;
+    const Combine call = {n[0], n[1], (const void *)n[2], (void *)n[3], n[4]};
+    const int64_t count = n[6] * n[7];
+    const void **rows = PyMem_New(const void *, count + 1);
+    if (!rows) return PyErr_NoMemory();
+    for (int64_t r = 0; r < count; r++) rows[r] = (const char *)n[5] + r * n[8];
+    PyThreadState *unlocked = unlock(call.threads);
+    moeray_combine(&call, rows, n[6], n[7], n[9]);
+    PyObject *done = lock(unlocked);
+    PyMem_Free(rows);
+    return done;
 }
 
 static const char NORM_USAGE[] = "norm(format, x, weight, rows, size, early, y, threads, eps)";
