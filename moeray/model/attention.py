@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moeray.errors import UnsupportedModelError
+from moeray.model.kernels import keep
 from moeray.model.kernels.attention import decode
 from moeray.model.latent import Latent
 from moeray.model.paged import Decodes, LayerCache, Slot, Span, Step, current_step
@@ -104,9 +105,9 @@ def _keep(step: Step, layer: int, own: LayerCache, shared: bool) -> LayerCache:
         step.cache.kept[layer] = Slot(own.k.shape[1], own.k.shape[2], own.v.shape[2], shared)
         return own
     pool = step.cache.layers[layer]
-    pool.k.index_copy_(0, step.slots_T, own.k)
+    keep(own.k, step.slots_T, pool.k)
     if not shared:
-        pool.v.index_copy_(0, step.slots_T, own.v)
+        keep(own.v, step.slots_T, pool.v)
     return pool
 
 

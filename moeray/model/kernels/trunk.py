@@ -1,6 +1,7 @@
-"""What lies between the trunk's products: root mean square norms and rotary positions, each in one pass, in C.
+"""What lies between the trunk's products: root mean square norms, rotary positions, and keys and values on their way to
+the cache, each in one pass, in C.
 
-T tokens, H heads, D numbers that are normed or turned together.
+T tokens, H heads, D numbers that are normed or turned together, N slots of a cache.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeray.model.kernels.native import CALL_FORMATS, functions, threads_for
+from moeray.model.kernels.native import CALL_FORMATS, available, functions, threads_for
 from moeray.model.recording import perform
+
+_FEW_BYTES = 1 << 20
+"""More are worth several threads."""
 
 
 class RmsNorm:
@@ -66,3 +70,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin.data_ptr(), y.data_ptr(), threads_for(tokens, tokens * heads * size),
     )  # fmt: skip
     return y.transpose(1, 2)
+
+
+def keep(x_THD: Tensor, slots_T: Tensor, cache_NHD: Tensor) -> None:
+    """cache[slots] = x; what few tokens have is written without waking threads. slots int64; all contiguous but x, of
+    which the numbers of a head are."""
+    tokens, heads, size = x_THD.shape
+    whole = x_THD.is_cpu and x_THD.stride(2) == 1 and cache_NHD.is_contiguous() and slots_T.is_contiguous()
+    if not (whole and available() and x_THD.dtype is cache_NHD.dtype and x_THD.nbytes <= _FEW_BYTES):
+        cache_NHD.index_copy_(0, slots_T, x_THD)
+        return
+    token, head, each = x_THD.stride(0), x_THD.stride(1), x_THD.itemsize
+    perform(
+        functions().keep, x_THD.data_ptr(), token * each, head * each, tokens, heads, size * each, slots_T.data_ptr(),
+        cache_NHD.data_ptr(),
+    )  # fmt: skip

@@ -88,6 +88,8 @@ typedef struct {
 int64_t moeray_attention_scratch(const Attention *call);
 void moeray_attention(const Attention *call);
 
+void moeray_keep(const char *x, int64_t token, int64_t head, int64_t tokens, int64_t heads, int64_t bytes,
+                 const int64_t *slots, char *cache);
 void moeray_norm(int64_t format, const void *x, const float *weight, int64_t rows, int64_t size, float eps,
                  int64_t early, void *y, int64_t threads);
 void moeray_rotate(int64_t format, const void *x, int64_t token, int64_t head, int64_t tokens, int64_t heads,

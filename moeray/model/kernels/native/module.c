@@ -124,6 +124,16 @@ static PyObject *combine(PyObject *self, PyObject *const *args, Py_ssize_t arg_c
     return done;
 }
 
+static const char KEEP_USAGE[] = "keep(x, token, head, tokens, heads, bytes, slots, cache)";
+
+static PyObject *keep(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
+    (void)self;
+    int64_t n[8];
+    if (!all_numbers(args, arg_count, n, 8, KEEP_USAGE)) return NULL;
+    moeray_keep((const char *)n[0], n[1], n[2], n[3], n[4], n[5], (const int64_t *)n[6], (char *)n[7]);
+    Py_RETURN_NONE;
+}
+
 static const char NORM_USAGE[] = "norm(format, x, weight, rows, size, early, y, threads, eps)";
 
 static PyObject *norm(PyObject *self, PyObject *const *args, Py_ssize_t arg_count) {
@@ -152,6 +162,7 @@ static PyObject *rotate(PyObject *self, PyObject *const *args, Py_ssize_t arg_co
 static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, USAGE},
                                 {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, ATTEND_USAGE},
                                 {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL, COMBINE_USAGE},
+                                {"keep", (PyCFunction)(void (*)(void))keep, METH_FASTCALL, KEEP_USAGE},
                                 {"norm", (PyCFunction)(void (*)(void))norm, METH_FASTCALL, NORM_USAGE},
                                 {"rotate", (PyCFunction)(void (*)(void))rotate, METH_FASTCALL, ROTATE_USAGE},
                                 {NULL}};
