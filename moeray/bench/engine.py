@@ -1,7 +1,8 @@
 """Prefill and decode throughput of the engine with its experts in processes of their own, and where a step's time goes.
 
 A run is a batch of sequences of random tokens, sampled at temperature 1 without an end. Prefill is the time of a run of
-one token each; decode is what a longer run takes beyond that. Peers do the same runs in turn (`peers.py`).
+one token each; decode is the time from the last sequence's first token on in a longer run. Peers do the same in turn
+(`peers.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,11 +33,18 @@ from moeray.model.dispatched import ExpertRows
 from moeray.model.loading import open_bank, open_model, pick_device
 from moeray.model.trunk import Trunk
 from moeray.settings.wire import Remote
-from moeray.types import ExpertId, GenerationRequest, SamplingParams
+from moeray.types import ExpertId, GenerationRequest, SamplingParams, TokenOutput
 
 Report = Callable[[str, int, int], None]
 
 DISTURBED = 1.5
+
+
+class Times(NamedTuple):
+    """Seconds from the beginning until every sequence has its first token, and until all have their last."""
+
+    first_s: float
+    total_s: float
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,15 @@ class Workload:
         """Prompt tokens per second."""
         return batch * self.prompt / prefill_s
 
-    def decode_rate(self, batch: int, prefill_s: float, total_s: float) -> float:
+    def decode_rate(self, batch: int, times: Times) -> float:
         """Generated tokens per second, beyond the first of each sequence."""
-        return batch * self.output / max(total_s - prefill_s, 1e-9)
+        return batch * self.output / (times.total_s - times.first_s)
 
 
 class Contender(Protocol):
-    """Something that generates: seconds for `batch` sequences of `prompt` random tokens and `output` more each."""
+    """Something that generates: `batch` sequences of `prompt` random tokens and `output` more each."""
 
-    def run(self, batch: int, prompt: int, output: int) -> float: ...
+    def run(self, batch: int, prompt: int, output: int) -> Times: ...
 
 
 class OwnEngine:
@@ -73,11 +81,11 @@ class OwnEngine:
         self._ids = itertools.count()
         self._random = random.Random(0)
 
-    def run(self, batch: int, prompt: int, output: int) -> float:
+    def run(self, batch: int, prompt: int, output: int) -> Times:
         """See `Contender`."""
         return self._compute.submit(self._run, batch, prompt, output).result()
 
-    def _run(self, batch: int, prompt: int, output: int) -> float:
+    def _run(self, batch: int, prompt: int, output: int) -> Times:
         vocab = self._vocab_size
         requests = [
             GenerationRequest(
@@ -88,14 +96,18 @@ class OwnEngine:
             for _ in range(batch)
         ]
         began = time.perf_counter()
+        waiting = {request.request_id for request in requests}
         for request in requests:
             self._engine.submit(request)
+        while waiting:
+            waiting -= {output.request_id for output in self._step(batch)}
+        first_s = time.perf_counter() - began
         while self._engine.has_work:
             self._step(batch)
-        return time.perf_counter() - began
+        return Times(first_s, time.perf_counter() - began)
 
-    def _step(self, batch: int) -> None:
-        self._engine.step()
+    def _step(self, batch: int) -> list[TokenOutput]:
+        return self._engine.step()
 
 
 class TimedEngine(OwnEngine):
@@ -109,18 +121,19 @@ class TimedEngine(OwnEngine):
         self.budgets: list[StepBudget] = []
         self.whole = StepBudget()
 
-    def _run(self, batch: int, prompt: int, output: int) -> float:
+    def _run(self, batch: int, prompt: int, output: int) -> Times:
         self.budgets, self.whole = [], StepBudget()
         return super()._run(batch, prompt, output)
 
-    def _step(self, batch: int) -> None:
+    def _step(self, batch: int) -> list[TokenOutput]:
         budget = self._budget.renew()
         began = time.perf_counter()
-        self._engine.step()
+        outputs = self._engine.step()
         budget.other = time.perf_counter() - began - budget.total
         self.whole += budget
         if self._runner.decodes == batch:
             self.budgets.append(budget)
+        return outputs
 
 
 class _Current:
@@ -212,32 +225,29 @@ def measure(contenders: Mapping[str, Contender], work: Workload, report: Report)
     for i, batch in enumerate(work.batches):
         for contender in contenders.values():
             contender.run(batch, work.prompt, 9)  # warm up this shape
-        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         budgets: dict[str, list[StepBudget]] = {name: [] for name in contenders}
         prompts: dict[str, list[StepBudget]] = {name: [] for name in contenders}
         for n in range(work.rounds):
             report(f"batch {batch}", i * work.rounds + n, total)
             for name, contender in contenders.items():
-                prefill_s = contender.run(batch, work.prompt, 1)
+                prefill = work.prefill_rate(batch, contender.run(batch, work.prompt, 1).total_s)
                 prompts[name] += [contender.whole] if isinstance(contender, TimedEngine) else []
-                rounds[name].append((prefill_s, contender.run(batch, work.prompt, work.output + 1)))
+                decode = work.decode_rate(batch, contender.run(batch, work.prompt, work.output + 1))
                 budgets[name] += contender.budgets if isinstance(contender, TimedEngine) else []
-        rows.append(_row(batch, work, rounds, budgets, prompts))
+                rates[name].append((prefill, decode))
+        rows.append(_row(batch, rates, budgets, prompts))
     report("done", total, total)
     return {"workload": asdict(work), "rows": rows} | surroundings()
 
 
 def _row(
     batch: int,
-    work: Workload,
-    rounds: Mapping[str, Sequence[tuple[float, float]]],
+    rates: Mapping[str, Sequence[tuple[float, float]]],
     budgets: Mapping[str, list[StepBudget]],
     prompts: Mapping[str, list[StepBudget]],
 ) -> dict[str, Any]:
-    rates = {
-        name: [(work.prefill_rate(batch, p), work.decode_rate(batch, p, t)) for p, t in times]
-        for name, times in rounds.items()
-    }
+    """`rates`: tokens per second of prompts and of decoding, round by round."""
     first = next(iter(rates))
     row: dict[str, Any] = {"batch": batch}
     for name, pairs in rates.items():
@@ -258,8 +268,7 @@ def _row(
 
 
 def disturbed(decode_tok_s: float, batch: int, step_ms: float) -> bool:
-    """Whether the machine changed its speed while it was measured: decoding, the difference of two runs, does not go
-    with the median of its steps. (Steps of fewer sequences, while others' prompts are computed, make some of that.)"""
+    """Whether the machine changed its speed while it was measured: decoding does not go with its steps' median."""
     by_steps = 1000 * batch / step_ms
     return not by_steps / DISTURBED < decode_tok_s < by_steps * DISTURBED
 

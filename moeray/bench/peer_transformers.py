@@ -18,12 +18,18 @@ def main(model_path: str) -> None:
     for line in sys.stdin:
         ask = json.loads(line)
         ids = torch.randint(0, vocab, (ask["batch"], ask["prompt"]))
-        began = time.perf_counter()
+        times = [time.perf_counter()]
+
+        def token(input_ids: torch.Tensor, scores: object, times: list[float] = times) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask["output"], min_new_tokens=ask["output"],
             do_sample=True, temperature=1.0, top_k=0, pad_token_id=0,
+            stopping_criteria=[token],
         )  # fmt: skip
-        print("PEER " + json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        print("PEER " + json.dumps({"first_s": times[1] - times[0], "total_s": times[-1] - times[0]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,13 @@ def main(model: str) -> None:
         ]
         params = SamplingParams(temperature=1.0, max_tokens=ask["output"], ignore_eos=True, detokenize=False)
         began = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        print("PEER " + json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        waiting = {llm.llm_engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)}
+        while waiting:
+            waiting -= {output.request_id for output in llm.llm_engine.step() if output.outputs[0].token_ids}
+        first_s = time.perf_counter() - began
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+        print("PEER " + json.dumps({"first_s": first_s, "total_s": time.perf_counter() - began}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Other engines, run by a Python of their own in alternation with ours: `vllm=PYTHON`, `transformers=PYTHON`.
 
 A peer is a script in this folder that loads the model once and then answers a line {"batch", "prompt", "output"} by a
-line {"seconds"}. It imports nothing of this project, so its environment needs only the peer.
+line {"first_s", "total_s"}: see `Times`. It imports nothing of this project, so its environment needs only the peer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moeray.bench.engine import Times
 from moeray.errors import MoerayError
 
 PEERS = ("transformers", "vllm")
@@ -27,7 +28,7 @@ class Peer:
         self._name = name
         self._process = process
 
-    def run(self, batch: int, prompt: int, output: int) -> float:
+    def run(self, batch: int, prompt: int, output: int) -> Times:
         """Raises MoerayError where the peer ended."""
         assert self._process.stdin is not None
         try:
@@ -35,7 +36,7 @@ class Peer:
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise self._ended() from error
-        return float(self.hear()["seconds"])
+        return Times(**self.hear())
 
     def hear(self) -> dict[str, float]:
         """The next line that is meant for us; the peer's own prints are passed over."""

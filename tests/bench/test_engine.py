@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moeray.bench.budget import PARTS, StepBudget, median_budget
-from moeray.bench.engine import Workload, disturbed
+from moeray.bench.engine import Times, Workload, disturbed
 from moeray.bench.peers import peer
 from moeray.cli.bench_engine import show
 from moeray.errors import MoerayError
@@ -88,7 +88,7 @@ def test_medians_of_a_budget():
 def test_decode_counts_the_tokens_beyond_the_first():
     work = Workload(prompt=100, output=50)
     assert work.prefill_rate(8, 2.0) == 400
-    assert work.decode_rate(8, 2.0, 6.0) == 100
+    assert work.decode_rate(8, Times(2.0, 6.0)) == 100
 
 
 def test_an_unknown_peer_is_named():
