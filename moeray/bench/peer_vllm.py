@@ -28,7 +28,9 @@ def main(model: str) -> None:
         ]
         params = SamplingParams(temperature=1.0, max_tokens=ask["output"], ignore_eos=True, detokenize=False)
         began = time.perf_counter()
-        waiting = {llm.llm_engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)}
+        waiting = {str(i) for i in range(ask["batch"])}
+        for i, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(i), prompt, params)
         while waiting:
             waiting -= {output.request_id for output in llm.llm_engine.step() if output.outputs[0].token_ids}
         first_s = time.perf_counter() - began
