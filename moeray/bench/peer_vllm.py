@@ -17,7 +17,7 @@ def main(model: str) -> None:
 
     llm = LLM(
         model, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024, max_num_seqs=64,
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, disable_log_stats=False,
     )  # fmt: skip
     vocab = llm.model_config.get_vocab_size()
     print("PEER {}", flush=True)
@@ -27,16 +27,11 @@ def main(model: str) -> None:
             {"prompt_token_ids": [random.randrange(vocab) for _ in range(ask["prompt"])]} for _ in range(ask["batch"])
         ]
         params = SamplingParams(temperature=1.0, max_tokens=ask["output"], ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
-        waiting = {str(i) for i in range(ask["batch"])}
-        for i, prompt in enumerate(prompts):
-            llm.llm_engine.add_request(str(i), prompt, params)
-        while waiting:
-            waiting -= {output.request_id for output in llm.llm_engine.step() if output.outputs[0].token_ids}
-        first_s = time.perf_counter() - began
-        while llm.llm_engine.has_unfinished_requests():
-            llm.llm_engine.step()
-        print("PEER " + json.dumps({"first_s": first_s, "total_s": time.perf_counter() - began}), flush=True)
+        began = time.monotonic()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        ended = time.monotonic()
+        first = max(output.metrics.first_token_ts for output in outputs)
+        print("PEER " + json.dumps({"first_s": first - began, "total_s": ended - began}), flush=True)
 
 
 if __name__ == "__main__":
