@@ -117,7 +117,7 @@ class Dispatcher:
 
     def combined(self, layer: int, x_TD: Tensor, ids_TK: Tensor, total: Sum) -> None:
         """The same summed up: in C with all else where it can be, the last outputs where they lie."""
-        combining = total.in_c() if x_TD.is_cpu else None
+        combining = total.in_c() if x_TD.is_cpu and x_TD.dtype is total.out_TD.dtype else None
         if combining is None:
             total.of(self(layer, x_TD, ids_TK))
             return

@@ -30,8 +30,8 @@ _TABLE_HEAD = struct.Struct("=ddqqqq")
 
 
 Answered = tuple[int, list[int], int, int, float]
-"""A share whose outputs have come: (actor, by its place in `Planner.actors`; its experts; how many rows and
-tokens it has; seconds from sending them until their outputs came)."""
+"""A share whose outputs have come: (actor, by its place in `Planner.actors`; its experts; how many rows and tokens it
+has; seconds from sending them until their outputs came)."""
 
 
 class Left(NamedTuple):

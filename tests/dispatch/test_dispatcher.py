@@ -16,6 +16,8 @@ import torch
 
 from moeray.dispatch.deadline import FRESH_S
 from moeray.errors import MoerayError, PlacementError, WireError
+from moeray.model.dispatched import Sum
+from moeray.model.kernels import combine
 from tests.dispatch.actors import (
     WIRE,
     Background,
@@ -504,3 +506,12 @@ def test_pieces_wait_for_a_replica_as_all_rows_do(stage):
     stage.publish(2, MANY, lost="a")
     dispatch.join()
     assert stage.actors["b"].rows > 16_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_sums_of_another_dtype_than_the_rows(stage, dtype):
+    stage.publish(1, BOTH)
+    x_TD, ids_TK = torch.randn(3, 8), torch.tensor([[0, 1], [1, 2], [2, 0]])
+    total = Sum(torch.rand(3, 2), torch.empty(3, 8, dtype=dtype))
+    stage.dispatcher.combined(0, x_TD, ids_TK, total)
+    assert torch.equal(total.out_TD, combine(expected(x_TD, ids_TK), total.weights_TK).to(dtype))
