@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeray.control.placement import Placement
+from moeray.dispatch.delivery import OnLoss
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.view import PlacementView
 from moeray.errors import ChannelClosedError
@@ -119,6 +120,8 @@ class Stage:
         self.view = PlacementView()
         self.recorder = Recorder()
         self.losses: list[tuple[str, str]] = []
+        self.on_loss: OnLoss = lambda *loss: self.losses.append(loss)
+        self.on_orphans: Callable[[], None] = lambda: None
         self.dialling: list[str] = []
         self.dialled: list[str] = []
         self.patience_s = 0.0
@@ -127,7 +130,8 @@ class Stage:
             self._connect,
             self.recorder,
             deadline_s=deadline_s,
-            on_loss=lambda actor_id, reason: self.losses.append((actor_id, reason)),
+            on_loss=lambda actor_id, reason: self.on_loss(actor_id, reason),
+            on_orphans=lambda: self.on_orphans(),
         )
 
     def _connect(self, address: Address, seconds: float) -> Channel:

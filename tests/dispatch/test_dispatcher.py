@@ -154,7 +154,7 @@ def test_rows_that_wait_are_sent_to_a_new_replica_while_others_compute(stage):
     stage.publish(1, {expert: "a" if expert < 2 else "b" for expert in experts}, known="abc")
     a, b, c = (stage.actors[name] for name in "abc")
     orphaned = threading.Event()
-    stage.dispatcher._on_orphans = orphaned.set
+    stage.on_orphans = orphaned.set
 
     def after_c(actor, channel, frame):
         c.received.get(timeout=10)
@@ -232,7 +232,7 @@ def test_who_does_not_answer_is_not_expected_for_ever(stage, stopped, monkeypatc
 
 def test_a_stopped_actor_is_given_up_when_it_does_not_take_the_call(stage, stopped):
     stage.publish(1, {0: "s"})
-    stage.dispatcher._on_loss = lambda *loss: (stage.losses.append(loss), stage.publish(2, {0: "b"}))
+    stage.on_loss = lambda *loss: (stage.losses.append(loss), stage.publish(2, {0: "b"}))
     began = time.monotonic()
     stage.dispatch([[0]])
     assert stage.losses == [("s", "timeout")]
@@ -318,7 +318,7 @@ def test_rows_without_a_replica_wait_for_one(stage):
         stage.losses.append((actor_id, reason))
         waiting.set()
 
-    stage.dispatcher._on_loss = orphaned
+    stage.on_loss = orphaned
     dispatch = Background(lambda: stage.dispatch([[0], [0], [0]]))
     assert waiting.wait(10)
     while not seen:
@@ -355,7 +355,7 @@ def test_an_actor_that_takes_rows_and_never_answers_is_no_endless_loop(folder):
     stage = Stage(folder, deadline_s=0.3)
     try:
         stage.publish(1, {0: "ab"})
-        stage.dispatcher._on_loss = lambda actor_id, reason: stage.view.restore(actor_id)
+        stage.on_loss = lambda actor_id, reason: stage.view.restore(actor_id)
         for actor in stage.actors.values():
             actor.script = [hang] * 50
         with pytest.raises(PlacementError, match=r"no actor answered for expert 0 of layer 0 within 0\.6 s"):

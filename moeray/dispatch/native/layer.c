@@ -1,5 +1,5 @@
 /* A layer's rows, from the gate's choice to the sums of the experts' outputs, in one call: dealt out, sent, waited for and
-   combined without a line of Python between. What is unusual, or went wrong, is left to dispatcher.py. */
+   combined without a line of Python between. What is unusual, or went wrong, is left to delivery.py. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -24,7 +24,8 @@ def combine(rows_TKD: Tensor, weights_TK: Tensor, out_TD: Tensor | None = None) 
     tokens, top_k, size = rows_TKD.shape
     if out_TD is None:
         out_TD = rows_TKD.new_empty(tokens, size)
-    call = _call(weights_TK := weights_TK.contiguous(), out_TD) if rows_TKD.dtype is out_TD.dtype else None
+    weights_TK = weights_TK.contiguous()
+    call = _call(weights_TK, out_TD) if rows_TKD.dtype is out_TD.dtype else None
     if call is None or not rows_TKD.numel():
         return out_TD.copy_(_combine(rows_TKD, weights_TK))
     rows = rows_TKD.contiguous()

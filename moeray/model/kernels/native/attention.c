@@ -72,8 +72,10 @@ static const char *value_at(const Attention *a, int64_t slot, int64_t group) {
     return (const char *)a->v + slot * a->v_slot + group * a->v_head;
 }
 
+static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* The keys of a part's tile that begins with key `from`. */
-static int64_t keys_of(const Part *part, int64_t from) { return part->to - from < KEYS ? part->to - from : KEYS; }
+static int64_t keys_of(const Part *part, int64_t from) { return lesser(part->to - from, KEYS); }
 
 /* Its key/value heads: some whole ones, or one, of some of whose queries it is. */
 static int64_t groups_in(const Attention *a, const Part *part) {
@@ -99,8 +101,6 @@ static void look_ahead(const Attention *a, const Part *part, int64_t from, const
         next->rows[next->keys + n] = value_at(a, slots[n], group);
     }
 }
-
-static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* So many steps are left to ask for all that is left. */
 static inline void set_pace(Coming *next, int64_t steps) {
