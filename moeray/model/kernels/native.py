@@ -26,7 +26,8 @@ _MODULE = "moeray.model.kernels._native"
 
 class Instructions(IntEnum):
     """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but that the last
-    two multiply bf16 inputs with all weights but fp32 and fp16 in their own ways: in pairs, and by matrix tiles."""
+    two multiply bf16 inputs with all weights but fp32 and fp16 in their own ways: in pairs (int8 in whole numbers), and
+    by matrix tiles."""
 
     PORTABLE = 0
     AVX2 = 1

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moeray.model.formats import Fp8Block, Mxfp4
+from moeray.model.formats import Fp8Block, Int8, Mxfp4
 from moeray.model.kernels import available
 from moeray.model.kernels.experts import _outputs, _stored
 from moeray.model.kernels.layout import Expert, Layer
@@ -36,6 +36,12 @@ def random_mxfp4(outputs, inputs):
     shape = (outputs, inputs // 32)
     blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=seeded())
     return Mxfp4(blocks, torch.randint(110, 130, shape, dtype=torch.uint8, generator=seeded()))
+
+
+def random_int8(outputs, inputs):
+    """All numbers; scales of all sizes."""
+    numbers = torch.randint(-128, 128, (outputs, inputs), generator=seeded()).to(torch.int8)
+    return Int8(numbers, 10 ** torch.empty(outputs).uniform_(-5, 1), transposed=False)
 
 
 def product(weight, x, instructions):
@@ -71,6 +77,62 @@ def test_it_is_the_product_and_a_row_depends_on_itself_alone(make, size, instruc
     for first, count in [(0, 1), (1, 1), (2, 2), (4, 4), (9, 5), (20, 6), (30, 7), (40, 10), (60, 11), (80, 13)]:
         rows = slice(first, first + count)
         assert torch.equal(product(weight, x[rows], instructions), together[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(
+    "size", [(128, 256), (192, 576), (33, 200), (7, 40), (16, 1), (5, 8192), (9, 9000), (3, 40000)]
+)
+def test_int8_is_the_product_and_a_row_depends_on_itself_alone(size, instructions, dtype):
+    weight = random_int8(*size)
+    x = torch.randn(20, size[1], generator=seeded()).to(dtype)
+    x[3] *= 1e30
+    x[4] *= 1e-30
+    x[5, 0] = 1000.0  # one far from the others
+    x[6] = 0
+    dense = weight.dense(torch.float64).t()
+    together = product(weight, x, instructions)
+    bound = 1e-5 * (x.double().abs() @ dense.abs())
+    if dtype is torch.bfloat16 and instructions is Instructions.AVX512_BF16:  # whole numbers, the largest about 2^14
+        coarser = 2 ** max(0, math.ceil(math.log2(size[1] / 8192)))
+        bound += x.double().abs().amax(1, keepdim=True) * 1.01 * 2**-15 * coarser * dense.abs().sum(0)
+    assert ((together.double() - x.double() @ dense).abs() <= bound).all()
+    for first, count in [(0, 1), (1, 1), (2, 2), (4, 4), (9, 5), (3, 6), (2, 7), (4, 10), (6, 11), (0, 13)]:
+        rows = slice(first, first + count)
+        assert torch.equal(product(weight, x[rows], instructions), together[rows])
+
+
+@pytest.mark.parametrize("inputs", [64, 8192, 8200, 20000])
+@pytest.mark.parametrize("instructions", SETS)
+def test_int8_of_the_largest_sums(instructions, inputs):
+    largest = torch.finfo(torch.bfloat16).max
+    for value in (1.9921875, 1.984375, 1.0, -1.9921875, largest / 2**24, 2.0**-126):
+        x = torch.full((2, inputs), value, dtype=torch.bfloat16)
+        for number in (-128, 127):
+            weight = Int8(torch.full((3, inputs), number, dtype=torch.int8), torch.ones(3), transposed=False)
+            expected = torch.full((2, 3), value * number * inputs)
+            assert torch.allclose(product(weight, x, instructions), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+def test_int8_of_inputs_of_like_magnitude_is_exact(instructions):
+    weight = random_int8(40, 300)
+    weight = Int8(weight.weight, torch.ones(40), transposed=False)
+    x = torch.randint(1, 128, (9, 300), generator=seeded()).to(torch.bfloat16)  # within 2^7 of each other
+    assert torch.equal(product(weight, x, instructions), x.float() @ weight.weight.float().t())
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_int8_of_what_is_not_finite_is_not_finite_and_leaves_other_rows_alone(value, instructions):
+    weight, x = random_int8(24, 100), torch.randn(8, 100, generator=seeded()).to(torch.bfloat16)
+    clean = product(weight, x, instructions)
+    x[5, 70] = value
+    found = product(weight, x, instructions)
+    assert not found[5, weight.weight[:, 70] != 0].isfinite().any()
+    others = [0, 1, 2, 3, 4, 6, 7]
+    assert torch.equal(found[others], clean[others])
 
 
 @pytest.mark.parametrize("rows", [1, 64])

@@ -215,6 +215,10 @@ INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, co
 }
 #endif
 
+#if HAS_PAIRS
+#include "digits.h"
+#endif
+
 /* Of a tile the first of the OUTS rows that are multiplied together, in turn i. */
 INLINE const Row *FN(turn)(const Row *w, int64_t i) { return w + i / APIECE * LANES + i % APIECE; }
 
@@ -246,6 +250,11 @@ INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row
             FN(dot_scaled)(format, rows, m, FN(turn)(w, i), x, x_step, FN(soon)(w, i, ahead), folds + i);
         return;
     }
+    if (in_digits(format)) {
+        for (int i = 0; i < TURNS; i++)
+            FN(dot_digits)(rows, m, FN(turn)(w, i), x, x_step, FN(soon)(w, i, ahead), folds + i);
+        return;
+    }
 #endif
     FN(wide) sums[LANES == 8 ? TURNS : 1][MOST * OUTS];
     const int64_t in = m->in, span = FN(in_halves)(rows) ? SPAN : in;
@@ -267,10 +276,10 @@ typedef void (*FN(Dot))(const Matrix *m, const Row *w, const char *x, int64_t x_
         FN(dot)(format, rows, m, w, x, x_step, ahead, folds);                                                          \
     }
 #define DOTS(format) UP_TO_MOST(DOT, format)
-COMPUTED(DOTS)
+MULTIPLIED(DOTS)
 #define DOT_NAME(format, rows) FN(dot_##format##_##rows),
 #define DOT_NAMES(format) {UP_TO_MOST(DOT_NAME, format)},
-static const FN(Dot) FN(dot_of)[][MOST] = {COMPUTED(DOT_NAMES)};
+static const FN(Dot) FN(dot_of)[][MOST] = {MULTIPLIED(DOT_NAMES)};
 
 /* A row's weights of inputs [from, to), decoded; `from` begins a block. */
 typedef void (*FN(Unpack))(const Matrix *m, Row w, int64_t from, int64_t to, char *decoded);
@@ -301,7 +310,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
     f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
     FN(vec) folds[MOST * (TILE / OUTS)];
     Row rows[TILE];
-    if (m->format == INT8 || m->format == INT8_PAIRS)
+    if (in_int8(m->format))
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
     if (is_decoded(m, count)) {
         for (int n = 0; n < TILE; n++) {
@@ -364,10 +373,12 @@ INLINE void FN(pack_pairs)(const Matrix *m, const uint16_t *x, char *packed) {
 }
 #endif
 
-/* A row of inputs (F32 or BF16) -> floats in the order of blocks, filled up with zeros; or as they are, in pairs. */
+/* A row of inputs (F32 or BF16) -> floats in the order of blocks, filled up with zeros; or as they are, in pairs; or in
+   digits. */
 static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packed) {
 #if HAS_PAIRS
     if (in_pairs(m->format)) return FN(pack_pairs)(m, x, packed);
+    if (in_digits(m->format)) return FN(pack_digits)(m, x, packed);
 #endif
     const int64_t size = format == F32 ? 4 : 2, vectors = vectors_of(m->format), block = 16 * vectors;
     for (int64_t k = 0; k < m->in; k += block, packed += 4 * block) {
@@ -444,6 +455,7 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef HOLD
 #undef HAS_PAIRS
 #undef COMPUTED
+#undef MULTIPLIED
 #undef MULTIPLY_ADD
 #undef MERGE
 #undef LANES_OF

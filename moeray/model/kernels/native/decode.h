@@ -4,9 +4,11 @@
 #if defined(__AVX512BF16__)
 #define HAS_PAIRS 1
 #define COMPUTED(EACH) FORMATS(EACH) PAIR_FORMATS(EACH)
+#define MULTIPLIED(EACH) COMPUTED(EACH) EACH(INT8_DIGITS)
 #else
 #define HAS_PAIRS 0
 #define COMPUTED FORMATS
+#define MULTIPLIED FORMATS
 #endif
 
 typedef float FN(vec) __attribute__((vector_size(4 * LANES)));

@@ -14,8 +14,9 @@ enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX_BF16 };
 
 /* Formats inside a call alone, for CPUs that multiply pairs of BF16: stored as the name says (PAIRS: as BF16), exact as
    BF16 (FP8 but for its scales), and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 decoded
-   to BF16, its scales apart. What is below 2^-126 counts as 0 there. */
-enum { PAIRS = MXFP4 + 1, SCALED_PAIRS, INT8_PAIRS, FP8_PAIRS, MXFP4_PAIRS };
+   to BF16, its scales apart. INT8_DIGITS: INT8, multiplied with inputs in whole numbers (digits.h). What is below 2^-126
+   counts as 0 there. */
+enum { PAIRS = MXFP4 + 1, SCALED_PAIRS, INT8_PAIRS, FP8_PAIRS, MXFP4_PAIRS, INT8_DIGITS };
 #define PAIR_FORMATS(EACH) EACH(PAIRS) EACH(SCALED_PAIRS) EACH(INT8_PAIRS) EACH(FP8_PAIRS) EACH(MXFP4_PAIRS)
 
 /* bits: of a weight. block: inputs whose weights are decoded at once. few: up to so many rows weights are decoded anew
@@ -36,6 +37,7 @@ static const Form forms[] = {
     [INT8_PAIRS] = {8, 64, 10, PAIRS, INT8_PAIRS},
     [FP8_PAIRS] = {8, 64, 10, SCALED_PAIRS, FP8_PAIRS},
     [MXFP4_PAIRS] = {4, 64, 12, PAIRS, MXFP4_PAIRS},
+    [INT8_DIGITS] = {8, 64, INT64_MAX, INT8_DIGITS, INT8_DIGITS},
 };
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
@@ -132,7 +134,18 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 #define LOAD(type, from) ({ type loaded_; memcpy(&loaded_, (from), sizeof loaded_); loaded_; })
 #define SPLAT(value) ((f32x16){0} + (value))
 
-INLINE int in_pairs(int64_t format) { return format >= PAIRS; }
+/* What follows a row of inputs in digits. excess: what 16 parts of a sum have too much, negated. unit: what is counted. */
+typedef struct {
+    int32_t excess[16];
+    float unit;
+} __attribute__((aligned(64))) Digits;
+
+INLINE int in_pairs(int64_t format) { return format >= PAIRS && format <= MXFP4_PAIRS; }
+
+INLINE int in_digits(int64_t format) { return format == INT8_DIGITS; }
+
+/* Whether sums are to be multiplied by their output's scale. */
+INLINE int in_int8(int64_t format) { return format == INT8 || format == INT8_PAIRS || format == INT8_DIGITS; }
 
 /* Whether each sum over the inputs of a block of FP8 is scaled, not each weight. */
 INLINE int scales_sums(int64_t format) { return format == FP8_PAIRS || format == SCALED_PAIRS; }
@@ -148,7 +161,7 @@ INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
 }
 
 /* An input in scratch. */
-INLINE int64_t input_bytes(int64_t format) { return in_pairs(format) ? 2 : 4; }
+INLINE int64_t input_bytes(int64_t format) { return in_pairs(format) || in_digits(format) ? 2 : 4; }
 
 /* Vectors that hold the inputs of a block. */
 INLINE int64_t vectors_of(int64_t format) { return forms[format].block * input_bytes(format) / 64; }
@@ -165,7 +178,7 @@ INLINE int64_t padded(int64_t format, int64_t inputs) {
    block's inputs j, j + n, j + 2n, ...; in pairs, bytes are unpacked in runs of 8, even ones before odd ones, and of 8
    words with 4 numbers each come all words' first ones, then all second ones, ... */
 INLINE int64_t place_of(int64_t format, int64_t k) {
-    if (format == PAIRS || format == SCALED_PAIRS) return k;
+    if (format == PAIRS || format == SCALED_PAIRS || in_digits(format)) return k;
     if (format == MXFP4_PAIRS) return (k & ~31) | (k & 3) << 3 | (k & 28) >> 2;
     if (in_pairs(format)) return (k & ~63) | (k & 8) << 2 | (k & 48) >> 1 | (k & 7);
     const int64_t n = vectors_of(format), within = k % forms[format].block;

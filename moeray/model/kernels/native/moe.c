@@ -61,7 +61,7 @@ typedef struct {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,fma")
 #define FN(name) name##_avx512_bf16
 #define LANES 16
 #define MOST 6
@@ -72,7 +72,7 @@ typedef struct {
 
 #if defined(HAS_AMX)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,fma,amx-tile,amx-bf16")
 #include "amx.h"
 #pragma GCC pop_options
 #endif
@@ -82,7 +82,9 @@ typedef struct {
 int64_t moeray_instructions(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return AVX512;
+        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi") ||
+            !__builtin_cpu_supports("avx512vnni"))
+            return AVX512;
 #if defined(HAS_AMX)
         if (tiles_are_there) return AMX_BF16;
 #endif
@@ -112,7 +114,7 @@ static void put_up(const Kernels *k, const Work *w, const Tile *t, int64_t lanes
     for (int64_t n = 0; n < lanes; n++) place[n] = place_of(format, t->from + n);
     for (int64_t r = 0; r < t->chunk->count; r++) {
         char *to = w->scratch.hs + (t->chunk->at + r) * step;
-        if (in_pairs(format)) {
+        if (input_bytes(format) == 2) {
             uint16_t rounded[TILE];
             k->store(BF16, rounded, 0, out + r, TILE);
             for (int64_t n = 0; n < lanes; n++) ((uint16_t *)to)[place[n]] = rounded[n];
@@ -173,7 +175,7 @@ static void pack_row(const Kernels *k, const Work *w, int64_t r) {
     k->pack(w->call->x_format, row_of(w, r), first, w->scratch.xs + r * step_of(first));
     if (!layer->up.out) return;
     const int64_t block = 64 * vectors_of(layer->down.format); /* may not be filled */
-    memset(w->scratch.hs + (r + 1) * step_of(&layer->down) - APART - block, 0, block);
+    memset(w->scratch.hs + r * step_of(&layer->down) + packed_bytes(&layer->down) - block, 0, block);
 }
 
 /* This thread's part of the inputs. */
@@ -192,6 +194,16 @@ static void pack(const Kernels *k, const Work *w, int64_t rows, int64_t chunks) 
     (void)chunks;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) pack_row(k, w, r);
+}
+
+/* This thread's part of the intermediate values, whose units are known once all of a row are there. */
+static void into_digits(const Kernels *k, const Work *w, int64_t rows) {
+    const Matrix *down = &w->layer.down;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        char *row = w->scratch.hs + r * step_of(down);
+        k->pack(BF16, row, down, row);
+    }
 }
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
@@ -217,6 +229,7 @@ void moeray_forward(const Layer *layer, const Expert *const *experts, const int6
         pack(k, &w, rows, chunks);
         if (layer->up.out) compute_stage(k, &w, &up, taken, decoded);
 #pragma omp barrier
+        if (layer->up.out && in_digits(w.layer.down.format)) into_digits(k, &w, rows);
         compute_stage(k, &w, &down, taken + 1, decoded);
     }
 }

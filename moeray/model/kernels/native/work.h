@@ -44,6 +44,7 @@ INLINE int64_t groups_of(int64_t count) { return (count + GROUP - 1) / GROUP; }
 INLINE int64_t group_rows(int64_t count) { return (count + groups_of(count) - 1) / groups_of(count); }
 
 static int64_t computed_as(const Matrix *m, const Call *call) {
+    if (m->format == INT8 && call->x_format == BF16 && call->instructions == AVX512_BF16) return INT8_DIGITS;
     const int64_t paired = forms[m->format].paired;
     const int fits = !scales_sums(paired) || forms[paired].block <= (int64_t)1 << m->in_shift;
     return call->x_format == BF16 && call->instructions >= AVX512_BF16 && fits ? paired : m->format;
@@ -60,8 +61,11 @@ static Work work_of(const Layer *layer, const Call *call) {
 
 static int64_t lanes_of(const Work *w) { return w->matrix ? MOST_LANES : TILE; }
 
-/* Bytes from one packed row of inputs to the next. */
-static int64_t step_of(const Matrix *m) { return padded(m->format, m->in) * input_bytes(m->format) + APART; }
+/* Bytes of a packed row of inputs, and from one to the next. */
+static int64_t packed_bytes(const Matrix *m) { return padded(m->format, m->in) * input_bytes(m->format); }
+static int64_t step_of(const Matrix *m) {
+    return packed_bytes(m) + (in_digits(m->format) ? (int64_t)sizeof(Digits) : 0) + APART;
+}
 
 /* Rows of an expert that are computed at once, at most. */
 static int64_t most_rows(const Work *w) {
