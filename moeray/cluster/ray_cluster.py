@@ -23,11 +23,9 @@ from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.settings.router import RouterConfig
-from moeray.threads import PASSIVE
 
 NAMESPACE = "moeray"
-# Threads that wait must not spin on a core that another actor needs.
-_ENV = PASSIVE | {"TOKENIZERS_PARALLELISM": "false"}
+_ENV = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def controller_name(system: str) -> str:

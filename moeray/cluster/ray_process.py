@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from moeray.threads import BACKGROUND, all_cores, apart
+from moeray.threads import BACKGROUND, all_cores, apart, wait_passively
 
 if TYPE_CHECKING:
     from moeray.actors.spec import ActorSpec
@@ -23,6 +23,7 @@ class Process:
     """`kind` is `expert` or `router`. SIGTERM makes the actor say that it is leaving: the controller moves its work."""
 
     def __init__(self, kind: str, spec: ActorSpec) -> None:
+        wait_passively()
         if spec.background:
             apart(lambda: _import("torch", "transformers", f"moeray.actors.{kind}"), BACKGROUND)
         import torch

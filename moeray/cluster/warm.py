@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from moeray.threads import wait_passively
+
 FORK_S = 120.0
 """The first actor of a node waits for the zygote's imports, on a slow disk too."""
 ALONE = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -118,6 +120,7 @@ def receive(channel: socket.socket) -> tuple[dict[str, object] | None, list[int]
 
 
 def main() -> None:
+    wait_passively()  # the zygote's imports load what reads it
     try:
         status = run_warm(sys.argv[1:])
     except OSError as error:

@@ -65,6 +65,17 @@ def ended(pid: int) -> bool:
         os.close(end)
 
 
+def test_threads_wait_passively_in_the_zygote_too_unless_the_user_has_chosen_otherwise(script: Path) -> None:
+    script.write_text(
+        "import os\nenvs = [dict(os.environ), dict(line.split('=', 1) for line in "
+        "open(f'/proc/{os.getppid()}/environ').read().split(chr(0)) if line)]\n"
+        "print([(env['OMP_WAIT_POLICY'], env['GOMP_SPINCOUNT']) for env in envs])\n"
+    )
+    with shell(f"unset OMP_WAIT_POLICY; GOMP_SPINCOUNT=0 {WARM} {script}") as owner:
+        out, _ = owner.communicate(timeout=LIMIT_S)
+    assert out == f"{[('PASSIVE', '0')] * 2}\n"
+
+
 def test_a_script_runs_as_python_would_run_it(script: Path, tmp_path: Path) -> None:
     with shell(f"cd {tmp_path}; COLOUR=blue {WARM} {script} 7 'two words'; echo status $?") as owner:
         out, err = owner.communicate("from stdin\n", timeout=LIMIT_S)
