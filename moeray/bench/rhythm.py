@@ -23,7 +23,7 @@ PROMPTS = (1, 16, 64, 128, 256, 512, 1024)
 CONTEXT, ANSWER = 64, 64
 FAR_STREAMS, FAR_CONTEXT = 2, 1024
 FAR = 8
-"""So many times as long as another is the prompt that tells what attention takes."""
+"""So many times as long as others are, at least, prompts and contexts that tell what attention takes."""
 REST_S = 0.3
 """How long the system has nothing to do before a prompt: all its threads sleep by then."""
 

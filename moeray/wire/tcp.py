@@ -6,6 +6,7 @@ gRPC in Python.
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
@@ -30,6 +31,10 @@ def dial_tcp(address: Address, wire: WireConfig, timeout: float) -> SocketChanne
     except TimeoutError as error:
         raise ChannelTimeoutError(f"{address.actor_id} did not accept within {timeout:g} s; is it stopped?") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ChannelClosedError(
+                f"no socket for {address.actor_id} ({error.strerror}); raise `ulimit -n`"
+            ) from error
         raise ChannelClosedError(
             f"{address.actor_id} does not listen at {address.tcp} ({error.strerror or error}); "
             "it is gone or not started"

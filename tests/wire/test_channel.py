@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import signal
 import threading
@@ -16,9 +17,28 @@ import torch
 from moeray.buffers import ALIGN
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
+from moeray.types import Address
 from moeray.wire.frame import Frame, Op
+from moeray.wire.tcp import dial_tcp
+from moeray.wire.unix_dial import dial_unix
 from tests.wire.support import KINDS, SMALL, Host, echo, eventually
 from tests.wire.test_frame import same, tensors_to_try
+
+
+@pytest.mark.parametrize(("dial", "address"), [
+    (dial_tcp, Address("expert-0", "n", None, "127.0.0.1:9")),
+    (dial_unix, Address("expert-0", "n", "/tmp/nobody")),
+])  # fmt: skip
+def test_a_process_without_a_free_descriptor_is_told_so(dial, address):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(ChannelClosedError, match=r"no socket for expert-0 .* raise `ulimit -n`"):
+            dial(address, SMALL, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_every_tensor_comes_back_both_ways(host, kind):
