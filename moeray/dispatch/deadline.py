@@ -7,7 +7,7 @@ lies between constant (its weights are read once) and proportional to its rows, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 SLACK = 4.0
 """A forward may take so many times its forecast before its actor is given up."""
@@ -24,8 +24,7 @@ _DEVIATION_WEIGHT = 1 / 4
 _DEVIATIONS = 4.0
 
 
-@dataclass(frozen=True)
-class Latency:
+class Latency(NamedTuple):
     """One actor's round trips, smoothed: seconds, and the rows that they carried; `rows` 0 means none was seen.
 
     `timeouts`: how many deadlines it missed since its last answer.
@@ -53,7 +52,7 @@ def observed(latency: Latency, rows: int, seconds: float) -> Latency:
 
 def timed_out(latency: Latency) -> Latency:
     """After a missed deadline."""
-    return replace(latency, timeouts=latency.timeouts + 1)
+    return latency._replace(timeouts=latency.timeouts + 1)
 
 
 def deadline_s(latency: Latency, rows: int, *, fresh: bool, most_s: float) -> float:
