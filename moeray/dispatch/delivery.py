@@ -109,10 +109,10 @@ class Delivery:
 
     def _send_rows(self, work: Work, rows_R: Ints | None) -> None:
         """Plan and send the rows (None: all of them), again for those whose actor turns out to be gone."""
-        self.check_wanted()
         self._answers.learn()
         todo = [rows_R]
         while todo:
+            self.check_wanted()
             now = self._view.now
             plan = self._plan(work, now, todo.pop())
             if plan.orphans:
@@ -216,6 +216,7 @@ class Delivery:
             named = frame.meta.get("experts")
             missing = [e for e in share.experts if isinstance(named, list) and e in named] or share.experts
             self._view.refuse(share.actor_id, [ExpertId(work.layer, expert) for expert in missing])
+            self._check_time(work, share, message)
         else:
             log.warning("expert actor %s failed at layer %d: %s", share.actor_id, work.layer, message)
             work.fail(share, message)
@@ -246,12 +247,16 @@ class Delivery:
         if self._links.holds(sent.share.actor_id, sent.channel):
             self._lose(sent.share.actor_id, reason, message)
         self._retries[reason].add(rows_R.size)
+        self._check_time(work, sent.share, message)
+        self._send_rows(work, rows_R)
+
+    def _check_time(self, work: Work, share: Share, message: str) -> None:
+        """Raises PlacementError where rows have been sent again for too long, the last time these to this actor."""
         if self._clock() >= work.began + 2 * self._deadline_s:
             raise PlacementError(
-                f"no actor answered for expert {sent.share.experts[0]} of layer {work.layer} within "
-                f"{2 * self._deadline_s:g} s (last {sent.share.actor_id}: {message}); raise wire.deadline_s"
+                f"no actor answered for expert {share.experts[0]} of layer {work.layer} within "
+                f"{2 * self._deadline_s:g} s (last {share.actor_id}: {message}); raise wire.deadline_s"
             )
-        self._send_rows(work, rows_R)
 
     def _lose(self, actor_id: str, reason: str, message: str) -> None:
         log.warning("expert actor %s is lost (%s): %s", actor_id, reason, message)

@@ -94,9 +94,10 @@ class Links:
 
     def _open_channel(self, actor_id: str) -> Channel | None:
         link, now = self._links.get(actor_id), self._view.now
-        if link is None or link.channel is None or link.channel.closed or actor_id in now.dead:
+        channel = link.channel if link is not None else None  # another thread may cut it meanwhile
+        if link is None or channel is None or channel.closed or actor_id in now.dead:
             return None
-        return link.channel if now.addresses.get(actor_id) == link.address else None
+        return channel if now.addresses.get(actor_id) == link.address else None
 
     def dialled(self, actors: Iterable[str]) -> Iterator[str]:
         """The actors, as soon as there is a channel to each, or none to be had. All are dialled at the same time."""

@@ -120,7 +120,10 @@ class PlacementView:
     def _rebuild(self) -> None:
         by_layer: dict[int, dict[int, tuple[str, ...]]] = {}
         for expert, actors in self._placement.replicas.items():
-            usable = tuple(a for a in actors if a not in self._lost and (a, expert) not in self._refused)
+            usable = tuple(
+                a for a in actors
+                if a in self._addresses and a not in self._lost and (a, expert) not in self._refused
+            )  # fmt: skip
             by_layer.setdefault(expert.layer, {})[expert.expert] = usable
         self.now = Usable(
             self.now.version + 1, self._placement.epoch, by_layer, self._addresses, self._rates, frozenset(self._dead)

@@ -308,6 +308,32 @@ def test_an_actor_that_does_not_host_one_expert_keeps_the_others(stage):
     assert stage.losses == []
 
 
+def test_rows_that_an_actor_refuses_again_and_again_fail_at_a_deadline(folder):
+    stage = Stage(folder, "a", deadline_s=1.5)
+    try:
+        stage.publish(1, {0: "a"})
+        stage.actors["a"].script = [refuse("not_hosted", experts=[0])] * 1000
+        with pytest.raises(PlacementError, match=r"no actor answered for expert 0 of layer 0 within 3 s \(last a: "):
+            stage.dispatch([[0]])
+        assert stage.losses == []
+        stage.actors["a"].script.clear()
+        stage.publish(2, {0: "a"})
+        stage.dispatch([[0]])
+    finally:
+        stage.close()
+
+
+def test_rows_for_an_actor_without_an_address_wait_for_another(stage):
+    waiting = threading.Event()
+    stage.on_orphans = waiting.set
+    stage.publish(1, {0: "b", 1: "a"}, known="a")
+    dispatch = Background(lambda: stage.dispatch([[0, 1], [1, 0]]))
+    assert waiting.wait(10)
+    stage.publish(2, {0: "b", 1: "a"})
+    dispatch.join()
+    assert stage.losses == []
+
+
 def test_rows_without_a_replica_wait_for_one(stage):
     stage.publish(1, {0: "a"})
     stage.actors["a"].script = [vanish] * 50
