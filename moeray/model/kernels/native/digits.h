@@ -3,8 +3,9 @@
 
    A row of inputs becomes whole multiples of a unit of its own, a power of two, that fit two digits of a signed byte
    each: x = unit (256 high + low), the largest of at least 2^14 - 64 units. So a BF16 input is exact unless it is smaller
-   than 2^-7 of the row's largest, and then off by 2^-15 of that at most, where the weights themselves are off by 2^-8. Sums
-   are whole numbers, in any order the same, and nothing is decoded.
+   than 2^-7 of the row's largest, and then off by 2^-15 of that at most, where the weights themselves are off by 2^-8; or
+   where that unit would be below 2^-126, which is the smallest. Sums are whole numbers, in any order the same, and nothing
+   is decoded.
 
    The instruction wants one side without a sign: weights + 128. What that adds to a sum is known from the row alone, and
    taken off between its digits. A sum may have any 32 bits meanwhile; in the end it fits them. */
@@ -50,7 +51,7 @@ static void FN(pack_digits)(const Matrix *m, const uint16_t *x, char *packed) {
         const __m512i x_of[2] = {FN(inputs)(m, x, k), FN(inputs)(m, x, k + 32)};
         __m128i high[4], low[4];
         for (int i = 0; i < 4; i++) {
-            const __m512i n = FN(in_units)(_mm512_extracti64x4_epi64(x_of[i / 2], i % 2), per_unit);
+            const __m512i n = FN(in_units)(LOAD(__m256i, (const char *)x_of + 32 * i), per_unit);
             low[i] = _mm512_cvtepi32_epi8(n);
             high[i] = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8));
         }

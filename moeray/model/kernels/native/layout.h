@@ -14,8 +14,8 @@ enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX_BF16 };
 
 /* Formats inside a call alone, for CPUs that multiply pairs of BF16: stored as the name says (PAIRS: as BF16), exact as
    BF16 (FP8 but for its scales), and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 decoded
-   to BF16, its scales apart. INT8_DIGITS: INT8, multiplied with inputs in whole numbers (digits.h). What is below 2^-126
-   counts as 0 there. */
+   to BF16, its scales apart. INT8_PAIRS: -128, which no rounding gives, counts as 0. INT8_DIGITS: INT8, multiplied with
+   inputs in whole numbers (digits.h). What is below 2^-126 counts as 0 there. */
 enum { PAIRS = MXFP4 + 1, SCALED_PAIRS, INT8_PAIRS, FP8_PAIRS, MXFP4_PAIRS, INT8_DIGITS };
 #define PAIR_FORMATS(EACH) EACH(PAIRS) EACH(SCALED_PAIRS) EACH(INT8_PAIRS) EACH(FP8_PAIRS) EACH(MXFP4_PAIRS)
 
