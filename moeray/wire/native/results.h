@@ -92,7 +92,7 @@ static inline int64_t find_first(const Wanted *wanted, int64_t count, const Targ
         Py_BEGIN_ALLOW_THREADS
         ready = poll(polled, (nfds_t)count, left > 3600 ? 3600000 : left > 0 ? (int)(left * 1000) + 1 : 0);
         Py_END_ALLOW_THREADS
-        if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) ready = 0;
+        if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) continue;
         if (ready < 0 && !PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
         if (ready < 0) return FAILED;
         if (!ready) return NONE_IN_TIME;
