@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moeray.errors import UnsupportedModelError
+from moeray.model.building import BUILDING
 
 _LAYER_IN_NAME = re.compile(r"\.(\d+)\.")
 _EXPERT_STATE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
@@ -92,7 +93,7 @@ def load_family(config: PreTrainedConfig) -> Family:
     """Build the family on the meta device (no memory) and find its experts. Raises UnsupportedModelError."""
     cls = model_class(config)
     config._experts_implementation = None
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         full = cls._from_config(config)
     layers: dict[int, ExpertsLayer] = {}
     for name, module in full.named_modules():

@@ -211,6 +211,6 @@ def _exponents(scales: Tensor) -> Tensor:
 @cache
 def _byte_pairs() -> Tensor:
     """[256, 2] fp32: the two E2M1 values in each byte, low nibble first."""
-    values = torch.tensor(_MXFP4_VALUES)
+    values = torch.tensor(_MXFP4_VALUES, dtype=torch.float32)
     codes = torch.arange(256)
     return torch.stack([values[codes & 0xF], values[codes >> 4]], dim=-1)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moeray.errors import CheckpointError, ConfigError
 from moeray.model import attention, dispatched, kernels
 from moeray.model.bars import without_bars
+from moeray.model.building import BUILDING
 from moeray.model.checkpoint import Checkpoint
 from moeray.model.dispatched import Experts, Seconds, dispatching, unheard
 from moeray.model.family import Family, is_experts, model_class, without_experts
@@ -68,7 +69,14 @@ class Trunk:
         config: EngineConfig | None = None,
     ) -> Trunk:
         """Read the trunk's tensors and no others. Raises CheckpointError, ConfigError, UnsupportedModelError."""
-        engine = config or EngineConfig()
+        with BUILDING:
+            return cls._load(checkpoint, family, weights, dtype, device, config or EngineConfig())
+
+    @classmethod
+    def _load(
+        cls, checkpoint: Checkpoint, family: Family, weights: WeightMap, dtype: torch.dtype, device: torch.device,
+        engine: EngineConfig,
+    ) -> Trunk:  # fmt: skip
         native = attends_natively(engine.attention, dtype, device)
         linear = choose_linear(engine.linear, dtype, device)
         trunk_class = without_experts(model_class(checkpoint.config))

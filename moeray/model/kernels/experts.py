@@ -121,8 +121,9 @@ class _Stored:
 
 def kernel_activation(moe: ExpertsLayer) -> Activation:
     """The kernels' form of the layer's activation, found by its values. Raises UnsupportedByKernelError."""
-    gates = torch.cat([torch.linspace(-20, 20, 41), torch.linspace(-0.3, 0.3, 25)])  # near 0, where a steep one bends
-    probe_N2 = torch.cartesian_prod(gates, torch.linspace(-20, 20, 17))
+    # Of fp32, whatever torch's default is while another model is built; near 0, where a steep one bends, more of them.
+    near, far, ups = (torch.linspace(-end, end, n, dtype=torch.float32) for end, n in ((0.3, 25), (20, 41), (20, 17)))
+    probe_N2 = torch.cartesian_prod(torch.cat([far, near]), ups)
     gate_N, up_N = probe_N2.double().unbind(1)
     gated = bool(moe.module.has_gate)
     wanted = moe.activate(probe_N2 if gated else probe_N2[:, :1])[:, 0].double()
