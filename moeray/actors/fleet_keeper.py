@@ -17,7 +17,7 @@ from moeray.actors.roster import ROUTER, Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
 from moeray.actors.watch import Loss, Watcher
 from moeray.config import Config
-from moeray.control.fleet import Phase, fleet_steps
+from moeray.control.fleet import Phase, fleet_steps, to_reserve
 from moeray.control.placement import Placement
 from moeray.control.reports import Report, RouterReport
 from moeray.control.update import compare
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 START_RETRY_S = (1.0, 60.0)
 """A group whose actors do not start is tried again after the first pause, doubled each time up to the second."""
+ROOM_S = 10.0
+"""A router that has no process after so long waits for room, which the warm pool has."""
 MIGRATE_S = 3.0
 """A router that must go by a deadline hands its requests over so long before it."""
 
@@ -83,6 +85,7 @@ class FleetKeeper:
         self._told_to_leave: dict[str, float | None] = {}
         self._node_deadlines: Mapping[str, float] = {}
         self._asking_nodes = False
+        self._roomless_since = math.inf
         self._backoff: dict[str, _Backoff] = {}
         self._suspects: set[str] = set()
         self._launching: dict[str, Future[ActorHandle]] = {}
@@ -119,10 +122,11 @@ class FleetKeeper:
 
         `refill` false: the reserve is not filled up for now.
         """
-        total = {group: count + self.reserve.get(group, 0) for group, count in self.wanted.items()}
         now = self._clock()
         doomed = self._doomed(now)
         members = self._roster.members(placement)
+        reserve = to_reserve(members, self.wanted, self.reserve, starved=self._is_starved(now))
+        total = {group: count + reserve.get(group, 0) for group, count in self.wanted.items()}
         steps = fleet_steps(members, total, doomed)
         for group in steps.start if refill else fleet_steps(members, self.wanted, doomed).start:
             if now >= self._backoff.setdefault(group, _Backoff()).until:
@@ -133,6 +137,15 @@ class FleetKeeper:
             self._leave(actor_id, doomed.get(actor_id))
         for actor in self._roster.routers(Phase.LEAVING):
             self._drain_router(actor, now)
+
+    def _is_starved(self, now: float) -> bool:
+        """No router serves, and none that is to start has had a process for so long: there is no room for it."""
+        routers = self._roster.routers(Phase.STARTING, Phase.READY)
+        if not routers or any(actor.report for actor in routers):
+            self._roomless_since = math.inf
+        else:
+            self._roomless_since = min(self._roomless_since, now)
+        return now - self._roomless_since >= ROOM_S
 
     def _doomed(self, now: float) -> dict[str, float | None]:
         """Actors that must go whatever is wanted, and by when."""

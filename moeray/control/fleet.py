@@ -68,6 +68,22 @@ def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: It
     return FleetSteps(tuple(start), tuple(cancel), tuple(leave))
 
 
+def to_reserve(
+    members: Sequence[Member], wanted: Mapping[str, int], reserve: Mapping[str, int], *, starved: bool
+) -> dict[str, int]:
+    """How many actors of each group to keep beside those `wanted`, at most `reserve`.
+
+    While a wanted actor cannot work yet, only those that can: one that is still to start might take its room. None at
+    all where a wanted actor is `starved` of room.
+    """
+    if starved:
+        return {}
+    ready = Counter(m.group for m in members if m.phase is Phase.READY)
+    if all(ready[group] >= count for group, count in wanted.items()):
+        return dict(reserve)
+    return {group: min(count, max(0, ready[group] - wanted.get(group, 0))) for group, count in reserve.items()}
+
+
 def _replaced(old: Sequence[Member], count: int, staying: Sequence[Member]) -> list[str]:
     """The outdated actors of a group that may go, where `count` of them are still needed."""
     ready = [m for m in old if m.phase is Phase.READY]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeray.control.fleet import FleetSteps, Member, Phase, fleet_steps, serving
+from moeray.control.fleet import FleetSteps, Member, Phase, fleet_steps, serving, to_reserve
 
 READY, STARTING, LEAVING = Phase.READY, Phase.STARTING, Phase.LEAVING
 
@@ -93,3 +93,25 @@ def test_fewer_are_wanted_while_actors_are_outdated():
 def test_a_group_that_nobody_wants_any_more_leaves():
     members = [member(0), member(1, Phase.STARTING), member(2, group="other")]
     assert fleet_steps(members, {"other": 1}) == FleetSteps(cancel=("experts-1",), leave=("experts-0",))
+
+
+ROUTER = Member("router-0", "router", READY)
+SPARE = Member("a2", "a", READY, order=2)
+
+
+@pytest.mark.parametrize(
+    ("members", "starved", "expected"),
+    [
+        ([*TWO, ROUTER], False, {"a": 1}),
+        ([*TWO, SPARE, ROUTER], False, {"a": 1}),
+        ([*TWO, Member("router-0", "router", STARTING)], False, {"a": 0}),
+        ([*TWO, Member("a2", "a", STARTING), Member("router-0", "router", STARTING)], False, {"a": 0}),
+        ([*TWO, SPARE, Member("router-0", "router", STARTING)], False, {"a": 1}),
+        ([*TWO, SPARE, Member("a3", "a", READY), Member("router-0", "router", LEAVING)], False, {"a": 1}),
+        ([TWO[0], Member("a1", "a", STARTING), ROUTER], False, {"a": 0}),
+        ([*TWO, SPARE, Member("router-0", "router", STARTING)], True, {}),
+        ([], False, {"a": 0}),
+    ],
+)
+def test_what_is_kept_in_reserve_takes_no_room_from_what_is_wanted(members, starved, expected):
+    assert to_reserve(members, {"a": 2, "router": 1}, {"a": 1}, starved=starved) == expected
