@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
+from moeray.cli.checks.gather import bind_error, holder_of
 from moeray.cli.progress import phases, progress
 from moeray.cli.session import connect_ray
 from moeray.cluster.ray import ask, find_controller, start_controller, stop_controller, take_over
@@ -52,9 +53,14 @@ def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
 
 
 def _check_address(config: Config) -> bool:
-    """True where Serve runs in this Ray cluster. Raises MoerayError where it answers at another address than ours."""
+    """True where Serve runs in this Ray cluster. Raises MoerayError where it answers at another address than ours, and
+    where it does not run and could not listen there: it would share the port with whoever does."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
+        host, port = config.serve.host, config.serve.port
+        if (error := bind_error(host, port) if port else None) is not None:
+            holder = f" by {who}" if (who := holder_of(port)) else ""
+            raise MoerayError(f"cannot listen at {host}:{port}: {error}{holder}; choose another --port or --host")
         return False
     at = client.http_config
     if (at.host, at.port) != (config.serve.host, config.serve.port):

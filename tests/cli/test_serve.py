@@ -275,3 +275,18 @@ def test_behind_haproxy_as_behind_serves_own_proxy(tmp_path):
         refused = httpx.get(f"{url}/v1/models", headers={"X-Request-Id": "my-id-1"}, timeout=30.0)
         assert (refused.status_code, refused.headers.get_list("x-request-id")) == (401, ["my-id-1"])
         assert httpx.get(f"{url}/health", timeout=30.0).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(("host", "named"), [("127.0.0.1", "in use by python"), ("192.0.2.1", "Cannot assign")])
+def test_an_address_that_is_not_to_be_had_is_refused_before_anything_is_loaded(host, named, tmp_path):
+    model = make_tiny("mixtral", tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        process = moeray(
+            "serve", str(model), "--host", host, "--port", port, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "RAY_ADDRESS": "local"},
+        )  # fmt: skip
+        out, err = process.communicate(timeout=90)
+    assert (process.returncode, out) == (1, "")
+    assert f"cannot listen at {host}:{port}: {named}" in err
+    assert "Traceback" not in err
