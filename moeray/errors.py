@@ -65,6 +65,10 @@ class RouterLostError(MoerayError):
     """The router that held the request is gone and no other took it over."""
 
 
+class PolicyError(MoerayError):
+    """A scaling policy raised an error, or gave what is no wish; the message names it."""
+
+
 class TraceError(MoerayError, ValueError):
     """A request trace cannot be read, or has nothing in it; the message names the file and line."""
 

@@ -26,15 +26,21 @@ from moeray.control.reports import Report
 from moeray.control.reserve import Busiest
 from moeray.control.update import kinds_of, wanted_after
 from moeray.control.votes import settle
-from moeray.errors import ConfigError
+from moeray.errors import ConfigError, PolicyError
 from moeray.types import ExpertId
 
 
 class Autoscaler:
     """Implements the placement's `LoadSource`. `wish` is what is wanted now; it changes by `decide` and `scale`."""
 
-    def __init__(self, config: Config, roster: Roster, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, roster: Roster, failed: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        """`failed` is told what each policy that does not work says, once; the others decide without it."""
         self._config = config
+        self._failed = failed
+        self._failures: set[str] = set()
         self._roster = roster
         self._clock = clock
         self._policies = load_policies(config.control.policies)
@@ -53,6 +59,7 @@ class Autoscaler:
         wanted = wanted_after(self.wanted(), self._config, config)
         if config.control.autoscale != self._config.control.autoscale:
             self.paused = not config.control.autoscale
+        self._failures.clear()
         self._policies, self._kinds, self._config = policies, kinds_of(config), config
         self._book.window_s = config.control.window_s
         self._history = deque(maxlen=config.control.shrink_votes)
@@ -151,7 +158,7 @@ class Autoscaler:
         """Let the policies decide; the new wish and what it rests on, or None where nothing changes or it is paused."""
         seen = self.seen(placement)
         self._busiest.note(seen.experts, self._clock())
-        self._history.append(decide(self._policies, seen))
+        self._history.append(decide(self._policies, seen, self._on_failed))
         if self.paused:
             return None
         settled = settle(self.wish, list(self._history), self._config.control.shrink_votes)
@@ -160,8 +167,14 @@ class Autoscaler:
         self.wish = settled
         return settled, seen
 
+    def _on_failed(self, error: PolicyError) -> None:
+        message = str(error)
+        if message not in self._failures:
+            self._failures.add(message)
+            self._failed(message)
+
     def preview(self, placement: Placement) -> tuple[Wish, PolicyInput]:
-        """What the policies would want at this moment, before hysteresis. Changes nothing."""
+        """What the policies would want at this moment, before hysteresis. Changes nothing. Raises PolicyError."""
         seen = self.seen(placement)
         return decide(self._policies, seen), seen
 

@@ -62,7 +62,7 @@ class Controller:
         self._system = secrets.token_hex(4)
         self._roster = Roster()
         self._audit = Audit(audit_path(config))
-        self._autoscaler = Autoscaler(self._first.config, self._roster)
+        self._autoscaler = Autoscaler(self._first.config, self._roster, self._on_policy_failed)
         self._metrics = ControllerMetrics(self._first.config)
         self._loop = Loop("controller", self._tick, min(0.25, config.control.report_s))
         self._readiness = Readiness()
@@ -72,6 +72,10 @@ class Controller:
         self._stopped = threading.Event()
         self._stopping = threading.Lock()
         self._ended = False
+
+    def _on_policy_failed(self, error: str) -> None:
+        log.error("%s", error)
+        self._audit.write("policy_failed", error=error)
 
     # -- start ----------------------------------------------------------------------------------------------------
 

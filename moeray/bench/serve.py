@@ -188,7 +188,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
-                return Answer(sent, error=f"status {response.status_code}: {(await response.aread())[:300]!r}")
+                return Answer(sent, error=f"status {response.status_code}: {_message(await response.aread())}")
             async for line in response.aiter_lines():
                 event = _event(line)
                 if event is None:
@@ -202,6 +202,14 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     except (httpx.HTTPError, ValueError) as error:
         return Answer(sent, error=f"{type(error).__name__}: {error}")
     return Answer(sent, first, last, tokens) if tokens else Answer(sent, error="the stream reported no usage")
+
+
+def _message(body: bytes) -> str:
+    """What an OpenAI endpoint says in an error, or the beginning of whatever else it answered."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:300]
+    except (ValueError, LookupError, TypeError):
+        return repr(body[:300])
 
 
 def _event(line: str) -> dict[str, Any] | None:

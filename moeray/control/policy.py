@@ -11,7 +11,7 @@ from typing import cast
 
 from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
-from moeray.errors import ConfigError
+from moeray.errors import ConfigError, PolicyError
 from moeray.settings.control import ControlConfig
 from moeray.types import ExpertId
 
@@ -126,15 +126,24 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.0)), None)
 
 
-def decide(policies: Sequence[Policy], seen: PolicyInput) -> Wish:
+def decide(policies: Sequence[Policy], seen: PolicyInput, failed: Callable[[PolicyError], None] | None = None) -> Wish:
     """All policies' wishes in one: the largest for each number, within the limits, growing `max_growth` times at most.
 
     A wish for the minimum (as when idle) thus holds only where nobody else wants more: a schedule's floor stays, and
     the load policies want the minimum themselves when there is no load. Groups and routers that no policy speaks of
     are left out, and experts for which none wants more than the base. No expert gets more replicas than there are
     actors wanted.
+
+    A policy that does not work is told to `failed`, and has no wish; without it, PolicyError is raised.
     """
-    wishes = [policy(seen) for policy in policies]
+    wishes: list[Wish] = []
+    for policy in policies:
+        try:
+            wishes.append(_wish_of(policy, seen))
+        except PolicyError as error:
+            if failed is None:
+                raise
+            failed(error)
     actors = {
         group: _within(max(wish.actors[group] for wish in wishes if group in wish.actors), limits, seen)
         for group, limits in seen.groups.items()
@@ -152,6 +161,19 @@ def decide(policies: Sequence[Policy], seen: PolicyInput) -> Wish:
         {expert: count for expert, count in replicas.items() if count > seen.base_replicas},
         tuple(reason for wish in wishes for reason in wish.reasons),
     )
+
+
+def _wish_of(policy: Policy, seen: PolicyInput) -> Wish:
+    name = f"{getattr(policy, '__module__', '?')}.{getattr(policy, '__qualname__', policy)}"
+    try:
+        wish = policy(seen)
+    except Exception as error:  # whatever a user's code raises
+        raise PolicyError(
+            f"policy {name} (control.policies) failed: {type(error).__name__}: {error}; mend it, or leave it out"
+        ) from error
+    if not isinstance(wish, Wish):
+        raise PolicyError(f"policy {name} (control.policies) gave {wish!r} instead of a Wish; mend it, or leave it out")
+    return wish
 
 
 def _within(wanted: int, limits: GroupLimits, seen: PolicyInput) -> int:

@@ -23,6 +23,8 @@ _T = TypeVar("_T")
 
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = ("timestamp", "input_length", "output_length")
+_MOST_TOKENS = 10_000_000
+_LONGEST_PAUSE_S = 30 * 86400.0
 
 
 class _Row(NamedTuple):
@@ -112,7 +114,15 @@ def read_trace(path: str | Path) -> Trace:
         )
     if not rows:
         raise TraceError(f"trace {path}: has no request")
-    return trace_of(path.name, rows)
+    trace = trace_of(path.name, rows)
+    pauses = np.diff(trace.arrival_s, prepend=0.0)
+    if pauses.max() > _LONGEST_PAUSE_S:
+        at = min(row[0] for row in rows) + trace.arrival_s[pauses.argmax()]
+        raise TraceError(
+            f"trace {path}: nothing arrives for {pauses.max() / 86400:.0f} days before the request at "
+            f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}; is a timestamp wrong? A pause may take 30 days"
+        )
+    return trace
 
 
 def trace_of(name: str, rows: Sequence[tuple[float, int, int]]) -> Trace:
@@ -172,6 +182,6 @@ def _count(value: object) -> int:
         count = int(value)
     except ValueError:
         raise ValueError(f"token counts must be whole numbers, got {value!r}") from None
-    if count < 0:
-        raise ValueError(f"token counts must be 0 or more, got {count}")
+    if not 0 <= count <= _MOST_TOKENS:
+        raise ValueError(f"token counts must be between 0 and {_MOST_TOKENS:,}, got {count}")
     return count

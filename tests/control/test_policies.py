@@ -7,7 +7,7 @@ from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
 from moeray.control.policies import SHIPPED, hot_experts, idle, latency, queue_wait, schedule, target_utilisation
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish, decide, load_policies
-from moeray.errors import ConfigError
+from moeray.errors import ConfigError, PolicyError
 from moeray.settings.control import ControlConfig, ScheduleConfig
 from moeray.types import ExpertId
 
@@ -376,6 +376,26 @@ def test_a_policy_of_ones_own(name):
 
 def mine(_):
     return Wish({"experts": 7})
+
+
+def raises(_):
+    raise LookupError("no such load")
+
+
+def says_nothing(_):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [(raises, r"raises \(control.policies\) failed: LookupError: no such load"), (says_nothing, "gave None instead")],
+)
+def test_a_policy_that_does_not_work_is_named_and_the_others_go_on(policy, words):
+    heard = []
+    assert decide([policy, mine], seen(), heard.append).actors == {"experts": 4}
+    assert len(heard) == 1
+    with pytest.raises(PolicyError, match=words):
+        decide([policy, mine], seen())
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,12 @@ def test_both_formats_are_read_and_sorted(tmp_path, text, arrival, prompt, outpu
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no request"),
         (AZURE + "2023-11-16 18:15:51,12\n", "line 4: has 2 columns"),
         (AZURE + "yesterday,1,2\n", "line 4: Invalid isoformat"),
-        (AZURE + "2023-11-16 18:15:51,1,-2\n", "line 4: token counts must be 0 or more"),
+        (AZURE + "2023-11-16 18:15:51,1,-2\n", "line 4: token counts must be between 0 and 10,000,000"),
+        (AZURE + "2023-11-16 18:15:51,9" + "9" * 20 + ",2\n", "line 4: token counts must be between 0 and 10,000,000"),
+        (
+            AZURE + "2020-11-16 18:15:51,5,2\n",
+            "for 1095 days before the request at 2023-11-16 18:15:46",
+        ),
         (AZURE + "2023-11-16 18:15:51,1.5,2\n", "line 4: token counts must be whole numbers, got '1.5'"),
         (MOONCAKE + '{"timestamp": 1}\n', "line 3: lacks input_length, output_length"),
         (MOONCAKE + "\n{\n", "line 4: Expecting"),
