@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,11 +15,16 @@ from moeray.cli.options import config_of, config_options
 @config_options
 def command(model: str | None, config_file: str | None, **flags: Any) -> None:
     """Serve MODEL (a local folder or a hub id) at an OpenAI-compatible endpoint, until Ctrl-C."""
+    from moeray.cli.checks.files import NO_TOKENIZER
     from moeray.cli.endpoint import running_endpoint, wait_for_interrupt
+    from moeray.serve.prompt import has_tokenizer
 
     config = config_of(model or "", config_file, flags)
     if not config.model:
         raise click.UsageError("name a MODEL, or set `model` in the file given by --config")
+    folder = Path(config.model).expanduser()
+    if folder.is_dir() and not has_tokenizer(folder):
+        click.echo(f"warning: no tokenizer in {folder}; {NO_TOKENIZER}", err=True)
     with running_endpoint(config) as url:
         click.echo(f"serving {config.model} at {url}/v1  (Ctrl-C stops it)")
         wait_for_interrupt()

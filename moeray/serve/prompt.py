@@ -98,6 +98,11 @@ def import_tokenizers() -> Any:
         return AutoTokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of one."""
+    return any(path for pattern in ("tokenizer*", "vocab*", "*.model", "merges.txt") for path in folder.glob(pattern))
+
+
 def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
     """Load the tokenizer from `model.metadata_dir`; takes seconds. Raises CheckpointError or ConfigError.
 
@@ -106,7 +111,7 @@ def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
     try:
         tokenizer = import_tokenizers().from_pretrained(model.metadata_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        there = any(Path(model.metadata_dir).glob("tokenizer*"))
+        there = has_tokenizer(Path(model.metadata_dir))
         reason = " ".join(str(error).split())[:300] if there else "there are no files of one"
         raise CheckpointError(
             f"no usable tokenizer in {model.metadata_dir}: {reason}; put tokenizer.json and tokenizer_config.json there"

@@ -232,7 +232,8 @@ def test_the_cache_folder(tmp_path):
 
 def test_the_model(tmp_path):
     check(files.model("", None), "skipped")
-    tiny = make_tiny("olmoe", tmp_path / "tiny")
+    check(files.model(str(make_tiny("olmoe", tmp_path / "mute")), None), "warn", "no tokenizer")
+    tiny = make_tiny("olmoe", tmp_path / "tiny", tokenizer=True)
     check(files.model(str(tiny), None), "ok", "olmoe, 24 experts in 3 layers")
     next(tiny.glob("*.safetensors")).unlink()
     check(files.model(str(tiny), None), "fail")
@@ -269,7 +270,7 @@ def doctor(env: dict[str, str], *args: str, code: str = "", **options) -> tuple[
 
 def test_green_on_a_fresh_machine(lonely, tmp_path):
     port = _free_port()
-    code, found, err = doctor(lonely, str(make_tiny("olmoe", tmp_path / "tiny")), "--port", str(port))
+    code, found, err = doctor(lonely, str(make_tiny("olmoe", tmp_path / "tiny", tokenizer=True)), "--port", str(port))
     red = {name: finding for name, finding in found.items() if finding["verdict"] == "fail"}
     assert (code, red) == (0, {}), err
     assert found["model"]["verdict"] == "ok"

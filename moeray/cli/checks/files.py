@@ -16,6 +16,10 @@ from moeray.wire.unix_dial import check_path
 _NODE, _SYSTEM = "doctor000000", "doctor00"
 _LONGEST_NAME = "experts-1000.sock"
 _GOOD_BYTES, _LEAST_BYTES = 10 << 30, 1 << 30
+NO_TOKENIZER = (
+    "put tokenizer.json and tokenizer_config.json there: without them the endpoint answers every request with an "
+    "error, and only `moeray generate --prompt-ids` works"
+)
 
 
 def runtime_folder() -> Finding:
@@ -60,6 +64,7 @@ def model(name: str, revision: str | None) -> Finding:
         return skipped("model", "none was named")
     from moeray.model.loading import open_model
     from moeray.model.source import resolve
+    from moeray.serve.prompt import has_tokenizer
 
     try:
         if not Path(name).expanduser().is_dir():
@@ -70,4 +75,6 @@ def model(name: str, revision: str | None) -> Finding:
         return failed_by("model", error)
     experts = sum(files.expert_counts().values())
     kind = files.checkpoint.config.model_type
+    if not has_tokenizer(Path(name).expanduser()):
+        return warn("model", f"{name}: {kind}, but no tokenizer", NO_TOKENIZER)
     return ok("model", f"{name}: {kind}, {experts} experts in {len(files.expert_counts())} layers")
