@@ -19,13 +19,7 @@ from moeray.cli.progress import progress
 @click.option("--requests", "count", type=int, default=64, show_default=True, help="Requests of each level.")
 @click.option("--prompt-tokens", type=int, default=256, show_default=True)
 @click.option("--output-tokens", type=int, default=64, show_default=True)
-@click.option(
-    "--vocab",
-    type=int,
-    default=1000,
-    show_default=True,
-    help="Prompts are ids below this; a model may have fewer.",
-)
+@click.option("--vocab", type=int, default=1000, show_default=True, help="Prompts are token ids below this.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--model", help="[default: the first that the endpoint lists]")
 @click.option("--api-key", envvar="MOERAY_API_KEY", help="[default: MOERAY_API_KEY]")

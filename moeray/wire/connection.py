@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moeray.errors import ChannelClosedError
+from moeray.types import Address
 from moeray.wire.frame import Limits
 from moeray.wire.lane import Lane
 
@@ -94,3 +95,8 @@ class Connection:
         """Free the descriptor's number. Nobody is in a call on the socket any more."""
         self.lane.fd = -1
         self.sock.close()
+
+
+def without_descriptor(address: Address, error: OSError) -> ChannelClosedError:
+    """This process has no file descriptor left for a socket."""
+    return ChannelClosedError(f"no socket for {address.actor_id} ({error.strerror}); raise `ulimit -n`")

@@ -12,7 +12,7 @@ import socket
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.connection import Kernel
+from moeray.wire.connection import Kernel, without_descriptor
 from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.own_address import bracketed, reachable
 from moeray.wire.socket_channel import SocketChannel
@@ -32,9 +32,7 @@ def dial_tcp(address: Address, wire: WireConfig, timeout: float) -> SocketChanne
         raise ChannelTimeoutError(f"{address.actor_id} did not accept within {timeout:g} s; is it stopped?") from error
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise ChannelClosedError(
-                f"no socket for {address.actor_id} ({error.strerror}); raise `ulimit -n`"
-            ) from error
+            raise without_descriptor(address, error) from error
         raise ChannelClosedError(
             f"{address.actor_id} does not listen at {address.tcp} ({error.strerror or error}); "
             "it is gone or not started"

@@ -8,7 +8,7 @@ import struct
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.connection import Kernel
+from moeray.wire.connection import Kernel, without_descriptor
 from moeray.wire.socket_channel import SocketChannel
 
 MAX_PATH_BYTES = 107
@@ -33,7 +33,7 @@ def dial_unix(address: Address, wire: WireConfig, timeout: float) -> SocketChann
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
-        raise ChannelClosedError(f"no socket for {address.actor_id} ({error.strerror}); raise `ulimit -n`") from error
+        raise without_descriptor(address, error) from error
     try:
         # Where the listener's queue is full, connect waits at most this long.
         wait = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6) or 1)
