@@ -59,7 +59,7 @@ class Found:
             roster.add(_actor(handle, says, kinds, loop))
         places.placement = placement_of([says for _, says in self.actors])
         for actor in roster:
-            fleet.watch(actor)
+            fleet.watchers.watch(actor)
         fleet.configure(self.dated)
         for actor in roster.routers():
             places.publish_to(actor)

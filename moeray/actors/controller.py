@@ -270,7 +270,7 @@ class Controller:
         """Empty one actor and stop it, within `within_s` seconds where given; another is started in its place."""
 
         def run(keeper: SystemKeeper) -> None:
-            keeper.fleet.tell_to_leave(actor_id, within_s)
+            keeper.fleet.departures.tell(actor_id, within_s)
             self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
             keeper.follow()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from moeray.settings.router import RouterConfig
 CONTROLLER = "controller"
 PLANS = ("first", "repair", "scale", "rebalance")
 RESULTS = ("done", "rolled_back")
-STATES = ("starting", "ready", "warm", "draining")
+STATES = ("pending", "starting", "ready", "warm", "draining")
 
 
 class ControllerMetrics:
@@ -115,8 +116,9 @@ class ControllerMetrics:
 
     def _count_states(self, actors: Iterable[Actor], hosting: frozenset[str]) -> None:
         counts = {(group, state): 0 for group in self._groups for state in STATES}
+        now = time.monotonic()
         for actor in actors:
-            counts[actor.group, _state(actor, hosting)] += 1
+            counts[actor.group, _state(actor, hosting, now)] += 1
         for (group, state), count in counts.items():
             self._recorder.gauge("moeray_actors", kind=_kind(group), group=group, state=state).set(count)
 
@@ -128,9 +130,9 @@ def _kind(group: str) -> str:
     return "router" if group == ROUTER else "expert"
 
 
-def _state(actor: Actor, hosting: frozenset[str]) -> str:
+def _state(actor: Actor, hosting: frozenset[str], now: float) -> str:
     if actor.phase is Phase.STARTING:
-        return "starting"
+        return "pending" if actor.is_pending(now) else "starting"
     if actor.phase is Phase.LEAVING:
         return "draining"
     return "ready" if actor.is_router or actor.actor_id in hosting else "warm"

@@ -35,7 +35,7 @@ class Overview:
         answers = _gather(actors, "status")
         rows = []
         for actor_id, actor in actors.items():
-            row = answers[actor_id] or _silent(actor)
+            row = answers[actor_id] or _silent(actor, time.monotonic())
             row["rows_per_s"] = self._rates.rate(actor_id, row.get("rows_total"))
             if actor.phase is Phase.LEAVING:
                 row["state"] = "draining"
@@ -78,14 +78,14 @@ def _gather(actors: Mapping[str, Actor], method: str, answer_s: float = ANSWER_S
     return answers
 
 
-def _silent(actor: Actor) -> dict[str, Any]:
-    """The row of an actor that says nothing: it is being started, or it does not answer."""
+def _silent(actor: Actor, now: float) -> dict[str, Any]:
+    """The row of an actor that says nothing: it waits for room, is being started, or does not answer."""
     report = actor.report
+    state = "silent" if report else "pending" if actor.is_pending(now) else "starting"
     return {
         "actor": actor.actor_id, "kind": "router" if actor.is_router else "expert", "group": actor.group,
         "node": report.node_id if report else "", "pid": report.pid if report else 0,
-        "device": report.device if report else "", "state": "silent" if report else "starting", "experts": 0,
-        "queue": 0,
+        "device": report.device if report else "", "state": state, "experts": 0, "queue": 0,
     }  # fmt: skip
 
 

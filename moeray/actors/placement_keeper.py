@@ -237,7 +237,7 @@ class PlacementKeeper:
     def _call(self, actor_id: str, method: str, *args: Any) -> None:
         actor = self._roster.get(actor_id)
         if actor is not None and actor.calls is not None:
-            actor.calls.put(method, *args, then=lambda _, error: _log(actor_id, method, error))
+            actor.calls.tell(method, *args)
 
     def publish(self, placement: Placement, lost: Sequence[str] = ()) -> None:
         """Give every router this placement; `lost` names actors that are dead, so that nobody waits for them."""
@@ -261,7 +261,7 @@ class PlacementKeeper:
 
     def _acked(self, router: Actor, epoch: int | None, error: Exception | None) -> None:
         if epoch is None:
-            _log(router.actor_id, "publish", error)
+            log.warning("publish of %s failed: %s", router.actor_id, error)
             return
         router.epoch = epoch
         if epoch >= self.placement.epoch:
@@ -307,8 +307,3 @@ class PlacementKeeper:
             return []
         named = set(self.placement.actors())
         return [actor for actor in self._roster.experts(Phase.LEAVING) if actor.actor_id not in named]
-
-
-def _log(actor_id: str, method: str, error: Exception | None) -> None:
-    if error is not None:
-        log.warning("%s of %s failed: %s", method, actor_id, error)

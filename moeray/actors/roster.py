@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,11 +20,16 @@ from moeray.settings.experts import ExpertGroupConfig
 from moeray.settings.router import ROUTER as ROUTER
 from moeray.types import Address
 
+log = logging.getLogger(__name__)
+
 BASE_BYTES = 512 << 20
 """What an actor's process needs beside its weights."""
 
 COPIES = 3
 """So many actors keep what the next controller is to know."""
+
+ROOM_S = 10.0
+"""An actor of which nothing is heard for so long after it was asked for most likely waits for room."""
 
 Then = Callable[[Any, Exception | None], None]
 
@@ -41,6 +47,15 @@ class Calls:
         """Call `method` behind those before it; `then(result, error)` runs on the loop."""
         self._waiting.append((method, args, then))
         self._next()
+
+    def tell(self, method: str, *args: Any) -> None:
+        """As `put`, where nobody waits for the answer: a failure is logged."""
+
+        def told(_: Any, error: Exception | None) -> None:
+            if error is not None:
+                log.warning("%s of %s failed: %s", method, self._handle.actor_id, error)
+
+        self.put(method, *args, then=told)
 
     def _next(self) -> None:
         if self._busy or not self._waiting:
@@ -63,7 +78,8 @@ class Actor:
 
     `handle` and `calls` come with its process, `report` and `address` once it listens, `facts` with a router's trunk.
     `started`: the config that it was started with, and `outdated` says that its group is to be started anew.
-    `leave_by`: when an actor that leaves must be gone, on the loop's clock; `draining`: nothing new is sent to it.
+    `asked`: when it was asked for, and `leave_by`: when an actor that leaves must be gone, on the loop's clock;
+    `draining`: nothing new is sent to it.
     """
 
     actor_id: str
@@ -78,6 +94,7 @@ class Actor:
     facts: dict[str, Any] = field(default_factory=dict)
     watcher: Watcher | None = None
     latest: Report | None = None
+    asked: float = 0.0
     leave_by: float | None = None
     draining: bool = False
     outdated: bool = False
@@ -100,6 +117,10 @@ class Actor:
     def leaving(self) -> bool:
         """It was told to go from outside: SIGTERM, or a spot notice."""
         return isinstance(self.latest, ExpertReport | RouterReport) and self.latest.leaving
+
+    def is_pending(self, now: float) -> bool:
+        """It was asked for a while ago, and nothing is heard of it: most likely no node has room for it."""
+        return self.report is None and now - self.asked >= ROOM_S
 
 
 class Roster:
@@ -125,10 +146,10 @@ class Roster:
     def remove(self, actor_id: str) -> Actor | None:
         return self._actors.pop(actor_id, None)
 
-    def new(self, kind: ExpertGroupConfig | None, config: Config) -> Actor:
+    def new(self, kind: ExpertGroupConfig | None, config: Config, now: float) -> Actor:
         """A record for an actor that is about to be started, under a name that was never used before."""
         group = kind.name if kind else ROUTER
-        actor = Actor(f"{group}-{self._numbers.get(group, 0)}", kind, self._started, config)
+        actor = Actor(f"{group}-{self._numbers.get(group, 0)}", kind, self._started, config, asked=now)
         self.add(actor)
         return actor
 

@@ -70,8 +70,7 @@ class SystemKeeper:
         self._token = token
         self._system = system
         self._found = found
-        self.fleet = FleetKeeper(dated, cluster, loop, roster, audit, self, token, system)
-        self.fleet.revision = model.revision
+        self.fleet = FleetKeeper(dated, cluster, loop, roster, audit, self, token, system, model.revision)
         self.places = PlacementKeeper(
             config, roster, audit, model.shape, autoscaler, autoscaler.wanted, readiness.fail, metrics
         )
@@ -97,7 +96,7 @@ class SystemKeeper:
             self.autoscaler.adopt(placement, orders)
             for actor_id, by in orders.leaving.items() if orders is not None else ():
                 if self.roster.get(actor_id) is not None:
-                    self.fleet.tell_to_leave(actor_id, None if by is None else by - time.time())
+                    self.fleet.departures.tell(actor_id, None if by is None else by - time.time())
             self._readiness.take_over()
         self._begun = True
 
@@ -160,7 +159,7 @@ class SystemKeeper:
         self.accounts.tick(now)
         if now >= self._next_look:
             self._next_look = now + control.report_s
-            self.fleet.look_at_nodes()
+            self.fleet.departures.look_at_nodes()
         if self._readiness.decided and now >= self._next_decision:
             self._next_decision = now + control.interval_s
             self._decide()
@@ -171,13 +170,13 @@ class SystemKeeper:
         self.follow()
         self._reconcile(refill=self.places.change is None)
         for actor in self.places.emptied():
-            self.fleet.retire(actor)
+            self.fleet.departures.retire(actor)
         self._look_ready()
         self.hand_orders()
 
     def hand_orders(self) -> None:
         """Have some actors keep what is wanted, whenever it or they have changed; `kept` is set once one does."""
-        orders = Orders(time.time(), self.autoscaler.wish, self.autoscaler.paused, self.fleet.leaving_by())
+        orders = Orders(time.time(), self.autoscaler.wish, self.autoscaler.paused, self.fleet.departures.told())
         keepers = self.roster.keepers()
         told = orders, [actor.actor_id for actor in keepers]
         if told == self._handed:
@@ -239,7 +238,7 @@ class SystemKeeper:
         if info is None or info.routers != addresses:
             facts = [router.facts for router in routers] or [_facts(info)]
             self._readiness.info = SystemInfo(
-                self.config.model, self.fleet.revision, self._token, self._system, addresses,
+                self.config.model, self._model.revision, self._token, self._system, addresses,
                 min(f["max_context"] for f in facts), facts[0]["vocab_size"], self._model.eos_token_ids,
             )  # fmt: skip
         self._readiness.succeed()

@@ -193,7 +193,8 @@ async def _start(system: System, config: Config) -> dict[str, float]:
     before = {row["actor"] for row in (await system.status())["actors"]}
 
     def started(status: Mapping[str, Any]) -> bool:
-        return any(row["actor"] not in before and row["state"] != "starting" for row in status["actors"])
+        there = {row["actor"] for row in status["actors"] if row["state"] not in ("pending", "starting")}
+        return bool(there - before)
 
     began = time.monotonic()
     await system.call("scale", group.name, group.actors + 1)

@@ -165,5 +165,5 @@ async def until(system: System, what: Callable[[Status], Any], timeout: float) -
 def settled(status: Status) -> bool:
     """As many actors as are wanted, the warm pool filled, nothing under way."""
     wanted = {group: count + status["reserve"].get(group, 0) for group, count in status["wanted"].items()}
-    passing = any(row["state"] in ("starting", "silent", "draining") for row in status["actors"])
+    passing = any(row["state"] in ("pending", "starting", "silent", "draining") for row in status["actors"])
     return not status["changing"] and not passing and dict(status["ready"]) == wanted

@@ -39,7 +39,7 @@ def view(status: Mapping[str, Any]) -> Group:
         table.add_column(column, justify="right", no_wrap=True)
     for row in status["actors"]:
         table.add_row(*_cells(row, status["epoch"]))
-    return Group(table, *(Text(line) for line in _standing(status)))
+    return Group(table, *(Text(line, style="yellow") for line in _pending(status)), *map(Text, _standing(status)))
 
 
 def without_answer(reading: Mapping[str, Any], last: Mapping[str, Any] | None) -> Group:
@@ -71,6 +71,12 @@ def _cells(row: Mapping[str, Any], epoch: int) -> list[str]:
         f"{row['tokens_per_s']:.1f}" if "tokens_per_s" in row else "",
         str(row["queue"]),
     ]  # fmt: skip
+
+
+def _pending(status: Mapping[str, Any]) -> list[str]:
+    """Who has had no process for a while, and what helps."""
+    names = ", ".join(row["actor"] for row in status["actors"] if row["state"] == "pending")
+    return [f"no process yet for {names}: where `ray status` shows a demand without room, add a node"] if names else []
 
 
 def _standing(status: Mapping[str, Any]) -> list[str]:

@@ -154,7 +154,8 @@ CAPACITY = Row(
             unit="cps",
         ),
         Panel(
-            "Actors", "What runs, in which state? All ready is the rule; starting and draining pass.",
+            "Actors",
+            "What runs, in which state? All ready is the rule; starting and draining pass, pending waits for room.",
             (Query(gauge("moeray_actors", ("kind", "state")), "{{kind}} {{state}}"),), unit="none", stacked=True,
         ),
         Panel(

@@ -50,7 +50,7 @@ def settled(status):
         not status["changing"]
         and all(status["ready"][g] == n + status["reserve"].get(g, 0) for g, n in status["wanted"].items())
         and status["fewest_replicas"] >= status["replicas_wanted"]
-        and not any(row["state"] in ("starting", "silent", "draining") for row in status["actors"])
+        and not any(row["state"] in ("pending", "starting", "silent", "draining") for row in status["actors"])
     )
 
 

@@ -73,3 +73,10 @@ def test_without_an_answer_the_last_one_stays():
     assert "as it was 5 s ago" in text
     assert "experts-12" in text
     assert missing["error"] in shown(without_answer(missing, None))
+
+
+def test_an_actor_without_a_process_is_named_with_what_helps():
+    waiting = ROUTER | {"actor": "router-1", "state": "pending"}
+    text = " ".join(shown(view({**STATUS, "actors": [EXPERT, waiting]})).split())
+    assert "no process yet for router-1: where `ray status` shows a demand without room, add a node" in text
+    assert "no process yet" not in shown(view(STATUS))

@@ -122,7 +122,7 @@ def is_whole(status: dict[str, Any]) -> bool:
         not status["changing"]
         and status["fewest_replicas"] >= status["replicas_wanted"]
         and all(status["ready"][g] == n + status["reserve"].get(g, 0) for g, n in status["wanted"].items())
-        and not any(row["state"] in ("silent", "starting", "draining") for row in status["actors"])
+        and not any(row["state"] in ("pending", "silent", "starting", "draining") for row in status["actors"])
     )
 
 

@@ -1,0 +1,150 @@
+"""How actors go: who must whatever is wanted, and how each is drained and stopped. Owned by the controller's loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from moeray.actors.audit import Audit
+from moeray.actors.hosting import Cluster
+from moeray.actors.loop import Loop
+from moeray.actors.roster import Actor, Calls, Roster
+from moeray.control.fleet import Phase
+from moeray.errors import MoerayError
+from moeray.recorder import Reading
+from moeray.settings.control import ControlConfig
+
+log = logging.getLogger(__name__)
+
+MIGRATE_S = 3.0
+"""A router that must go by a deadline hands its requests over so long before it."""
+
+
+class LeaveEvents(Protocol):
+    """What comes of an actor that goes: all that it has counted, and its end."""
+
+    def on_reading(self, actor: Actor, reading: Reading) -> None: ...
+
+    def on_stopped(self, actor: Actor) -> None: ...
+
+
+class Departures:
+    """Knows what was told to leave and which nodes are about to go; `pool` asks Ray's head for those."""
+
+    def __init__(
+        self, control: ControlConfig, cluster: Cluster, loop: Loop, roster: Roster, audit: Audit,
+        pool: ThreadPoolExecutor, events: LeaveEvents, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.control = control
+        self._cluster = cluster
+        self._loop = loop
+        self._roster = roster
+        self._audit = audit
+        self._pool = pool
+        self._events = events
+        self._clock = clock
+        self._told: dict[str, float | None] = {}
+        self._node_deadlines: Mapping[str, float] = {}
+        self._asking_nodes = False
+
+    # -- who ------------------------------------------------------------------------------------------------------
+
+    def tell(self, actor_id: str, within_s: float | None) -> None:
+        """Empty and stop this actor; another is started for it. Raises MoerayError for a name that is not here."""
+        if self._roster.get(actor_id) is None:
+            known = ", ".join(sorted(a.actor_id for a in self._roster))
+            raise MoerayError(f"there is no actor {actor_id!r}; the actors are {known}")
+        self._told[actor_id] = None if within_s is None else self._clock() + within_s
+
+    def forget(self, actor: Actor) -> None:
+        """The actor has left the roster."""
+        self._told.pop(actor.actor_id, None)
+
+    def told(self) -> dict[str, float | None]:
+        """Who was told to leave and is still there, and by when in unix seconds."""
+        ahead = time.time() - self._clock()
+        return {name: None if by is None else round(by + ahead, 1) for name, by in self._told.items()}
+
+    def doomed(self, now: float) -> dict[str, float | None]:
+        """Actors that must go whatever is wanted, and by when on the loop's clock."""
+        doomed = dict(self._told)
+        for actor in self._roster:
+            if actor.leaving:
+                doomed.setdefault(actor.actor_id, now + self.control.drain_s)
+            if actor.node_id in self._node_deadlines:
+                doomed[actor.actor_id] = now + self._node_deadlines[actor.node_id]
+        return doomed
+
+    def look_at_nodes(self) -> None:
+        """Ask the cluster, off the loop, which nodes are about to go."""
+        if not self._asking_nodes:
+            self._asking_nodes = True
+            self._loop.when_done(self._pool.submit(self._cluster.draining), self._on_nodes)
+
+    def _on_nodes(self, nodes: Mapping[str, float] | None, error: Exception | None) -> None:
+        self._asking_nodes = False
+        if error is not None or nodes is None:
+            log.debug("the cluster does not say which nodes drain: %s", error)
+            return
+        for node in nodes.keys() - self._node_deadlines.keys():
+            self._audit.write("node_draining", node=node, seconds_left=_rounded(nodes[node]))
+        self._node_deadlines = nodes
+
+    # -- how ------------------------------------------------------------------------------------------------------
+
+    def leave(self, actor: Actor, by: float | None) -> None:
+        """From now on the actor is to be emptied."""
+        actor.phase, actor.leave_by = Phase.LEAVING, by
+        self._audit.write("leave", actor=actor.actor_id, within_s=None if by is None else _rounded(by - self._clock()))
+
+    def retire(self, actor: Actor) -> None:
+        """An expert actor that no router names any more: let it finish what it has, then stop it."""
+        self._finish(actor, self._drain_time(actor))
+
+    def drain_routers(self) -> None:
+        """Those that leave, once another router serves or none can come in time."""
+        now = self._clock()
+        for actor in self._roster.routers(Phase.LEAVING):
+            last_call = actor.leave_by is not None and now >= actor.leave_by - MIGRATE_S
+            if self._roster.serving_routers() or last_call:
+                self._finish(actor, max(0.0, self._drain_time(actor) - MIGRATE_S), False)
+
+    def _drain_time(self, actor: Actor) -> float:
+        left = math.inf if actor.leave_by is None else max(0.0, actor.leave_by - self._clock())
+        return min(self.control.drain_s, left)
+
+    def _finish(self, actor: Actor, *how: Any) -> None:
+        """Have the actor drain, tell what it has counted, and stop."""
+        if actor.draining or actor.calls is None or actor.handle is None:
+            return
+        actor.draining = True
+        # A router that drains computes on, and hears of placements meanwhile: they do not wait behind its drain.
+        calls = Calls(actor.handle, self._loop) if actor.is_router else actor.calls
+
+        def drained(done: Any, error: Exception | None) -> None:
+            if error is not None or not done:
+                log.warning("actor %s leaves with work in flight: %s", actor.actor_id, error or "it took too long")
+            if actor.watcher:
+                actor.watcher.close()
+            calls.put("metrics", then=read)  # nothing more will happen to it: this is all that it has counted
+            calls.put("stop", then=stopped)
+
+        def read(reading: Reading | None, error: Exception | None) -> None:
+            if reading is not None and self._roster.get(actor.actor_id) is actor:
+                self._events.on_reading(actor, reading)
+
+        def stopped(_: Any, error: Exception | None) -> None:
+            if self._roster.get(actor.actor_id) is actor:
+                self._audit.write("stopped", actor=actor.actor_id)
+                self._events.on_stopped(actor)
+
+        calls.put("drain", *how, then=drained)
+
+
+def _rounded(seconds: float) -> float | None:
+    """As the audit log has it; None for no end, since JSON knows no infinity."""
+    return round(seconds, 1) if math.isfinite(seconds) else None

@@ -1,0 +1,140 @@
+"""A cluster on which not every actor has room: who waits says so, and the warm pool gives way to the only router."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from moeray.actors import roster
+from moeray.cluster.local import LocalCluster
+from tests.actors.test_controller import config_of, settled, until
+from tests.checkpoints import make_tiny
+from tests.systems import GREEDY24, LocalSystem, tokens_of
+
+PROMPTS = [[5, 9, 33], [8] * 7]
+
+
+class Queued:
+    """An actor that has been asked for. As with Ray, its calls are answered once there is a process."""
+
+    def __init__(self, actor_id, make, cluster):
+        self.actor_id = actor_id
+        self._make = make
+        self._cluster = cluster
+        self._waiting = []
+        self.process = None
+
+    def admit(self):
+        self.process = self._make()
+        for future, method, args in self._waiting:
+            self._forward(future, method, args)
+
+    def call(self, method, *args):
+        if self.process is not None:
+            return self.process.call(method, *args)
+        future = Future()
+        self._waiting.append((future, method, args))
+        return future
+
+    def _forward(self, future, method, args):
+        def done(answer):
+            error = answer.exception()
+            future.set_result(answer.result()) if error is None else future.set_exception(error)
+
+        self.process.call(method, *args).add_done_callback(done)
+
+    def kill(self):
+        if self.process is not None:
+            self.process.kill()
+        self._cluster.leave(self)
+
+
+class CrowdedCluster(LocalCluster):
+    """Has room for so many actors; the others wait in the order in which they were asked for."""
+
+    def __init__(self, room):
+        super().__init__()
+        self._room = room
+        self._queued = []
+        self._lock = threading.RLock()
+
+    def start_expert(self, spec, group):
+        return self._ask(spec.actor_id, lambda: super(CrowdedCluster, self).start_expert(spec, group))
+
+    def start_router(self, spec, router):
+        return self._ask(spec.actor_id, lambda: super(CrowdedCluster, self).start_router(spec, router))
+
+    def _ask(self, actor_id, make):
+        with self._lock:
+            self._queued.append(Queued(actor_id, make, self))
+            asked = self._queued[-1]
+            self._admit()
+        return asked
+
+    def leave(self, gone):
+        with self._lock:
+            self._queued = [queued for queued in self._queued if queued is not gone]
+            self._admit()
+
+    def resize(self, room):
+        """Others take room, or leave it; whoever has a process keeps it."""
+        with self._lock:
+            self._room = room
+            self._admit()
+
+    def _admit(self):
+        for queued in self._queued:
+            if queued.process is None and sum(q.process is not None for q in self._queued) < self._room:
+                queued.admit()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny("qwen3_moe", tmp_path_factory.mktemp("room") / "m")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(roster, "ROOM_S", 0.5)
+
+
+def tokens(system):
+    return [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)]
+
+
+def states(status):
+    return {row["actor"]: row["state"] for row in status["actors"]}
+
+
+def test_the_warm_pool_gives_its_room_to_the_only_router(model, tmp_path):
+    cluster = CrowdedCluster(3)
+    with LocalSystem(config_of(model, tmp_path, experts__actors=1, control__warm_pool=1), cluster) as system:
+        before = tokens(system)
+        until(system.controller, settled)
+        cluster.resize(2)  # another job takes what the router leaves
+        system.handle("router-0").kill()
+        states_then = states(until(system.controller, lambda s: states(s).get("router-1") == "ready"))
+        assert states_then["experts-0"] == "ready"
+        assert states_then.get("experts-1") is None
+        until(system.controller, lambda s: "pending" in states(s).values())  # the pool is still wanted
+        system.info = system.controller.state()["info"]
+        assert tokens(system) == before
+        cluster.resize(3)
+        until(system.controller, settled)
+
+
+def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
+    cluster = CrowdedCluster(2)
+    with LocalSystem(config_of(model, tmp_path, experts__actors=1), cluster) as system:
+        before = tokens(system)
+        system.controller.drain("router-0")
+        waiting = until(system.controller, lambda s: states(s).get("router-1") == "pending")
+        assert states(waiting)["router-0"] == "draining"
+        assert tokens(system) == before
+        cluster.resize(3)
+        moved = until(system.controller, lambda s: settled(s) and "router-0" not in states(s))
+        assert states(moved)["router-1"] == "ready"
+        system.info = system.controller.state()["info"]
+        assert tokens(system) == before
