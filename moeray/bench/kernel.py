@@ -56,8 +56,11 @@ class KernelPlan:
             raise ConfigError(f"format {min(unknown)!r} is not one of {', '.join(FORMATS)}")
         if wrong := set(self.kernels) - set(KERNELS[self.device]):
             raise ConfigError(f"kernel {min(wrong)!r} is not one of {', '.join(KERNELS[self.device])}")
-        if self.hidden % 32 or self.intermediate % 32:
-            raise ConfigError("hidden and intermediate sizes must be multiples of 32, as MXFP4 groups are")
+        if "mxfp4" in self.formats and (self.hidden % 32 or self.intermediate % 32):
+            raise ConfigError(
+                f"mxfp4 has groups of 32 weights, which do not fill sizes {self.hidden} and {self.intermediate}: leave "
+                "mxfp4 out of --formats, or give multiples of 32"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from moeray.cli.progress import progress
 
 _DEFAULTS = {
     # One step takes as many prompt tokens as peers' default budget does, and no prompt is found in a cache.
-    "engine__prefill_chunk": 2048, "engine__prefix_cache": False, "engine__max_context": 1024, "dtype": "bfloat16",
+    "engine__prefill_chunk": 2048, "engine__prefix_cache": False, "dtype": "bfloat16",
     # Replicas of a node share one mapping, so every actor may host every expert, and rows can be split evenly.
     "experts__replicas": 2,
 }  # fmt: skip

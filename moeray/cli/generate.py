@@ -7,7 +7,7 @@ import json
 import sys
 import uuid
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from moeray.cli.options import config_of, config_options
 from moeray.config import Config
 from moeray.errors import RequestError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
+
+if TYPE_CHECKING:
+    from moeray.serve.backend import ModelInfo
 
 
 @click.command("generate")
@@ -46,7 +49,8 @@ def command(model: str, prompt: str | None, prompt_ids: str | None, local: bool,
     sampling = SamplingParams(**{key: value for key, value in flags.items() if key in names})
     if (prompt is None) == (prompt_ids is None):
         raise RequestError("give one of --prompt and --prompt-ids", param="prompt")
-    answer = asyncio.run(_generate(config, prompt, prompt_ids, sampling, local))
+    ids = None if prompt_ids is None else _parse_ids(prompt_ids)
+    answer = asyncio.run(_generate(config, prompt or "", ids, sampling, local))
     if output == "json":
         click.echo(json.dumps(answer))
     elif answer["text"] is not None:
@@ -56,7 +60,7 @@ def command(model: str, prompt: str | None, prompt_ids: str | None, local: bool,
 
 
 async def _generate(
-    config: Config, prompt: str | None, prompt_ids: str | None, sampling: SamplingParams, local: bool
+    config: Config, prompt: str, ids: tuple[int, ...] | None, sampling: SamplingParams, local: bool
 ) -> dict[str, Any]:
     from moeray.cli.session import local_system, running_or_own
     from moeray.logs import setup_logging
@@ -64,24 +68,36 @@ async def _generate(
     setup_logging(replace(config, log_requests=False))  # the output says what each has become
     async with local_system(config) if local else running_or_own(config, "generate") as backend:
         assert backend.model is not None
-        tokenizer = _tokenizer(backend.model.metadata_dir, needed=prompt is not None)
-        if prompt_ids is not None:
-            ids = _parse_ids(prompt_ids, backend.model.vocab_size)
-        else:
+        tokenizer = _tokenizer(backend.model.metadata_dir, needed=ids is None)
+        if ids is None:
             ids = tuple(tokenizer(prompt)["input_ids"])
+        _check(ids, sampling, backend.model)
         request = GenerationRequest(uuid.uuid4().hex, ids, sampling)
         outputs = [output async for output in backend.generate(request)]
     return _answer(outputs, len(ids), tokenizer)
 
 
-def _parse_ids(text: str, vocab_size: int) -> tuple[int, ...]:
+def _parse_ids(text: str) -> tuple[int, ...]:
     try:
         ids = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RequestError(f"--prompt-ids must be numbers with commas between, got {text!r}", param="prompt") from None
-    if any(not 0 <= token < vocab_size for token in ids):
-        raise RequestError(f"--prompt-ids must lie between 0 and {vocab_size - 1}, got {text!r}", param="prompt")
+    if min(ids) < 0:
+        raise RequestError(f"--prompt-ids must be 0 or more, got {text!r}", param="prompt")
     return ids
+
+
+def _check(ids: tuple[int, ...], sampling: SamplingParams, model: ModelInfo) -> None:
+    """What only the loaded model tells."""
+    if max(ids, default=0) >= model.vocab_size:
+        raise RequestError(f"--prompt-ids must be below {model.vocab_size}, got {max(ids)}", param="prompt")
+    left = model.max_context - len(ids)
+    if sampling.max_tokens > left > 0:
+        raise RequestError(
+            f"{len(ids)} prompt tokens and --max-tokens {sampling.max_tokens} are over the model's context of "
+            f"{model.max_context} tokens; ask for at most {left}",
+            param="max_tokens",
+        )
 
 
 def _tokenizer(folder: Any, *, needed: bool) -> Any:

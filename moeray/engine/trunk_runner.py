@@ -35,7 +35,7 @@ class TrunkRunner:
         self.vocab_size = trunk.vocab_size
         self.num_blocks = self._count_blocks(config)
         slots = self.num_blocks * config.block_size
-        self.max_context = min(config.max_context or trunk.max_context, trunk.max_context, slots)
+        self.max_context = longest_context(config.max_context, trunk.max_context, slots)
         trunk.cache.allocate(slots, trunk.dtype, trunk.device)
         log.info(
             "KV cache: %d blocks of %d tokens, context up to %d", self.num_blocks, self._block_size, self.max_context
@@ -103,3 +103,18 @@ class TrunkRunner:
         table = torch.tensor(packed.block_tables[i][: -(-context // self._block_size)])
         slots = (table[:, None] * self._block_size + torch.arange(self._block_size)).flatten()[:context]
         return Span(start, end - start, context, slots.to(self._trunk.device))
+
+
+def longest_context(asked: int, own: int, slots: int) -> int:
+    """The longest sequence: the one asked for, else the model's `own` as far as the cache's `slots` go. Raises
+    ConfigError where one was asked for that cannot be had."""
+    if asked > own:
+        raise ConfigError(
+            f"config key engine.max_context: {asked} tokens are more than the model's {own}; lower it, or leave it out"
+        )
+    if asked > slots:
+        raise ConfigError(
+            f"config key engine.max_context: {asked} tokens do not fit the KV cache of {slots}; lower it, or raise "
+            "engine.kv_cache_bytes (or engine.kv_blocks)"
+        )
+    return asked or min(own, slots)

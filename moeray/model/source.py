@@ -120,5 +120,8 @@ def _hub_error(model: str, filename: str, node: str, error: Exception) -> Checkp
         mend = "the hub's repository has no such file; give another revision or model"
     else:
         reason = " ".join(str(error).split())[:200]
-        mend = f"the hub could not be reached ({reason}); check the network, or give a local folder"
+        mend = (
+            f"there is no such folder on this node, and the hub could not be reached ({reason}); check the path, or "
+            "the network"
+        )
     return CheckpointError(f"file {filename} of model {model} could not be fetched on node {node}: {mend}")

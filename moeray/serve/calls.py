@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeray.errors import CheckpointError
 from moeray.serve.backend import Backend, ModelInfo
 from moeray.serve.chat import chat_events, plain_chat
 from moeray.serve.completions import completion_events, plain_completion
 from moeray.serve.errors import ApiError, failed_error, loading_error
 from moeray.serve.generate import Generation
 from moeray.serve.job import Job, chat_job, completion_job
-from moeray.serve.prompt import EncoderCache
+from moeray.serve.prompt import EncoderCache, PromptEncoder
 from moeray.serve.schemas import GenerationFields, parse_chat, parse_completion
 from moeray.serve.tokens import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +72,27 @@ class Calls:
     async def prepare(self, path: str, body: Mapping[str, Any]) -> Call:
         """Read, check and tokenize the body of a call to `path`, a key of APIS.
 
-        Raises RequestError where the body cannot be served as asked, ApiError for another model or none yet.
+        Raises RequestError where the body cannot be served as asked, ApiError for another model, none yet, or one
+        without a tokenizer.
         """
         api = APIS[path]
         asked = api.parse(body)
         model = self.served(asked.model)
-        encoder = await self._encoders.get(model)
+        encoder = await self._encoder(model)
         job = await api.job(asked, model, encoder, int(time.time()))
         return Call(api, job, Generation(self._backend, job, encoder.vocabulary), encoder.vocabulary)
+
+    async def _encoder(self, model: ModelInfo) -> PromptEncoder:
+        try:
+            return await self._encoders.get(model)
+        except CheckpointError as error:  # names a folder of the server's, which is its operator's affair
+            log.error("%s", error)
+            raise ApiError(
+                503,
+                "the served model has no usable tokenizer, so it takes no requests; the server's log says what is "
+                "missing",
+                code="no_tokenizer",
+            ) from error
 
     def model(self) -> ModelInfo:
         """The model. Raises ApiError 503 while there is none."""

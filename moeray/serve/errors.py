@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from moeray.errors import CheckpointError, MoerayError, NotReadyError, QueueFullError, RequestError, RouterLostError
+from moeray.errors import MoerayError, NotReadyError, QueueFullError, RequestError, RouterLostError
 from moeray.logs import REQUEST_ID
 
 log = logging.getLogger("moeray.serve")
@@ -102,8 +102,6 @@ def reply_for(error: Exception) -> ErrorReply:
             return ErrorReply(499, str(error), code="client_closed_request")
         case GenerationFailedError():
             return ErrorReply(500, str(error), code="generation_failed")
-        case CheckpointError():
-            return ErrorReply(500, str(error), code="checkpoint")
         case HTTPException():
             return _http_reply(error)
     return ErrorReply(500, "internal error; the server's log has the details under this request id", code="internal")

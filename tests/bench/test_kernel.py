@@ -39,7 +39,7 @@ def test_the_command_prints_json():
     ({"formats": ("bf17",)}, "'bf17' is not one of bf16"),
     ({"kernels": ("mkl",)}, "'mkl' is not one of native"),
     ({"kernels": ("native",), "device": "cuda"}, "'native' is not one of triton"),
-    ({"hidden": 72}, "multiples of 32"),
+    ({"hidden": 72}, "leave mxfp4 out of --formats, or give multiples of 32"),
 ])  # fmt: skip
 def test_a_wrong_plan_is_named(settings, words):
     with pytest.raises(ConfigError, match=words):

@@ -1,0 +1,55 @@
+"""What `moeray generate` refuses before a model is loaded, and what only the model tells."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from moeray.cli.main import cli
+from tests.checkpoints import make_tiny
+
+
+def generate(*options):
+    return CliRunner().invoke(cli, ["generate", *options])
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ("1,two", "--prompt-ids must be numbers with commas between, got '1,two'"),
+        ("", "--prompt-ids must be numbers"),
+        ("5,-1", "--prompt-ids must be 0 or more, got '5,-1'"),
+    ],
+)
+def test_wrong_ids_are_refused_before_the_model_is_looked_for(ids, words, tmp_path):
+    result = generate(str(tmp_path / "nowhere"), "--prompt-ids", ids)
+    assert result.exit_code != 0
+    assert words in str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_tiny("granitemoe", tmp_path_factory.mktemp("generate") / "m"))
+
+
+LOCAL = ("--local", "--wire-remote", "off")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt-ids", "999999"), "--prompt-ids must be below 320, got 999999"),
+        (("--prompt-ids", "1,2", "--max-tokens", "511"), "over the model's context of 512 tokens; ask for at most 510"),
+        (("--prompt-ids", "1", "--engine-max-context", "513"), "513 tokens are more than the model's 512"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(model, options, words):
+    result = generate(model, *LOCAL, *options)
+    assert result.exit_code != 0
+    assert words in str(result.exception)
+
+
+def test_the_whole_context_can_be_used(model):
+    result = generate(model, *LOCAL, "--prompt-ids", "1,2", "--max-tokens", "510", "--ignore-eos", "--output", "json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["usage"]["total_tokens"] == 512
