@@ -16,9 +16,10 @@ import torch
 from moeray.actors.cores import Cores, claim
 from moeray.actors.expert_figures import ExpertFigures
 from moeray.actors.expert_load import EXPERT_LOAD, by_expert
+from moeray.actors.folders import machine_dir, remove_runtime_dir, runtime_dir
 from moeray.actors.orders import Orders, newest
 from moeray.actors.rows import RowServer
-from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, machine_dir, remove_runtime_dir, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
 from moeray.actors.vigil import Vigil, new_incarnation
 from moeray.config import Config
 from moeray.control.ledger import Books, newer

@@ -15,11 +15,12 @@ import psutil
 from moeray.actors.callers import Callers
 from moeray.actors.cores import part
 from moeray.actors.engine_figures import EngineFigures, status_of, with_stats
+from moeray.actors.folders import remove_runtime_dir, runtime_dir
 from moeray.actors.memory import Memory
 from moeray.actors.observers import Losses, Observers
 from moeray.actors.orders import Orders, newest
 from moeray.actors.request_figures import RequestFigures
-from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig, remove_runtime_dir, runtime_dir
+from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
 from moeray.actors.step_loop import StepLoop
 from moeray.actors.vigil import Vigil, new_incarnation
 from moeray.config import Config

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from moeray.config import Config
-from moeray.errors import ConfigError
 from moeray.types import Address
 from moeray.wire.identity import Identity
 
@@ -80,28 +74,3 @@ def model_fingerprint(config: Config) -> str:
     """What both ends of a channel must agree on before weights are compared: model, revision and dtype."""
     text = "\0".join((config.model, config.revision or "", config.dtype))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def machine_dir() -> Path:
-    """This user's folder for what all actors of the machine share."""
-    base = Path(os.environ.get("MOERAY_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    return base / f"moeray-{os.getuid()}"
-
-
-def runtime_dir(node_id: str, system: str) -> Path:
-    """The private folder (0700) for one node's sockets. Nodes that share a machine get different ones."""
-    folder = machine_dir() / f"{node_id[:12]}-{system[:8]}"
-    for path in (machine_dir(), folder):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-            raise ConfigError(
-                f"folder {path} must be private to this user (mode 0700); mend it or set MOERAY_RUNTIME_DIR"
-            )
-    return folder
-
-
-def remove_runtime_dir(node_id: str, system: str) -> None:
-    """Remove the folder once the last actor of the node has closed its socket."""
-    with suppress(OSError):  # another actor's socket is still there, or it was faster
-        runtime_dir(node_id, system).rmdir()

@@ -27,13 +27,16 @@ def introduce(channel: SocketChannel, connector: Connector, wire: WireConfig, de
     _admit(channel, connector.expected, wire, deadline)
 
 
-def receive(channel: SocketChannel, identity: Identity, wire: WireConfig, guests: Guests) -> None:
-    """The listening side: let the connector prove itself, within the handshake's deadline. Raises WireError where it
-    does not."""
+def receive(channel: SocketChannel, identity: Identity, wire: WireConfig, guests: Guests) -> bool:
+    """The listening side: let the connector prove itself, within the handshake's deadline. False where it goes without
+    a word: it only wanted to know whether somebody listens. Raises WireError where it does not prove itself."""
     deadline = monotonic() + wire.handshake_timeout_s
     acceptor = Acceptor(identity)
     try:
-        hello = channel.recv(deadline - monotonic())
+        try:
+            hello = channel.recv(deadline - monotonic())
+        except ChannelClosedError:
+            return False
         if guests.full():
             channel.send(refusal("full"))
             raise ChannelClosedError("a peer was refused: wire.max_channels are open; raise it or close some")
@@ -42,6 +45,7 @@ def receive(channel: SocketChannel, identity: Identity, wire: WireConfig, guests
         _answer(channel, reason_of(error))
         raise
     _admit(channel, acceptor.check(channel.recv(deadline - monotonic())), wire, deadline)
+    return True
 
 
 def _admit(channel: SocketChannel, peer: str, wire: WireConfig, deadline: float) -> None:

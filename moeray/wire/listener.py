@@ -88,7 +88,9 @@ class Listener:
 
     def _host(self, channel: SocketChannel) -> None:
         try:
-            receive(channel, self._identity, self._wire, self._guests)
+            if not receive(channel, self._identity, self._wire, self._guests):
+                channel.close()
+                return
         except WireError as error:
             _log.warning("refused a peer (%s): %s", channel.kind, error)
             channel.close()

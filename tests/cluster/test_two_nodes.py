@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from moeray.actors.spec import runtime_dir
+from moeray.actors.folders import runtime_dir
 from moeray.cluster.ray import ask, start_controller
 from moeray.serve.app import RayPort
 from moeray.serve.system import SystemBackend

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from moeray.actors.spec import machine_dir, remove_runtime_dir, runtime_dir
+from moeray.actors.folders import machine_dir, remove_runtime_dir, runtime_dir
 from moeray.cli.checks.finding import Finding, fail, failed_by, ok, skipped, warn
 from moeray.errors import MoerayError
 from moeray.wire.unix_dial import check_path

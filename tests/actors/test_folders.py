@@ -1,0 +1,85 @@
+"""Sockets that killed actors have left are removed; those at which somebody listens, or may soon, never."""
+
+import os
+import socket
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from moeray.actors import folders
+
+NODE, OURS, OTHERS = "0123456789ab", "0000aaaa", "0000bbbb"
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path_factory, monkeypatch):
+    # sockets want a short path
+    base = tmp_path_factory.mktemp("f")
+    monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(base))
+    return folders.machine_dir()
+
+
+@pytest.fixture
+def stack():
+    with ExitStack() as stack:
+        yield stack
+
+
+def put(folder, name, stack, *, alive, age_s):
+    """A socket, dead or listened at, of this age."""
+    path = folder / f"{name}.sock"
+    sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+    sock.bind(str(path))
+    if alive:
+        sock.listen()
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def age(folder, seconds):
+    os.utime(folder, (time.time() - seconds,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("alive", "age_s", "stays"),
+    [(False, 60, False), (True, 60, True), (False, 0, True)],
+    ids=["dead", "alive", "perhaps being bound"],
+)
+def test_the_own_folder(alive, age_s, stays, stack):
+    folder = folders.runtime_dir(NODE, OURS)
+    put(folder, "experts-0", stack, alive=alive, age_s=age_s)
+    folders.remove_runtime_dir(NODE, OURS)
+    assert folder.exists() == stays
+    if stays:
+        assert list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("alive", "folder_age_s", "stays"),
+    [(False, 3600, False), (True, 3600, True), (False, 10, True)],
+    ids=["forgotten", "alive", "new"],
+)
+def test_another_systems_folder(alive, folder_age_s, stays, stack):
+    folder = folders.runtime_dir(NODE, OTHERS)
+    put(folder, "router-0", stack, alive=alive, age_s=3600)
+    age(folder, folder_age_s)
+    folders.runtime_dir(NODE, OURS)
+    folders.remove_runtime_dir(NODE, OURS)
+    assert folder.exists() == stays
+
+
+def test_what_is_no_systems_folder_stays(machine):
+    folders.runtime_dir(NODE, OURS)
+    (machine / "cores").mkdir()
+    age(machine / "cores", 3600)
+    folders.remove_runtime_dir(NODE, OURS)
+    assert [path.name for path in machine.iterdir()] == ["cores"]
+
+
+def test_a_folder_in_use_is_not_forgotten():
+    folder = folders.runtime_dir(NODE, OURS)
+    age(folder, 3600)
+    folders.runtime_dir(NODE, OURS)
+    folders.remove_runtime_dir(NODE, OTHERS)
+    assert folder.exists()
