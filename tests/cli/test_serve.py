@@ -45,7 +45,7 @@ def served(folder, **environment):
     process = moeray(
         "serve", str(model), "--port", str(port), "--dtype", "float32", "--engine-kv-blocks", "512",
         "--experts-max-actors", "3", "--experts-num-cpus", "0.1", "--router-num-cpus", "0.1",
-        stdout=subprocess.PIPE, stderr=log,
+        stdout=subprocess.PIPE, stderr=log, start_new_session=True,
         env={**os.environ, "MOERAY_CACHE_DIR": str(folder), "MOERAY_API_KEY": "k3y", **environment},
     )  # fmt: skip
     line = process.stdout.readline()
@@ -290,3 +290,12 @@ def test_an_address_that_is_not_to_be_had_is_refused_before_anything_is_loaded(h
     assert (process.returncode, out) == (1, "")
     assert f"cannot listen at {host}:{port}: {named}" in err
     assert "Traceback" not in err
+
+
+def test_a_signal_to_the_whole_group_ends_it_in_time(tmp_path):
+    """As systemd stops a service: Ray's own processes get it too, and nobody is left to be asked."""
+    with served(tmp_path) as (url, process):
+        assert httpx.get(f"{url}/health", timeout=30.0).is_success
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(40) == 0
+        assert "Failed to connect to GCS" not in (tmp_path / "log").read_text()
