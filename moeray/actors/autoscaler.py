@@ -11,7 +11,7 @@ from moeray.actors.orders import Orders
 from moeray.actors.roster import ROUTER, Roster
 from moeray.config import Config
 from moeray.control.fleet import Phase
-from moeray.control.load import LoadBook, RouterLoad, skew
+from moeray.control.load import LoadBook, skew
 from moeray.control.placement import Placement
 from moeray.control.policy import (
     ExpertActorView,
@@ -24,6 +24,7 @@ from moeray.control.policy import (
 )
 from moeray.control.reports import Report
 from moeray.control.reserve import Busiest
+from moeray.control.router_load import RouterLoad
 from moeray.control.update import kinds_of, wanted_after
 from moeray.control.votes import settle
 from moeray.errors import ConfigError, PolicyError

@@ -16,7 +16,7 @@ import numpy as np
 
 from moeray.control.cost import StepTable
 from moeray.control.eplb import place
-from moeray.control.load import LoadBook, RouterLoad, skew
+from moeray.control.load import LoadBook, skew
 from moeray.control.members import Member, Members
 from moeray.control.objectives import Objectives
 from moeray.control.outcome import Outcome, Sample, Slo, outcome
@@ -32,6 +32,7 @@ from moeray.control.policy import (
     load_policies,
 )
 from moeray.control.reserve import Busiest
+from moeray.control.router_load import RouterLoad
 from moeray.control.simulate import Engine
 from moeray.control.tally import Tallies
 from moeray.control.votes import settle

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from moeray.control.load import RouterLoad
 from moeray.control.placement import Placement
+from moeray.control.router_load import RouterLoad
 from moeray.errors import ConfigError, PolicyError
 from moeray.settings.control import ControlConfig
 from moeray.types import ExpertId

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from moeray.control.load import LATE_S, STEPS_S, LoadBook, skew
+from moeray.control.load import LoadBook, skew
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, RouterReport
+from moeray.control.router_load import LATE_S, STEPS_S
 from moeray.types import ExpertId
 
 A, B = ExpertId(0, 0), ExpertId(0, 1)
