@@ -26,14 +26,15 @@ _MODULE = "moeray.model.kernels._native"
 
 class Instructions(IntEnum):
     """The sets that the kernels are compiled for. Those with a fused multiply-add give the same bits, but that the last
-    two multiply bf16 inputs with all weights but fp32 and fp16 in their own ways: in pairs (int8 in whole numbers), and
-    by matrix tiles."""
+    two multiply bf16 inputs with all weights but fp32 and fp16 in their own ways: in pairs, and by matrix tiles; and
+    that the two before that multiply them with int8 in whole numbers."""
 
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
-    AVX512_BF16 = 3
-    AMX_BF16 = 4
+    AVX512_VNNI = 3
+    AVX512_BF16 = 4
+    AMX_BF16 = 5
 
 
 CALL_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}

@@ -16,6 +16,7 @@ from moeray.model.kernels.native import Instructions, best_instructions, forward
 
 pytestmark = pytest.mark.skipif(not available(), reason="the kernels were not compiled on this machine")
 SETS = [i for i in Instructions if available() and i <= best_instructions()]
+IN_DIGITS = (Instructions.AVX512_VNNI, Instructions.AVX512_BF16)
 PAIRED = [i for i in SETS if i >= Instructions.AVX512_BF16]
 SMALLEST_NORMAL = 2.0**-126
 
@@ -99,7 +100,7 @@ def test_int8_is_the_product_and_a_row_depends_on_itself_alone(size, instruction
     dense = weight.dense(torch.float64).t()
     together = product(weight, x, instructions)
     bound = 1e-5 * (x.double().abs() @ dense.abs())
-    if dtype is torch.bfloat16 and instructions is Instructions.AVX512_BF16:  # whole numbers, the largest about 2^14
+    if dtype is torch.bfloat16 and instructions in IN_DIGITS:  # whole numbers, the largest about 2^14
         coarser = 2 ** max(0, math.ceil(math.log2(size[1] / 8192)))
         bound += x.double().abs().amax(1, keepdim=True) * 1.01 * 2**-15 * coarser * dense.abs().sum(0)
     assert ((together.double() - x.double() @ dense).abs() <= bound).all()
@@ -126,6 +127,14 @@ def test_int8_of_inputs_of_like_magnitude_is_exact(instructions):
     weight = Int8(weight.weight, torch.ones(40), transposed=False)
     x = torch.randint(1, 128, (9, 300), generator=seeded()).to(torch.bfloat16)  # within 2^7 of each other
     assert torch.equal(product(weight, x, instructions), x.float() @ weight.weight.float().t())
+
+
+@pytest.mark.skipif(Instructions.AVX512_BF16 not in SETS, reason="needs a CPU that has both")
+def test_int8_in_whole_numbers_is_the_same_with_and_without_pairs():
+    weight = random_int8(40, 300, Instructions.AVX512_BF16)
+    x = torch.randn(20, 300, generator=seeded()).to(torch.bfloat16)
+    assert torch.equal(*(product(weight, x, instructions) for instructions in IN_DIGITS))
+    assert not torch.equal(*(product(weight, x, i) for i in (Instructions.AVX512, Instructions.AVX512_VNNI)))
 
 
 @pytest.mark.parametrize("instructions", SETS)

@@ -156,7 +156,7 @@ static inline void fetch(Coming *next) {
 static const Kernels *kernels_of(int64_t instructions) {
 #if defined(__x86_64__)
     if (instructions >= AVX512_BF16) return &kernels_avx512_bf16;
-    if (instructions == AVX512) return &kernels_avx512;
+    if (instructions >= AVX512) return &kernels_avx512;
     if (instructions == AVX2) return &kernels_avx2;
 #endif
     (void)instructions;

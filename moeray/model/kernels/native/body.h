@@ -215,7 +215,7 @@ INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, co
 }
 #endif
 
-#if HAS_PAIRS
+#if HAS_DIGITS
 #include "digits.h"
 #endif
 
@@ -250,6 +250,8 @@ INLINE void FN(dot)(const int format, const int rows, const Matrix *m, const Row
             FN(dot_scaled)(format, rows, m, FN(turn)(w, i), x, x_step, FN(soon)(w, i, ahead), folds + i);
         return;
     }
+#endif
+#if HAS_DIGITS
     if (in_digits(format)) {
         for (int i = 0; i < TURNS; i++)
             FN(dot_digits)(rows, m, FN(turn)(w, i), x, x_step, FN(soon)(w, i, ahead), folds + i);
@@ -278,7 +280,7 @@ typedef void (*FN(Dot))(const Matrix *m, const Row *w, const char *x, int64_t x_
 #define DOTS(format) UP_TO_MOST(DOT, format)
 MULTIPLIED(DOTS)
 #define DOT_NAME(format, rows) FN(dot_##format##_##rows),
-#define DOT_NAMES(format) {UP_TO_MOST(DOT_NAME, format)},
+#define DOT_NAMES(format) [format] = {UP_TO_MOST(DOT_NAME, format)},
 static const FN(Dot) FN(dot_of)[][MOST] = {MULTIPLIED(DOT_NAMES)};
 
 /* A row's weights of inputs [from, to), decoded; `from` begins a block. */
@@ -378,6 +380,8 @@ INLINE void FN(pack_pairs)(const Matrix *m, const uint16_t *x, char *packed) {
 static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packed) {
 #if HAS_PAIRS
     if (in_pairs(m->format)) return FN(pack_pairs)(m, x, packed);
+#endif
+#if HAS_DIGITS
     if (in_digits(m->format)) return FN(pack_digits)(m, x, packed);
 #endif
     const int64_t size = format == F32 ? 4 : 2, vectors = vectors_of(m->format), block = 16 * vectors;
@@ -454,6 +458,7 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef FETCH_TO
 #undef HOLD
 #undef HAS_PAIRS
+#undef HAS_DIGITS
 #undef COMPUTED
 #undef MULTIPLIED
 #undef MULTIPLY_ADD

@@ -4,11 +4,16 @@
 #if defined(__AVX512BF16__)
 #define HAS_PAIRS 1
 #define COMPUTED(EACH) FORMATS(EACH) PAIR_FORMATS(EACH)
-#define MULTIPLIED(EACH) COMPUTED(EACH) EACH(INT8_DIGITS)
 #else
 #define HAS_PAIRS 0
 #define COMPUTED FORMATS
-#define MULTIPLIED FORMATS
+#endif
+#if defined(__AVX512VNNI__)
+#define HAS_DIGITS 1
+#define MULTIPLIED(EACH) COMPUTED(EACH) EACH(INT8_DIGITS)
+#else
+#define HAS_DIGITS 0
+#define MULTIPLIED COMPUTED
 #endif
 
 typedef float FN(vec) __attribute__((vector_size(4 * LANES)));

@@ -10,11 +10,6 @@
    The instruction wants one side without a sign: weights + 128. What that adds to a sum is known from the row alone, and
    taken off between its digits. A sum may have any 32 bits meanwhile; in the end it fits them. */
 
-enum {
-    DIGITS = 64, /* bytes that a loop takes at a time: of weights, and of each digit of the inputs */
-    FIT = 8192,   /* products that add up to 16 parts of 32 bits in all cases */
-};
-
 /* 32 inputs of a row of BF16, from k on. */
 INLINE __m512i FN(inputs)(const Matrix *m, const uint16_t *x, int64_t k) {
     const int64_t left = m->in - k;

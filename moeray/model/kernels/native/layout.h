@@ -10,7 +10,7 @@
 
 enum { F32, F16, BF16, INT8, FP8, MXFP4 };
 #define FORMATS(EACH) EACH(F32) EACH(F16) EACH(BF16) EACH(INT8) EACH(FP8) EACH(MXFP4)
-enum { PORTABLE, AVX2, AVX512, AVX512_BF16, AMX_BF16 };
+enum { PORTABLE, AVX2, AVX512, AVX512_VNNI, AVX512_BF16, AMX_BF16 };
 
 /* Formats inside a call alone, for CPUs that multiply pairs of BF16: stored as the name says (PAIRS: as BF16), exact as
    BF16 (FP8 but for its scales), and multiplied with inputs that stay BF16, two in 4 bytes. SCALED_PAIRS: FP8 decoded
@@ -122,6 +122,8 @@ enum {
     MEANWHILE = 512, /* bytes of a weight row that are fetched while outputs are finished */
     READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
+    DIGITS = 64,     /* bytes of weights, and of each digit of inputs, that a loop over digits takes at a time */
+    FIT = 8192,      /* products of digits that add up to 16 parts of 32 bits in all cases */
 };
 
 typedef float f32x16 __attribute__((vector_size(64)));

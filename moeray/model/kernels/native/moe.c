@@ -61,6 +61,16 @@ typedef struct {
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+#define FN(name) name##_avx512_vnni
+#define LANES 16
+#define MOST 6
+#define UP_TO_MOST UP_TO_6
+#define OUTS 4
+#include "body.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,fma")
 #define FN(name) name##_avx512_bf16
 #define LANES 16
@@ -82,9 +92,8 @@ typedef struct {
 int64_t moeray_instructions(void) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi") ||
-            !__builtin_cpu_supports("avx512vnni"))
-            return AVX512;
+        if (!__builtin_cpu_supports("avx512vnni")) return AVX512;
+        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return AVX512_VNNI;
 #if defined(HAS_AMX)
         if (tiles_are_there) return AMX_BF16;
 #endif
@@ -98,6 +107,7 @@ int64_t moeray_instructions(void) {
 static const Kernels *kernels_of(int64_t instructions) {
 #if defined(__x86_64__)
     if (instructions >= AVX512_BF16) return &kernels_avx512_bf16;
+    if (instructions == AVX512_VNNI) return &kernels_avx512_vnni;
     if (instructions == AVX512) return &kernels_avx512;
     if (instructions == AVX2) return &kernels_avx2;
 #endif

@@ -43,8 +43,13 @@ typedef struct {
 INLINE int64_t groups_of(int64_t count) { return (count + GROUP - 1) / GROUP; }
 INLINE int64_t group_rows(int64_t count) { return (count + groups_of(count) - 1) / groups_of(count); }
 
+/* Matrix tiles multiply pairs faster than the others whole numbers. */
+INLINE int multiplies_digits(int64_t instructions) {
+    return instructions == AVX512_VNNI || instructions == AVX512_BF16;
+}
+
 static int64_t computed_as(const Matrix *m, const Call *call) {
-    if (m->format == INT8 && call->x_format == BF16 && call->instructions == AVX512_BF16) return INT8_DIGITS;
+    if (m->format == INT8 && call->x_format == BF16 && multiplies_digits(call->instructions)) return INT8_DIGITS;
     const int64_t paired = forms[m->format].paired;
     const int fits = !scales_sums(paired) || forms[paired].block <= (int64_t)1 << m->in_shift;
     return call->x_format == BF16 && call->instructions >= AVX512_BF16 && fits ? paired : m->format;
