@@ -10,6 +10,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import click
+
 from moeray.cli.ray_address import astray, unnamed, unreachable
 from moeray.config import Config
 from moeray.logs import setup_logging
@@ -56,6 +58,7 @@ def running_or_own(config: Config, purpose: str) -> AbstractAsyncContextManager[
     connect_where_it_runs(config.serve.name, config)
     served = running(config.serve.name)
     if served is not None and model_fingerprint(served) == model_fingerprint(config):
+        click.echo(f"{purpose}: using the system {served.serve.name!r} that serves, as it is", err=True)
         return attached_system(served, served.serve.request_timeout_s)
     return ray_system(apart(config, purpose))
 

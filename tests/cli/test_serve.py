@@ -182,6 +182,7 @@ def test_generate_and_batch_use_it_though_nothing_names_its_cluster(endpoint, cl
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
     assert json.loads(out)["text"] == stream_text(client, PROMPTS[3])
+    assert "using the system 'moeray' that serves" in err
     assert generated(endpoint[0]) == before + 2 * 12
 
     source = write_lines(tmp_path / "in.jsonl", [entry(f"r{i}", "tiny-moe", max_tokens=4) for i in range(8)])
