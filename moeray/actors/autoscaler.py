@@ -10,18 +10,11 @@ from dataclasses import asdict, replace
 from moeray.actors.orders import Orders
 from moeray.actors.roster import ROUTER, Roster
 from moeray.config import Config
+from moeray.control.deciding import decide, load_policies
 from moeray.control.fleet import Phase
 from moeray.control.load import LoadBook, skew
 from moeray.control.placement import Placement
-from moeray.control.policy import (
-    ExpertActorView,
-    GroupLimits,
-    PolicyInput,
-    RouterView,
-    Wish,
-    decide,
-    load_policies,
-)
+from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish
 from moeray.control.reports import Report
 from moeray.control.reserve import Busiest
 from moeray.control.router_load import RouterLoad

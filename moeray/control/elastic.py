@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeray.control.cost import StepTable
+from moeray.control.deciding import decide, load_policies
 from moeray.control.eplb import place
 from moeray.control.load import LoadBook, skew
 from moeray.control.members import Member, Members
@@ -22,15 +23,7 @@ from moeray.control.objectives import Objectives
 from moeray.control.outcome import Outcome, Sample, Slo, outcome
 from moeray.control.placement import Host, Placement
 from moeray.control.plan import plan_diff
-from moeray.control.policy import (
-    ExpertActorView,
-    GroupLimits,
-    PolicyInput,
-    RouterView,
-    Wish,
-    decide,
-    load_policies,
-)
+from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish
 from moeray.control.reserve import Busiest
 from moeray.control.router_load import RouterLoad
 from moeray.control.simulate import Engine

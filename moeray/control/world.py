@@ -9,9 +9,10 @@ from functools import cached_property
 
 from moeray.config import Config
 from moeray.control.cost import Costs, StepCosts, StepTable
+from moeray.control.deciding import decide, load_policies
 from moeray.control.eplb import place
 from moeray.control.placement import Host, Placement
-from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, decide, load_policies
+from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput
 from moeray.control.popularity import MoeShape, Popularity, PopularityModel
 from moeray.control.trace import Trace
 from moeray.settings.experts import ExpertGroupConfig

@@ -3,9 +3,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from moeray.control.deciding import decide, load_policies
 from moeray.control.placement import Placement
 from moeray.control.policies import SHIPPED, hot_experts, idle, latency, queue_wait, schedule, target_utilisation
-from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish, decide, load_policies
+from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish
 from moeray.control.router_load import RouterLoad
 from moeray.errors import ConfigError, PolicyError
 from moeray.settings.control import ControlConfig, ScheduleConfig
