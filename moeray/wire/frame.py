@@ -11,7 +11,6 @@ This module imports no torch: frames without tensors are all that an endpoint kn
 
 from __future__ import annotations
 
-import math
 import reprlib
 import struct
 import threading
@@ -25,6 +24,7 @@ import numpy as np
 
 from moeray.buffers import ALIGN, Bytes, aligned, new_buffer
 from moeray.errors import WireError
+from moeray.wire.spans import BOOL, Span, spans_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +33,6 @@ WIRE_VERSION = 1
 INLINE = -1
 PREFIX = struct.Struct("<II")
 
-MAX_TENSORS = 128
-MAX_DIMS = 8
-_MAX_ELEMENTS = 1 << 48
 _PAD = bytes(ALIGN)
 
 
@@ -57,10 +54,6 @@ class Op(IntEnum):
     GOODBYE = 13
 
 
-SIZES = (4, 2, 2, 1, 2, 4, 8, 1, 1, 1)
-"""Bytes of an element of each dtype, by its code (`tensors.DTYPES`)."""
-BOOL = 8
-"""A dtype's code."""
 _OPS = {int(op): op for op in Op}
 
 
@@ -91,9 +84,6 @@ class Limits:
 
 class VersionMismatchError(WireError):
     """The peer speaks another version of the wire."""
-
-
-Span = tuple[int, list[int], int, int]
 
 
 class Header(NamedTuple):
@@ -205,39 +195,12 @@ def unpack_header(data: memoryview, payload_bytes: int) -> Header:
         raise WireError("the peer's header holds something else than a whole number for id, layer, epoch or place")
     if type(meta) is not dict or not all(type(key) is str for key in meta):
         raise WireError("the peer's header holds meta that is not a mapping with text keys")
-    spans, body = _spans(shapes, codes, payload_bytes), aligned(PREFIX.size + len(data))
+    spans, body = spans_of(shapes, codes, payload_bytes), aligned(PREFIX.size + len(data))
     return Header(_OPS[op], frame_id, layer, epoch, meta, spans, where, body, payload_bytes)
 
 
 def _no_extension(code: int, data: bytes) -> Any:
     raise ValueError(f"extension type {code}")
-
-
-def _spans(shapes: Any, codes: Any, payload_bytes: int) -> list[Span]:
-    if type(shapes) is not list or type(codes) is not list or len(shapes) != len(codes) or len(codes) > MAX_TENSORS:
-        raise WireError("the peer's header holds shapes and dtypes that do not go together")
-    spans = []
-    offset = 0
-    for shape, code in zip(shapes, codes, strict=True):
-        if type(code) is not int or not 0 <= code < len(SIZES):
-            raise WireError(
-                f"the peer sent the unknown dtype {reprlib.repr(code)}; run one release of moeray everywhere"
-            )
-        elements = _elements(shape)
-        spans.append((code, shape, elements, offset))
-        offset += aligned(elements * SIZES[code])
-    if offset != payload_bytes:
-        raise WireError(f"the peer's shapes take {offset} bytes but its payload has {payload_bytes}")
-    return spans
-
-
-def _elements(shape: Any) -> int:
-    if type(shape) is not list or len(shape) > MAX_DIMS or not all(type(size) is int and size >= 0 for size in shape):
-        raise WireError(f"the peer sent the shape {reprlib.repr(shape)}, which no tensor has")
-    # A zero among huge sizes multiplies to nothing but would still overflow the strides.
-    if math.prod(size or 1 for size in shape) > _MAX_ELEMENTS:
-        raise WireError(f"the peer sent the shape {reprlib.repr(shape)}, which is too large")
-    return math.prod(shape)
 
 
 def build_frame(header: Header, memory: memoryview, start: int) -> Frame:

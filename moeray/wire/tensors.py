@@ -9,9 +9,9 @@ import torch
 
 from moeray.buffers import aligned
 from moeray.errors import WireError
-from moeray.wire.frame import MAX_DIMS, MAX_TENSORS, Span
+from moeray.wire.spans import MAX_DIMS, MAX_TENSORS, Span
 
-# A dtype's code on the wire is its index here: append only, and to frame.SIZES.
+# A dtype's code on the wire is its index here: append only, and to spans.SIZES.
 DTYPES: tuple[torch.dtype, ...] = (
     torch.float32,
     torch.float16,

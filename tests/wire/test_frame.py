@@ -18,7 +18,6 @@ from moeray.wire.frame import (
     BOOL,
     INLINE,
     PREFIX,
-    SIZES,
     WIRE_VERSION,
     Frame,
     Limits,
@@ -27,6 +26,7 @@ from moeray.wire.frame import (
     decode,
     encode,
 )
+from moeray.wire.spans import SIZES
 from moeray.wire.tensors import DTYPES
 
 LIMITS = Limits(1 << 16, 1 << 20)
