@@ -333,8 +333,11 @@ class Controller:
                 return
             self._ended = True
             self.abandon()
-            _end([actor.handle for actor in self._roster.routers() if actor.handle])
-            _end([actor.handle for actor in self._roster.experts() if actor.handle])
+            for actor in self._roster:
+                if actor.handle and actor.report is None:  # it may have no process that could answer
+                    actor.handle.kill()
+            _end([actor.handle for actor in self._roster.routers() if actor.handle and actor.report])
+            _end([actor.handle for actor in self._roster.experts() if actor.handle and actor.report])
             if self._keeper is None:  # what an earlier controller has left, and this one had not taken over yet
                 _end(self._cluster.find())
             self._cluster.close()

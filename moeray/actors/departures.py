@@ -74,9 +74,10 @@ class Departures:
         doomed = dict(self._told)
         for actor in self._roster:
             if actor.leaving:
-                doomed.setdefault(actor.actor_id, now + self.control.drain_s)
+                doomed[actor.actor_id] = _sooner(doomed.get(actor.actor_id), now + self.control.drain_s)
             if actor.node_id in self._node_deadlines:
-                doomed[actor.actor_id] = now + self._node_deadlines[actor.node_id]
+                by = now + self._node_deadlines[actor.node_id]
+                doomed[actor.actor_id] = _sooner(doomed.get(actor.actor_id), by)
         return doomed
 
     def look_at_nodes(self) -> None:
@@ -100,6 +101,17 @@ class Departures:
         """From now on the actor is to be emptied."""
         actor.phase, actor.leave_by = Phase.LEAVING, by
         self._audit.write("leave", actor=actor.actor_id, within_s=None if by is None else _rounded(by - self._clock()))
+
+    def hasten(self, doomed: Mapping[str, float | None]) -> None:
+        """Those that leave already may have to be gone sooner than was said."""
+        for actor in self._roster:
+            if actor.phase is Phase.LEAVING and (by := doomed.get(actor.actor_id)) is not None:
+                actor.leave_by = _sooner(actor.leave_by, by)
+
+    def stay(self, actor: Actor) -> None:
+        """It is wanted again, and nothing has been taken from it yet that it does not get back."""
+        actor.phase, actor.leave_by = Phase.READY, None
+        self._audit.write("stay", actor=actor.actor_id)
 
     def retire(self, actor: Actor) -> None:
         """An expert actor that no router names any more: let it finish what it has, then stop it."""
@@ -143,6 +155,10 @@ class Departures:
                 self._events.on_stopped(actor)
 
         calls.put("drain", *how, then=drained)
+
+
+def _sooner(one: float | None, other: float) -> float:
+    return other if one is None else min(one, other)
 
 
 def _rounded(seconds: float) -> float | None:

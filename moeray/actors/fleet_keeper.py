@@ -108,9 +108,10 @@ class FleetKeeper:
         for actor_id in steps.cancel:
             self._discard(actor_id, "its start is no longer wanted")
         for actor_id in steps.leave:
-            actor = self._roster.get(actor_id)
-            assert actor is not None
-            self.departures.leave(actor, doomed.get(actor_id))
+            self.departures.leave(self._roster[actor_id], doomed.get(actor_id))
+        for actor_id in steps.stay:
+            self.departures.stay(self._roster[actor_id])
+        self.departures.hasten(doomed)
         self.departures.drain_routers()
 
     def _is_starved(self, now: float) -> bool:

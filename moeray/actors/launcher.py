@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.roster import Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
+from moeray.control.backoff import Backoff
 from moeray.control.fleet import Phase
 from moeray.errors import MoerayError
 from moeray.types import Address
 
 log = logging.getLogger(__name__)
-
-START_RETRY_S = (1.0, 60.0)
-"""A group whose actors do not start is tried again after the first pause, doubled each time up to the second."""
 
 
 class StartEvents(Protocol):
@@ -32,18 +28,6 @@ class StartEvents(Protocol):
     def on_loaded(self, actor: Actor) -> None: ...
 
     def on_failed(self, actor: Actor, error: Exception, retry_s: float) -> None: ...
-
-
-@dataclass
-class Backoff:
-    """When a group whose actors fail to start may be tried again. Seconds of the caller's clock."""
-
-    pause_s: float = 0.0
-    until: float = -math.inf
-
-    def fail(self, now: float) -> None:
-        self.pause_s = min(max(2 * self.pause_s, START_RETRY_S[0]), START_RETRY_S[1])
-        self.until = now + self.pause_s
 
 
 class Launcher:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from moeray.actors.audit import Audit
@@ -14,6 +14,7 @@ from moeray.actors.hosts import hosts_of, shares_of
 from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.config import Config
 from moeray.control import reconcile
+from moeray.control.backoff import Backoff
 from moeray.control.eplb import place, repair
 from moeray.control.fleet import Phase, serving
 from moeray.control.placement import Host, Placement
@@ -23,6 +24,10 @@ from moeray.errors import MoerayError, PlacementError
 from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)
+
+
+_PARTS = (2, 4, 8)
+"""Of the experts so many parts of one keep their spares where not all can."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class PlacementKeeper:
         self._planned: object = None
         self._looked_at_skew = 0.0
         self._no_room = ""
+        self._unfit: object = None
+        self._failing: dict[str, Backoff] = {}
 
     def configure(self, config: Config) -> None:
         """Hold a newer config; the placement is thought over under it."""
@@ -95,12 +102,13 @@ class PlacementKeeper:
             proposal = self.propose(look, force)
         except PlacementError as error:
             self._complain(error)
+            self._on_failure(error)
             return
-        self._no_room = ""
+        if proposal is None and self._signature() != self._unfit:
+            self._no_room = ""
         if look:
             self._looked_at_skew = now
-        if proposal is None or proposal.kind != "repair":
-            self._planned = self._signature()
+        self._planned = None if proposal is not None and proposal.kind == "repair" else self._signature()
         if proposal is not None:
             self._begin(proposal)
 
@@ -110,11 +118,15 @@ class PlacementKeeper:
             self._no_room = str(error)
             log.error("%s", error)
             self._audit.write("no_room", error=str(error))
-            self._on_failure(error)
 
     def _serving(self) -> tuple[str, ...]:
+        """Those that are to host experts; an actor without any that has just failed to map some gets none for now."""
         experts = {group: count for group, count in self._wanted().items() if group != ROUTER}
-        return serving(self._roster.members(self.placement), experts)
+        members = self._roster.members(self.placement)
+        return serving([m for m in members if m.hosted or not self._fails(m.actor_id)], experts)
+
+    def _fails(self, actor_id: str) -> bool:
+        return actor_id in self._failing and self._clock() < self._failing[actor_id].until
 
     def _signature(self) -> object:
         """What a placement is made for; the load, which always changes, is looked at by its skew."""
@@ -130,31 +142,77 @@ class PlacementKeeper:
             return None
         hosts = self.hosts(ids)
         if not self.placement.replicas:
-            return Proposal(self._place(hosts, 1.0), "first", f"{len(ids)} actors are ready")
-        base = min(self._config.experts.replicas, len(hosts))
-        short = sum(len(held) < base for held in self.placement.replicas.values())
-        if short:
-            target = repair(
-                self.placement, hosts, self._source.load(), expert_bytes=self._model.expert_bytes, replicas=base
-            )
-            return Proposal(target, "repair", f"{short} experts have fewer than {base} replicas")
+            return Proposal(self._place(hosts, 1.0, self._wished(hosts)), "first", f"{len(ids)} actors are ready")
+        if (mended := self._repair(hosts, look)) is not None:
+            return mended
         if self._planned != self._signature():
             why = f"{len(ids)} actors serve, {len(self.replicas)} experts are hot"
-            return self._if_moved(self._place(hosts, settings.max_skew), "scale", why)
+            return self._if_moved(self._fit(hosts, settings.max_skew), "scale", why)
         skew = self._source.worst_skew(self.placement) if look else 1.0
         if not force and skew <= settings.max_skew:
             return None
         why = f"the worst layer's max/mean load is {skew:.2f}"
-        return self._if_moved(self._place(hosts, 1.0 if force else settings.max_skew), "rebalance", why)
+        return self._if_moved(self._fit(hosts, 1.0 if force else settings.max_skew), "rebalance", why)
+
+    def _repair(self, hosts: Sequence[Host], look: bool) -> Proposal | None:
+        """What gives experts the replicas that they lack, as far as there is room: those that have none come first,
+        and get that of spares where there is no other."""
+        base = min(self._config.experts.replicas, len(hosts))
+        least = min(map(len, self.placement.replicas.values()))
+        tried = self._signature(), self.placement.epoch
+        if least >= base or (least and not look and self._unfit == tried):
+            return None
+        short = sum(len(held) < base for held in self.placement.replicas.values())
+        sizes, load = self._model.expert_bytes, self._source.load()
+        try:
+            target = repair(self.placement, hosts, load, expert_bytes=sizes, replicas=base)
+        except PlacementError:
+            target = self._place(hosts, self._config.control.max_skew, self._counts(1))
+        self._unfit = tried
+        return self._if_moved(target, "repair", f"{short} experts have fewer than {base} replicas")
 
     def _if_moved(self, target: Placement, kind: str, why: str) -> Proposal | None:
         diff = plan_diff(self.placement, target)
         return Proposal(target, kind, why) if diff.host or diff.drop else None
 
-    def _place(self, hosts: Sequence[Host], max_skew: float) -> Placement:
+    def _fit(self, hosts: Sequence[Host], max_skew: float) -> Placement:
+        """A placement with as many replicas as are wished for, or as memory holds, which is said once. Raises
+        PlacementError where it does not hold one of each expert."""
+        missing: PlacementError | None = None
+        for counts in (self._wished(hosts), *self._fewer(hosts)):
+            try:
+                target = self._place(hosts, max_skew, counts)
+            except PlacementError as error:
+                missing = missing or error
+                continue
+            if missing is not None:
+                self._complain(missing)
+            return target
+        assert missing is not None
+        raise missing
+
+    def _counts(self, base: int) -> dict[ExpertId, int]:
+        return {ExpertId(layer, e): base for layer, n in self._model.experts.items() for e in range(n)}
+
+    def _wished(self, hosts: Sequence[Host]) -> dict[ExpertId, int]:
+        """Replicas of each expert."""
         base = min(self._config.experts.replicas, len(hosts))
-        wish = {e: min(max(count, base), len(hosts)) for e, count in self.replicas.items()}
-        counts = {ExpertId(la, e): base for la, n in self._model.experts.items() for e in range(n)} | wish
+        hot = {expert: min(max(count, base), len(hosts)) for expert, count in self.replicas.items()}
+        return self._counts(base) | hot
+
+    def _fewer(self, hosts: Sequence[Host]) -> Iterator[dict[ExpertId, int]]:
+        """Ever fewer replicas: no more than the base, then that of the busier half alone, of a quarter, ..."""
+        base = min(self._config.experts.replicas, len(hosts))
+        if any(count > base for count in self._wished(hosts).values()):
+            yield self._counts(base)
+        if base > 1:
+            load, one = self._source.load(), self._counts(1)
+            busiest = sorted(one, key=lambda expert: (-load.get(expert, 0.0), expert))
+            for divisor in _PARTS:
+                yield one | dict.fromkeys(busiest[: len(busiest) // divisor], base)
+            yield one
+
+    def _place(self, hosts: Sequence[Host], max_skew: float, counts: Mapping[ExpertId, int]) -> Placement:
         return place(
             self._source.load(), hosts, experts=self._model.experts, expert_bytes=self._model.expert_bytes,
             replicas=counts, current=self.placement, migration_cost=self._config.control.migration_cost,
@@ -166,7 +224,13 @@ class PlacementKeeper:
         trunks: dict[str, int] = {}
         for router in self._roster.routers():
             trunks[router.node_id] = trunks.get(router.node_id, 0) + self._model.trunk_bytes
-        return hosts_of(chosen, trunks, self._source.rates())
+        hosts = hosts_of(chosen, trunks, self._source.rates())
+        return [self._as_it_is(host) if self._fails(host.actor_id) else host for host in hosts]
+
+    def _as_it_is(self, host: Host) -> Host:
+        """With room for no more than it hosts."""
+        held = self.placement.hosted_by(host.actor_id)
+        return replace(host, capacity_bytes=sum(self._model.expert_bytes[expert.layer] for expert in held))
 
     # -- carrying out ---------------------------------------------------------------------------------------------
 
@@ -222,10 +286,16 @@ class PlacementKeeper:
             self.tell(reconcile.ActorLost(actor_id))
             return
 
+        proposal = self._proposal
+
         def hosted(_: Any, error: Exception | None) -> None:
             if error is None:
                 self._metrics.mapped(len(experts))
-            self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
+                self._failing.pop(actor_id, None)
+            else:
+                self._failing.setdefault(actor_id, Backoff()).fail(self._clock())
+            if self._proposal is proposal:  # else the change that asked for it was abandoned
+                self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
 
         actor.calls.put("host", [tuple(expert) for expert in experts], then=hosted)
 
@@ -275,6 +345,7 @@ class PlacementKeeper:
         if actor.is_router:
             self.on_left(actor)
             return
+        self._failing.pop(actor.actor_id, None)
         self.tell(reconcile.ActorLost(actor.actor_id))
         if actor.actor_id in self.placement.actors():
             self.tell(reconcile.Abandon(f"{actor.actor_id} was lost, which is to be mended first"))
@@ -284,6 +355,7 @@ class PlacementKeeper:
 
     def on_left(self, actor: Actor) -> None:
         """It was stopped in good order, which for a router may be before it could acknowledge what is published."""
+        self._failing.pop(actor.actor_id, None)
         if actor.is_router:
             self.tell(reconcile.RouterGone(actor.actor_id))
 

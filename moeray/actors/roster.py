@@ -134,6 +134,9 @@ class Roster:
     def __iter__(self) -> Iterator[Actor]:
         return iter(list(self._actors.values()))
 
+    def __getitem__(self, actor_id: str) -> Actor:
+        return self._actors[actor_id]
+
     def get(self, actor_id: str) -> Actor | None:
         return self._actors.get(actor_id)
 
@@ -175,6 +178,6 @@ class Roster:
             for actor_id in held:
                 hosted[actor_id] = hosted.get(actor_id, 0) + 1
         return [
-            Member(a.actor_id, a.group, a.phase, a.node_id, hosted.get(a.actor_id, 0), a.order, a.outdated)
+            Member(a.actor_id, a.group, a.phase, a.node_id, hosted.get(a.actor_id, 0), a.order, a.outdated, a.draining)
             for a in self
         ]

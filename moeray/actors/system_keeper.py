@@ -6,6 +6,7 @@ Owned by the controller's loop, on whose thread everything here runs.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class SystemKeeper:
         self._orphaned: dict[str, int] = {}
         self._early_losses = 0
         self._handed: tuple[Orders, list[str]] | None = None
+        self._ordered_at = found.orders.at if found is not None and found.orders is not None else 0.0
         self.kept = threading.Event()
         self.kept.set()
 
@@ -176,12 +178,13 @@ class SystemKeeper:
 
     def hand_orders(self) -> None:
         """Have some actors keep what is wanted, whenever it or they have changed; `kept` is set once one does."""
-        orders = Orders(time.time(), self.autoscaler.wish, self.autoscaler.paused, self.fleet.departures.told())
+        at = max(time.time(), math.nextafter(self._ordered_at, math.inf))
+        orders = Orders(at, self.autoscaler.wish, self.autoscaler.paused, self.fleet.departures.told())
         keepers = self.roster.keepers()
         told = orders, [actor.actor_id for actor in keepers]
         if told == self._handed:
             return
-        self._handed = told
+        self._handed, self._ordered_at = told, orders.at
         if keepers:
             self.kept.clear()
         for actor in keepers:

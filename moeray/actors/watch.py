@@ -91,6 +91,8 @@ class Watcher:
             if self._probe.is_set():
                 self._probe.clear()
                 self._limit_s, next_poll = PROBE_S, now
+                if self._asked is not None:
+                    self._asked = now  # it has so long from now on, whatever it was asked before
             if now >= next_poll and self._asked is None:
                 self._asked, next_poll = now, now + self.settings.report_s
                 channel.send(Frame(Op.STATS, 1))
@@ -103,6 +105,8 @@ class Watcher:
         except ChannelTimeoutError:
             if self._asked is not None and monotonic() - self._asked > self._limit_s:
                 raise ChannelTimeoutError(f"silent for {self._limit_s:g} s") from None
+            return
+        if frame.op is Op.GOODBYE:  # a router that drains tells everybody: its end comes later
             return
         if frame.op is not Op.STATS:
             raise WireError(f"answered with a {frame.op.name} frame instead of a report")

@@ -68,7 +68,8 @@ class Zygote:
     def serve(self) -> Script | None:
         """None when it is to end; in a fork: what that is to run."""
         while events := self._events.select(None if self._forks else IDLE_S):
-            for found, _ in events:
+            # New forks last: they get descriptors that events of this batch may still name.
+            for found, _ in sorted(events, key=lambda event: event[0].fileobj is self._listener):
                 if found.fileobj is self._listener:
                     script = self._accept()
                     if script is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 from moeray.control.policies import SHIPPED
@@ -97,7 +97,27 @@ def _wish_of(policy: Policy, seen: PolicyInput) -> Wish:
         ) from error
     if not isinstance(wish, Wish):
         raise PolicyError(f"policy {name} (control.policies) gave {wish!r} instead of a Wish; mend it, or leave it out")
+    if (wrong := next(_wrong(wish, seen), None)) is not None:
+        raise PolicyError(f"policy {name} (control.policies) wishes for {wrong}; mend it, or leave it out")
     return wish
+
+
+def _wrong(wish: Wish, seen: PolicyInput) -> Iterator[str]:
+    """What cannot be, with what can."""
+    for group, count in wish.actors.items():
+        if not _is_count(count):
+            yield f"{count!r} actors of group {group!r}, which is no whole number of 0 or more"
+    if wish.routers is not None and not _is_count(wish.routers):
+        yield f"{wish.routers!r} routers, which is no whole number of 0 or more"
+    for expert, count in wish.replicas.items():
+        if expert not in seen.placement.replicas:
+            yield f"replicas of {expert!r}, which is no expert of the model (layer, expert)"
+        if not _is_count(count):
+            yield f"{count!r} replicas of {expert!r}, which is no whole number of 0 or more"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _within(wanted: int, limits: GroupLimits, seen: PolicyInput) -> int:

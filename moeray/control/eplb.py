@@ -103,8 +103,9 @@ def repair(
     replicas: int = 1,
 ) -> Placement:
     """The next placement after a loss: replicas on actors that are not among `hosts` go, and experts that then have
-    fewer than `replicas` (or than there are hosts) gain some, the heaviest first, each on the host with the least load
-    for its share that has room. Nothing else moves. Raises PlacementError naming the experts that fit nowhere."""
+    fewer than `replicas` (or than there are hosts) gain some, those without any first, then the heaviest, each on the
+    host with the least load for its share that has room. Nothing else moves. A second replica or a later one that fits
+    nowhere is left out. Raises PlacementError naming the experts without any that fit nowhere."""
     if not hosts:
         raise PlacementError(f"no expert actor is left to host {len(current.replicas)} experts; add nodes or actors")
     wanted = _wanted_of(current, hosts, replicas)
@@ -114,12 +115,12 @@ def repair(
     keep(board, parts, current, trust=True)
     picker = Picker(board, range(len(hosts)))
     missing = sorted((-part.units[e], at, e) for at, part in enumerate(parts) for e in set(part.missing()))
-    homeless = []
-    for _, at, expert in missing:
-        count = parts[at].wanted[expert] - len(parts[at].held[expert])
-        homeless += [ExpertId(parts[at].layer, e) for e in picker.fill(parts[at], [expert] * count)]
+    orphans = [(at, e) for _, at, e in missing if not parts[at].held[e]]
+    homeless = [ExpertId(parts[at].layer, e) for at, e in orphans if picker.fill(parts[at], [e])]
     if homeless:
         raise PlacementError(_nowhere(homeless, hosts, expert_bytes))
+    for _, at, expert in missing:
+        picker.fill(parts[at], [expert] * (parts[at].wanted[expert] - len(parts[at].held[expert])))
     return placement_of(board, parts, current)
 
 

@@ -20,7 +20,8 @@ class Phase(StrEnum):
 @dataclass(frozen=True)
 class Member:
     """One actor of a group. `hosted`: experts that the placement gives it; `order`: its number, in order of start;
-    `outdated`: it was started with what the config no longer says, so another is to take its place."""
+    `outdated`: it was started with what the config no longer says, so another is to take its place; `draining`: it
+    takes nothing new any more."""
 
     actor_id: str
     group: str
@@ -29,15 +30,18 @@ class Member:
     hosted: int = 0
     order: int = 0
     outdated: bool = False
+    draining: bool = False
 
 
 @dataclass(frozen=True)
 class FleetSteps:
-    """`start`: a group's name for each actor to start; `cancel`: starts to give up; `leave`: actors to empty."""
+    """`start`: a group's name for each actor to start; `cancel`: starts to give up; `leave`: actors to empty; `stay`:
+    those being emptied that are wanted again."""
 
     start: tuple[str, ...] = ()
     cancel: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
+    stay: tuple[str, ...] = ()
 
 
 def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: Iterable[str] = ()) -> FleetSteps:
@@ -45,12 +49,14 @@ def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: It
 
     `doomed`: actors that must go whatever is wanted (their node drains, they were told to): they leave, and others are
     started for them. An outdated actor stays until a new one can work in its place. Too many: starts are given up
-    first, the newest before older ones; then the actors leave that let a whole node go free soonest.
+    first, the newest before older ones; then the actors leave that let a whole node go free soonest. Too few: those
+    that leave and could stay do, before others are started.
     """
     gone = set(doomed)
     leave = [m.actor_id for m in members if m.actor_id in gone and m.phase is Phase.READY]
     cancel = [m.actor_id for m in members if m.actor_id in gone and m.phase is Phase.STARTING]
     start: list[str] = []
+    stay: list[str] = []
     staying = [m for m in members if m.actor_id not in gone and m.phase is not Phase.LEAVING]
     for group in dict.fromkeys([*wanted, *(m.group for m in staying)]):
         count = wanted.get(group, 0)
@@ -58,14 +64,16 @@ def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: It
         cancel += [m.actor_id for m in old if m.phase is Phase.STARTING]
         mine = [m for m in staying if m.group == group and not m.outdated]
         leave += _replaced(old, count - sum(m.phase is Phase.READY for m in mine), staying)
-        start += [group] * (count - len(mine))
+        back = _reclaimed([m for m in members if m.group == group and m.actor_id not in gone], count - len(mine))
+        stay += back
+        start += [group] * (count - len(mine) - len(back))
         surplus = len(mine) - count
         if surplus > 0:
             starting = sorted((m for m in mine if m.phase is Phase.STARTING), key=lambda m: -m.order)
             cancel += [m.actor_id for m in starting[:surplus]]
             left = [m for m in staying if m.actor_id not in cancel]
             leave += _victims([m for m in mine if m.phase is Phase.READY], surplus - len(starting), left)
-    return FleetSteps(tuple(start), tuple(cancel), tuple(leave))
+    return FleetSteps(tuple(start), tuple(cancel), tuple(leave), tuple(stay))
 
 
 def to_reserve(
@@ -82,6 +90,12 @@ def to_reserve(
     if all(ready[group] >= count for group, count in wanted.items()):
         return dict(reserve)
     return {group: min(count, max(0, ready[group] - wanted.get(group, 0))) for group, count in reserve.items()}
+
+
+def _reclaimed(group: Sequence[Member], count: int) -> list[str]:
+    """Of those that are being emptied `count` that can stay, those that still host most first."""
+    able = [m for m in group if m.phase is Phase.LEAVING and not (m.draining or m.outdated)]
+    return [m.actor_id for m in sorted(able, key=lambda m: (-m.hosted, m.order))[: max(0, count)]]
 
 
 def _replaced(old: Sequence[Member], count: int, staying: Sequence[Member]) -> list[str]:

@@ -46,6 +46,15 @@ CASES = {
     "a doomed start is given up": (
         [*TWO, Member("a2", "a", STARTING, "n9", order=2)], {"a": 2}, ("a2",), FleetSteps(cancel=("a2",)),
     ),
+    "one that leaves is wanted again, before another is started": (
+        crew(("a0", "a", LEAVING, "n0", 1), ("a1", "a", LEAVING, "n0", 4), ("a2", "a", READY, "n1", 4)),
+        {"a": 2}, (), FleetSteps(stay=("a1",)),
+    ),
+    "one that takes nothing any more, or must go, is not wanted again": (
+        [*crew(("a0", "a", LEAVING, "n0", 1), ("a1", "a", READY, "n1", 4)),
+         Member("a2", "a", LEAVING, "n0", 3, 2, draining=True)],
+        {"a": 2}, ("a0",), FleetSteps(start=("a",)),
+    ),
     "groups are apart": (
         crew(("a0", "a", READY, "n0", 4), ("b0", "b", READY, "n0", 4), ("b1", "b", READY, "n1", 4)),
         {"a": 2, "b": 1}, (), FleetSteps(start=("a",), leave=("b1",)),

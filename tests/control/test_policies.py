@@ -362,8 +362,16 @@ def test_without_an_opinion_nothing_is_said():
     assert decide([lambda _: Wish()], seen()) == Wish()
 
 
+PLACED = Placement(1, {ExpertId(0, 0): ("a0",), ExpertId(0, 1): ("a1",)})
+
+
+def wishes(*args, **fields):
+    return lambda _: Wish(*args, **fields)
+
+
 def test_replicas_are_bounded_by_the_actors_wanted():
-    wish = decide([lambda _: Wish(replicas={ExpertId(0, 0): 9, ExpertId(0, 1): 1})], seen())
+    greedy = wishes(replicas={ExpertId(0, 0): 9, ExpertId(0, 1): 1})
+    wish = decide([greedy], seen(placement=PLACED))
     assert wish.replicas == {ExpertId(0, 0): 2}
 
 
@@ -389,14 +397,23 @@ def says_nothing(_):
 
 @pytest.mark.parametrize(
     ("policy", "words"),
-    [(raises, r"raises \(control.policies\) failed: LookupError: no such load"), (says_nothing, "gave None instead")],
+    [
+        (raises, r"raises \(control.policies\) failed: LookupError: no such load"),
+        (says_nothing, "gave None instead"),
+        (wishes({"experts": 2.5}), "wishes for 2.5 actors of group 'experts', which is no whole number"),
+        (wishes({"experts": "3"}), "wishes for '3' actors of group 'experts'"),
+        (wishes({"experts": -1}), "wishes for -1 actors"),
+        (wishes(routers=1.5), "wishes for 1.5 routers"),
+        (wishes(replicas={ExpertId(0, 0): 1.7}), "wishes for 1.7 replicas of ExpertId"),
+        (wishes(replicas={ExpertId(7, 0): 2}), r"replicas of ExpertId\(layer=7, expert=0\), which is no expert"),
+    ],
 )
 def test_a_policy_that_does_not_work_is_named_and_the_others_go_on(policy, words):
     heard = []
-    assert decide([policy, mine], seen(), heard.append).actors == {"experts": 4}
+    assert decide([policy, mine], seen(placement=PLACED), heard.append).actors == {"experts": 4}
     assert len(heard) == 1
     with pytest.raises(PolicyError, match=words):
-        decide([policy, mine], seen())
+        decide([policy, mine], seen(placement=PLACED))
 
 
 @pytest.mark.parametrize(
