@@ -9,6 +9,7 @@ import pytest
 
 from moeray.actors import roster
 from moeray.cluster.local import LocalCluster
+from moeray.model.loading import open_model
 from tests.actors.test_controller import config_of, settled, until
 from tests.checkpoints import make_tiny
 from tests.systems import GREEDY24, LocalSystem, tokens_of
@@ -23,19 +24,19 @@ class Queued:
         self.actor_id = actor_id
         self._make = make
         self._cluster = cluster
-        self._waiting = []
+        self.waiting = []
         self.process = None
 
     def admit(self):
         self.process = self._make()
-        for future, method, args in self._waiting:
+        for future, method, args in self.waiting:
             self._forward(future, method, args)
 
     def call(self, method, *args):
         if self.process is not None:
             return self.process.call(method, *args)
         future = Future()
-        self._waiting.append((future, method, args))
+        self.waiting.append((future, method, args))
         return future
 
     def _forward(self, future, method, args):
@@ -57,7 +58,7 @@ class CrowdedCluster(LocalCluster):
     def __init__(self, room):
         super().__init__()
         self._room = room
-        self._queued = []
+        self.queued = []
         self._lock = threading.RLock()
 
     def start_expert(self, spec, group):
@@ -68,14 +69,14 @@ class CrowdedCluster(LocalCluster):
 
     def _ask(self, actor_id, make):
         with self._lock:
-            self._queued.append(Queued(actor_id, make, self))
-            asked = self._queued[-1]
+            self.queued.append(Queued(actor_id, make, self))
+            asked = self.queued[-1]
             self._admit()
         return asked
 
     def leave(self, gone):
         with self._lock:
-            self._queued = [queued for queued in self._queued if queued is not gone]
+            self.queued = [queued for queued in self.queued if queued is not gone]
             self._admit()
 
     def resize(self, room):
@@ -85,8 +86,8 @@ class CrowdedCluster(LocalCluster):
             self._admit()
 
     def _admit(self):
-        for queued in self._queued:
-            if queued.process is None and sum(q.process is not None for q in self._queued) < self._room:
+        for queued in self.queued:
+            if queued.process is None and sum(q.process is not None for q in self.queued) < self._room:
                 queued.admit()
 
 
@@ -101,6 +102,9 @@ def impatient(monkeypatch):
 
 
 def tokens(system):
+    """Of a router that serves now."""
+    until(system.controller, lambda _: system.controller.state()["info"].routers)
+    system.info = system.controller.state()["info"]
     return [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)]
 
 
@@ -119,10 +123,47 @@ def test_the_warm_pool_gives_its_room_to_the_only_router(model, tmp_path):
         assert states_then["experts-0"] == "ready"
         assert states_then.get("experts-1") is None
         until(system.controller, lambda s: "pending" in states(s).values())  # the pool is still wanted
-        system.info = system.controller.state()["info"]
         assert tokens(system) == before
         cluster.resize(3)
         until(system.controller, settled)
+
+
+def test_a_deadline_given_later_holds_for_a_router_that_leaves_already(model, tmp_path):
+    cluster = CrowdedCluster(2)
+    with LocalSystem(config_of(model, tmp_path, experts__actors=1), cluster) as system:
+        before = tokens(system)
+        system.controller.drain("router-0")
+        until(system.controller, lambda s: states(s).get("router-1") == "pending")
+        system.controller.drain("router-0", 0.5)
+        until(system.controller, lambda s: states(s).get("router-1") == "ready")
+        assert tokens(system) == before
+
+
+def test_an_end_does_not_wait_for_who_has_no_process(model, tmp_path):
+    cluster = CrowdedCluster(3)
+    with LocalSystem(config_of(model, tmp_path, experts__actors=1, experts__max_actors=3), cluster) as system:
+        system.controller.scale("experts", 3)
+        until(system.controller, lambda s: "pending" in states(s).values())
+        waiting = [queued for queued in cluster.queued if queued.process is None]
+    assert len(waiting) == 1
+    assert "stop" not in [method for _, method, _ in waiting[0].waiting]
+    assert not cluster.queued
+
+
+def test_who_cannot_be_spared_stays(model, tmp_path):
+    """One actor has no room for all experts, so nobody can leave; wanted again, they go on, and nobody waits."""
+    files = open_model(str(model), None, node="here")
+    most = max(files.expert_bytes("none").values()) * (sum(files.expert_counts().values()) // 2 + 2)
+    small = {"experts__actors": 3, "experts__min_actors": 1, "experts__max_actors": 3, "control__autoscale": False}
+    config = config_of(model, tmp_path, experts__memory_gib=most / 2**30, **small)
+    with LocalSystem(config, CrowdedCluster(4)) as system:
+        before = tokens(system)
+        system.controller.scale("experts", 1)
+        until(system.controller, lambda s: list(states(s).values()).count("draining") == 2)
+        system.controller.scale("experts", 3)
+        after = until(system.controller, settled)
+        assert sorted(states(after)) == ["experts-0", "experts-1", "experts-2", "router-0"]
+        assert tokens(system) == before
 
 
 def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
@@ -136,5 +177,4 @@ def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
         cluster.resize(3)
         moved = until(system.controller, lambda s: settled(s) and "router-0" not in states(s))
         assert states(moved)["router-1"] == "ready"
-        system.info = system.controller.state()["info"]
         assert tokens(system) == before

@@ -24,7 +24,7 @@ def identity(name):
 
 
 class Watched:
-    """An actor that answers as `answer` says; `frames` counts what it was asked."""
+    """An actor that answers as `answer` says: nothing, a frame or several. `asked` counts what it was asked."""
 
     def __init__(self, folder, answer, **settings):
         self.asked = threading.Semaphore(0)
@@ -45,8 +45,8 @@ class Watched:
             frame = channel.recv()
             self.asked.release()
             reply = self._answer(frame)
-            if reply is not None:
-                channel.send(reply)
+            for each in reply if type(reply) is tuple else [reply] if reply else []:
+                channel.send(each)
 
     def close(self):
         self.watcher.close()
@@ -107,6 +107,29 @@ def test_a_suspect_that_answers_is_asked_at_once_and_stays(watched):
     actor.reports.get(timeout=10)
     actor.watcher.probe()
     actor.reports.get(timeout=10)
+    assert actor.lost.empty()
+
+
+def test_a_suspect_has_its_time_from_then_on_whatever_it_was_asked_before(watched):
+    """The answer comes 0.8 s after the suspicion, and 1.6 s after the question."""
+    never = threading.Event()
+
+    def slowly(frame):
+        never.wait(1.6)
+        return report(frame)
+
+    actor = watched(slowly, **{"control.report_s": 3600.0, "control.silence_s": 60.0})
+    assert actor.asked.acquire(timeout=10)
+    never.wait(0.8)
+    actor.watcher.probe()
+    actor.reports.get(timeout=10)
+    assert actor.lost.empty()
+
+
+def test_a_goodbye_is_no_loss(watched):
+    actor = watched(lambda frame: (Frame(Op.GOODBYE), report(frame)))
+    for _ in range(3):
+        actor.reports.get(timeout=10)
     assert actor.lost.empty()
 
 
