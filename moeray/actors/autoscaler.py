@@ -12,7 +12,7 @@ from moeray.actors.roster import ROUTER, Roster
 from moeray.config import Config
 from moeray.control.deciding import decide, load_policies
 from moeray.control.fleet import Phase
-from moeray.control.load import LoadBook, skew
+from moeray.control.load import LoadBook
 from moeray.control.placement import Placement
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish
 from moeray.control.reports import Report
@@ -95,9 +95,6 @@ class Autoscaler:
 
     def rates(self) -> Mapping[str, float]:
         return self._book.service_rates()
-
-    def worst_skew(self, placement: Placement) -> float:
-        return max(skew(self.load(), placement).values(), default=1.0)
 
     def skews(self) -> Mapping[int, float]:
         """Layer -> max/mean of what its actors really served."""

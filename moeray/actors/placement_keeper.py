@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,8 +15,10 @@ from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.config import Config
 from moeray.control import reconcile
 from moeray.control.backoff import Backoff
-from moeray.control.eplb import place, repair
+from moeray.control.eplb import repair
+from moeray.control.fitting import Fit, fit
 from moeray.control.fleet import Phase, serving
+from moeray.control.load import skew
 from moeray.control.placement import Host, Placement
 from moeray.control.plan import plan_diff
 from moeray.control.reconcile import Change, Event, Instruction, Publish, Step, Unhost
@@ -24,10 +26,6 @@ from moeray.errors import MoerayError, PlacementError
 from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)
-
-
-_PARTS = (2, 4, 8)
-"""Of the experts so many parts of one keep their spares where not all can."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,6 @@ class LoadSource(Protocol):
     def load(self) -> Mapping[ExpertId, float]: ...
 
     def rates(self) -> Mapping[str, float]: ...
-
-    def worst_skew(self, placement: Placement) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -142,17 +138,24 @@ class PlacementKeeper:
             return None
         hosts = self.hosts(ids)
         if not self.placement.replicas:
-            return Proposal(self._place(hosts, 1.0, self._wished(hosts)), "first", f"{len(ids)} actors are ready")
+            placement, short = self._fit(hosts, 1.0)
+            if short is not None:
+                raise short
+            return Proposal(placement, "first", f"{len(ids)} actors are ready")
         if (mended := self._repair(hosts, look)) is not None:
             return mended
         if self._planned != self._signature():
             why = f"{len(ids)} actors serve, {len(self.replicas)} experts are hot"
-            return self._if_moved(self._fit(hosts, settings.max_skew), "scale", why)
-        skew = self._source.worst_skew(self.placement) if look else 1.0
-        if not force and skew <= settings.max_skew:
+            return self._if_moved(self._fit_well(hosts, settings.max_skew), "scale", why)
+        worst = self._worst_skew(hosts) if look else 1.0
+        if not force and worst <= settings.max_skew:
             return None
-        why = f"the worst layer's max/mean load is {skew:.2f}"
-        return self._if_moved(self._fit(hosts, 1.0 if force else settings.max_skew), "rebalance", why)
+        why = f"the worst layer's max/mean load is {worst:.2f}"
+        return self._if_moved(self._fit_well(hosts, 1.0 if force else settings.max_skew), "rebalance", why)
+
+    def _worst_skew(self, hosts: Sequence[Host]) -> float:
+        shares = {host.actor_id: host.share for host in hosts}
+        return max(skew(self._source.load(), self.placement, shares).values(), default=1.0)
 
     def _repair(self, hosts: Sequence[Host], look: bool) -> Proposal | None:
         """What gives experts the replicas that they lack, as far as there is room: those that have none come first,
@@ -167,7 +170,7 @@ class PlacementKeeper:
         try:
             target = repair(self.placement, hosts, load, expert_bytes=sizes, replicas=base)
         except PlacementError:
-            target = self._place(hosts, self._config.control.max_skew, self._counts(1))
+            target = self._fit(hosts, self._config.control.max_skew, spares=False).placement
         self._unfit = tried
         return self._if_moved(target, "repair", f"{short} experts have fewer than {base} replicas")
 
@@ -175,49 +178,20 @@ class PlacementKeeper:
         diff = plan_diff(self.placement, target)
         return Proposal(target, kind, why) if diff.host or diff.drop else None
 
-    def _fit(self, hosts: Sequence[Host], max_skew: float) -> Placement:
-        """A placement with as many replicas as are wished for, or as memory holds, which is said once. Raises
-        PlacementError where it does not hold one of each expert."""
-        missing: PlacementError | None = None
-        for counts in (self._wished(hosts), *self._fewer(hosts)):
-            try:
-                target = self._place(hosts, max_skew, counts)
-            except PlacementError as error:
-                missing = missing or error
-                continue
-            if missing is not None:
-                self._complain(missing)
-            return target
-        assert missing is not None
-        raise missing
-
-    def _counts(self, base: int) -> dict[ExpertId, int]:
-        return {ExpertId(layer, e): base for layer, n in self._model.experts.items() for e in range(n)}
-
-    def _wished(self, hosts: Sequence[Host]) -> dict[ExpertId, int]:
-        """Replicas of each expert."""
-        base = min(self._config.experts.replicas, len(hosts))
-        hot = {expert: min(max(count, base), len(hosts)) for expert, count in self.replicas.items()}
-        return self._counts(base) | hot
-
-    def _fewer(self, hosts: Sequence[Host]) -> Iterator[dict[ExpertId, int]]:
-        """Ever fewer replicas: no more than the base, then that of the busier half alone, of a quarter, ..."""
-        base = min(self._config.experts.replicas, len(hosts))
-        if any(count > base for count in self._wished(hosts).values()):
-            yield self._counts(base)
-        if base > 1:
-            load, one = self._source.load(), self._counts(1)
-            busiest = sorted(one, key=lambda expert: (-load.get(expert, 0.0), expert))
-            for divisor in _PARTS:
-                yield one | dict.fromkeys(busiest[: len(busiest) // divisor], base)
-            yield one
-
-    def _place(self, hosts: Sequence[Host], max_skew: float, counts: Mapping[ExpertId, int]) -> Placement:
-        return place(
+    def _fit(self, hosts: Sequence[Host], max_skew: float, *, spares: bool = True) -> Fit:
+        """As many replicas as are wished for, or as memory holds. Raises PlacementError."""
+        return fit(
             self._source.load(), hosts, experts=self._model.experts, expert_bytes=self._model.expert_bytes,
-            replicas=counts, current=self.placement, migration_cost=self._config.control.migration_cost,
-            max_skew=max_skew,
+            base=self._config.experts.replicas if spares else 1, hot=self.replicas if spares else {},
+            current=self.placement, migration_cost=self._config.control.migration_cost, max_skew=max_skew,
         )  # fmt: skip
+
+    def _fit_well(self, hosts: Sequence[Host], max_skew: float) -> Placement:
+        """The same, and whatever does not fit is said once."""
+        placement, short = self._fit(hosts, max_skew)
+        if short is not None:
+            self._complain(short)
+        return placement
 
     def hosts(self, ids: Iterable[str]) -> list[Host]:
         chosen = [actor for actor in (self._roster.get(actor_id) for actor_id in ids) if actor is not None]

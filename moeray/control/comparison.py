@@ -113,8 +113,8 @@ def _aware(world: World, slo: Slo) -> World:
     control = world.config.control
     told = replace(
         control,
-        slo_ttft_s=slo.ttft_s if control.slo_ttft_s is None else control.slo_ttft_s,
-        slo_tpot_s=slo.tpot_s if control.slo_tpot_s is None else control.slo_tpot_s,
+        slo_ttft_s=(slo.ttft_s or None) if control.slo_ttft_s is None else control.slo_ttft_s,
+        slo_tpot_s=(slo.tpot_s or None) if control.slo_tpot_s is None else control.slo_tpot_s,
     )
     return replace(world, config=replace(world.config, control=told))
 

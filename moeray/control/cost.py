@@ -10,6 +10,7 @@ fast as a 2-core one), measured nowhere.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -82,12 +83,14 @@ def _costs_from(tree: Mapping[str, Any], path: str | Path) -> Costs:
             raise SimulationError(f"cost file {path}: unknown key costs.{key}; known are {', '.join(known)}")
         many = isinstance(known[key], tuple)
         numbers = value if many and isinstance(value, list) else [value]
-        if not numbers or not all(isinstance(n, int | float) and n >= 0 for n in numbers):
+        if not numbers or not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
             raise SimulationError(f"cost file {path}: costs.{key} must be 0 or more, got {value!r}")
         values[key] = tuple(numbers) if many else value
     costs = Costs(**values)
     if len(costs.trunk_tokens) != len(costs.trunk_s) or sorted(set(costs.trunk_tokens)) != list(costs.trunk_tokens):
         raise SimulationError(f"cost file {path}: costs.trunk_tokens must rise and be as many as costs.trunk_s")
+    if not any(costs.trunk_s):
+        raise SimulationError(f"cost file {path}: costs.trunk_s must be above 0, since no step takes no time")
     return costs
 
 

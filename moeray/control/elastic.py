@@ -16,7 +16,7 @@ import numpy as np
 
 from moeray.control.cost import StepTable
 from moeray.control.deciding import decide, load_policies
-from moeray.control.eplb import place
+from moeray.control.fitting import fit
 from moeray.control.load import LoadBook, skew
 from moeray.control.members import Member, Members
 from moeray.control.objectives import Objectives
@@ -70,7 +70,7 @@ class ElasticRun:
         self._looked = 0.0
         hosts = self._hosts(self._members.serving(0.0))
         self._placement = Placement()
-        self._placement = self._place({}, hosts, {})
+        self._placement = self._fit({}, hosts, {})
         self._epoch = 0
         self._table = self._table_of(hosts)
         objectives = Objectives.of(self.settings)
@@ -210,11 +210,11 @@ class ElasticRun:
         leaving = [m for m in leaving if m.ready_at <= now]
         staying = [m for m in self._members.serving(now) if m not in leaving]
         changed = {m.actor_id for m in staying} != set(self._table.actors) or dict(replicas) != dict(self._replicas)
-        if not changed and not (look and max(skew(load, self._placement).values()) > self.settings.max_skew):
+        hosts = self._hosts(staying)
+        if not changed and not (look and self._worst_skew(load, hosts) > self.settings.max_skew):
             return
         try:
-            hosts = self._hosts(staying)
-            placement = self._place(load, hosts, replicas)
+            placement = self._fit(load, hosts, replicas)
         except PlacementError:
             return  # too little memory without those who were to leave: they stay, as the live plan would roll back
         diff = plan_diff(self._placement, placement)
@@ -257,14 +257,16 @@ class ElasticRun:
     def _hosts(self, members: list[Member]) -> list[Host]:
         return [self.world.host(m.actor_id, m.group, str(m.node)) for m in members]
 
-    def _place(self, load: Mapping[ExpertId, float], hosts: list[Host], replicas: Mapping[ExpertId, int]) -> Placement:
-        world, most = self.world, len(hosts)
-        base = dict.fromkeys(world.every, min(world.config.experts.replicas, most))
-        return place(
-            load, hosts, experts=world.experts, expert_bytes=world.expert_sizes,
-            replicas=base | {expert: min(count, most) for expert, count in replicas.items()}, current=self._placement,
-            migration_cost=self.settings.migration_cost, max_skew=self.settings.max_skew,
-        )  # fmt: skip
+    def _worst_skew(self, load: Mapping[ExpertId, float], hosts: list[Host]) -> float:
+        return max(skew(load, self._placement, {host.actor_id: host.share for host in hosts}).values())
+
+    def _fit(self, load: Mapping[ExpertId, float], hosts: list[Host], replicas: Mapping[ExpertId, int]) -> Placement:
+        world = self.world
+        return fit(
+            load, hosts, experts=world.experts, expert_bytes=world.expert_sizes, base=world.config.experts.replicas,
+            hot=replicas, current=self._placement, migration_cost=self.settings.migration_cost,
+            max_skew=self.settings.max_skew,
+        ).placement  # fmt: skip
 
     def _table_of(self, hosts: Sequence[Host]) -> StepTable:
         return self.world.table_of(self._placement, hosts, self._epoch)

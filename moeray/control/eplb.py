@@ -7,6 +7,7 @@ stay on one node. Beyond it: hosts differ in speed, memory and price, and a plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heapreplace
 
@@ -167,7 +168,11 @@ def _fill(board: Board, parts: Sequence[Part], *, by_room: bool) -> bool:
             first = part.hosts[0]
             if first not in pickers:
                 pickers[first] = Picker(board, part.hosts, by_room=by_room)
-            part.limit = pickers[first].limit(part)
+            if by_room:  # memory is what is short: no host is spared, and who needs most of them comes first
+                part.limit = math.inf
+                missing = sorted(missing, key=lambda expert: -part.wanted[expert])
+            else:
+                part.limit = pickers[first].limit(part)
             if pickers[first].fill(part, missing):
                 return False
     return True

@@ -204,22 +204,33 @@ class LoadBook:
         return {layer: _skew(served) for layer, served in sorted(layers.items())}
 
 
-def skew(load: Mapping[ExpertId, float], placement: Placement) -> dict[int, float]:
-    """Layer -> max/mean load of the actors that host an expert of it; 1 where there is no load.
+def skew(
+    load: Mapping[ExpertId, float], placement: Placement, shares: Mapping[str, float] | None = None
+) -> dict[int, float]:
+    """Layer -> max/mean of the time that its load takes the actors that host an expert of it; 1 where there is no load.
 
-    An expert's load is divided evenly over its replicas.
+    `shares`: how fast actors are to each other, all alike if None; one that it lacks is as fast as their mean. An
+    expert's load is divided over its replicas by them.
     """
+    speeds = shares or {}
+    usual = sum(speeds.values()) / len(speeds) if speeds else 1.0
     layers: dict[int, dict[str, float]] = {}
     for expert, actors in placement.replicas.items():
         served = layers.setdefault(expert.layer, {})
+        together = sum(speeds.get(actor, usual) for actor in actors)
         for actor in actors:
-            served[actor] = served.get(actor, 0.0) + load.get(expert, 0.0) / len(actors)
-    return {layer: _skew(served) for layer, served in sorted(layers.items())}
+            part = speeds.get(actor, usual) / together
+            served[actor] = served.get(actor, 0.0) + part * load.get(expert, 0.0)
+    return {
+        layer: _skew(served, {actor: speeds.get(actor, usual) for actor in served})
+        for layer, served in sorted(layers.items())
+    }
 
 
-def _skew(served: Mapping[str, float]) -> float:
-    total = sum(served.values())
-    return max(served.values()) * len(served) / total if total > 0 else 1.0
+def _skew(served: Mapping[str, float], speeds: Mapping[str, float] | None = None) -> float:
+    total, speeds = sum(served.values()), speeds or dict.fromkeys(served, 1.0)
+    slowest = max(rows / speeds[actor] for actor, rows in served.items()) if total > 0 else 0.0
+    return slowest * sum(speeds.values()) / total if total > 0 else 1.0
 
 
 def _counts(report: ExpertReport) -> Vector:

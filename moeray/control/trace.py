@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = ("timestamp", "input_length", "output_length")
 _MOST_TOKENS = 10_000_000
 _LONGEST_PAUSE_S = 30 * 86400.0
+_LATEST_MS = 253_402_300_799_000  # the end of year 9999
 
 
 class _Row(NamedTuple):
@@ -136,7 +138,7 @@ def trace_of(name: str, rows: Sequence[tuple[float, int, int]]) -> Trace:
 
 def _read_azure(text: str, path: Path) -> list[_Row]:
     reader = csv.reader(io.StringIO(text))
-    header = [name.strip() for name in next(reader)]
+    header = [name.strip() for name in next(cells for cells in reader if any(cells))]
     columns = [header.index(name) for name in _AZURE]
 
     def row(cells: list[str]) -> _Row:
@@ -148,7 +150,10 @@ def _read_azure(text: str, path: Path) -> list[_Row]:
             when = when.replace(tzinfo=UTC)
         return _Row(when.timestamp(), _count(prompt), _count(output))
 
-    return [_parsed(row, cells, path, reader.line_num) for cells in reader if cells]
+    try:
+        return [_parsed(row, cells, path, reader.line_num) for cells in reader if cells]
+    except csv.Error as error:
+        raise TraceError(f"trace {path}, line {reader.line_num}: {error}") from error
 
 
 def _read_mooncake(text: str, path: Path) -> list[_Row]:
@@ -160,19 +165,21 @@ def _read_mooncake(text: str, path: Path) -> list[_Row]:
         if missing:
             raise ValueError(f"lacks {', '.join(missing)}")
         at = tree["timestamp"]
-        if isinstance(at, bool) or not isinstance(at, int | float):
-            raise ValueError(f"timestamp must be a number of milliseconds, got {at!r}")
+        if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) <= _LATEST_MS:
+            raise ValueError(
+                f"timestamp must be a number of milliseconds, of a year before 10000, got {reprlib.repr(at)}"
+            )
         return _Row(at / 1000, _count(tree["input_length"]), _count(tree["output_length"]))
 
-    lines = enumerate(text.splitlines(), 1)
+    lines = enumerate(text.split("\n"), 1)
     return [_parsed(row, line, path, number) for number, line in lines if line.strip()]
 
 
 def _parsed(parse: Callable[[_T], _Row], raw: _T, path: Path, line: int) -> _Row:
     try:
         return parse(raw)
-    except ValueError as error:
-        raise TraceError(f"trace {path}, line {line}: {' '.join(str(error).split())}") from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise TraceError(f"trace {path}, line {line}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _count(value: object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from moeray.control.placement import Host, Placement
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput
 from moeray.control.popularity import MoeShape, Popularity, PopularityModel
 from moeray.control.trace import Trace
+from moeray.errors import PlacementError
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.types import ExpertId
 
@@ -61,9 +63,15 @@ class World:
     def most_actors(self) -> int:
         return sum(group.actors_span[1] for group in self.groups.values())
 
-    @property
+    @cached_property
     def fewest_actors(self) -> int:
-        return sum(group.actors_span[0] for group in self.groups.values())
+        """As many as the groups must have, or as hold the experts. Raises PlacementError where none may be enough."""
+        for actors in range(sum(group.actors_span[0] for group in self.groups.values()), self.most_actors):
+            with suppress(PlacementError):
+                self._placed({}, self.hosts(actors), self.config.experts.replicas)
+                return actors
+        self._placed({}, self.hosts(self.most_actors), self.config.experts.replicas)
+        return self.most_actors
 
     @cached_property
     def hindsight(self) -> Popularity:
@@ -99,7 +107,13 @@ class World:
         somewhere = tuple(host.actor_id for host in hosts[:base])
         placement = Placement(0, dict.fromkeys(self.every, somewhere))
         wish = decide(load_policies([_REPLICATE]), self._seen(hosts, load, placement))
-        replicas = dict.fromkeys(self.every, base) | dict(wish.replicas)
+        with suppress(PlacementError):
+            return self._placed(load, hosts, dict.fromkeys(self.every, base) | dict(wish.replicas))
+        return self._placed(load, hosts, base)  # no memory for more
+
+    def _placed(
+        self, load: Mapping[ExpertId, float], hosts: Sequence[Host], replicas: int | Mapping[ExpertId, int]
+    ) -> Placement:
         return place(load, hosts, experts=self.experts, expert_bytes=self.expert_sizes, replicas=replicas)
 
     def _seen(self, hosts: Sequence[Host], load: Mapping[ExpertId, float], placement: Placement) -> PolicyInput:

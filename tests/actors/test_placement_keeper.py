@@ -17,7 +17,6 @@ from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import ActorReport
 from moeray.config import config_from
 from moeray.control.fleet import Phase
-from moeray.control.load import skew
 from moeray.control.placement import Placement
 from moeray.errors import CheckpointError
 from moeray.types import Address, ExpertId
@@ -44,16 +43,13 @@ class Load:
     """What is known of the load."""
 
     def __init__(self):
-        self.rows = {}
+        self.rows, self.speeds = {}, {}
 
     def load(self):
         return self.rows
 
     def rates(self):
-        return {}
-
-    def worst_skew(self, placement):
-        return max(skew(self.rows, placement).values(), default=1.0)
+        return self.speeds
 
 
 class World:
@@ -263,3 +259,18 @@ def test_replicas_that_memory_does_not_hold_stop_nothing_else():
     assert world.roster.get(first.actor_id) is None
     world.check()
     assert not world.without()
+
+
+def test_a_measured_speed_moves_experts_once():
+    """Of two actors of one group one turns out to be four times as fast."""
+    world, (fast, slow) = started(actors=2)
+    world.load.rows = dict.fromkeys(ALL, 10.0)
+    world.settle().check()
+    even = world.hosted(fast), world.hosted(slow)
+    assert len(even[0]) == len(even[1]) == len(ALL) // 2
+    world.load.speeds = {fast.actor_id: 400.0, slow.actor_id: 100.0}
+    world.settle().check()
+    assert len(world.hosted(fast)) > len(world.hosted(slow)) > 0
+    plans = sum(entry["event"] == "plan" for entry in world.audit.recent)
+    world.settle().check()
+    assert sum(entry["event"] == "plan" for entry in world.audit.recent) == plans

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeray.control.eplb import place, repair, replicate, skew_left
+from moeray.control.fitting import fit
 from moeray.control.placement import Host, Placement
 from moeray.control.plan import plan_diff
 from moeray.errors import PlacementError
@@ -328,3 +329,28 @@ def test_repair_is_whole_and_minimal(problem, data):
     for expert, actors in placement.replicas.items():
         kept = tuple(actor for actor in actors if actor in there)
         assert fixed.replicas[expert] == kept or (not kept and len(fixed.replicas[expert]) == 1)
+
+
+def test_memory_that_just_suffices_suffices():
+    """Of three experts one needs both hosts, which leaves the small one no room for another."""
+    replicas = {ExpertId(0, 0): 1, ExpertId(0, 1): 2, ExpertId(0, 2): 1}
+    load = {ExpertId(0, 0): 9.0, ExpertId(0, 1): 1.0, ExpertId(0, 2): 8.0}
+    hosts = [Host("big", 3), Host("small", 1)]
+    target = place(load, hosts, experts={0: 3}, expert_bytes={0: 1}, replicas=replicas)
+    assert target.hosted_by("small") == (ExpertId(0, 1),)
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [((4, 4, 4), (2, 2, 3, 2)), ((3, 3, 2), (2, 2, 2, 2)), ((2, 2, 2), (2, 1, 2, 1)), ((2, 2), (1, 1, 1, 1))],
+    ids=["all", "none that is hot", "spares of the busier half", "one of each"],
+)
+def test_as_many_replicas_as_memory_holds(room, expected):
+    hosts = [Host(f"h{i}", bytes_) for i, bytes_ in enumerate(room)]
+    load = {ExpertId(0, expert): rows for expert, rows in enumerate((9.0, 1.0, 8.0, 2.0))}
+    hot = {ExpertId(0, 2): 3}
+    placement, short = fit(load, hosts, experts={0: 4}, expert_bytes={0: 1}, base=2, hot=hot)
+    assert tuple(len(placement.replicas[ExpertId(0, expert)]) for expert in range(4)) == expected
+    assert (short is None) == (room == (4, 4, 4))
+    with pytest.raises(PlacementError):
+        fit(load, [Host("h", 3)], experts={0: 4}, expert_bytes={0: 1}, base=2, hot=hot)

@@ -168,6 +168,10 @@ def test_skew_divides_an_expert_over_its_replicas():
     assert skew(load, alone) == {0: 1.5}
     assert skew(load, Placement(1, {A: ("a", "b"), B: ("b",)})) == {0: 25 / 20}
     assert skew({}, alone) == {0: 1.0}
+    assert skew({A: 40.0, B: 10.0}, alone, {"a": 4.0, "b": 1.0}) == {0: 1.0}
+    assert skew({A: 25.0, B: 25.0}, alone, {"a": 4.0, "b": 1.0}) == {0: 2.5}
+    shared = Placement(1, {A: ("a", "b"), B: ("b",)})
+    assert skew({A: 50.0, B: 0.0}, shared, {"a": 4.0, "b": 1.0}) == {0: 1.0}
 
 
 def test_the_observed_skew_is_what_actors_served():

@@ -19,7 +19,7 @@ from moeray.control.simulate import Engine
 from moeray.control.tally import queue_wait
 from moeray.control.trace import trace_of
 from moeray.control.world import World
-from moeray.errors import SimulationError
+from moeray.errors import PlacementError, SimulationError
 from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 
 SHAPE = MoeShape(4, 16, 4)
@@ -53,6 +53,18 @@ def world(trace=None, *, most=24, routers=3, skew="uniform", **control):
 @pytest.fixture(scope="module")
 def compared():
     return compare(world(), None, slo_factor=2, warm_start=True, interval_s=30, seed=0, report=lambda *progress: None)
+
+
+def test_no_system_is_too_small_for_the_experts():
+    it = world(most=6)
+    experts = replace(it.config.experts, actors=2, min_actors=1, max_actors=6, replicas=2, memory_gib=0.5)
+    half = replace(
+        it, config=replace(it.config, experts=experts), expert_bytes=(1 << 29) // (SHAPE.layers * SHAPE.experts)
+    )
+    assert half.fewest_actors == 2
+    assert replace(half, expert_bytes=half.expert_bytes * 2).fewest_actors == 4
+    with pytest.raises(PlacementError, match="add nodes or actors"):
+        _ = replace(half, expert_bytes=half.expert_bytes * 4).fewest_actors
 
 
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "shifting"])

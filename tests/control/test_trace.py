@@ -31,6 +31,8 @@ SHARED = Path(os.environ.get("MOERAY_TRACES") or Path(__file__).parents[3] / "sh
             [0, 1], [8, 6], [7, 5],
         ),
         (MOONCAKE, [0, 0.5], [7, 10], [1, 3]),
+        ("\n\n" + AZURE, [0, 4.314579], [374, 396], [44, 1]),
+        (MOONCAKE.replace("[0]", '["a\u2028b"]'), [0, 0.5], [7, 10], [1, 3]),
     ],
 )  # fmt: skip
 def test_both_formats_are_read_and_sorted(tmp_path, text, arrival, prompt, output):
@@ -61,6 +63,12 @@ def test_both_formats_are_read_and_sorted(tmp_path, text, arrival, prompt, outpu
         (MOONCAKE + "[1]\n", "line 3: is not a JSON object"),
         (MOONCAKE.replace("500", '"soon"'), "line 1: timestamp must be a number"),
         (MOONCAKE.replace("10", "true"), "line 1: token counts must be whole numbers"),
+        (MOONCAKE.replace("500", "NaN"), "line 1: timestamp must be a number"),
+        (MOONCAKE.replace("500", "Infinity"), "line 1: timestamp must be a number"),
+        (MOONCAKE.replace("500", "1" + "0" * 400), "line 1: timestamp must be a number"),
+        (MOONCAKE.replace("10", "[" * 100_000), "line 1: maximum recursion depth"),
+        (AZURE + '2023-11-16 18:15:51,"' + "1" * 200_000 + '",2\n', "line 4: field larger than field limit"),
+        ("\n" + AZURE + "yesterday,1,2\n", "line 5: Invalid isoformat"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, text, message):
