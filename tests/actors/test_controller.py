@@ -8,9 +8,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from moeray.actors import system_keeper
 from moeray.actors.controller import Controller
 from moeray.cluster.local import NODE, LocalCluster
 from moeray.errors import ConfigError, MoerayError, PlacementError
@@ -310,3 +312,20 @@ def test_a_router_that_drains_hears_of_placements_until_its_end(model, tmp_path)
 
 def states(status, state):
     return {row["actor"] for row in status["actors"] if row["state"] == state}
+
+
+def test_orders_outlive_a_clock_that_goes_back(model, tmp_path, monkeypatch):
+    """A controller whose clock is behind that of the one before is obeyed, and believed by the one after."""
+    config = config_of(model, tmp_path, experts__actors=1, experts__max_actors=3, control__autoscale=False)
+    with LocalSystem(config) as system:
+        assert system.controller.scale("experts", 3) == {"experts": 3, "router": 1}
+        system.controller.abandon()
+        behind = SimpleNamespace(time=lambda: time.time() - 60.0, monotonic=time.monotonic)
+        monkeypatch.setattr(system_keeper, "time", behind)
+        system.take_over()
+        until(system.controller, settled)
+        assert system.controller.scale("experts", 2) == {"experts": 2, "router": 1}
+        system.controller.abandon()
+        monkeypatch.undo()
+        system.take_over()
+        assert until(system.controller, settled)["wanted"] == {"experts": 2, "router": 1}
