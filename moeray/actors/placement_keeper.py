@@ -289,6 +289,12 @@ class PlacementKeeper:
         for router in self._roster.routers(Phase.READY, Phase.LEAVING):
             self.publish_to(router, lost)
 
+    def welcome(self, router: Actor) -> None:
+        """A router is ready: it gets the placement as it is, and what is under way waits for it, too."""
+        self.tell(reconcile.RouterJoined(router.actor_id))
+        if self.placement.replicas:
+            self.publish_to(router)
+
     def publish_to(self, router: Actor, lost: Sequence[str] = ()) -> None:
         """Give one router the placement as it is."""
         if router.calls is None:

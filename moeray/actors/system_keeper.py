@@ -106,8 +106,8 @@ class SystemKeeper:
 
     def on_ready(self, actor: Actor) -> None:
         assert self._begun
-        if actor.is_router and self.places.placement.replicas:
-            self.places.publish_to(actor)
+        if actor.is_router:
+            self.places.welcome(actor)
         self.replan()
         self._look_ready()
 

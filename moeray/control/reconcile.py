@@ -67,6 +67,13 @@ class Acked:
 
 
 @dataclass(frozen=True)
+class RouterJoined:
+    """Another router is to hold the placement: its acknowledgement is waited for, too."""
+
+    router_id: str
+
+
+@dataclass(frozen=True)
 class RouterGone:
     """The router is lost, or has left: its acknowledgement is not waited for, now or later."""
 
@@ -80,7 +87,7 @@ class Abandon:
     why: str
 
 
-Event = Hosted | ActorLost | Acked | RouterGone | Abandon
+Event = Hosted | ActorLost | Acked | RouterJoined | RouterGone | Abandon
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,9 @@ def advance(change: Change, event: Event) -> tuple[Change, list[Instruction]]:
             return _lose(replace(change, dead=change.dead | {actor}), actor)
         case Acked(router, epoch) if epoch >= change.target.epoch and change.step is Step.ACKING:
             return _settle(replace(change, waiting=change.waiting - {router}))
+        case RouterJoined(router):
+            more = {router} if change.step is Step.ACKING else set()
+            return replace(change, routers=change.routers | {router}, waiting=change.waiting | more), []
         case RouterGone(router):
             return _settle(replace(change, routers=change.routers - {router}, waiting=change.waiting - {router}))
         case Abandon(why) if change.step is Step.HOSTING:

@@ -81,8 +81,7 @@ class World:
         self.roster.add(actor)
         if kind is None:
             self.held[name] = Placement()
-            if self.keeper.placement.replicas:
-                self.keeper.publish_to(actor)
+            self.keeper.welcome(actor)
         else:
             self.mapped[name] = set()
         return actor
@@ -136,6 +135,16 @@ class World:
     def without(self):
         return [expert for expert in ALL if not self.keeper.placement.replicas.get(expert)]
 
+    def named_and_gone(self):
+        """(router, actor, expert) of living actors to which a router may still send what they have dropped."""
+        return [
+            (router, actor, expert)
+            for router, placement in self.held.items()
+            for expert, held in placement.replicas.items()
+            for actor in held
+            if expert not in self.mapped.get(actor, {expert})
+        ]
+
     def check(self):
         """All is as the placement says, and nothing is under way."""
         placement = self.keeper.placement
@@ -164,6 +173,7 @@ def test_whatever_happens_it_comes_to_rest_with_every_expert_placed(seed, replic
     for _ in range(60):
         happen(world, rng)
         world.step(0.6, rng)
+        assert not world.named_and_gone()
     world.sick.clear()
     world.settle(150.0)  # longer than a pause after failures
     world.check()
