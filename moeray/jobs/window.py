@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from moeray.errors import QueueFullError
 
@@ -48,7 +48,8 @@ class Window:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._queue.remove((count, turn))
+                with suppress(ValueError):  # one that has left since then found it cancelled, and took it out
+                    self._queue.remove((count, turn))
             else:
                 self._leave(count)
             raise

@@ -24,8 +24,9 @@ def parse_object(raw: bytes, what: str = "the body") -> dict[str, Any]:
     Raises RequestError that calls it `what`.
     """
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
-        if b"\\ud" in raw.lower():
+        text = raw.decode("utf-8-sig")  # strictly: json itself would let bytes of lone surrogates, and UTF-16, pass
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text that could be tokenized
     except RecursionError as error:
         raise RequestError(f"{what} is not valid JSON: it is nested too deeply", code="invalid_json") from error

@@ -9,6 +9,7 @@ Decode = Callable[[Sequence[int]], str]
 _HALF = "\ufffd"  # what decoders write for bytes that are no character yet
 _MAX_PENDING = 32  # a character spans at most 4 tokens; a longer run is output that is not UTF-8 at all
 _CONTEXT_TOKENS = 8
+_CHARACTER_TOKENS = 4
 
 
 class IncrementalDetokenizer:
@@ -31,7 +32,7 @@ class IncrementalDetokenizer:
         self._skip = skip
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._ids = [i for i in context if i not in skip][-_CONTEXT_TOKENS:]
+        self._ids = self._whole([i for i in context if i not in skip][-_CONTEXT_TOKENS:])
         self._read = len(self._ids)  # _ids[:_read] are decoded in full already and only give context
         self._read_text = self._decode(self._ids) if self._ids else ""
         self._shown = 0  # characters of the pending window that were taken already
@@ -78,6 +79,14 @@ class IncrementalDetokenizer:
         self._read = len(self._ids)
         self._read_text = self._decode(self._ids)
         self._shown = 0
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """Without the end of a character that begins before them: decoders that fall back to bytes take a whole run of
+        them for broken, with what follows in it."""
+        for first in range(_CHARACTER_TOKENS):
+            if not self._decode(ids[first:]).startswith(_HALF):
+                return ids[first:]
+        return ids
 
     def _take(self, new: str, *, final: bool) -> str:
         """Hand out what cannot belong to a stop string any more. A stop string begins in held text or later."""

@@ -136,14 +136,19 @@ def _sampling(request: GenerationFields, model: ModelInfo, logprobs: int | None)
     params["top_k"] = max(0, params.get("top_k", 0))
     params["logit_bias"] = _in_vocabulary(request, model)
     params["stop_token_ids"] = tuple(request.stop_token_ids or ())
+    for token_id in params["stop_token_ids"]:
+        _check_vocabulary("stop_token_ids", token_id, model)
     return params
 
 
 def _in_vocabulary(request: GenerationFields, model: ModelInfo) -> tuple[tuple[int, float], ...]:
     for token_id in request.logit_bias:
-        if token_id >= model.vocab_size:
-            raise RequestError(
-                f"logit_bias: token id {token_id} is not in the vocabulary of {model.vocab_size} tokens",
-                param="logit_bias",
-            )
+        _check_vocabulary("logit_bias", token_id, model)
     return tuple(request.logit_bias.items())
+
+
+def _check_vocabulary(name: str, token_id: int, model: ModelInfo) -> None:
+    if token_id >= model.vocab_size:
+        raise RequestError(
+            f"{name}: token id {token_id} is not in the vocabulary of {model.vocab_size} tokens", param=name
+        )

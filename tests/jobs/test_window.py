@@ -125,3 +125,28 @@ def test_a_sequence_that_is_cancelled_leaves_its_place_to_others():
         assert window.in_flight == 0
 
     asyncio.run(run())
+
+
+def test_one_that_is_cancelled_while_another_leaves_is_just_cancelled():
+    async def run():
+        window, go = Window(1), asyncio.Event()
+
+        async def hold():
+            async with window.room(1):
+                await go.wait()
+
+        async def wait():
+            async with window.room(1):
+                pass
+
+        holds = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        waits = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        go.set()
+        waits.cancel()
+        return await asyncio.gather(holds, waits, return_exceptions=True)
+
+    left, cancelled = asyncio.run(run())
+    assert left is None
+    assert isinstance(cancelled, asyncio.CancelledError)

@@ -90,3 +90,13 @@ def test_single_tokens_have_their_bytes(byte_level, byte_fallback):
         assert b"".join(token.data for token in tokens).decode().strip() == text.strip()
     assert Vocabulary(byte_level).token(0).text == "<|end|>"
     assert Vocabulary(byte_level).token(100_000).data == b""
+
+
+@pytest.mark.parametrize("prompt", ["春眠不覺曉", "a 曉", "é", "🙂🙂🙂", "b"])
+def test_a_prompt_that_ends_within_the_context_in_bytes_breaks_nothing(byte_fallback, prompt):
+    def spelled(text):
+        return [byte_fallback.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+
+    for answer in ("處處聞啼鳥。", "AAAA", "é OK", "🙂"):
+        deltas, _ = run(byte_fallback, spelled(answer), context=spelled(prompt)[-8:])
+        assert "".join(deltas) == answer

@@ -114,6 +114,8 @@ def test_neutral_values_pass(http):
         ("stop", ["a"] * 17),
         ("stop", 5),
         ("stop_token_ids", [-1]),
+        ("stop_token_ids", [2**40]),
+        ("stop_token_ids", [2**70]),
         ("stream", "yes"),
         ("stream_options", {"include_usage": True}),
         ("model", 5),
@@ -173,9 +175,11 @@ def test_bad_bodies_name_the_parameter(http, path, body, param):
         b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
         b'{"model": "org/echo", "prompt": "\\ud83e"}',
+        b'{"model": "org/echo", "prompt": "\xed\xa0\x80"}',
+        '{"model": "org/echo", "prompt": "\\ud83e"}'.encode("utf-16"),
         b'{"n": ' + b"9" * 5000 + b"}",
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_bodies_that_are_not_json_objects(http, raw):
     error_of(http.post(TEXT_PATH, content=raw, headers={"content-type": "application/json"}), 400)
