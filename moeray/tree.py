@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,7 +58,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 def _scalar(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, str) and hint in (int, float, bool):
-        value = yaml.safe_load(value)  # `serve run app:build key=value` passes every value as a string
+        with suppress(yaml.YAMLError):  # `serve run app:build key=value` passes every value as a string
+            value = yaml.safe_load(value)
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"config key {key}: expected {hint.__name__}, got {value!r}")

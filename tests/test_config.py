@@ -22,6 +22,14 @@ def test_defaults_survive_a_round_trip():
         ({"experts": {"replicas": 3, "actors": 2}}, ["experts.replicas", "2 actors"]),
         ({"experts": {"groups": [{"name": "a", "thread": 1}]}}, ["experts.groups[0].thread", "threads"]),
         ({"experts": {"groups": [{"name": "a"}, {"name": "a"}]}}, ["differ"]),
+        ({"experts": {"groups": [{"name": "router"}]}}, ["experts.groups.name", "choose another"]),
+        ({"experts": {"groups": [{"name": "../../x"}]}}, ["experts.groups.name", "letters"]),
+        ({"experts": {"groups": [{"name": ""}]}}, ["experts.groups.name"]),
+        ({"experts": {"groups": [{"name": "a=b"}]}}, ["experts.groups.name"]),
+        ({"engine": {"block_size": "["}}, ["engine.block_size", "int"]),
+        ({"engine": {"block_size": "a: b: c"}}, ["engine.block_size", "int"]),
+        ({"serve": {"replicas": 0}}, ["serve.replicas", "at least 1"]),
+        ({"serve": {"api_key": ""}}, ["serve.api_key", "MOERAY_API_KEY"]),
         ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
         ({"serve": {"port": 70000}}, ["serve.port"]),
         ({"control": {"schedule": [{"cron": "0 8 * *"}]}}, ["control.schedule.cron", "5 fields"]),
@@ -70,6 +78,13 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(path)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "moeray.yaml"
+    path.write_bytes(b"model: \xff\xfe\n")
+    with pytest.raises(ConfigError, match=r"moeray\.yaml is not UTF-8 text: .* at byte 7"):
         load_config(path)
 
 

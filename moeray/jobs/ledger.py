@@ -44,6 +44,8 @@ class Ledger:
         """Raises BatchError where another job has the files, or they are not a batch's."""
         with ExitStack() as held:
             for path in (self._output, self._errors):
+                if path.exists() and not path.is_file():
+                    raise BatchError(f"{path} is no regular file; choose another --output")
                 held.enter_context(_lock(path))
             self.answered, end = _answers(self._output)
             self.failed = {str(entry["custom_id"]) for _, entry in _refusals(self._errors)}

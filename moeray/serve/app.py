@@ -83,7 +83,10 @@ class RayPort:
             raise MoerayError(f"the controller failed: {_line(error)[-300:]}") from error
         except ActorDiedError as error:
             self._lookup = None
-            raise ControllerLostError(f"the controller is gone: {_line(error)[:300]}") from error
+            said = _line(error)
+            # Of a constructor that failed the cause comes last, of a process that died first.
+            why = said[-300:] if "creation task" in said else said[:300]
+            raise ControllerLostError(f"the controller is gone: {why}") from error
         except TimeoutError as error:
             raise ControllerLostError(f"the controller has not answered for {timeout:g} s") from error
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moeray.settings.actors import Device, check_span, span
+from moeray.settings.router import ROUTER
 from moeray.tree import require
 
 ExpertKernel = Literal["auto", "native", "triton", "torch"]
 Quantization = Literal["none", "int8"]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,39}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,14 @@ class ExpertsConfig:
         )
         names = [g.name for g in self.groups]
         require(len(set(names)) == len(names), "experts.groups.name", f"names must differ, got {names}")
+        for name in names:
+            require(name != ROUTER, "experts.groups.name", f"{name!r} is what the routers are called; choose another")
+            # Actors, their sockets and metrics are named by it, and `moeray scale` takes it.
+            require(
+                _NAME.fullmatch(name) is not None,
+                "experts.groups.name",
+                f"must be at most 40 letters, digits, '-', '_' and '.', and begin with a letter or digit, got {name!r}",
+            )
 
     def resolved(self) -> tuple[ExpertGroupConfig, ...]:
         """The groups, or the one that the short form describes."""

@@ -28,4 +28,10 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "serve.port", f"must be between 0 and 65535, got {self.port}")
+        require(self.replicas >= 1, "serve.replicas", f"must be at least 1, got {self.replicas}")
+        require(
+            self.api_key is None or self.api_key.strip() != "",
+            "serve.api_key",
+            "must not be empty: set MOERAY_API_KEY to a key, or unset it to leave the endpoint open",
+        )
         require(self.max_body_bytes >= 1024, "serve.max_body_bytes", "must be at least 1024")

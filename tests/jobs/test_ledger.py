@@ -177,3 +177,15 @@ def test_killed_again_and_again(output):
     subprocess.run(command, check=True, timeout=120)
     names = [json.loads(line)["custom_id"] for line in output.read_bytes().splitlines()]
     assert sorted(names) == sorted(f"r{i}" for i in range(total))
+
+
+@pytest.mark.parametrize("which", ["output", "errors"])
+def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path, which):
+    output = tmp_path / "out.jsonl"
+    errors = errors_beside(output)
+    {"output": output, "errors": errors}[which].symlink_to("/dev/zero")  # which would be read without an end
+    with pytest.raises(BatchError, match="is no regular file"), Ledger(output, errors):
+        pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BatchError, match="is no regular file"), Ledger(tmp_path / "folder", errors):
+        pass
