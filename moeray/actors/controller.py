@@ -24,7 +24,7 @@ from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.hosting import ActorHandle, Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.overview import Overview
-from moeray.actors.placement_keeper import ModelShape
+from moeray.actors.planner import ModelShape
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import DatedConfig

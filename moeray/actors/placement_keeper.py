@@ -1,25 +1,21 @@
-"""Keeps every expert placed: plans, carries out one change at a time, repairs first. Owned by the controller's loop."""
+"""Keeps every expert placed: carries out one change at a time, repairs first. Owned by the controller's loop."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from moeray.actors.audit import Audit
 from moeray.actors.controller_metrics import ControllerMetrics
-from moeray.actors.hosts import hosts_of, shares_of
-from moeray.actors.roster import ROUTER, Actor, Roster
+from moeray.actors.hosts import shares_of
+from moeray.actors.planner import LoadSource, ModelShape, Planner, Proposal
+from moeray.actors.roster import Actor, Roster
 from moeray.config import Config
 from moeray.control import reconcile
-from moeray.control.backoff import Backoff
-from moeray.control.eplb import repair
-from moeray.control.fitting import Fit, fit
-from moeray.control.fleet import Phase, serving
-from moeray.control.load import skew
-from moeray.control.placement import Host, Placement
+from moeray.control.fleet import Phase
+from moeray.control.placement import Placement
 from moeray.control.plan import plan_diff
 from moeray.control.reconcile import Change, Event, Instruction, Publish, Step, Unhost
 from moeray.errors import MoerayError, PlacementError
@@ -28,34 +24,8 @@ from moeray.types import ExpertId
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What placing needs of the model: layer -> number of experts, layer -> bytes of one, bytes of the trunk."""
-
-    experts: Mapping[int, int]
-    expert_bytes: Mapping[int, int]
-    trunk_bytes: int
-
-
-class LoadSource(Protocol):
-    """What is known of the load at present."""
-
-    def load(self) -> Mapping[ExpertId, float]: ...
-
-    def rates(self) -> Mapping[str, float]: ...
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A new placement and why. `kind`: first, repair, scale, rebalance."""
-
-    target: Placement
-    kind: str
-    why: str
-
-
 class PlacementKeeper:
-    """`replicas` is the policies' wish for hot experts; `wanted` says how many actors of each group serve."""
+    """`placement` is what routers hold or are to hold, `replicas` the policies' wish for hot experts."""
 
     def __init__(
         self, config: Config, roster: Roster, audit: Audit, model: ModelShape, source: LoadSource,
@@ -65,9 +35,8 @@ class PlacementKeeper:
         self._config = config
         self._roster = roster
         self._audit = audit
-        self._model = model
         self._source = source
-        self._wanted = wanted
+        self._planner = Planner(config, roster, model, source, wanted, clock)
         self._on_failure = on_failure
         self._metrics = metrics
         self._clock = clock
@@ -75,16 +44,13 @@ class PlacementKeeper:
         self.replicas: Mapping[ExpertId, int] = {}
         self.change: Change | None = None
         self._proposal: Proposal | None = None
-        self._planned: object = None
         self._looked_at_skew = 0.0
         self._no_room = ""
-        self._unfit: object = None
-        self._failing: dict[str, Backoff] = {}
 
     def configure(self, config: Config) -> None:
         """Hold a newer config; the placement is thought over under it."""
         self._config = config
-        self._planned = None
+        self._planner.configure(config)
 
     # -- planning -------------------------------------------------------------------------------------------------
 
@@ -95,18 +61,27 @@ class PlacementKeeper:
         now = self._clock()
         look = force or now - self._looked_at_skew >= self._config.control.window_s
         try:
-            proposal = self.propose(look, force)
+            proposal, short = self._planner.propose(self.placement, self.replicas, look=look, force=force)
         except PlacementError as error:
             self._complain(error)
             self._on_failure(error)
             return
-        if proposal is None and self._signature() != self._unfit:
+        if short is not None:
+            self._complain(short)
+        elif proposal is not None:
             self._no_room = ""
         if look:
             self._looked_at_skew = now
-        self._planned = None if proposal is not None and proposal.kind == "repair" else self._signature()
+        if proposal is not None and proposal.kind == "repair":
+            self._planner.unsettle()
+        else:
+            self._planner.settle(self.placement, self.replicas)
         if proposal is not None:
             self._begin(proposal)
+
+    def propose(self) -> Proposal | None:
+        """What would be changed now, and why; nothing is. Raises PlacementError."""
+        return self._planner.propose(self.placement, self.replicas).proposal
 
     def _complain(self, error: PlacementError) -> None:
         """Once for each new reason: it is tried again at every tick."""
@@ -114,97 +89,6 @@ class PlacementKeeper:
             self._no_room = str(error)
             log.error("%s", error)
             self._audit.write("no_room", error=str(error))
-
-    def _serving(self) -> tuple[str, ...]:
-        """Those that are to host experts; an actor without any that has just failed to map some gets none for now."""
-        experts = {group: count for group, count in self._wanted().items() if group != ROUTER}
-        members = self._roster.members(self.placement)
-        return serving([m for m in members if m.hosted or not self._fails(m.actor_id)], experts)
-
-    def _fails(self, actor_id: str) -> bool:
-        return actor_id in self._failing and self._clock() < self._failing[actor_id].until
-
-    def _signature(self) -> object:
-        """What a placement is made for; the load, which always changes, is looked at by its skew."""
-        return frozenset(self._serving()), tuple(sorted(self.replicas.items()))
-
-    def propose(self, look: bool = True, force: bool = False) -> Proposal | None:
-        """What would be changed now, and why; None where all is as it should be. Changes nothing itself.
-
-        `look`: also at the skew; `force`: balance whatever the skew is. Raises PlacementError.
-        """
-        ids, settings = self._serving(), self._config.control
-        if not ids:
-            return None
-        hosts = self.hosts(ids)
-        if not self.placement.replicas:
-            placement, short = self._fit(hosts, 1.0)
-            if short is not None:
-                raise short
-            return Proposal(placement, "first", f"{len(ids)} actors are ready")
-        if (mended := self._repair(hosts, look)) is not None:
-            return mended
-        if self._planned != self._signature():
-            why = f"{len(ids)} actors serve, {len(self.replicas)} experts are hot"
-            return self._if_moved(self._fit_well(hosts, settings.max_skew), "scale", why)
-        worst = self._worst_skew(hosts) if look else 1.0
-        if not force and worst <= settings.max_skew:
-            return None
-        why = f"the worst layer's max/mean load is {worst:.2f}"
-        return self._if_moved(self._fit_well(hosts, 1.0 if force else settings.max_skew), "rebalance", why)
-
-    def _worst_skew(self, hosts: Sequence[Host]) -> float:
-        shares = {host.actor_id: host.share for host in hosts}
-        return max(skew(self._source.load(), self.placement, shares).values(), default=1.0)
-
-    def _repair(self, hosts: Sequence[Host], look: bool) -> Proposal | None:
-        """What gives experts the replicas that they lack, as far as there is room: those that have none come first,
-        and get that of spares where there is no other."""
-        base = min(self._config.experts.replicas, len(hosts))
-        least = min(map(len, self.placement.replicas.values()))
-        tried = self._signature(), self.placement.epoch
-        if least >= base or (least and not look and self._unfit == tried):
-            return None
-        short = sum(len(held) < base for held in self.placement.replicas.values())
-        sizes, load = self._model.expert_bytes, self._source.load()
-        try:
-            target = repair(self.placement, hosts, load, expert_bytes=sizes, replicas=base)
-        except PlacementError:
-            target = self._fit(hosts, self._config.control.max_skew, spares=False).placement
-        self._unfit = tried
-        return self._if_moved(target, "repair", f"{short} experts have fewer than {base} replicas")
-
-    def _if_moved(self, target: Placement, kind: str, why: str) -> Proposal | None:
-        diff = plan_diff(self.placement, target)
-        return Proposal(target, kind, why) if diff.host or diff.drop else None
-
-    def _fit(self, hosts: Sequence[Host], max_skew: float, *, spares: bool = True) -> Fit:
-        """As many replicas as are wished for, or as memory holds. Raises PlacementError."""
-        return fit(
-            self._source.load(), hosts, experts=self._model.experts, expert_bytes=self._model.expert_bytes,
-            base=self._config.experts.replicas if spares else 1, hot=self.replicas if spares else {},
-            current=self.placement, migration_cost=self._config.control.migration_cost, max_skew=max_skew,
-        )  # fmt: skip
-
-    def _fit_well(self, hosts: Sequence[Host], max_skew: float) -> Placement:
-        """The same, and whatever does not fit is said once."""
-        placement, short = self._fit(hosts, max_skew)
-        if short is not None:
-            self._complain(short)
-        return placement
-
-    def hosts(self, ids: Iterable[str]) -> list[Host]:
-        chosen = [actor for actor in (self._roster.get(actor_id) for actor_id in ids) if actor is not None]
-        trunks: dict[str, int] = {}
-        for router in self._roster.routers():
-            trunks[router.node_id] = trunks.get(router.node_id, 0) + self._model.trunk_bytes
-        hosts = hosts_of(chosen, trunks, self._source.rates())
-        return [self._as_it_is(host) if self._fails(host.actor_id) else host for host in hosts]
-
-    def _as_it_is(self, host: Host) -> Host:
-        """With room for no more than it hosts."""
-        held = self.placement.hosted_by(host.actor_id)
-        return replace(host, capacity_bytes=sum(self._model.expert_bytes[expert.layer] for expert in held))
 
     # -- carrying out ---------------------------------------------------------------------------------------------
 
@@ -249,7 +133,7 @@ class PlacementKeeper:
         )
         if change.step is Step.ROLLED_BACK:
             log.warning("the %s was rolled back: %s", kind, change.error)
-            self._planned = None
+            self._planner.unsettle()
             self._on_failure(MoerayError(change.error or "the placement was rolled back"))
         else:
             self.replan()  # more may have come to pass meanwhile; after a roll-back the next tick is soon enough
@@ -265,9 +149,7 @@ class PlacementKeeper:
         def hosted(_: Any, error: Exception | None) -> None:
             if error is None:
                 self._metrics.mapped(len(experts))
-                self._failing.pop(actor_id, None)
-            else:
-                self._failing.setdefault(actor_id, Backoff()).fail(self._clock())
+            self._planner.answered(actor_id, error)
             if self._proposal is proposal:  # else the change that asked for it was abandoned
                 self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
 
@@ -325,17 +207,17 @@ class PlacementKeeper:
         if actor.is_router:
             self.on_left(actor)
             return
-        self._failing.pop(actor.actor_id, None)
+        self._planner.forget(actor.actor_id)
         self.tell(reconcile.ActorLost(actor.actor_id))
         if actor.actor_id in self.placement.actors():
             self.tell(reconcile.Abandon(f"{actor.actor_id} was lost, which is to be mended first"))
             self.publish(self.placement.without(actor.actor_id), [actor.actor_id])
-            self._planned = None
+            self._planner.unsettle()
         self.replan()
 
     def on_left(self, actor: Actor) -> None:
         """It was stopped in good order, which for a router may be before it could acknowledge what is published."""
-        self._failing.pop(actor.actor_id, None)
+        self._planner.forget(actor.actor_id)
         if actor.is_router:
             self.tell(reconcile.RouterGone(actor.actor_id))
 

@@ -22,7 +22,8 @@ from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.orders import Orders
-from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
+from moeray.actors.placement_keeper import PlacementKeeper
+from moeray.actors.planner import ModelShape
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import DatedConfig, SystemInfo

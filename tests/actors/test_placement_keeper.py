@@ -12,7 +12,8 @@ import pytest
 
 from moeray.actors.audit import Audit
 from moeray.actors.controller_metrics import ControllerMetrics
-from moeray.actors.placement_keeper import ModelShape, PlacementKeeper
+from moeray.actors.placement_keeper import PlacementKeeper
+from moeray.actors.planner import ModelShape
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import ActorReport
 from moeray.config import config_from
