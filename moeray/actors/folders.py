@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import tempfile
 import time
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moeray.errors import ConfigError
+from moeray.wire.unix_dial import is_listened_at
 
 FORGOTTEN_S = 600.0
 """Actors of another system look through a folder once nothing has come or gone there for so long."""
@@ -65,15 +65,4 @@ def _remove_dead(folder: Path) -> None:
 
 
 def _is_dead(path: Path) -> bool:
-    """Nobody listens: whoever does, however busy, does not refuse."""
-    if time.time() - path.stat().st_mtime < BINDING_S:
-        return False
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
+    return time.time() - path.stat().st_mtime >= BINDING_S and not is_listened_at(str(path))

@@ -7,19 +7,15 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import click
 import httpx
-import psutil
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -27,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from moeray.cli.checks.gather import bind_error, holder_of
+from moeray.cli.own_ray import LOOK_S, OwnRay, own_ray
 from moeray.cli.progress import phases, progress
 from moeray.cli.session import connect_ray
 from moeray.cluster.ray import ask, find_controller, start_controller, stop_controller, take_over
@@ -34,20 +31,17 @@ from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.serve.app import application, serve_logging
 
-LOOK_S = 0.25
-END_S = 5.0
-
 
 @contextmanager
 def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
     """Start the endpoint and wait until it is ready; its URL. Leaving the block stops what was started here.
 
     Progress is shown on stderr. Where a Ray that was started here is ended from outside meanwhile, so is this process.
-    Raises MoerayError when the system does not start, and where what runs in this Ray
-    cluster already leaves no room for it: that goes on as it was.
+    Raises MoerayError when the system does not start, and where what runs in this Ray cluster already leaves no room
+    for it: that goes on as it was.
     """
     connect_ray(config)
-    own = _OwnRay()
+    own = own_ray()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = f"http://{config.serve.host}:{config.serve.port}"
     serving = _check_address(config)
@@ -59,7 +53,8 @@ def running_endpoint(config: Config, timeout: float = 1800.0) -> Iterator[str]:
         _deploy(config)
         with progress() as report:
             _wait_ready(url, config.serve.name, controller, phases(report), timeout)
-        own.look()
+        if own is not None:
+            own.look()
         yield url
     finally:
         _stop_with(own, config, serving)
@@ -131,93 +126,35 @@ def _error_of(traceback: str) -> str:
     return re.sub(r"^[\w.]+: ", "", traceback.strip().rpartition("\n")[2])
 
 
-class _OwnRay:
-    """Ray's processes, where this one has started them: its head, and all below it."""
-
-    def __init__(self) -> None:
-        self._started = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
-        self._below: set[psutil.Process] = set()
-        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        self._head = host, int(port)
-
-    def __bool__(self) -> bool:
-        return bool(self._started)
-
-    def is_gone(self) -> bool:
-        """One of them has ended, or does not listen any more since it is about to."""
-        return bool(self) and (any(map(_has_ended, self._started)) or not _listens(self._head))
-
-    def look(self) -> None:
-        """Note who is there: later nobody tells whose processes were a raylet's that is gone."""
-        if self:
-            self._below.update(psutil.Process().children(recursive=True))
-
-    def end(self) -> None:
-        """Wait until all have ended, which they do by themselves without a head; kill those that do not."""
-        _kill(self._started)
-        until = time.monotonic() + END_S
-        while time.monotonic() < until and not all(map(_has_ended, self._below)):
-            time.sleep(LOOK_S)
-        _kill(self._below)
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _listens(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address, timeout=LOOK_S).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _stop_with(own: _OwnRay, config: Config, serving: bool) -> None:
+def _stop_with(own: OwnRay | None, config: Config, serving: bool) -> None:
     """As `_stop`, as long as there is somebody to ask: a signal to the whole process group, as systemd sends it, ends
     Ray with all its actors, and asking a head that is gone takes a minute."""
-    stopped: Future[None] = Future()
+    failures: list[BaseException] = []
 
     def run() -> None:
         try:
             _stop(config, serving)
-            stopped.set_result(None)
-        except BaseException as error:
-            stopped.set_exception(error)
+        except BaseException as error:  # the thread that waits is to hear of it
+            failures.append(error)
 
-    threading.Thread(target=run, name="stop-endpoint", daemon=True).start()
-    own.look()
-    reason = "it was ended from outside"
-    while not own.is_gone():
-        try:
-            stopped.result(LOOK_S)
-            ray.shutdown()
-            return
-        except FutureTimeoutError:
-            continue
-        except Exception as error:
-            if not own:
-                raise
-            reason = repr(error)
-            break
+    stopping = threading.Thread(target=run, name="stop-endpoint", daemon=True)
+    stopping.start()
+    if own is not None:
+        own.look()
+    while stopping.is_alive() and not (own is not None and own.is_gone()):
+        stopping.join(LOOK_S)
+    if not stopping.is_alive() and not failures:
+        ray.shutdown()
+        return
+    if own is None:
+        raise failures[0]
+    reason = repr(failures[0]) if failures else "it was ended from outside"
     click.echo(f"Ray is ended with every actor: {reason}", err=True)
     own.end()
     if sys.exc_info()[0] is None:
         sys.stdout.flush()
-        os._exit(
-            0
-        )  # a thread still waits within Ray, which would make the interpreter's end one of a minute, or a crash
+        # A thread still waits within Ray, which would make the interpreter's end one of a minute, or a crash.
+        os._exit(0)
 
 
 def _stop(config: Config, serving: bool) -> None:

@@ -23,7 +23,7 @@ from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
 from moeray.wire.identity import Identity
 from moeray.wire.socket_channel import SocketChannel
 from moeray.wire.tcp import TCP, listen_tcp
-from moeray.wire.unix_dial import UNIX, check_path
+from moeray.wire.unix_dial import UNIX, check_path, is_listened_at
 
 if TYPE_CHECKING:
     from moeray.wire.grpc_server import GrpcServer
@@ -140,16 +140,9 @@ def _clear_stale(path: Path) -> None:
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
         raise WireError(f"{path} is in the way and is not a socket; remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except BlockingIOError:
-            pass  # its queue is full, so somebody listens
-    raise WireError(f"another live actor listens at {path}; give each actor a name of its own")
+    if is_listened_at(str(path)):
+        raise WireError(f"another live actor listens at {path}; give each actor a name of its own")
+    path.unlink(missing_ok=True)
 
 
 def _bind(path: Path) -> socket.socket:

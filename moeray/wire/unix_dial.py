@@ -48,3 +48,16 @@ def dial_unix(address: Address, wire: WireConfig, timeout: float) -> SocketChann
             f"{address.actor_id} does not listen at {address.unix} ({error.strerror}); it is gone or not started"
         ) from error
     return SocketChannel(sock, wire.send_timeout_s, UNIX)
+
+
+def is_listened_at(path: str) -> bool:
+    """Somebody listens at this socket: whoever does, however busy, does not refuse. Raises FileNotFoundError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except BlockingIOError:  # its queue is full
+            return True
+    return True
