@@ -336,8 +336,8 @@ class Controller:
             for actor in self._roster:
                 if actor.handle and actor.report is None:  # it may have no process that could answer
                     actor.handle.kill()
-            _end([actor.handle for actor in self._roster.routers() if actor.handle and actor.report])
-            _end([actor.handle for actor in self._roster.experts() if actor.handle and actor.report])
+            for actors in (self._roster.routers(), self._roster.experts()):
+                _end([actor.handle for actor in actors if actor.handle and actor.report])
             if self._keeper is None:  # what an earlier controller has left, and this one had not taken over yet
                 _end(self._cluster.find())
             self._cluster.close()

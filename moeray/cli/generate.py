@@ -7,7 +7,7 @@ import json
 import sys
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,9 +15,6 @@ from moeray.cli.options import config_of, config_options
 from moeray.config import Config
 from moeray.errors import RequestError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
-
-if TYPE_CHECKING:
-    from moeray.serve.backend import ModelInfo
 
 
 @click.command("generate")
@@ -64,6 +61,7 @@ async def _generate(
 ) -> dict[str, Any]:
     from moeray.cli.session import local_system, running_or_own
     from moeray.logs import setup_logging
+    from moeray.serve.bounds import check_prompt, max_tokens
 
     setup_logging(replace(config, log_requests=False))  # the output says what each has become
     async with local_system(config) if local else running_or_own(config, "generate") as backend:
@@ -71,7 +69,8 @@ async def _generate(
         tokenizer = _tokenizer(backend.model.metadata_dir, needed=ids is None)
         if ids is None:
             ids = tuple(tokenizer(prompt)["input_ids"])
-        _check(ids, sampling, backend.model)
+        check_prompt(ids, backend.model, "prompt")
+        max_tokens(len(ids), sampling.max_tokens, sampling.max_tokens, backend.model, "max_tokens")
         request = GenerationRequest(uuid.uuid4().hex, ids, sampling)
         outputs = [output async for output in backend.generate(request)]
     return _answer(outputs, len(ids), tokenizer)
@@ -85,19 +84,6 @@ def _parse_ids(text: str) -> tuple[int, ...]:
     if min(ids) < 0:
         raise RequestError(f"--prompt-ids must be 0 or more, got {text!r}", param="prompt")
     return ids
-
-
-def _check(ids: tuple[int, ...], sampling: SamplingParams, model: ModelInfo) -> None:
-    """What only the loaded model tells."""
-    if max(ids, default=0) >= model.vocab_size:
-        raise RequestError(f"--prompt-ids must be below {model.vocab_size}, got {max(ids)}", param="prompt")
-    left = model.max_context - len(ids)
-    if sampling.max_tokens > left > 0:
-        raise RequestError(
-            f"{len(ids)} prompt tokens and --max-tokens {sampling.max_tokens} are over the model's context of "
-            f"{model.max_context} tokens; ask for at most {left}",
-            param="max_tokens",
-        )
 
 
 def _tokenizer(folder: Any, *, needed: bool) -> Any:

@@ -44,7 +44,7 @@ class Demand:
             self._buckets = np.pad(self._buckets, ((0, 0), (0, grown)))
         return found
 
-    def count(self, numbers: NDArray[np.int64], delta: Vector, since: float, now: float) -> None:
+    def count(self, numbers: Numbers, delta: Vector, since: float, now: float) -> None:
         """Rows that were served between `since` and `now`, evenly as far as the buckets are concerned."""
         self._rows[numbers] += delta
         self.served_at = now

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,42 @@ from moeray.types import SamplingParams
 
 log = logging.getLogger(__name__)
 
-_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+GENERATION_CONFIG = "generation_config.json"
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def generation_defaults(metadata_dir: Path) -> dict[str, Any]:
-    """What the model's authors advise (generation_config.json), {} where the file is absent; how to sample only as far
-    as it can be done. Raises CheckpointError."""
-    path = metadata_dir / "generation_config.json"
+def generation_config(metadata_dir: Path) -> dict[str, Any]:
+    """The content of generation_config.json, {} where the file is absent. Raises CheckpointError."""
+    path = metadata_dir / GENERATION_CONFIG
     try:
-        defaults = json.loads(path.read_text()) if path.exists() else {}
+        config = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise CheckpointError(f"file {path} is not valid JSON ({error}); mend or remove it") from error
-    if not isinstance(defaults, dict):
+    if not isinstance(config, dict):
         raise CheckpointError(f"file {path} must hold a JSON object; mend or remove it")
-    return {name: value for name, value in defaults.items() if name not in _SAMPLING} | dict(_sampling(defaults, path))
+    return config
 
 
-def _sampling(defaults: Mapping[str, Any], path: Path) -> Iterator[tuple[str, int | float]]:
-    for name in _SAMPLING & defaults.keys():
-        value = defaults[name]
-        if value is None:
+def sampling_defaults(metadata_dir: Path) -> dict[str, int | float]:
+    """How its authors would have it sample, by the names of SamplingParams, as far as that can be done. Raises
+    CheckpointError."""
+    advice = generation_config(metadata_dir)
+    defaults: dict[str, int | float] = {}
+    for name in _SAMPLING:
+        if (value := advice.get(name)) is None:
             continue
-        if name == "top_k" and isinstance(value, float) and value.is_integer():
-            value = int(value)
         try:
-            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
-                raise RequestError(f"{name} must be a number, got {value!r}")
-            given: dict[str, Any] = {name: max(0, value) if name == "top_k" else value}  # below 0 is off, too
-            SamplingParams(**given)
+            defaults[name] = _checked(name, value)
         except RequestError as error:
-            log.warning("file %s is not followed in this: %s", path, error)
-        else:
-            yield name, value
+            log.warning("file %s is not followed in this: %s", metadata_dir / GENERATION_CONFIG, error)
+    return defaults
+
+
+def _checked(name: str, value: Any) -> int | float:
+    if name == "top_k" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
+        raise RequestError(f"{name} must be a number, got {value!r}")
+    given: dict[str, Any] = {name: max(0, value) if name == "top_k" else value}  # below 0 is off, too
+    SamplingParams(**given)
+    return value

@@ -13,7 +13,7 @@ from moeray.errors import ConfigError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.experts import ExpertBank
 from moeray.model.family import ExpertsLayer, Family, load_family
-from moeray.model.generation import generation_defaults
+from moeray.model.generation import generation_config
 from moeray.model.int8 import Int8Cache, int8_bytes
 from moeray.model.slices import WeightMap
 from moeray.settings.experts import Quantization
@@ -83,9 +83,8 @@ def pick_device(asked: str) -> torch.device:
 
 def eos_token_ids(files: ModelFiles) -> tuple[int, ...]:
     """The tokens that end a sequence: generation_config.json's, else config.json's."""
-    eos = generation_defaults(files.checkpoint.source.metadata_dir()).get(
-        "eos_token_id", files.checkpoint.config.eos_token_id
-    )
+    advice = generation_config(files.checkpoint.source.metadata_dir())
+    eos = advice.get("eos_token_id", files.checkpoint.config.eos_token_id)
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -26,8 +26,8 @@ class BackendState:
 class ModelInfo:
     """The served model. `created` is in unix seconds, `max_context` in tokens (prompt and output together).
 
-    `metadata_dir` holds the tokenizer's files and the chat template. `generation_defaults` is the content of
-    generation_config.json; `eos_token_ids` end a sequence unless the request ignores them.
+    `metadata_dir` holds the tokenizer's files and the chat template. `sampling_defaults` is how the model's authors
+    advise to sample, by the names of SamplingParams; `eos_token_ids` end a sequence unless the request ignores them.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ModelInfo:
     vocab_size: int
     metadata_dir: Path
     eos_token_ids: tuple[int, ...] = ()
-    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Backend(Protocol):

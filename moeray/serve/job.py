@@ -11,6 +11,7 @@ from typing import Any
 from moeray.errors import RequestError
 from moeray.logs import REQUEST_ID
 from moeray.serve.backend import ModelInfo
+from moeray.serve.bounds import check_prompt, check_token, max_tokens
 from moeray.serve.prompt import PromptEncoder
 from moeray.serve.schemas import ChatRequest, CompletionRequest, GenerationFields
 from moeray.types import GenerationRequest, SamplingParams
@@ -47,7 +48,7 @@ async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: 
     """Raises RequestError for a prompt or parameter that does not fit the model."""
     prompts = await encoder.encode_prompts(request.prompt)
     for ids in prompts:
-        _check_ids(ids, model, "prompt")
+        check_prompt(ids, model, "prompt")
     sampling = _sampling(request, model, request.logprobs)
     asked, default = ("max_tokens", request.max_tokens), COMPLETION_MAX_TOKENS
     return _job("cmpl", request, model, prompts, sampling, asked, default, created)
@@ -57,7 +58,7 @@ async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncode
     """Raises RequestError for messages or a parameter that does not fit the model."""
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     ids = await encoder.encode_chat(messages, request.chat_template_kwargs or {})
-    _check_ids(ids, model, "messages")
+    check_prompt(ids, model, "messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     asked = "max_completion_tokens", request.max_completion_tokens
     if asked[1] is None:
@@ -76,6 +77,7 @@ def _job(
     default_max_tokens: int,
     created: int,
 ) -> Job:
+    param, wanted = asked
     n = request.n or 1
     if n * len(prompts) > MAX_SEQUENCES:
         raise RequestError(f"{len(prompts)} prompts with n={n} are over the limit of {MAX_SEQUENCES}", param="n")
@@ -84,7 +86,7 @@ def _job(
     choices = []
     for index in range(n * len(prompts)):
         ids = prompts[index // n]
-        limit = _max_tokens(len(ids), asked, default_max_tokens, model)
+        limit = max_tokens(len(ids), wanted, default_max_tokens, model, param)
         params = SamplingParams(**sampling, max_tokens=limit, seed=(seed + index) % 2**63)
         sequence = GenerationRequest(f"{job_id}-{index}", ids, params, origin=REQUEST_ID.get() or "")
         choices.append(Choice(index, index // n, sequence))
@@ -93,41 +95,12 @@ def _job(
     return Job(job_id, model, created, tuple(choices), lengths, tuple(request.stop), *streams, prefix == "cmpl")
 
 
-def _check_ids(ids: tuple[int, ...], model: ModelInfo, param: str) -> None:
-    if not ids:
-        raise RequestError(f"{param} has no tokens; give some text", param=param, code="empty_prompt")
-    if len(ids) >= model.max_context:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens but the model's context is {model.max_context} tokens, of which the "
-            "answer needs at least one; shorten the prompt",
-            param=param,
-            code="context_length_exceeded",
-        )
-    if max(ids) >= model.vocab_size:
-        raise RequestError(f"token id {max(ids)} is not in the vocabulary of {model.vocab_size} tokens", param=param)
-
-
-def _max_tokens(prompt_tokens: int, asked: tuple[str, int | None], default: int, model: ModelInfo) -> int:
-    name, wanted = asked
-    left = model.max_context - prompt_tokens
-    if wanted is None:
-        return min(default, left)
-    if wanted > left:
-        raise RequestError(
-            f"{prompt_tokens} prompt tokens and {name}={wanted} are over the model's context of {model.max_context} "
-            f"tokens; ask for at most {left}",
-            param=name,
-            code="context_length_exceeded",
-        )
-    return wanted
-
-
 def _sampling(request: GenerationFields, model: ModelInfo, logprobs: int | None) -> dict[str, Any]:
     """SamplingParams' fields but `max_tokens` and `seed`: the client's, else the model's, else OpenAI's."""
     params: dict[str, Any] = {"logprobs": logprobs, "ignore_eos": bool(request.ignore_eos)}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         given = getattr(request, name)
-        value = model.generation_defaults.get(name) if given is None else given
+        value = model.sampling_defaults.get(name) if given is None else given
         if value is not None:
             params[name] = value
     for name in ("presence_penalty", "frequency_penalty"):
@@ -137,18 +110,11 @@ def _sampling(request: GenerationFields, model: ModelInfo, logprobs: int | None)
     params["logit_bias"] = _in_vocabulary(request, model)
     params["stop_token_ids"] = tuple(request.stop_token_ids or ())
     for token_id in params["stop_token_ids"]:
-        _check_vocabulary("stop_token_ids", token_id, model)
+        check_token(token_id, model, "stop_token_ids")
     return params
 
 
 def _in_vocabulary(request: GenerationFields, model: ModelInfo) -> tuple[tuple[int, float], ...]:
     for token_id in request.logit_bias:
-        _check_vocabulary("logit_bias", token_id, model)
+        check_token(token_id, model, "logit_bias")
     return tuple(request.logit_bias.items())
-
-
-def _check_vocabulary(name: str, token_id: int, model: ModelInfo) -> None:
-    if token_id >= model.vocab_size:
-        raise RequestError(
-            f"{name}: token id {token_id} is not in the vocabulary of {model.vocab_size} tokens", param=name
-        )

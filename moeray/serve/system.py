@@ -15,7 +15,7 @@ from moeray.actors.client import RouterClient
 from moeray.actors.spec import SystemInfo, model_fingerprint
 from moeray.config import Config
 from moeray.errors import MoerayError
-from moeray.model.generation import generation_defaults
+from moeray.model.generation import sampling_defaults
 from moeray.model.source import resolve
 from moeray.recorder import Reading, Recorder
 from moeray.serve.backend import BackendState, ModelInfo
@@ -175,7 +175,7 @@ class SystemBackend:
             vocab_size=info.vocab_size,
             metadata_dir=folder,
             eos_token_ids=info.eos_token_ids,
-            generation_defaults=generation_defaults(folder),
+            sampling_defaults=sampling_defaults(folder),
         )
 
     # -- serving --------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ LOCAL = ("--local", "--wire-remote", "off")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--prompt-ids", "999999"), "--prompt-ids must be below 320, got 999999"),
+        (("--prompt-ids", "999999"), "token id 999999 is not in the vocabulary of 320 tokens"),
         (("--prompt-ids", "1,2", "--max-tokens", "511"), "over the model's context of 512 tokens; ask for at most 510"),
         (("--prompt-ids", "1", "--engine-max-context", "513"), "513 tokens are more than the model's 512"),
     ],

@@ -107,8 +107,8 @@ def test_defaults_are_openais_unless_the_model_has_its_own(ai, backend):
     ai.completions.create(model=MODEL, prompt="a")
     params = backend.requests[-1].sampling
     assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
-    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 3, "eos_token_id": 0}
-    object.__setattr__(backend.model, "generation_defaults", defaults)
+    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    object.__setattr__(backend.model, "sampling_defaults", defaults)
     ai.completions.create(model=MODEL, prompt="a", extra_body={"top_k": -1})
     params = backend.requests[-1].sampling
     assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.9, 0)
