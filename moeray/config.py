@@ -73,12 +73,12 @@ class Config:
         """What the endpoint and the metrics call the model."""
         return self.serve.model_name or Path(self.model).name
 
-
-def default_cache_dir() -> Path:
-    """`MOERAY_CACHE_DIR`, else `$XDG_CACHE_HOME/moeray`, else `~/.cache/moeray`."""
-    if explicit := os.environ.get("MOERAY_CACHE_DIR"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moeray"
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, else `MOERAY_CACHE_DIR`, else `$XDG_CACHE_HOME/moeray`, else `~/.cache/moeray`."""
+        if explicit := self.cache_dir or os.environ.get("MOERAY_CACHE_DIR"):
+            return Path(explicit)
+        return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moeray"
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -18,7 +19,9 @@ _T = TypeVar("_T")
 def build(cls: type[_T], tree: Any, where: str = "") -> _T:
     """`cls` from nested plain data. `where` is the key it stands under, with a dot behind. Raises ConfigError."""
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"config key {where or 'top level'}: expected a mapping, got {type(tree).__name__}")
+        raise ConfigError(
+            f"config key {where.removesuffix('.') or 'top level'}: expected a mapping, got {type(tree).__name__}"
+        )
     hints = get_type_hints(cls)
     for key in tree:
         if key not in hints:
@@ -36,7 +39,7 @@ def require(ok: bool, key: str, mend: str) -> None:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value, f"{key}.")
+        return build(hint, {} if value is None else value, f"{key}.")  # all that stood under the key is commented out
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"config key {key}: must be one of {', '.join(map(str, args))}, got {value!r}")
@@ -60,9 +63,14 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, str) and hint in (int, float, bool):
         with suppress(yaml.YAMLError):  # `serve run app:build key=value` passes every value as a string
             value = yaml.safe_load(value)
+    if isinstance(value, str) and hint is float:
+        with suppress(ValueError):  # YAML takes 5e-1, without a dot, for a string
+            value = float(value)
     accepted = (int, float) if hint is float else (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"config key {key}: expected {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"config key {key}: must be a finite number, got {value!r}")
     return float(value) if hint is float else value
 
 

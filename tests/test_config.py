@@ -17,7 +17,7 @@ def test_defaults_survive_a_round_trip():
         ({"engine": {"block_size": "many"}}, ["engine.block_size", "int"]),
         ({"engine": {"block_size": 0}}, ["engine.block_size", "at least 1"]),
         ({"engine": {"block_size": True}}, ["engine.block_size", "int"]),
-        ({"engine": []}, ["engine", "mapping"]),
+        ({"engine": []}, ["config key engine: ", "mapping"]),
         ({"experts": {"device": "tpu"}}, ["experts.device", "cuda"]),
         ({"experts": {"replicas": 3, "actors": 2}}, ["experts.replicas", "2 actors"]),
         ({"experts": {"groups": [{"name": "a", "thread": 1}]}}, ["experts.groups[0].thread", "threads"]),
@@ -29,6 +29,18 @@ def test_defaults_survive_a_round_trip():
         ({"engine": {"block_size": "["}}, ["engine.block_size", "int"]),
         ({"engine": {"block_size": "a: b: c"}}, ["engine.block_size", "int"]),
         ({"serve": {"replicas": 0}}, ["serve.replicas", "at least 1"]),
+        ({"serve": {"request_timeout_s": 0}}, ["serve.request_timeout_s", "above 0"]),
+        ({"control": {"slo_queue_wait_s": -1}}, ["control.slo_queue_wait_s", "above 0"]),
+        ({"control": {"migration_cost": -0.1}}, ["control.migration_cost", "0 or more"]),
+        ({"control": {"report_s": float("inf")}}, ["control.report_s", "finite"]),
+        ({"control": {"max_skew": ".nan"}}, ["control.max_skew", "finite"]),
+        ({"control": {"resources": {"spot": -1}}}, ["control.resources.spot", "0 or more"]),
+        ({"router": {"num_cpus": -1}}, ["router.num_cpus", "0 or more"]),
+        ({"router": {"resources": {"spot": -1}}}, ["router.resources.spot", "0 or more"]),
+        ({"engine": {"kv_cache_bytes": -1}}, ["engine.kv_cache_bytes", "above 0"]),
+        ({"wire": {"max_payload_bytes": 10}}, ["wire.max_payload_bytes", "64 KiB"]),
+        ({"experts": {"actors": 3, "groups": [{"name": "a"}]}}, ["experts.actors", "experts.groups"]),
+        ({"experts": {"groups": [{"resources": {"spot": -1}}]}}, ["experts.groups.resources.spot", "0 or more"]),
         ({"serve": {"api_key": ""}}, ["serve.api_key", "MOERAY_API_KEY"]),
         ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
         ({"serve": {"port": 70000}}, ["serve.port"]),
@@ -42,6 +54,15 @@ def test_a_wrong_key_or_value_is_named(tree, words):
         config_from(tree)
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+def test_a_section_with_nothing_under_it_is_that_of_the_defaults():
+    assert config_from({"experts": None, "engine": None}) == Config()
+
+
+def test_numbers_are_read_as_people_write_them():
+    config = config_from({"control": {"slo_ttft_s": "5e-1", "slo_tpot_s": "0.15"}, "engine": {"block_size": "32"}})
+    assert (config.control.slo_ttft_s, config.control.slo_tpot_s, config.engine.block_size) == (0.5, 0.15, 32)
 
 
 def test_overrides_lie_over_the_file(tmp_path):

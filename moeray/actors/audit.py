@@ -10,7 +10,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moeray.config import Config, default_cache_dir
+from moeray.config import Config
+from moeray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +19,23 @@ KEPT = 100
 
 
 class Audit:
-    """Owned by the controller's loop. `recent` holds the newest entries, for people who ask."""
+    """Owned by the controller's loop. `recent` holds the newest entries, for people who ask.
+
+    Raises ConfigError where there can be no folder for the file.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.recent: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        if path is not None:
+        if path is None:
+            return
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"no audit log can be kept in {path.parent} ({error.strerror}); set MOERAY_CACHE_DIR to a folder that "
+                "this user may write, or control.audit_log"
+            ) from error
 
     def write(self, event: str, **fields: Any) -> None:
         """Append `{"at": unix seconds, "event": event, ...fields}`; a disk that refuses is reported, not fatal."""
@@ -52,5 +63,4 @@ def audit_path(config: Config) -> Path:
     """Where the audit log goes: `control.audit_log`, else a file named after the system in the cache folder."""
     if config.control.audit_log:
         return Path(config.control.audit_log)
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    return cache / "audit" / f"{config.serve.name}.jsonl"
+    return config.cache_folder / "audit" / f"{config.serve.name}.jsonl"

@@ -27,11 +27,17 @@ def machine_dir() -> Path:
 def runtime_dir(node_id: str, system: str) -> Path:
     """The private folder (0700) for one node's sockets. Nodes that share a machine get different ones.
 
-    Raises ConfigError where others may write it.
+    Raises ConfigError where there can be none, and where others may write it.
     """
     folder = _folder(node_id, system)
     for path in (machine_dir(), folder):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"no folder {path} for sockets can be made ({error.strerror}); set MOERAY_RUNTIME_DIR to a short "
+                "path of a folder that this user may write"
+            ) from error
         status = path.stat()
         if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
             raise ConfigError(

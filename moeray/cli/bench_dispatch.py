@@ -7,16 +7,18 @@ from typing import Any
 
 import click
 
+from moeray.cli.options import COUNT
+
 
 @click.command("dispatch")
 @click.option("--tokens", default="1,32,512", show_default=True, help="Tokens of a step, with commas between.")
-@click.option("--hidden", type=int, default=1024, show_default=True)
-@click.option("--intermediate", type=int, default=512, show_default=True)
-@click.option("--experts", type=int, default=32, show_default=True)
-@click.option("--top-k", type=int, default=8, show_default=True)
-@click.option("--layers", type=int, default=2, show_default=True)
-@click.option("--actors", type=int, default=2, show_default=True)
-@click.option("--repeat", type=int, default=30, show_default=True, help="Layers timed per figure; the median is shown.")
+@click.option("--hidden", type=COUNT, default=1024, show_default=True)
+@click.option("--intermediate", type=COUNT, default=512, show_default=True)
+@click.option("--experts", type=COUNT, default=32, show_default=True)
+@click.option("--top-k", type=COUNT, default=8, show_default=True)
+@click.option("--layers", type=COUNT, default=2, show_default=True)
+@click.option("--actors", type=COUNT, default=2, show_default=True)
+@click.option("--repeat", type=COUNT, default=30, show_default=True, help="Layers per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(tokens: str, output: str, **shape: int) -> None:
     """Microseconds per layer: the same experts in process, over the unix channel, over TCP and over gRPC.

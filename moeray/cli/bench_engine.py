@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import COUNT, config_of, config_options
 from moeray.cli.progress import progress
 
 _DEFAULTS = {
@@ -23,11 +23,17 @@ _DEFAULTS = {
 
 @click.command("engine")
 @click.argument("model")
-@click.option("--actors", type=int, default=2, show_default=True, help="Expert processes; 0: experts in the engine's.")
+@click.option(
+    "--actors",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Expert processes; 0: within the engine's.",
+)
 @click.option("--batch", "batches", default="1,8,32", show_default=True, help="Sequences at once, commas between.")
-@click.option("--prompt-tokens", type=int, default=256, show_default=True)
-@click.option("--output-tokens", type=int, default=64, show_default=True)
-@click.option("--rounds", type=int, default=3, show_default=True, help="Runs of each; medians are shown.")
+@click.option("--prompt-tokens", type=COUNT, default=256, show_default=True)
+@click.option("--output-tokens", type=COUNT, default=64, show_default=True)
+@click.option("--rounds", type=COUNT, default=3, show_default=True, help="Runs of each; medians are shown.")
 @click.option("--in-process", is_flag=True, help="Run the same engine with its experts in process too, in alternation.")
 @click.option("--overlap", is_flag=True, help="Run it with both halves of a batch at the same time, in alternation.")
 @click.option("--tcp", is_flag=True, help="Run it over TCP too, as between nodes, in alternation.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import SECONDS, config_of, config_options
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _DEFAULTS = {
 @click.argument("model", required=False)
 @click.option("--streams", type=click.IntRange(1), default=16, show_default=True, help="Requests in flight.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Times up and down again.")
-@click.option("--window", "window_s", type=float, default=5.0, show_default=True, help="Seconds before and after.")
+@click.option("--window", "window_s", type=SECONDS, default=5.0, show_default=True, help="Seconds before and after.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a request.")
 @click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)

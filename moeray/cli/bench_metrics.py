@@ -6,12 +6,16 @@ import json
 
 import click
 
+from moeray.cli.options import COUNT, POSITIVE
+
 
 @click.command("metrics")
-@click.option("--layers", type=int, default=24, show_default=True, help="MoE layers.")
-@click.option("--actors", type=int, default=2, show_default=True, help="Expert actors that each layer asks.")
-@click.option("--streams", type=int, default=1, show_default=True, help="Sequences that decode together.")
-@click.option("--active-gb", type=float, default=0.8, show_default=True, help="Weights that a step reads, 10^9 bytes.")
+@click.option("--layers", type=COUNT, default=24, show_default=True, help="MoE layers.")
+@click.option("--actors", type=COUNT, default=2, show_default=True, help="Expert actors that each layer asks.")
+@click.option("--streams", type=COUNT, default=1, show_default=True, help="Sequences that decode together.")
+@click.option(
+    "--active-gb", type=POSITIVE, default=0.8, show_default=True, help="10^9 bytes of weights that a step reads."
+)
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(layers: int, actors: int, streams: int, active_gb: float, output: str) -> None:
     """All that a step records, against the least time that it can take: reading its weights once from memory."""

@@ -7,15 +7,23 @@ from typing import Any
 
 import click
 
+from moeray.cli.options import COUNT, POSITIVE
+
 
 @click.command("plan")
-@click.option("--layers", type=int, default=61, show_default=True)
-@click.option("--experts", type=int, default=256, show_default=True, help="Experts of a layer.")
-@click.option("--actors", type=int, default=1000, show_default=True)
-@click.option("--spares", type=float, default=0.05, show_default=True, help="Replicas of hot experts, a part of all.")
-@click.option("--fast", type=float, default=1.0, show_default=True, help="How fast every second actor is.")
+@click.option("--layers", type=COUNT, default=61, show_default=True)
+@click.option("--experts", type=COUNT, default=256, show_default=True, help="Experts of a layer.")
+@click.option("--actors", type=COUNT, default=1000, show_default=True)
+@click.option(
+    "--spares",
+    type=click.FloatRange(0),
+    default=0.05,
+    show_default=True,
+    help="Hot experts' replicas, part of all.",
+)
+@click.option("--fast", type=POSITIVE, default=1.0, show_default=True, help="How fast every second actor is.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--repeat", type=int, default=5, show_default=True, help="Runs per figure; the median is shown.")
+@click.option("--repeat", type=COUNT, default=5, show_default=True, help="Runs per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(repeat: int, output: str, **sizes: Any) -> None:
     """Milliseconds to choose replicas, place all experts and plan the change, for several changes of the load."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from moeray.cli.options import COUNT
 from moeray.cli.progress import progress
 
 
@@ -16,10 +17,10 @@ from moeray.cli.progress import progress
 @click.argument("url")
 @click.option("--concurrency", default="1,8,32", show_default=True, help="Requests in flight, commas between.")
 @click.option("--rate", "rates", help="Instead: random arrivals per second, commas between.")
-@click.option("--requests", "count", type=int, default=64, show_default=True, help="Requests of each level.")
-@click.option("--prompt-tokens", type=int, default=256, show_default=True)
-@click.option("--output-tokens", type=int, default=64, show_default=True)
-@click.option("--vocab", type=int, default=1000, show_default=True, help="Prompts are token ids below this.")
+@click.option("--requests", "count", type=COUNT, default=64, show_default=True, help="Requests of each level.")
+@click.option("--prompt-tokens", type=COUNT, default=256, show_default=True)
+@click.option("--output-tokens", type=COUNT, default=64, show_default=True)
+@click.option("--vocab", type=COUNT, default=1000, show_default=True, help="Prompts are token ids below this.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--model", help="[default: the first that the endpoint lists]")
 @click.option("--api-key", envvar="MOERAY_API_KEY", help="[default: MOERAY_API_KEY]")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import COUNT, PART, POSITIVE, SECONDS, config_of, config_options
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ _DEFAULTS = {
 
 @click.command("skew")
 @click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
-@click.option("--hot", type=float, default=0.4, show_default=True, help="Part of the tokens that go to one expert.")
-@click.option("--streams", type=int, default=8, show_default=True, help="Requests in flight at any time.")
-@click.option("--prompt-tokens", type=int, default=192, show_default=True)
-@click.option("--even-seconds", type=float, default=20.0, show_default=True, help="Even load first.")
-@click.option("--quiet-minutes", type=float, default=5.0, show_default=True, help="How long the load stays skewed.")
-@click.option("--shrink-seconds", type=float, default=180.0, show_default=True, help="Longest wait for the shrink.")
+@click.option("--hot", type=PART, default=0.4, show_default=True, help="Part of the tokens that go to one expert.")
+@click.option("--streams", type=COUNT, default=8, show_default=True, help="Requests in flight at any time.")
+@click.option("--prompt-tokens", type=COUNT, default=192, show_default=True)
+@click.option("--even-seconds", type=SECONDS, default=20.0, show_default=True, help="Even load first.")
+@click.option("--quiet-minutes", type=POSITIVE, default=5.0, show_default=True, help="How long the load stays skewed.")
+@click.option("--shrink-seconds", type=SECONDS, default=180.0, show_default=True, help="Longest wait for the shrink.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options

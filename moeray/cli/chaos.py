@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import COUNT, SECONDS, config_of, config_options
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -32,23 +32,19 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-def _seconds(text: str) -> float:
-    return float(text.removesuffix("s"))
-
-
 @click.command("chaos")
 @click.argument("model", required=False)
 @click.option("--kill", type=click.Choice(["experts", "routers", "controller", "any", "none"]), default="experts")
-@click.option("--every", default="5s", show_default=True, help="Seconds between kills.")
-@click.option("--for", "duration", default="60s", show_default=True, help="Seconds of load and kills.")
-@click.option("--streams", type=int, default=16, show_default=True, help="Requests in flight at any time.")
-@click.option("--max-tokens", type=int, default=64, show_default=True, help="Tokens of a request.")
+@click.option("--every", type=SECONDS, default="5s", show_default=True, help="Seconds between kills.")
+@click.option("--for", "duration", type=SECONDS, default="60s", show_default=True, help="Seconds of load and kills.")
+@click.option("--streams", type=COUNT, default=16, show_default=True, help="Requests in flight at any time.")
+@click.option("--max-tokens", type=COUNT, default=64, show_default=True, help="Tokens of a request.")
 @click.option("--signal", "how", type=click.Choice(sorted(SIGNALS)), default="kill", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options
 def command(
-    model: str | None, every: str, duration: str, how: str, output: str, config_file: str | None, **flags: Any
+    model: str | None, every: float, duration: float, how: str, output: str, config_file: str | None, **flags: Any
 ) -> None:
     """Serve MODEL, kill its actors again and again under load, and compare every token with an undisturbed run.
 
@@ -60,7 +56,7 @@ def command(
     from moeray.bench.checkpoint import write_small_moe
 
     chosen = {key: flags.pop(key) for key in ("kill", "streams", "max_tokens", "seed")}
-    plan = ChaosPlan(**chosen, every_s=_seconds(every), for_s=_seconds(duration))
+    plan = ChaosPlan(**chosen, every_s=every, for_s=duration)
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
         config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
+from moeray.cli.options import POSITIVE, SECONDS
+
 
 @click.command("dashboards")
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--datasource", default="", help="The uid of the Prometheus that they show at first.")
 @click.option("--draw", metavar="URL", help="Draw them as PNGs (with moeray[plot]), from the Prometheus at URL.")
-@click.option("--minutes", type=float, default=60.0, show_default=True, help="The span that is drawn, up to now.")
-@click.option("--scrape", type=float, default=15.0, show_default=True, help="Prometheus' scrape interval, in seconds.")
+@click.option("--minutes", type=POSITIVE, default=60.0, show_default=True, help="The span that is drawn, up to now.")
+@click.option("--scrape", type=SECONDS, default=15.0, show_default=True, help="Prometheus' scrape interval.")
 def command(out: Path, datasource: str, draw: str | None, minutes: float, scrape: float) -> None:
     """Write the Grafana dashboards to OUT, to be imported or provisioned."""
     from moeray.dashboards.catalog import write_dashboards

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import COUNT, config_of, config_options
 from moeray.cli.progress import progress
 
 QUESTION = "What is the capital of France?"
@@ -17,16 +17,15 @@ QUESTION = "What is the capital of France?"
 
 @click.command("demo")
 @click.option("--question", default=QUESTION, show_default=True)
-@click.option("--max-tokens", type=int, default=64, show_default=True)
+@click.option("--max-tokens", type=COUNT, default=64, show_default=True)
 @click.option("--exit", "leave", is_flag=True, help="Stop after the answer instead of serving on.")
 @config_options
 def command(question: str, max_tokens: int, leave: bool, config_file: str | None, **flags: Any) -> None:
     """Download a small model, make it a Mixture of Experts, serve it on this machine and ask it QUESTION."""
     from moeray.cli.endpoint import running_endpoint, wait_for_interrupt
-    from moeray.config import default_cache_dir
 
     config = config_of("", config_file, flags, serve__model_name="smollm2-moe", engine__max_context=2048)
-    model = prepare(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
+    model = prepare(config.cache_folder)
     config = replace(config, model=str(model))
     click.echo("starting Ray, two expert groups, a router and the endpoint ...", err=True)
     with running_endpoint(config) as url:

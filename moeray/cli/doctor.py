@@ -9,13 +9,12 @@ import platform
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moeray.cli.ray_address import astray, unreachable
-from moeray.config import Config, default_cache_dir, load_config
+from moeray.config import Config, load_config
 from moeray.errors import ConfigError, MoerayError
 
 if TYPE_CHECKING:
@@ -86,12 +85,13 @@ def _examine_here(config: Config) -> Iterator[Finding]:
 
 
 def _files(config: Config) -> Iterator[Finding]:
-    from moeray.cli.checks import files, secrets
+    from moeray.cli.checks import files, named, secrets
 
     yield files.runtime_folder()
-    yield files.cache_folder(Path(config.cache_dir) if config.cache_dir else default_cache_dir())
+    yield files.cache_folder(config.cache_folder)
     yield secrets.token(config.wire.token)
     yield secrets.api_key(config.serve.api_key, config.serve.host)
+    yield from named.examine(config)
     yield files.model(config.model, config.revision)
 
 

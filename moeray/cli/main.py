@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from typing import ClassVar
@@ -10,6 +11,8 @@ import click
 
 from moeray import __version__
 from moeray.errors import MoerayError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Commands(click.Group):
@@ -63,6 +66,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except MoerayError as error:
         click.echo(f"moeray: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK_FULL:
+            raise  # not of a file that somebody has named
+        where = f"{error.filename}: " if error.filename is not None else ""
+        click.echo(f"moeray: {where}{error.strerror}; check the path, its rights and the space there", err=True)
         sys.exit(1)
 
 

@@ -12,6 +12,24 @@ from moeray.config import ENVIRONMENT, SECRETS, Config, load_config
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+COUNT = click.IntRange(1)
+PART = click.FloatRange(0, 1)
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+class _Seconds(click.FloatRange):
+    """A span of time above 0: `5`, or `5s`."""
+
+    name = "number of seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            value = value.removesuffix("s")
+        return super().convert(value, param, ctx)
+
+
+SECONDS = _Seconds(0, min_open=True)
+
 _SHORT = {"serve.api_key": "--api-key", "serve.port": "--port", "serve.host": "--host"}
 
 

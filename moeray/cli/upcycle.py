@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
+from moeray.cli.options import COUNT
 from moeray.cli.progress import progress
 
 
 @click.command("upcycle")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--experts", type=int, default=8, show_default=True)
-@click.option("--top-k", type=int, default=2, show_default=True)
+@click.option("--experts", type=COUNT, default=8, show_default=True)
+@click.option("--top-k", type=COUNT, default=2, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="bfloat16", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seeds the random gate.")
 def command(source: Path, out: Path, experts: int, top_k: int, dtype: str, seed: int) -> None:

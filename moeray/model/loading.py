@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from moeray.config import Config, DType, default_cache_dir
+from moeray.config import Config, DType
 from moeray.errors import ConfigError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.experts import ExpertBank
@@ -67,7 +66,7 @@ def open_bank(files: ModelFiles, config: Config, device: torch.device) -> Expert
     """An empty bank for experts as the config wants them. Raises ConfigError where `experts.kernel` cannot be had."""
     int8 = None
     if config.experts.quantization == "int8":
-        int8 = Int8Cache.of(files.checkpoint, Path(config.cache_dir) if config.cache_dir else default_cache_dir())
+        int8 = Int8Cache.of(files.checkpoint, config.cache_folder)
     dtype = files.dtype(config.dtype)
     return ExpertBank(files.family, files.weights, dtype, device, config.experts.kernel, int8)
 

@@ -22,7 +22,7 @@ from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading, Recorder
 from moeray.serve.errors import ControllerLostError
 from moeray.serve.openai import create_app
-from moeray.serve.prompt import import_tokenizers
+from moeray.serve.prompt import import_tokenizers, read_template
 from moeray.serve.system import SystemBackend
 
 log = logging.getLogger(__name__)
@@ -193,11 +193,14 @@ class Ingress:
 
 
 def changed(base: Config, changes: Mapping[str, Any]) -> Config:
-    """The config of a replica. Raises ConfigError, also for what is read when the application is built."""
+    """The config of a replica. Raises ConfigError, also for what is read when the application is built, and for a chat
+    template that is none."""
     config = overlay(base, changes)
     for key in ("replicas", "host", "port"):
         if getattr(config.serve, key) != getattr(base.serve, key):
             raise ConfigError(f"serve.{key} is read when the application is built; move it from user_config to args")
+    if config.chat_template is not None:
+        read_template(config.chat_template)
     return config
 
 

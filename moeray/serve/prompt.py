@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from moeray.errors import CheckpointError, ConfigError, RequestError
 from moeray.serve.backend import ModelInfo
@@ -127,8 +127,21 @@ def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
 
 def read_template(source: str) -> str:
     """A chat template given as a file's path or as the text itself. Raises ConfigError."""
-    if "{{" in source or "{%" in source:
-        return source
+    text = source if "{{" in source or "{%" in source else _read_text(source)
+    with _IMPORTING:
+        from transformers.utils.chat_template_utils import render_jinja_template
+    try:
+        render_jinja_template([[]], chat_template=text)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"config key chat_template: {source[:80]!r} is no Jinja template: {error.message} (line {error.lineno})"
+        ) from error
+    except _TEMPLATE_FAULTS:
+        return text  # it wants messages
+    return text
+
+
+def _read_text(source: str) -> str:
     try:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

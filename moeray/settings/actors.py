@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 from moeray.tree import require
@@ -22,6 +23,12 @@ class Kind(Protocol):
 def span(actors: int, low: int | None, high: int | None) -> tuple[int, int]:
     """(fewest, most) actors, where None stands for the number at the start."""
     return actors if low is None else low, actors if high is None else high
+
+
+def check_not_negative(amounts: Mapping[str, float | None], key: str) -> None:
+    """Raises ConfigError for an amount below 0; None is one that is chosen later."""
+    for name, amount in amounts.items():
+        require(amount is None or amount >= 0, f"{key}.{name}", f"must be 0 or more, got {amount}")
 
 
 def check_span(kind: Kind, key: str) -> None:

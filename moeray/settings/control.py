@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from cronsim import CronSim, CronSimError
 
 from moeray.errors import ConfigError
+from moeray.settings.actors import check_not_negative
 from moeray.tree import require
 
 _SECONDS = (
     "report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s",
-    "reserve_s",
+    "reserve_s", "slo_queue_wait_s",
 )  # fmt: skip
 
 
@@ -119,5 +120,7 @@ class ControlConfig:
         require(self.max_growth > 1, "control.max_growth", f"must be above 1, got {self.max_growth}")
         require(self.replica_budget >= 0, "control.replica_budget", "must be 0 or more")
         require(self.max_skew > 1, "control.max_skew", f"must be above 1, got {self.max_skew}")
+        require(self.migration_cost >= 0, "control.migration_cost", "must be 0 or more")
         require(self.warm_pool >= 0, "control.warm_pool", "must be 0 or more")
         require(self.target_running >= 1, "control.target_running", "must be at least 1")
+        check_not_negative(self.resources, "control.resources")

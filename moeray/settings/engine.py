@@ -59,6 +59,7 @@ class EngineConfig:
         require(self.max_context >= 0, "engine.max_context", "must be 0 (the model's own) or more")
         require(self.kv_blocks >= 0, "engine.kv_blocks", "must be 0 (chosen from free memory) or more")
         require(0 < self.kv_cache_fraction <= 0.9, "engine.kv_cache_fraction", "must be above 0 and at most 0.9")
+        require(self.kv_cache_bytes >= 1, "engine.kv_cache_bytes", "must be above 0")
         require(
             self.max_running <= self.max_batch_tokens,
             "engine.max_running",

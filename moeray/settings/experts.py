@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from moeray.settings.actors import Device, check_span, span
+from moeray.settings.actors import Device, check_not_negative, check_span, span
 from moeray.settings.router import ROUTER
 from moeray.tree import require
 
@@ -47,12 +47,11 @@ class ExpertGroupConfig:
     def __post_init__(self) -> None:
         require(self.actors >= 1, "experts.groups.actors", f"must be at least 1, got {self.actors}")
         check_span(self, "experts.groups")
-        require(self.price_per_hour >= 0, "experts.groups.price_per_hour", "must be 0 or more")
         require(self.threads >= 1, "experts.groups.threads", f"must be at least 1, got {self.threads}")
         require(self.share > 0, "experts.groups.share", f"must be above 0, got {self.share}")
-        for key in ("num_cpus", "num_gpus", "memory_gib"):
-            value = getattr(self, key)
-            require(value is None or value >= 0, f"experts.groups.{key}", f"must be 0 or more, got {value}")
+        amounts = {key: getattr(self, key) for key in ("num_cpus", "num_gpus", "memory_gib", "price_per_hour")}
+        check_not_negative(amounts, "experts.groups")
+        check_not_negative(self.resources, "experts.groups.resources")
 
     @property
     def actors_span(self) -> tuple[int, int]:
@@ -97,6 +96,10 @@ class ExpertsConfig:
             "experts.replicas",
             f"asks for {self.replicas} replicas of each expert but there are {actors} actors; lower it or add actors",
         )
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for name in sorted(given & {f.name for f in fields(ExpertGroupConfig)}):
+            mend = "describes the one group where none is listed; give it to those of experts.groups"
+            require(not self.groups, f"experts.{name}", mend)
         names = [g.name for g in self.groups]
         require(len(set(names)) == len(names), "experts.groups.name", f"names must differ, got {names}")
         for name in names:

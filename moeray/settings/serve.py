@@ -34,4 +34,5 @@ class ServeConfig:
             "serve.api_key",
             "must not be empty: set MOERAY_API_KEY to a key, or unset it to leave the endpoint open",
         )
+        require(self.request_timeout_s > 0, "serve.request_timeout_s", "must be above 0 seconds")
         require(self.max_body_bytes >= 1024, "serve.max_body_bytes", "must be at least 1024")

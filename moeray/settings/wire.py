@@ -40,8 +40,9 @@ class WireConfig:
         for key in ("deadline_s", "send_timeout_s", "handshake_timeout_s"):
             require(getattr(self, key) > 0, f"wire.{key}", "must be above 0 seconds")
         require(self.max_channels >= 1, "wire.max_channels", f"must be at least 1, got {self.max_channels}")
-        require(0 < self.max_payload_bytes < 1 << 32, "wire.max_payload_bytes", "must be above 0 and below 4 GiB")
-        require(0 < self.max_header_bytes < 1 << 32, "wire.max_header_bytes", "must be above 0 and below 4 GiB")
+        for key in ("max_header_bytes", "max_payload_bytes"):
+            require(1 << 16 <= getattr(self, key) < 1 << 32, f"wire.{key}", "must be at least 64 KiB and below 4 GiB")
+        require(self.shared_memory_bytes >= 0, "wire.shared_memory_bytes", "must be 0 (no shared memory) or more")
         plain = self.remote in ("tcp", "both")
         require(
             not (plain and self.tls_cert), "wire.remote", f"is {self.remote}, which is not encrypted; use grpc or auto"

@@ -10,8 +10,9 @@ import grpc
 from moeray.errors import ChannelClosedError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, read_pem, stop_quietly
+from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, stop_quietly
 from moeray.wire.socket_channel import SocketChannel
+from moeray.wire.tls import read_credentials
 
 
 def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
@@ -43,10 +44,7 @@ def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
 
 
 def _connection(target: str, wire: WireConfig) -> Any:
-    if wire.tls_cert is None:
+    if (tls := read_credentials(wire)) is None:
         return grpc.insecure_channel(target, options(wire, server=False))
-    cert, key = read_pem(wire.tls_cert, "tls_cert"), read_pem(wire.tls_key, "tls_key")
-    authority = read_pem(wire.tls_ca, "tls_ca")
-    # Without an authority of its own a cluster shares one certificate, which vouches for itself.
-    credentials = grpc.ssl_channel_credentials(authority or cert, key, cert)
+    credentials = grpc.ssl_channel_credentials(tls.authority or tls.cert, tls.key, tls.cert)
     return grpc.secure_channel(target, credentials, options(wire, server=False))

@@ -14,9 +14,10 @@ import grpc
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.connection import Carrier
-from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, read_pem, stop_quietly
+from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, stop_quietly
 from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
 from moeray.wire.own_address import bracketed, reachable
+from moeray.wire.tls import read_credentials
 
 Accept = Callable[[socket.socket, Carrier], None]
 """Greet whoever is behind the socket, and serve it, in another thread; or close the socket."""
@@ -52,12 +53,9 @@ class GrpcServer:
         return f"{host}:{port}"
 
     def _bind(self, target: str) -> int:
-        wire = self._wire
-        if wire.tls_cert is None:
+        if (tls := read_credentials(self._wire)) is None:
             return int(self._server.add_insecure_port(target))
-        pair = (read_pem(wire.tls_key, "tls_key"), read_pem(wire.tls_cert, "tls_cert"))
-        authority = read_pem(wire.tls_ca, "tls_ca")
-        credentials = grpc.ssl_server_credentials([pair], authority, authority is not None)
+        credentials = grpc.ssl_server_credentials([(tls.key, tls.cert)], tls.authority, tls.authority is not None)
         return int(self._server.add_secure_port(target, credentials))
 
     def _stream(self, chunks: Iterator[bytes], context: Any) -> Iterator[bytes]:

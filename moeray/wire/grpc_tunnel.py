@@ -12,12 +12,10 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import grpc
 
-from moeray.errors import ConfigError
 from moeray.settings.wire import WireConfig
 
 SERVICE = "moeray.Wire"
@@ -116,16 +114,6 @@ def options(wire: WireConfig, *, server: bool) -> list[tuple[str, Any]]:
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ]
     return [*chosen, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
-
-
-def read_pem(path: str | None, key: str) -> bytes | None:
-    """The bytes of a TLS file. Raises ConfigError with the config key."""
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"config key wire.{key}: cannot read {path} ({error.strerror}); check the path") from error
 
 
 def stop_quietly(cancel: Callable[[], Any]) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from moeray.cli.checks import cluster, files, gather, machine, nodes, secrets, software
+from moeray.cli.checks import cluster, files, gather, machine, named, nodes, secrets, software
 from moeray.cli.checks.finding import Finding
 from moeray.cli.checks.gather import surveying
 from moeray.config import Config
 from moeray.settings.engine import EngineConfig
+from moeray.settings.wire import WireConfig
 from moeray.threads import cpu_quota
 from tests.checkpoints import make_tiny
 
@@ -238,6 +239,23 @@ def test_the_model(tmp_path):
     next(tiny.glob("*.safetensors")).unlink()
     check(files.model(str(tiny), None), "fail")
     check(files.model(str(tmp_path / "none"), None), "fail", "hub id")
+
+
+def test_what_the_config_names(tmp_path):
+    check(named.policies(("idle", "hot_experts")), "ok", "idle, hot_experts")
+    check(named.policies(()), "ok", "nothing scales by itself")
+    check(named.policies(("idel",)), "fail", "nearest is 'idle'")
+    check(named.policies(("no_such_package:policy",)), "fail", "is its package installed here?")
+    check(named.template("{{ messages }}"), "ok")
+    check(named.template(str(tmp_path / "none.jinja")), "fail", "none.jinja")
+    check(named.template("{% broken"), "fail", "no Jinja template")
+    (tmp_path / "cert.pem").write_text("no certificate")
+    wire = WireConfig(tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    check(named.tls(wire), "fail", "tls_key")
+    (tmp_path / "key.pem").touch()
+    check(named.tls(wire), "fail", "name files that go together")
+    config = Config(wire=wire, chat_template="{{ messages }}")
+    assert [finding.name for finding in named.examine(config)] == ["policies", "TLS", "chat template"]
 
 
 def test_a_survey_that_hears_nothing(monkeypatch):

@@ -34,7 +34,7 @@ def test_a_model_without_a_chat_template_names_the_mend(tmp_path):
     assert from_file[0] == 2
 
 
-@pytest.mark.parametrize("template", ["{{ nothing.at.all }}", "{{ messages + 1 }}", "{% broken", "{{ 1 // 0 }}"])
+@pytest.mark.parametrize("template", ["{{ nothing.at.all }}", "{{ messages + 1 }}", "{{ 1 // 0 }}"])
 def test_a_broken_template_is_answered(metadata_dir, template):
     encoder = load_encoder(model_info(metadata_dir), template)
     with pytest.raises(RequestError, match="chat template"):
@@ -46,6 +46,27 @@ def test_missing_files_are_named(tmp_path):
         load_encoder(model_info(tmp_path), None)
     with pytest.raises(ConfigError, match="chat_template"):
         read_template(str(tmp_path / "missing.jinja"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% if messages %}{{ messages[0].content }}{% endif %}",
+        "{{ raise_exception('no messages') }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}",
+    ],
+)
+def test_a_template_is_read_whatever_it_makes_of_no_messages(tmp_path, text):
+    (tmp_path / "chat.jinja").write_text(text)
+    assert read_template(text) == read_template(str(tmp_path / "chat.jinja")) == text
+
+
+@pytest.mark.parametrize("text", ["{% broken", "{% if messages %}", "{{ messages | no_such_filter }}"])
+def test_a_text_that_is_no_template_is_refused(tmp_path, text):
+    (tmp_path / "chat.jinja").write_text(text)
+    for source in (text, str(tmp_path / "chat.jinja")):
+        with pytest.raises(ConfigError, match=r"chat_template: .* is no Jinja template: .* \(line 1\)"):
+            read_template(source)
 
 
 def test_a_request_may_need_the_tokenizer_while_it_is_imported(metadata_dir):

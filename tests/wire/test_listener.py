@@ -239,3 +239,12 @@ def test_tls(folder, tls, mutual):
 def test_a_missing_tls_file_is_named(folder, tls):
     with pytest.raises(ConfigError, match="tls_key"):
         listener(folder, replace(tls, tls_key=str(folder / "no.pem"))).start()
+
+
+def test_tls_files_that_are_none_are_named(folder, tls):
+    (folder / "text.pem").write_text("no certificate")
+    text = str(folder / "text.pem")
+    with pytest.raises(ConfigError, match=r"tls_cert: .*text\.pem and .*key\.pem are no certificate and its key"):
+        listener(folder, replace(tls, tls_cert=text)).start()
+    with pytest.raises(ConfigError, match=r"tls_ca: .*text\.pem holds no certificate"):
+        listener(folder, replace(tls, tls_ca=text)).start()

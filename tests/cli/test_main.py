@@ -1,0 +1,60 @@
+"""What a command says where it fails: one line, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from moeray.cli.main import main
+
+
+def run(monkeypatch, capfd, *args):
+    """Exit code and what was said on stderr."""
+    monkeypatch.setattr(sys, "argv", ["moeray", *args])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("chaos", "--every", "abc"), "'abc' is not a valid number of seconds"),
+        (("chaos", "--for", "0s"), "x>0"),
+        (("chaos", "--every", "-3s"), "x>0"),
+        (("chaos", "--streams", "0"), "x>=1"),
+        (("bench", "dispatch", "--layers", "0"), "x>=1"),
+        (("bench", "skew", "--hot", "1.5"), "0<=x<=1"),
+        (("drain", "experts-0", "--within", "-1"), "x>0"),
+    ],
+)
+def test_a_value_out_of_range_is_named(monkeypatch, capfd, args, words):
+    code, said = run(monkeypatch, capfd, *args)
+    assert code == 2
+    assert words in said
+
+
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capfd, tmp_path):
+    (tmp_path / "file").touch()
+    code, said = run(monkeypatch, capfd, "dashboards", str(tmp_path / "file" / "out"))
+    assert (code, said.count("\n")) == (1, 1)
+    assert f"moeray: {tmp_path}/file/out: Not a directory; check" in said
+
+
+@pytest.mark.parametrize("variable", ["MOERAY_CACHE_DIR", "MOERAY_RUNTIME_DIR"])
+def test_a_folder_of_the_environment_that_cannot_be_made_is_named(monkeypatch, capfd, tmp_path, tiny, variable):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "out"))
+    code, said = run(monkeypatch, capfd, "generate", str(tiny), "--prompt-ids", "1,2", "--local")
+    assert code == 1
+    assert "Traceback" not in said
+    assert f"{tmp_path}/file/out" in said.splitlines()[-1]
+    assert f"set {variable}" in said.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from tests.checkpoints import make_tiny
+
+    return make_tiny("granitemoe", tmp_path_factory.mktemp("main") / "m")
