@@ -134,7 +134,8 @@ def read_template(source: str) -> str:
         render_jinja_template([[]], chat_template=text)
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"config key chat_template: {source[:80]!r} is no Jinja template: {error.message} (line {error.lineno})"
+            f"config key chat_template: {source[:80]!r} is no Jinja template: {error.message} (line {error.lineno}); "
+            "correct it"
         ) from error
     except _TEMPLATE_FAULTS:
         return text  # it wants messages
@@ -147,7 +148,8 @@ def _read_text(source: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"config key chat_template: {source!r} is no Jinja template and cannot be read as a file: {reason}"
+            f"config key chat_template: {source!r} is no Jinja template and cannot be read as a file ({reason}); "
+            "check the path"
         ) from error
 
 
