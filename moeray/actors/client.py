@@ -88,12 +88,13 @@ class RouterClient:
             stream.stopped = True
 
     async def _submit(self, request: GenerationRequest) -> _Stream:
+        frame = Frame(Op.SUBMIT, next(self._ids), meta=request_tree(request))
         link = await self.open()
         if link is not self._link:
             raise self._loss("is gone")  # between the connecting task's end and this task's turn
         stream = self._streams[request.request_id] = _Stream(request.attempt, link)
         link.busy = True
-        link.put(Frame(Op.SUBMIT, next(self._ids), meta=request_tree(request)))
+        link.put(frame)
         return stream
 
     def _leave(self, request_id: str, stream: _Stream) -> None:

@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostError, WireError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 
+_ID = np.dtype("<i4")
+"""Token ids go as their bytes: as plain numbers a long prompt would be larger, and hold up an ingress's event loop."""
+
 
 def request_tree(request: GenerationRequest) -> dict[str, Any]:
-    return asdict(request)
+    """Raises RequestError for a token id that no vocabulary has."""
+    return {
+        "request_id": request.request_id, "attempt": request.attempt, "origin": request.origin,
+        "prompt_ids": _packed(request.prompt_ids), "output_ids": _packed(request.output_ids),
+        "sampling": asdict(request.sampling),
+    }  # fmt: skip
 
 
 def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
@@ -22,9 +32,9 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
         sampling["stop_token_ids"] = tuple(map(int, sampling["stop_token_ids"]))
         return GenerationRequest(
             str(tree["request_id"]),
-            tuple(map(int, tree["prompt_ids"])),
+            _unpacked(tree["prompt_ids"]),
             SamplingParams(**sampling),
-            tuple(map(int, tree["output_ids"])),
+            _unpacked(tree["output_ids"]),
             int(tree["attempt"]),
             str(tree["origin"]),
         )
@@ -32,6 +42,18 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a SUBMIT frame does not hold a request: {error!r}") from error
+
+
+def _packed(ids: tuple[int, ...]) -> bytes:
+    try:
+        return np.array(ids, _ID).tobytes()
+    except OverflowError:
+        worst = max(ids, key=abs)
+        raise RequestError(f"token id {worst} is in no vocabulary; give those of the model's", param="prompt") from None
+
+
+def _unpacked(data: bytes) -> tuple[int, ...]:
+    return tuple(np.frombuffer(data, _ID).tolist())
 
 
 def output_tree(output: TokenOutput) -> list[Any]:

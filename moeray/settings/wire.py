@@ -24,7 +24,7 @@ class WireConfig:
 
     host: str = "127.0.0.1"
     remote: Remote = "auto"
-    max_header_bytes: int = 1 << 20
+    max_header_bytes: int = 8 << 20
     max_payload_bytes: int = 1 << 30
     shared_memory_bytes: int = 32 << 20
     deadline_s: float = 60.0

@@ -1,3 +1,4 @@
+import msgpack
 import pytest
 
 from moeray.actors.messages import error_from, error_tree, output_from, output_tree, request_from, request_tree
@@ -9,6 +10,18 @@ def test_a_request_round_trip():
     sampling = SamplingParams(temperature=0.5, logit_bias=((3, -1.0),), stop_token_ids=(7,), logprobs=2, seed=1 << 62)
     request = GenerationRequest("r", (1, 2), sampling, (3,), attempt=2)
     assert request_from(request_tree(request)) == request
+
+
+def test_a_long_prompt_takes_four_bytes_a_token():
+    request = GenerationRequest("r", tuple(range(70_000, 80_000)), output_ids=tuple(range(2**31 - 100, 2**31)))
+    tree = request_tree(request)
+    assert request_from(msgpack.unpackb(msgpack.packb(tree))) == request
+    assert len(msgpack.packb(tree)) < 4 * 10_100 + 500
+
+
+def test_a_token_id_of_no_vocabulary_is_named():
+    with pytest.raises(RequestError, match="token id 2147483648"):
+        request_tree(GenerationRequest("r", (1, 2**31)))
 
 
 def test_an_output_round_trip():
@@ -38,6 +51,8 @@ def test_an_error_round_trip(error):
     ("change", "kind"),
     [
         ({"prompt_ids": ["x"]}, WireError),
+        ({"prompt_ids": b"abc"}, WireError),
+        ({"output_ids": None}, WireError),
         ({"sampling": {}}, WireError),
         ({"attempt": None}, WireError),
         ({"sampling": {**request_tree(GenerationRequest("r", (1,)))["sampling"], "top_p": 7.0}}, RequestError),
