@@ -119,7 +119,7 @@ class RouterClient:
         await self._join_ended()
         try:
             channel = await asyncio.to_thread(connect, self.address, self._identity, self._wire, timeout=CONNECT_S)
-        except WireError as error:
+        except MoerayError as error:
             raise self._loss(f"cannot be reached: {error}") from error
         self._link = link = self._link_over(channel)
         link.start()

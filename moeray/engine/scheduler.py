@@ -112,7 +112,7 @@ class Scheduler:
                 param="request_id",
             )
         self._check_fit(seq)
-        if len(self._waiting) >= self._config.max_waiting:
+        if known is None and len(self._waiting) >= self._config.max_waiting:  # one that is known takes its own place
             # About a second for each time that the running sequences have to be replaced before this one's turn.
             retry = max(1.0, len(self._waiting) / self._config.max_running)
             raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later", retry_after_s=retry)

@@ -194,6 +194,9 @@ class RouterPool:
             except RouterLostError as error:
                 log.info("%s", error)
                 continue
+            except Exception:  # a router that is given up here would never be used again
+                log.exception("router %s could not be asked", router.client.address.actor_id)
+                continue
             break
         router.mending = None
         self._wake()

@@ -8,11 +8,17 @@ from pydantic import BaseModel
 
 Finish = Literal["stop", "length"]
 
+_LINE_ENDS = {end.encode(): rf"\u{ord(end):04x}".encode() for end in "\x85\u2028\u2029"}
+"""Those that JSON leaves as they are."""
+
 
 class _Answer(BaseModel):
     def encode(self) -> bytes:
-        """UTF-8 JSON of the fields that were given."""
-        return self.model_dump_json(exclude_unset=True).encode()
+        """UTF-8 JSON of the fields that were given, on one line for readers that split by Unicode's line ends, too."""
+        data = self.model_dump_json(exclude_unset=True).encode()
+        for character, escape in _LINE_ENDS.items():
+            data = data.replace(character, escape)
+        return data
 
 
 class PromptTokensDetails(_Answer):

@@ -109,7 +109,11 @@ class SystemBackend:
     async def _follow(self) -> None:
         """Ask on for as long as the backend lives, unless the system could not start at all."""
         while True:
-            await self._look()
+            try:
+                await self._look()
+            except Exception as error:  # an endpoint that looks no more would never hear of another router
+                log.exception("the controller could not be asked")
+                self._wait_on(MoerayError(f"the controller could not be asked: {error!r}"))
             if self._model is not None or self._said.status == "failed":
                 self._settled.set()
                 if self._model is None:

@@ -55,9 +55,12 @@ class Vocabulary:
             return bytes([int(match[1], 16)])
         if "\ufffd" in text and all(character in _BYTE_OF for character in name):
             return bytes(_BYTE_OF[character] for character in name)
-        if name.startswith(_WORD_START) and not text.startswith(" "):
-            text = " " + text  # a decoder drops the space of a text's first word
-        return text.encode()
+        spaces = _leading(name, _WORD_START) - _leading(text, " ")  # a decoder drops the first space of a text
+        return (" " * spaces + text).encode()
+
+
+def _leading(text: str, character: str) -> int:
+    return len(text) - len(text.lstrip(character))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -291,6 +291,17 @@ def test_a_resumed_request_that_had_come_to_its_end(fleet, output_ids, options, 
     assert stats(channel).steps == 0
 
 
+def test_a_request_that_no_step_can_compute_ends_alone_with_those_beside_it(fleet):
+    router = fleet.add_router()
+    channel = fleet.connect(router)
+    sampling = SamplingParams(temperature=1.0, top_k=2.5)  # which an endpoint would refuse
+    submit(channel, GenerationRequest("odd", (5, 9), sampling))
+    assert until_end(channel)[-1].finish_reason is FinishReason.ERROR
+    submit(channel, request("good", max_tokens=3))
+    assert [len(output.token_ids) for output in until_end(channel)] == [1, 1, 1]
+    assert router.describe()["state"] == Lifecycle.READY
+
+
 # -- orphans ----------------------------------------------------------------------------------------------------------
 
 

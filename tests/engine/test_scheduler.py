@@ -175,6 +175,8 @@ def test_what_cannot_fit_or_queue_is_refused():
     with pytest.raises(QueueFullError) as full:
         scheduler.add(sequence("c", 1))
     assert full.value.retry_after_s >= 1.0
+    scheduler.add(sequence("b", 15, output=(), attempt=1))  # in the place that it had
+    assert scheduler.num_waiting == 2
     assert not scheduler.abort("c")
 
 

@@ -29,6 +29,27 @@ def byte_fallback():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [
+        ("▁", " "),
+        ("▁▁", "  "),
+        ("▁▁▁▁b", "    b"),
+        ("▁is", " is"),
+        ("b", "b"),
+        ("<0xF0>", "bytes:\\xf0"),
+        ("</s>", "</s>"),
+    ],
+)
+def test_a_piece_by_itself_keeps_all_its_spaces(piece, shown):
+    words = {piece: 0, "<unk>": 1, "</s>": 2} if piece != "</s>" else {"</s>": 0, "<unk>": 1}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    strip = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    assert Vocabulary(fast).token(0).text == shown
+
+
 def run(tokenizer, ids, stop=(), context=()):
     vocabulary = Vocabulary(tokenizer)
     text = IncrementalDetokenizer(vocabulary.decode, stop=stop, skip=vocabulary.special_ids, context=context)

@@ -17,10 +17,13 @@ REQUEST = GenerationRequest("r", (1, 2, 3), SamplingParams(max_tokens=4))
 
 
 class Client:
-    """A router that is full, and that cannot be reached for so many times."""
+    """A router that is full, and that cannot be reached for so many times, by whatever error."""
 
-    def __init__(self, unreachable: int = 0) -> None:
+    address = ADDRESS
+
+    def __init__(self, unreachable: int = 0, error: Exception | None = None) -> None:
         self.unreachable = unreachable
+        self.error = error or RouterLostError("nobody listens")
         self.asked = 0
 
     async def generate(self, request):
@@ -31,7 +34,7 @@ class Client:
     async def open(self):
         if self.unreachable:
             self.unreachable -= 1
-            raise RouterLostError("nobody listens")
+            raise self.error
 
     async def close(self):
         """Nothing is open."""
@@ -51,12 +54,15 @@ def test_a_request_that_had_begun_waits_for_a_full_router_until_its_deadline_and
     asyncio.run(ask())
 
 
-def test_a_router_that_was_out_of_reach_for_very_long_is_used_again(monkeypatch):
+@pytest.mark.parametrize(
+    ("times", "error"), [(1100, RouterLostError("nobody listens")), (3, RuntimeError("can't start new thread"))]
+)
+def test_a_router_that_was_out_of_reach_for_very_long_is_used_again(monkeypatch, times, error):
     monkeypatch.setattr(module, "FIRST_RETRY_S", 0.0)
 
     async def wait():
         losses = []
-        pool = RouterPool(lambda address, on_loss: losses.append(on_loss) or Client(1100), 1.0, Recorder())
+        pool = RouterPool(lambda address, on_loss: losses.append(on_loss) or Client(times, error), 1.0, Recorder())
         pool.follow([ADDRESS])
         losses[0]()
         assert not pool.usable

@@ -11,14 +11,17 @@ from tests.systems import tiny_config
 
 
 class Controller:
-    """A system that is ready, and how often it was asked."""
+    """A system that is ready, and how often it was asked. `faults` are raised first."""
 
-    def __init__(self, model):
+    def __init__(self, model, faults=()):
         self.asked = asyncio.Event()
+        self.faults = list(faults)
         self.info = SystemInfo(str(model), None, b"token", "system", (), 512, 320, ())
 
     async def renew(self, reading):
         self.asked.set()
+        if self.faults:
+            raise self.faults.pop(0)
         return {"status": "ready", "detail": "ready", "info": self.info}
 
 
@@ -39,3 +42,18 @@ def test_a_model_that_cannot_be_read_yet_where_the_endpoint_runs(tmp_path):
         await backend.close()
 
     asyncio.run(follow())
+
+
+def test_nothing_that_goes_wrong_ends_the_follower(tmp_path, caplog):
+    model = make_tiny("olmoe", tmp_path / "m")
+    controller = Controller(model, [RuntimeError("can't start new thread"), KeyError("info")])
+
+    async def follow():
+        backend = SystemBackend(tiny_config(model), controller, "here")
+        backend.start()
+        assert (await backend.ready(60)).max_context == 512
+        await backend.close()
+
+    asyncio.run(follow())
+    assert caplog.text.count("the controller could not be asked") == 2
+    assert "can't start new thread" in caplog.text
