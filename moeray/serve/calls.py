@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -59,10 +60,11 @@ class Call:
 
 
 class Calls:
-    """Prepares calls for the model behind `backend`."""
+    """Prepares calls for the model behind `backend`. `stream_interval`: tokens in an event of a stream."""
 
-    def __init__(self, backend: Backend, chat_template: str | None) -> None:
+    def __init__(self, backend: Backend, chat_template: str | None, stream_interval: int = 1) -> None:
         self._backend = backend
+        self.stream_interval = stream_interval
         self._encoders = EncoderCache(chat_template)
 
     async def warm_up(self) -> None:
@@ -80,7 +82,8 @@ class Calls:
         model = self.served(asked.model)
         encoder = await self._encoder(model)
         job = await api.job(asked, model, encoder, int(time.time()))
-        return Call(api, job, Generation(self._backend, job, encoder.vocabulary), encoder.vocabulary)
+        interval = self.stream_interval if job.stream else sys.maxsize  # nobody waits for the parts of a whole answer
+        return Call(api, job, Generation(self._backend, job, encoder.vocabulary, interval), encoder.vocabulary)
 
     async def _encoder(self, model: ModelInfo) -> PromptEncoder:
         try:

@@ -39,16 +39,20 @@ class Delta:
 
 
 class ChoiceRun:
-    """Turns one choice's TokenOutputs into deltas. Tokens whose text is held back wait for it."""
+    """Turns one choice's TokenOutputs into deltas: the first one at once, later ones for `interval` tokens each. Tokens
+    whose text is held back wait for it."""
 
-    def __init__(self, choice: Choice, job: Job, vocabulary: Vocabulary) -> None:
+    def __init__(self, choice: Choice, job: Job, vocabulary: Vocabulary, interval: int) -> None:
         self.choice = choice
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finished = False
         self._eos = () if choice.request.sampling.ignore_eos else job.model.eos_token_ids
         self._with_logprobs = choice.request.sampling.logprobs is not None
+        self._interval = interval
         self._waiting: list[TokenRecord] = []
+        self._waiting_text = ""
+        self._told = 0
         self._begun = False
         self._text = IncrementalDetokenizer(
             vocabulary.decode,
@@ -62,16 +66,19 @@ class ChoiceRun:
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationFailedError(output.error or f"the sequence ended early ({output.finish_reason})")
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        text = "".join(self._token(output, place) for place in range(len(output.token_ids)))
+        self._waiting_text += "".join(self._token(output, place) for place in range(len(output.token_ids)))
         finish = self._finish(output)
         if finish is not None:
-            text += self._text.finish()
+            self._waiting_text += self._text.finish()
             if self._text.stopped:
                 finish = "stop"
-        if self._begun and not text and finish is None:
+        if self._begun and finish is None and (not self._waiting_text or not self._is_due()):
             return None
         self._begun = True
-        return self._delta(text, finish)
+        return self._delta(finish)
+
+    def _is_due(self) -> bool:
+        return self.completion_tokens - self._told >= self._interval
 
     def _token(self, output: TokenOutput, place: int) -> str:
         if self._text.stopped:
@@ -88,8 +95,9 @@ class ChoiceRun:
             return "stop"
         return "length" if output.finish_reason is FinishReason.LENGTH else None
 
-    def _delta(self, text: str, finish: Literal["stop", "length"] | None) -> Delta:
+    def _delta(self, finish: Literal["stop", "length"] | None) -> Delta:
         tokens: tuple[TokenRecord, ...] = ()
+        text, self._waiting_text, self._told = self._waiting_text, "", self.completion_tokens
         if text or finish is not None:
             tokens, self._waiting = tuple(self._waiting), []
         self.finished = finish is not None
@@ -97,12 +105,13 @@ class ChoiceRun:
 
 
 class Generation:
-    """One job on its way. `deltas` runs once; `usage` is exact when it has ended."""
+    """One job on its way. `deltas` runs once, with `interval` tokens in each of a choice but the first; `usage` is
+    exact when it has ended."""
 
-    def __init__(self, backend: Backend, job: Job, vocabulary: Vocabulary) -> None:
+    def __init__(self, backend: Backend, job: Job, vocabulary: Vocabulary, interval: int = 1) -> None:
         self._backend = backend
         self._job = job
-        self._runs = [ChoiceRun(choice, job, vocabulary) for choice in job.choices]
+        self._runs = [ChoiceRun(choice, job, vocabulary, interval) for choice in job.choices]
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every choice's deltas, interleaved as they come. Closing it aborts what still runs.

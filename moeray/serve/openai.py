@@ -73,13 +73,14 @@ class Endpoint:
     def __init__(self, backend: ObservedBackend, config: Config) -> None:
         self._backend = backend
         self._config = config
-        self._calls = Calls(backend, config.chat_template)
+        self._calls = Calls(backend, config.chat_template, config.serve.stream_interval)
         self._console = ConsoleState(backend)
 
     def configure(self, config: Config) -> None:
         """Hold a newer config for the requests that come from now on."""
         if config.chat_template != self._config.chat_template:
             self._calls = Calls(self._backend, config.chat_template)
+        self._calls.stream_interval = config.serve.stream_interval
         self._config = config
 
     @property
