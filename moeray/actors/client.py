@@ -17,7 +17,7 @@ from moeray.wire.channel import Channel, connect
 from moeray.wire.frame import Frame, Op
 from moeray.wire.identity import Identity
 
-SILENCE_S = 2.0
+SILENCE_S = 1.5
 """A router that is silent for so long while requests are in flight counts as hung."""
 CONNECT_S = 5.0
 

@@ -222,6 +222,11 @@ class Controller:
         if self._keeper is not None:
             self._loop.post(partial(self._keeper.accounts.take, reading))
 
+    def suspect(self, actor_ids: Sequence[str]) -> None:
+        """An endpoint gets no answer from these routers: they are asked now."""
+        if self._keeper is not None:
+            self._loop.post(partial(self._keeper.fleet.watchers.probe, actor_ids))
+
     def _snapshot(self) -> Mapping[str, Actor]:
         return {actor.actor_id: actor for actor in self._roster}
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import psutil
@@ -16,20 +14,16 @@ import torch
 from moeray.actors.cores import Cores, claim
 from moeray.actors.expert_figures import ExpertFigures
 from moeray.actors.expert_load import EXPERT_LOAD, by_expert
-from moeray.actors.folders import machine_dir, remove_runtime_dir, runtime_dir
-from moeray.actors.orders import Orders, newest
+from moeray.actors.folders import machine_dir, runtime_dir
 from moeray.actors.rows import RowServer
-from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
-from moeray.actors.vigil import Vigil, new_incarnation
-from moeray.config import Config
-from moeray.control.ledger import Books, newer
+from moeray.actors.spec import ActorReport, ActorSpec
+from moeray.actors.system_actor import SystemActor
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
 from moeray.model.experts import ExpertBank
-from moeray.model.loading import open_bank, open_model, pick_device
+from moeray.model.loading import open_bank, open_model
 from moeray.recorder import Reading, Recorder, Snapshot
 from moeray.threads import BACKGROUND, apart, in_idle_time, wait_for_a_core
-from moeray.tree import to_tree
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
@@ -41,7 +35,7 @@ BRING_IN_S = 0.25
 rest follows, while the cores have nothing better to do."""
 
 
-class ExpertActor:
+class ExpertActor(SystemActor):
     """Lifecycle: start (listening, empty) → prepare or host (model open, weights mapped) → drain → stop.
 
     Control methods are thread-safe. Each peer's channel has a thread of its own, so that the controller is answered
@@ -50,39 +44,23 @@ class ExpertActor:
     An actor that hears of no controller for `control.orphan_s` stops itself and then calls `on_stop`.
     """
 
+    KIND = "expert"
+
     def __init__(
-        self,
-        spec: ActorSpec,
-        node_id: str,
-        *,
-        on_stop: Callable[[], None] = lambda: None,
+        self, spec: ActorSpec, node_id: str, *, on_stop: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._spec = spec
-        self._dated = DatedConfig(spec.config, spec.since)
-        self._node_id = node_id
-        self._device = pick_device(spec.device)
-        self._incarnation = new_incarnation()
+    ) -> None:  # fmt: skip
+        super().__init__(spec, node_id, clock)
+        self._on_stop = on_stop
         self._recorder = Recorder(kind="expert", group=spec.group, actor=spec.actor_id)
         self._figures = ExpertFigures(self._recorder)
         self._rows = RowServer(self._device, self._recorder)
-        self._books: Books | None = None
-        self._orders: Orders | None = None
         self._loading = threading.Lock()
-        self._moving = threading.Lock()
         self._telling = threading.Lock()  # what is told later is never less
-        self._state = Lifecycle.STARTING
-        self._leaving = False
         self._bank: ExpertBank | None = None
-        self._revision: str | None = None
         self._loaded = (0, 0)
-        self._on_stop = on_stop
-        self._clock = clock
-        self._vigil: Vigil | None = None
         wire = spec.config.wire
         self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
-        self._address: Address | None = None
-        self._free_bytes = 0  # before it held anything: room for all that it hosts
         self._cores: Cores | None = None
         self._pins = self._device.type == "cpu" and spec.config.experts.pin_threads
 
@@ -90,11 +68,7 @@ class ExpertActor:
 
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is and how many bytes are free for weights."""
-        self._address = self._listener.start()
-        self._vigil = Vigil(self._spec.config.control.orphan_s, self._orphaned, self._clock)
-        self._free_bytes = _free_bytes(self._device)
-        report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), self._free_bytes)
-        return report, self._address
+        return self._listening(self._listener.start(), _free_bytes(self._device), self._orphaned)
 
     def prepare(self, revision: str | None = None) -> None:
         """Open the model, so that hosting later only maps weights. Ready from then on, also without an expert.
@@ -142,7 +116,7 @@ class ExpertActor:
             return self._bank.nbytes
 
     def _open(self, revision: str | None) -> ExpertBank:
-        with self._moving:
+        with self._lifecycle:
             if self._state not in (Lifecycle.STARTING, Lifecycle.READY):
                 raise PlacementError(f"expert actor {self._spec.actor_id} is {self._state.value}; host elsewhere")
         if self._bank is None:
@@ -156,40 +130,30 @@ class ExpertActor:
                 f"expert actor {self._spec.actor_id} holds revision {self._revision} of the model, not {revision}; "
                 "start another actor for it"
             )
-        with self._moving:
+        with self._lifecycle:
             if self._state is Lifecycle.STARTING:
                 self._state = self._state.advance(Lifecycle.READY)
         return self._bank
 
-    def leave(self) -> None:
-        """This process was told to end soon (SIGTERM, a spot notice): say so in every report, and serve on until the
-        controller has moved the experts away."""
-        self._leaving = True
-
     def drain(self, timeout: float) -> bool:
         """Finish what is in flight; the placement has already taken new rows elsewhere. False after `timeout` s."""
         self._heard()
-        with self._moving:
+        with self._lifecycle:
             if self._state is Lifecycle.READY:
                 self._state = self._state.advance(Lifecycle.DRAINING)
         return self._rows.wait_idle(timeout)
 
     def stop(self) -> None:
         """Close every channel, stop listening, end all threads. Idempotent."""
-        with self._moving:
+        with self._lifecycle:
             if self._state is Lifecycle.STOPPED:
                 return
             self._state = self._state.advance(Lifecycle.STOPPED)
-        if self._vigil:
-            self._vigil.close()
+        self._end_vigil()
         self._listener.close(timeout=5.0)
         if self._cores is not None:
             self._cores.release()
-        remove_runtime_dir(self._node_id, self._spec.system)
-
-    def _heard(self) -> None:
-        if self._vigil:
-            self._vigil.heard()
+        self._leave_place()
 
     def _orphaned(self) -> None:
         try:
@@ -255,61 +219,18 @@ class ExpertActor:
             metrics,
         )
 
-    def configure(self, config: Config, since: float) -> None:
-        """Hold a newer config: what the actor was started with stays as it is, and the rest is taken from this one."""
-        self._heard()
-        self._dated = DatedConfig(config, since)
-        if self._vigil:
-            self._vigil.allow(config.control.orphan_s)
-
     def describe(self) -> dict[str, Any]:
-        """Plain data from which a controller that starts again rebuilds its view of this actor; holds the token."""
-        self._heard()
-        bank, spec = self._bank, self._spec
-        return {
-            "actor_id": spec.actor_id,
-            "kind": "expert",
-            "group": spec.group,
-            "system": spec.system,
-            "token": spec.token,
-            "node": self._node_id,
-            "pid": os.getpid(),
-            "device": str(self._device),
-            "free_bytes": self._free_bytes,
-            "address": asdict(self._address) if self._address else None,
-            "experts": [list(expert) for expert in sorted(bank.hosted)] if bank else [],
-            "revision": self._revision,
-            "state": self._state.value,
-            "leaving": self._leaving,
-            "incarnation": self._incarnation,
-            "books": self._books,
-            "orders": self._orders,
-            "started": to_tree(self._spec.config),
-            "config": to_tree(self._dated.config),
-            "since": self._dated.since,
-        }
+        bank = self._bank
+        return super().describe() | {"experts": [list(expert) for expert in sorted(bank.hosted)] if bank else []}
 
     def status(self) -> dict[str, Any]:
-        """Plain data for `moeray status`."""
-        self._heard()
         bank = self._bank
-        return {
-            "actor": self._spec.actor_id,
-            "kind": "expert",
-            "group": self._spec.group,
-            "node": self._node_id,
-            "pid": os.getpid(),
-            "device": str(self._device),
-            "state": self._state.value,
-            "leaving": self._leaving,
-            "experts": len(bank.hosted) if bank else 0,
-            "loading": self._loaded,
-            "weight_bytes": bank.nbytes if bank else 0,
-            "rows_total": sum(self._rows.tally.rows().values()),
-            "busy_s": self._rows.tally.busy_s,
-            "first_row_at": self._rows.tally.first_at,
+        return super().status() | {
+            "experts": len(bank.hosted) if bank else 0, "loading": self._loaded,
+            "weight_bytes": bank.nbytes if bank else 0, "rows_total": sum(self._rows.tally.rows().values()),
+            "busy_s": self._rows.tally.busy_s, "first_row_at": self._rows.tally.first_at,
             "queue": self._rows.in_flight,
-        }
+        }  # fmt: skip
 
     def load(self) -> list[tuple[int, int, int]]:
         """(layer, expert, rows served so far) of every expert that had any."""
@@ -329,16 +250,6 @@ class ExpertActor:
         bank, totals = self._bank, self._rows.tally.totals()
         self._figures.update(*totals, bank.nbytes if bank else 0, len(bank.hosted) if bank else 0)
         return self._recorder.read()
-
-    def remember(self, books: Books) -> None:
-        """Keep what the controller has counted, for the next controller."""
-        self._heard()
-        self._books = newer(self._books, books)
-
-    def keep_orders(self, orders: Orders) -> None:
-        """Keep what is wanted of the system, for the next controller."""
-        self._heard()
-        self._orders = newest(self._orders, orders)
 
 
 def _free_bytes(device: torch.device) -> int:

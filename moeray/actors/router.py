@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,16 +13,14 @@ import psutil
 from moeray.actors.callers import Callers
 from moeray.actors.cores import part
 from moeray.actors.engine_figures import EngineFigures, status_of, with_stats
-from moeray.actors.folders import remove_runtime_dir, runtime_dir
+from moeray.actors.folders import runtime_dir
 from moeray.actors.memory import Memory
 from moeray.actors.observers import Losses, Observers
-from moeray.actors.orders import Orders, newest
 from moeray.actors.request_figures import RequestFigures
-from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
+from moeray.actors.spec import ActorReport, ActorSpec
 from moeray.actors.step_loop import StepLoop
-from moeray.actors.vigil import Vigil, new_incarnation
+from moeray.actors.system_actor import SystemActor
 from moeray.config import Config
-from moeray.control.ledger import Books, newer
 from moeray.control.objectives import Objectives
 from moeray.control.placement import Placement
 from moeray.control.reports import RouterReport, report_tree
@@ -35,11 +31,10 @@ from moeray.engine.engine import Engine
 from moeray.engine.overlap import may_overlap, overlapped
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.errors import MoerayError, WireError
-from moeray.model.loading import eos_token_ids, open_model, pick_device
+from moeray.model.loading import eos_token_ids, open_model
 from moeray.model.trunk import Trunk
 from moeray.recorder import Reading, Recorder, Snapshot
 from moeray.threads import all_cores, apart
-from moeray.tree import to_tree
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
 
@@ -52,7 +47,7 @@ def _nothing() -> None:
     """Nobody wants to know that the actor has stopped itself."""
 
 
-class RouterActor:
+class RouterActor(SystemActor):
     """Lifecycle: start (listening) → load_trunk (trunk in memory, step loop running) → drain → stop.
 
     The step loop's thread owns the engine, the trunk and the dispatchers, and lends them to the thread of a step's
@@ -60,45 +55,30 @@ class RouterActor:
     controller was heard of for `control.orphan_s`, calls `on_stop` then.
     """
 
+    KIND = "router"
+
     def __init__(
-        self,
-        spec: ActorSpec,
-        node_id: str,
-        *,
-        on_stop: Callable[[], None] = _nothing,
+        self, spec: ActorSpec, node_id: str, *, on_stop: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._spec = spec
-        self._dated = DatedConfig(spec.config, spec.since)
-        self._node_id = node_id
+    ) -> None:  # fmt: skip
+        super().__init__(spec, node_id, clock)
         self._on_stop = on_stop
-        self._clock = clock
-        self._device = pick_device(spec.device)
-        self._state = Lifecycle.STARTING
-        self._lifecycle = threading.Lock()
-        self._incarnation = new_incarnation()
-        self._leaving = False
         self._recorder = Recorder(
             model_name=spec.config.served_model_name, kind="router", group=spec.group, actor=spec.actor_id
         )
         self._memory = Memory(self._recorder)
         self._engine_figures = EngineFigures(self._recorder)
         self._requests = RequestFigures(self._recorder, Objectives.of(spec.config.control))
-        self._books: Books | None = None
-        self._orders: Orders | None = None
         self._identity = spec.identity(node_id)
         self._loop = StepLoop(spec.actor_id, self._recorder, self._requests, self._stop_itself, self._take_cores)
         self._observers = Observers(self._report)
         self._callers = Callers(self._loop, self._observers, self._heard)
         folder = runtime_dir(node_id, spec.system)
         self._listener = Listener(self._identity, spec.config.wire, self._callers.serve, folder)
-        self._vigil: Vigil | None = None
-        self._started: tuple[ActorReport, Address] | None = None
         self._view = PlacementView()
         self._published: tuple[Mapping[str, Any], dict[str, Address]] = (Placement().to_tree(), {})
         self._dispatchers: Halves | None = None
         self._overlaps = False
-        self._revision: str | None = None
         self._facts: dict[str, Any] = {}
 
     @property
@@ -110,12 +90,9 @@ class RouterActor:
 
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is."""
-        address = self._listener.start()
-        free = int(psutil.virtual_memory().available)
-        report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free)
-        self._started = report, address
-        self._vigil = Vigil(self._spec.config.control.orphan_s, self._orphaned, self._clock)
-        return self._started
+        return self._listening(
+            self._listener.start(), int(psutil.virtual_memory().available), orphaned=self._stop_itself
+        )
 
     def load_trunk(self, revision: str | None = None) -> dict[str, Any]:
         """Load the trunk, allocate the KV cache, start the step loop.
@@ -195,43 +172,15 @@ class RouterActor:
         self._view.restore(actor_id)
 
     def configure(self, config: Config, since: float) -> None:
-        """Hold a newer config: what the actor was started with stays as it is, and the rest is taken from this one."""
-        self._heard()
-        self._dated = DatedConfig(config, since)
+        super().configure(config, since)
         self._requests.objectives = Objectives.of(config.control)
-        if self._vigil:
-            self._vigil.allow(config.control.orphan_s)
 
     def describe(self) -> dict[str, Any]:
-        """All that a restarted controller needs to take this router over, as plain data."""
-        self._heard()
-        assert self._started is not None, "an actor is described after its start"
-        report, address = self._started
         placement, addresses = self._published
-        return {
-            "actor_id": report.actor_id,
-            "kind": "router",
-            "group": self._spec.group,
-            "system": self._spec.system,
-            "token": self._spec.token,
-            "node": report.node_id,
-            "pid": report.pid,
-            "device": report.device,
-            "free_bytes": report.free_bytes,
-            "address": asdict(address),
-            "revision": self._revision,
-            "state": self._state.value,
-            "epoch": self._view.epoch,
-            "incarnation": self._incarnation,
-            "started": to_tree(self._spec.config),
-            "config": to_tree(self._dated.config),
-            "since": self._dated.since,
-            "facts": self._facts,
-            "placement": placement,
+        return super().describe() | {
+            "epoch": self._view.epoch, "facts": self._facts, "placement": placement,
             "addresses": {actor: asdict(where) for actor, where in addresses.items()},
-            "books": self._books,
-            "orders": self._orders,
-        }
+        }  # fmt: skip
 
     def drain(self, timeout: float, migrate: bool = False) -> bool:
         """Take no new request, and finish those that run; True when they have all ended here.
@@ -252,9 +201,7 @@ class RouterActor:
         return idle
 
     def leave(self) -> None:
-        """This actor was told to go (SIGTERM, a spot notice): say so to the controller, who sees to it."""
-        self._heard()
-        self._leaving = True
+        super().leave()
         self._observers.push()
 
     def stop(self) -> None:
@@ -267,15 +214,14 @@ class RouterActor:
             if self._state is Lifecycle.STOPPED:
                 return False
             self._state = self._state.advance(Lifecycle.STOPPED)
-        if self._vigil:
-            self._vigil.close()
+        self._end_vigil()
         try:
             self._listener.close(timeout=5.0)
         finally:
             if self._dispatchers:
                 self._dispatchers.abandon()  # with its channels the router's requests have gone: the step is for nobody
             self._loop.stop(timeout=30.0)
-            remove_runtime_dir(self._node_id, self._spec.system)
+            self._leave_place()
             if self._dispatchers:
                 self._dispatchers.close()
         return True
@@ -288,13 +234,6 @@ class RouterActor:
             stopped = True
         if stopped:
             self._on_stop()
-
-    def _orphaned(self) -> None:
-        self._stop_itself()
-
-    def _heard(self) -> None:
-        if self._vigil:
-            self._vigil.heard()
 
     # -- what it is doing -----------------------------------------------------------------------------------------
 
@@ -316,19 +255,7 @@ class RouterActor:
         return report_tree(with_stats(report, self._loop.stats()))
 
     def status(self) -> dict[str, Any]:
-        """Plain data for `moeray status`."""
-        self._heard()
-        own = {
-            "actor": self._spec.actor_id,
-            "kind": "router",
-            "group": self._spec.group,
-            "node": self._node_id,
-            "pid": os.getpid(),
-            "device": str(self._device),
-            "state": self._state.value,
-            "epoch": self._view.epoch,
-        }
-        return own | status_of(self._loop.stats())
+        return super().status() | {"epoch": self._view.epoch} | status_of(self._loop.stats())
 
     def metrics(self) -> Reading:
         """All that this router counts."""
@@ -341,13 +268,3 @@ class RouterActor:
         self._memory.update()
         self._engine_figures.update(self._loop.stats())
         return self._recorder.read()
-
-    def remember(self, books: Books) -> None:
-        """Keep what the controller has counted, for the next controller."""
-        self._heard()
-        self._books = newer(self._books, books)
-
-    def keep_orders(self, orders: Orders) -> None:
-        """Keep what is wanted of the system, for the next controller."""
-        self._heard()
-        self._orders = newest(self._orders, orders)

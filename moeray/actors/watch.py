@@ -36,8 +36,7 @@ class Loss(StrEnum):
 
 
 class Watcher:
-    """Owns a channel to the actor and the thread that reads it. `on_lost(actor, why, detail)` is called
-    once at most.
+    """Owns a channel to the actor and the thread that reads it. `on_lost(actor, why, detail)` is called once at most.
 
     `settings` may be replaced while it runs.
     """
@@ -90,9 +89,11 @@ class Watcher:
             now = monotonic()
             if self._probe.is_set():
                 self._probe.clear()
-                self._limit_s, next_poll = PROBE_S, now
-                if self._asked is not None:
-                    self._asked = now  # it has so long from now on, whatever it was asked before
+                next_poll = now
+                if self._limit_s > PROBE_S:  # a suspicion that is repeated gives no more time
+                    self._limit_s = PROBE_S
+                    if self._asked is not None:
+                        self._asked = now  # it has so long from now on, whatever it was asked before
             if now >= next_poll and self._asked is None:
                 self._asked, next_poll = now, now + self.settings.report_s
                 channel.send(Frame(Op.STATS, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moeray.actors.loop import Loop
@@ -84,6 +84,13 @@ class Watchers:
             elif accused.watcher:
                 self._suspects.add(actor_id)
                 accused.watcher.probe()
+
+    def probe(self, actor_ids: Sequence[str]) -> None:
+        """Ask these now: who does not answer soon is lost."""
+        for actor_id in actor_ids:
+            actor = self._roster.get(actor_id)
+            if actor is not None and actor.watcher:
+                actor.watcher.probe()
 
     def _clear(self, actor: Actor) -> None:
         self._suspects.discard(actor.actor_id)

@@ -74,6 +74,11 @@ class RouterPool:
         """True while a request waits for a router, or one is lost."""
         return bool(self._waiting) or any(router.mending for router in self._routers.values())
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The names of the routers that are lost."""
+        return tuple(address.actor_id for address, router in self._routers.items() if router.mending is not None)
+
     def follow(self, addresses: Iterable[Address]) -> None:
         """The routers that there are. One that is named no more gets no new request, and keeps those it has."""
         named = set(addresses)

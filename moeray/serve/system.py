@@ -133,6 +133,8 @@ class SystemBackend:
 
     async def _look(self) -> None:
         try:
+            if lost := self._pool.lost:
+                await self._controller.call("suspect", lost)
             state = await self._controller.renew(self.reading())
         except ControllerLostError as error:
             starts = self._wait_on(error)

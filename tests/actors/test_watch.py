@@ -102,6 +102,16 @@ def test_a_suspect_that_does_not_answer_is_lost_before_its_silence_is_up(watched
     assert actor.lost.get(timeout=20)[2] == "silent for 1 s"
 
 
+def test_a_suspicion_that_is_repeated_gives_no_more_time(watched):
+    actor = watched(lambda frame: None, **{"control.silence_s": 60.0})
+    assert actor.asked.acquire(timeout=10)
+    while actor.lost.empty():
+        actor.watcher.probe()
+        actor.watcher.join(0.1)
+        assert actor.watcher._thread.is_alive() or not actor.lost.empty()
+    assert actor.lost.get()[2] == "silent for 1 s"
+
+
 def test_a_suspect_that_answers_is_asked_at_once_and_stays(watched):
     actor = watched(report, **{"control.report_s": 3600.0})
     actor.reports.get(timeout=10)

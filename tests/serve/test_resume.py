@@ -347,7 +347,7 @@ def test_a_stopped_process_that_wakes_is_fenced_and_a_killed_one_is_survived(mod
     """SIGSTOP, SIGCONT while its requests go on elsewhere, then SIGKILL in the middle of others."""
 
     async def run():
-        async with backend_over(fleet) as backend:
+        async with backend_over(fleet, port) as backend:
             return await stopped_and_woken(backend), await killed(backend)
 
     async def stopped_and_woken(backend):
@@ -371,7 +371,9 @@ def test_a_stopped_process_that_wakes_is_fenced_and_a_killed_one_is_survived(mod
         fleet.add_router()
 
     with Fleet(model) as fleet, fleet.router_process() as process:
+        port = FleetPort(fleet)
         first, second = asyncio.run(run())
+    assert process.address.actor_id in port.suspects
     check_all(first, undisturbed)
     assert {each[-1].attempt for each in first} == {1}
     assert [tokens_of(each) for each in second] == [tokens_of(each) for each in first]
