@@ -9,9 +9,7 @@ import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,21 +19,20 @@ from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler
 from moeray.actors.console import ANSWER_S, Console, Moment, moment
 from moeray.actors.controller_metrics import ControllerMetrics
-from moeray.actors.hosting import ActorHandle, Cluster
+from moeray.actors.hosting import Cluster, stop_all
 from moeray.actors.loop import Loop
+from moeray.actors.opening import open_in_time
 from moeray.actors.overview import Overview
-from moeray.actors.planner import ModelShape
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import DatedConfig
 from moeray.actors.standing import dry_run
-from moeray.actors.system_keeper import Model, SystemKeeper
+from moeray.actors.system_keeper import SystemKeeper
 from moeray.config import Config
 from moeray.control.ledger import merge
 from moeray.control.update import check_change
 from moeray.errors import MoerayError, NotReadyError
 from moeray.exposition import exposition
-from moeray.model.loading import eos_token_ids, open_model
 from moeray.recorder import Reading, Snapshot
 
 log = logging.getLogger(__name__)
@@ -43,7 +40,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 STOP_TIMEOUT_S = 30.0
-OPEN_RETRY_S = 5.0
 KEEP_S = 2.0
 
 
@@ -98,7 +94,7 @@ class Controller:
         self._readiness.phase = "looking for running actors"
         self._found = found = self._look_around()
         dated = found.dated if found else self._first
-        model = self._open_in_time(dated.config, found)
+        model = open_in_time(dated.config, found, self._stopped, partial(setattr, self._readiness, "phase"))
         keeper = SystemKeeper(
             dated, self._cluster, self._loop, self._roster, self._audit, self._autoscaler, self._metrics,
             self._readiness, model, self._token, self._system, found,
@@ -120,22 +116,6 @@ class Controller:
             self._autoscaler.configure(found.dated.config)
             self._metrics.configure(found.dated.config)
         return found
-
-    def _open_in_time(self, config: Config, found: Found | None) -> Model:
-        """Again and again where a system waits to be taken over. Raises CheckpointError, UnsupportedModelError."""
-        self._readiness.phase = "opening the model"
-        while True:
-            try:
-                return _open(config, found)
-            except MoerayError as error:
-                if found is None:
-                    raise
-                log.error("the running system is not taken over yet: %s", error)
-                self._readiness.phase = f"opening the model, which failed: {error}"
-            for handle, _ in found.actors:
-                handle.call("describe")  # so that it knows of a controller
-            if self._stopped.wait(OPEN_RETRY_S):
-                raise MoerayError("the controller was stopped while it took a system over")
 
     def _begin(self, keeper: SystemKeeper) -> None:
         self._keeper = keeper
@@ -342,27 +322,7 @@ class Controller:
                 if actor.handle and actor.report is None:  # it may have no process that could answer
                     actor.handle.kill()
             for actors in (self._roster.routers(), self._roster.experts()):
-                _end([actor.handle for actor in actors if actor.handle and actor.report])
+                stop_all([actor.handle for actor in actors if actor.handle and actor.report], STOP_TIMEOUT_S)
             if self._keeper is None:  # what an earlier controller has left, and this one had not taken over yet
-                _end(self._cluster.find())
+                stop_all(self._cluster.find(), STOP_TIMEOUT_S)
             self._cluster.close()
-
-
-def _open(config: Config, found: Found | None) -> Model:
-    """Raises CheckpointError, UnsupportedModelError."""
-    files = open_model(config.model, found.revision if found else config.revision, node="of the controller")
-    sizes = files.expert_bytes(config.experts.quantization)
-    shape = ModelShape(files.expert_counts(), sizes, files.weights.trunk_bytes())
-    return Model(files.checkpoint.source.revision, eos_token_ids(files), shape)
-
-
-def _end(handles: Sequence[ActorHandle]) -> None:
-    """Stop all of them side by side, within one deadline."""
-    futures = [(handle, handle.call("stop")) for handle in handles]
-    until = time.monotonic() + STOP_TIMEOUT_S
-    for handle, future in futures:
-        try:
-            future.result(timeout=max(0.0, until - time.monotonic()))
-        except (MoerayError, FutureTimeoutError) as error:
-            log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
-        handle.kill()

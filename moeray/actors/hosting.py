@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Protocol
 
 from moeray.actors.spec import ActorSpec
+from moeray.errors import MoerayError
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.settings.router import RouterConfig
+
+log = logging.getLogger(__name__)
 
 
 class ActorHandle(Protocol):
@@ -51,3 +57,15 @@ class Cluster(Protocol):
     def close(self) -> None:
         """Release what the cluster object itself holds; its actors were stopped before, by their owner."""
         ...
+
+
+def stop_all(handles: Sequence[ActorHandle], timeout: float) -> None:
+    """Stop all of them side by side, within `timeout` seconds; those that do not in good order are killed."""
+    futures = [(handle, handle.call("stop")) for handle in handles]
+    until = time.monotonic() + timeout
+    for handle, future in futures:
+        try:
+            future.result(timeout=max(0.0, until - time.monotonic()))
+        except (MoerayError, FutureTimeoutError) as error:
+            log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
+        handle.kill()

@@ -9,7 +9,6 @@ import logging
 import math
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,9 +20,9 @@ from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import Cluster
 from moeray.actors.loop import Loop
+from moeray.actors.opening import Model
 from moeray.actors.orders import Orders
 from moeray.actors.placement_keeper import PlacementKeeper
-from moeray.actors.planner import ModelShape
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import DatedConfig, SystemInfo
@@ -42,15 +41,6 @@ EARLY_LOSSES = 3
 """So many actors may die before the system is up; one more, and the start is given up."""
 HEAL_REPORTS = 3
 """A router that reports rows without a taker so often in a row, while nothing is being changed, is helped."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the system serves: the commit of a hub's model, the tokens that end a sequence, and the experts."""
-
-    revision: str | None
-    eos_token_ids: tuple[int, ...]
-    shape: ModelShape
 
 
 class SystemKeeper:

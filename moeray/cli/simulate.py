@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moeray.cli.options import COUNT, POSITIVE
 from moeray.cli.progress import progress
 from moeray.config import Config, config_from, load_config
 from moeray.control.comparison import Comparison, compare, routers_for
@@ -20,10 +21,6 @@ from moeray.control.world import World
 from moeray.errors import SimulationError
 
 DEFAULT_ACTORS = 256
-
-POSITIVE = click.FloatRange(0, min_open=True)
-COUNT = click.IntRange(1)
-
 
 CONTROL = {"policies": ("latency", "hot_experts"), "max_growth": 4.0, "interval_s": 1.0, "shrink_votes": 50}
 """Without --config: the other policies do not know the SLO that the run is judged by."""

@@ -246,7 +246,7 @@ def test_a_takeover_without_room_serves_on_with_what_is_left(model, tmp_path):
 
 
 def test_a_takeover_waits_for_a_model_that_cannot_be_opened_at_the_moment(model, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("moeray.actors.controller.OPEN_RETRY_S", 0.05)
+    monkeypatch.setattr("moeray.actors.opening.OPEN_RETRY_S", 0.05)
     here, away = tmp_path / "model", tmp_path / "away"
     here.symlink_to(model)
     with LocalSystem(config_of(here, tmp_path)) as system, ThreadPoolExecutor(1) as pool:
