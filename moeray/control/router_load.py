@@ -12,6 +12,8 @@ from moeray.control.reports import RouterReport
 
 STEPS_S = 2.0
 """Time constant of what is known of a router's steps: it must not lag behind the actors that serve them."""
+PACE_S = 30.0
+"""Time constant of how fast prompts come: one long prompt is no rush."""
 LATE_S = 600.0
 """Time constant of how many requests were late: long enough for one in a hundred to be seen."""
 _FADED = 0.1
@@ -24,12 +26,14 @@ class RouterLoad:
     to 1). Over the last steps: `tpot_s`, what a decoding sequence waited for a token, `prefill_rate`, prompt tokens per
     second of steps with prefills (both 0 where there were none), and `expert_part` of the steps' time (0 to 1), in
     which a layer waited for as many expert `actors` as there were then. At present: `pending_tokens` of prompts, still
-    to be computed. Over a longer time: `requests` that ended, and those of them that were `late`."""
+    to be computed. Over a longer time: `prompt_rate`, prompt tokens per second that came. Over a long one: `requests`
+    that ended, and those of them that were `late`."""
 
     running: float = 0.0
     waiting: float = 0.0
     kv_usage: float = 0.0
     pending_tokens: float = 0.0
+    prompt_rate: float = 0.0
     tpot_s: float = 0.0
     prefill_rate: float = 0.0
     expert_part: float = 0.0
@@ -41,7 +45,7 @@ class RouterLoad:
 @dataclass
 class _Router:
     """`sums` and `time_s` decay with the window, `work`, the increments of `totals`, faster, `ended` (requests, late
-    ones), the increments of `ends`, slowly; `last` is as reported."""
+    ones), the increments of `ends`, slowly, `came` (prompt tokens, seconds) by `PACE_S`; `last` is as reported."""
 
     incarnation: str
     since: float
@@ -52,6 +56,7 @@ class _Router:
     work: Vector = field(default_factory=lambda: np.zeros(6))
     actors: float = 0.0
     pending_tokens: int = 0
+    came: Vector = field(default_factory=lambda: np.zeros(2))
     ends: Vector = field(default_factory=lambda: np.zeros(2))
     ended: Vector = field(default_factory=lambda: np.zeros(2))
 
@@ -73,7 +78,9 @@ class RouterBook:
         ends = np.array([report.requests, report.late], np.float64)
         router = self._routers.get(report.actor_id)
         if router is None:  # what it counted before this book knew it has no known time span
-            router = self._routers[report.actor_id] = _Router(report.incarnation, now, totals=totals, ends=ends)
+            router = self._routers[report.actor_id] = _Router(
+                report.incarnation, now, totals=totals, ends=ends, pending_tokens=report.pending_tokens
+            )
         span = max(0.0, now - router.since)
         fade = math.exp(-span / self.window_s)
         values = np.array([report.running, report.waiting, report.kv_usage], np.float64)
@@ -82,6 +89,8 @@ class RouterBook:
         router.ended = math.exp(-span / LATE_S) * router.ended + (ends - (router.ends if again else 0.0))
         router.ends = ends
         router.sums = fade * router.sums + span * values
+        came = totals[4] + report.pending_tokens - (router.totals[4] + router.pending_tokens if again else 0.0)
+        router.came = math.exp(-span / PACE_S) * router.came + (max(0.0, came), span)
         done, fade_work = totals - before, math.exp(-span / STEPS_S)
         # Weighed by the time that was waited for them: the mean of those behind `expert_part`.
         waited = fade_work * router.work[1] + done[1]
@@ -108,6 +117,7 @@ class RouterBook:
             waiting,
             kv_usage,
             router.pending_tokens,
+            float(router.came[0] / router.came[1]) if router.came[1] > 0 else 0.0,
             tpot_s=decode_s / decode_tokens if decode_tokens > _FADED else 0.0,
             prefill_rate=prefill_tokens / prefill_s if prefill_tokens > _FADED else 0.0,
             expert_part=min(1.0, expert_s / step_s) if step_s > 0 else 0.0,

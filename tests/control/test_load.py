@@ -130,6 +130,26 @@ def test_router_means_weigh_the_time_a_state_lasted():
     assert 0 < book.routers(10.0)["r"].running < book.routers(6.0)["r"].running < 8
 
 
+def test_how_fast_prompts_come_is_told_by_what_was_computed_and_what_waits():
+    book = LoadBook(10.0)
+    state = RouterReport("r", "1", prefill_tokens=5000, prefill_s=50.0, pending_tokens=300)
+    book.fold(state, 0.0)
+    assert book.routers(0.0)["r"].prompt_rate == 0.0  # what was before is of no known time
+    for second in range(1, 61):  # 200 come in each, of which 150 are computed
+        done = {"prefill_tokens": 5000 + 150 * second, "prefill_s": 50.0 + second}
+        state = replace(state, pending_tokens=300 + 50 * second, **done)
+        book.fold(state, float(second))
+    assert book.routers(60.0)["r"].prompt_rate == pytest.approx(200.0)
+    state = replace(state, pending_tokens=0)  # who asked has gone
+    book.fold(state, 61.0)
+    assert 190 < book.routers(61.0)["r"].prompt_rate < 200
+    for second in range(62, 180):
+        book.fold(state, float(second))
+    assert book.routers(180.0)["r"].prompt_rate < 10
+    book.fold(RouterReport("r", "2", prefill_tokens=100, prefill_s=1.0, pending_tokens=20), 181.0)  # started again
+    assert book.routers(181.0)["r"].prompt_rate < 15
+
+
 def test_what_a_router_says_of_its_steps_is_that_of_the_last_ones():
     book = LoadBook(10.0)
     base = RouterReport("r", "1", step_s=50.0, expert_s=1.0, decode_tokens=900, decode_s=900.0)

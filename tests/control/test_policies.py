@@ -82,11 +82,12 @@ def router(tpot_s=0.0, pending=0, rate=0.0, part=0.5, running=4.0):
         ([router(0.1)], 4),  # at the aim: 0.05 s of trunk and as much of experts
         ([router(0.12)], 6),  # 0.06 s of experts have to fit into 0.04 s
         ([router(0.06)], 2),  # 0.03 s may be 0.07 s
-        ([router(0.3, part=0.1)], 2),  # the trunk alone is too slow: actors would not help
+        ([router(0.3, part=0.1)], 3),  # the trunk alone is too slow: actors would not help
         ([router(0.05, part=0.9), router(0.15, part=0.9)], 4),  # the mean of the tokens counts
         ([router(0.1, pending=1000, rate=1000.0)], 4),  # 1 s of prompts is no hurry
         ([router(0.1, pending=2500, rate=1000.0)], 7),  # 1.25 s of experts into 0.75 s
-        ([router(0.1, pending=5000, rate=1000.0), router(0.1)], 7),  # as much for each of the two
+        ([router(0.1, pending=2500, rate=1000.0), router(0.1)], 7),  # the one with more to do counts
+        ([router(0.1, pending=2500, rate=1000.0), *[router(0.1)] * 10], 4),  # but of eleven the one with most does not
         ([router(pending=90000, rate=1000.0, part=0.9)], 8),  # at most max_growth
         ([router(running=0.0)], 1),
         ([RouterLoad()], 1),
@@ -98,18 +99,25 @@ def test_latency_fits_the_experts_into_what_the_trunk_leaves(loads, wanted):
 
 
 @pytest.mark.parametrize(
-    ("busy", "tpot_s", "wanted"),
+    ("came", "part", "late", "wanted"),
     [
-        (0.2, 0.06, 2),  # waits alone decide
-        (0.6, 0.06, 3),  # two would have more work than time
-        (0.85, 0.06, 4),
-        (1.0, 0.06, 4),  # busy actors alone are no reason to grow
-        (1.0, 0.12, 6),
+        ((0.0,), 0.5, 10.0, 1),  # nothing comes: the backlog alone decides
+        ((900.0,), 0.5, 10.0, 4),  # at the pace that is aimed at
+        ((1000.0,), 0.5, 10.0, 5),  # half of the time into two fifths
+        ((1200.0,), 0.5, 10.0, 8),
+        ((450.0,), 0.5, 10.0, 2),
+        ((1800.0, 0.0), 0.5, 10.0, 4),  # routers share what comes
+        ((1200.0,), 0.05, 10.0, 2),  # the trunk alone is too slow
+        ((1000.0,), 0.5, 0.0, 4),  # few are late: it may be full
+        ((1000.0,), 0.5, 40.0, 8),
     ],
 )
-def test_latency_shrinks_to_no_fewer_actors_than_the_work_keeps_busy(busy, tpot_s, wanted):
-    routers = (RouterView("r0", "n0", router(tpot_s)),)
-    assert latency(replace(seen((busy,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+def test_latency_keeps_up_with_the_pace_at_which_prompts_come(came, part, late, wanted):
+    """1000 tokens a second are computed, and of 1000 requests so many were late."""
+    load = replace(router(pending=100, rate=1000.0, part=part), requests=1000.0, late=late)
+    loads = [replace(load, prompt_rate=rate) for rate in came]
+    routers = tuple(RouterView(f"r{i}", "n0", load) for i, load in enumerate(loads))
+    assert latency(replace(seen((0.5,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
 
 
 @pytest.mark.parametrize(
