@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from statistics import fmean as mean
 
 from moeray.control.policy import PolicyInput, Wish
-from moeray.control.tiers import by_group, in_tiers
+from moeray.control.tiers import by_group, in_tiers, mean
 
 LEAST_PART = 0.2
 """Expert actors that take a smaller part than this of what the trunk takes cannot shorten a step by much more."""
@@ -17,23 +16,24 @@ _AIMS = (0.5, 1.35)
 """Between which multiples of `slo_aim` lateness moves what is aimed at."""
 _IDLE = 0.1
 """Sequences at a router, in the mean over the window, below which it counts as idle."""
-_BUSIEST = 0.9
-"""The part of the routers whose backlog may be less than the one that is looked at. Of a hundred requests one may be
-late, and it is where most is to be done; at the very top is a single long prompt, which no actor can help."""
-_PACE = 0.9
-"""Prompts that come faster than this part of what routers compute are a queue that will grow."""
+_FULL = 0.95
+"""Busier than this on average, actors are a queue whose wait grows without bound: no shrink may lead there."""
+AHEAD_S = 600.0
+"""So long prompts may come as they do now before the wait for them is what is aimed at."""
 
 
 def latency(seen: PolicyInput) -> Wish:
     """As many actors as keep the time to the first token within `slo_ttft_s` and that between tokens in `slo_tpot_s`.
 
-    Prompt tokens that routers have still to compute are done at the pace that their prefills have now, and have to be
-    done as fast as others come; a decoding sequence waits for its next token as it did for the last ones. Since load
-    comes unevenly, all three are aimed at a part of what is allowed: `slo_aim` of the waits and `_PACE`, more while
-    fewer requests are late than may be, less while more are. (Where routers cut prompts short to keep steps to
-    `engine.step_s`, that is the wait between tokens aimed at.) Of them, only what waits for expert actors changes with
-    their number, at best in inverse proportion: that part has to fit into what the trunk leaves. A growth that was too
-    small is seen at the next decision. Without work at the routers the minimum is wanted.
+    Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
+    sequence waits for its next token as it did for the last ones. Since load comes unevenly, both waits are aimed at a
+    part of what is allowed: `slo_aim`, more while fewer requests are late than may be, less while more are. (Where
+    routers cut prompts short to keep steps to `engine.step_s`, that is the wait between tokens aimed at.) Where prompts
+    come faster than they are computed, the wait for them is aimed at before it is there. Of all this, only what waits
+    for expert actors changes with their number, at best in inverse proportion: that part has to fit into what the trunk
+    leaves. A growth that was too small is seen at the next decision; a shrink stops where those who stay would be busy
+    for `_FULL` of the time, since waits rise faster there.
+    Without work at the routers the minimum is wanted.
     """
     if seen.settings.slo_ttft_s is None and seen.settings.slo_tpot_s is None:
         return Wish()
@@ -41,7 +41,9 @@ def latency(seen: PolicyInput) -> Wish:
     used = {group: serving.get(group, 0.0) for group in seen.groups}
     behind = _behind_the_waits(seen, sum(serving.values()))
     factor, why = max([*_prompts(seen), *_tokens(seen)], default=(0.0, "no work at the routers"))
-    factor *= behind
+    if factor:
+        busy = min(1.0, mean([view.busy for view in seen.experts]) / _FULL)
+        factor, why = max((behind * factor, why), (busy, "busy actors"))
     actors = in_tiers(seen, used, factor)
     changed = any(count != seen.groups[group].actors for group, count in actors.items())
     return Wish(actors, reasons=(f"{why}: {factor:.2f} times the {sum(used.values()):.0f} actors",) if changed else ())
@@ -56,18 +58,20 @@ def _behind_the_waits(seen: PolicyInput, serving: float) -> float:
 
 def _prompts(seen: PolicyInput) -> Iterator[tuple[float, str]]:
     """By how much the actors are to be multiplied for the prompts of all routers together, and why: for the backlog
-    that there is, and for the one that there will be."""
+    that there is, and for the one that there will be.
+
+    One long prompt takes its time on any number of actors; what they can help is a backlog.
+    """
     slo = seen.settings.slo_ttft_s
     loads = [router.load for router in seen.routers if router.load.prefill_rate]
     if slo is not None and loads:
-        rate = mean(load.prefill_rate for load in loads)
-        part = mean(load.expert_part for load in loads)
-        backlogs = sorted(router.load.pending_tokens for router in seen.routers)
-        wait_s = backlogs[int(_BUSIEST * len(backlogs))] / rate
-        yield _fit(wait_s, part, _aim(seen) * slo), f"{wait_s:.2f} s of prompts to compute"
-        pace = mean(router.load.prompt_rate for router in seen.routers) / rate
-        most = min(1.0, _PACE * _aim(seen) / seen.settings.slo_aim)
-        yield _fit(pace, part, most), f"prompts come at {pace:.2f} of the pace at which they are computed"
+        rate = mean([load.prefill_rate for load in loads])
+        part = mean([load.expert_part for load in loads])
+        wait_s = mean([router.load.pending_tokens for router in seen.routers]) / rate
+        aim_s = _aim(seen) * slo
+        yield _fit(wait_s, part, aim_s), f"{wait_s:.2f} s of prompts to compute"
+        pace = mean([router.load.prompt_rate for router in seen.routers]) / rate
+        yield _fit(pace, part, 1 + (aim_s - wait_s) / AHEAD_S), f"prompts come at {pace:.2f} of the routers' pace"
 
 
 def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:

@@ -86,8 +86,7 @@ def router(tpot_s=0.0, pending=0, rate=0.0, part=0.5, running=4.0):
         ([router(0.05, part=0.9), router(0.15, part=0.9)], 4),  # the mean of the tokens counts
         ([router(0.1, pending=1000, rate=1000.0)], 4),  # 1 s of prompts is no hurry
         ([router(0.1, pending=2500, rate=1000.0)], 7),  # 1.25 s of experts into 0.75 s
-        ([router(0.1, pending=2500, rate=1000.0), router(0.1)], 7),  # the one with more to do counts
-        ([router(0.1, pending=2500, rate=1000.0), *[router(0.1)] * 10], 4),  # but of eleven the one with most does not
+        ([router(0.1, pending=5000, rate=1000.0), router(0.1)], 7),  # as much for each of the two
         ([router(pending=90000, rate=1000.0, part=0.9)], 8),  # at most max_growth
         ([router(running=0.0)], 1),
         ([RouterLoad()], 1),
@@ -99,25 +98,46 @@ def test_latency_fits_the_experts_into_what_the_trunk_leaves(loads, wanted):
 
 
 @pytest.mark.parametrize(
-    ("came", "part", "late", "wanted"),
+    ("busy", "tpot_s", "wanted"),
     [
-        ((0.0,), 0.5, 10.0, 1),  # nothing comes: the backlog alone decides
-        ((900.0,), 0.5, 10.0, 4),  # at the pace that is aimed at
-        ((1000.0,), 0.5, 10.0, 5),  # half of the time into two fifths
-        ((1200.0,), 0.5, 10.0, 8),
-        ((450.0,), 0.5, 10.0, 2),
-        ((1800.0, 0.0), 0.5, 10.0, 4),  # routers share what comes
-        ((1200.0,), 0.05, 10.0, 2),  # the trunk alone is too slow
-        ((1000.0,), 0.5, 0.0, 4),  # few are late: it may be full
-        ((1000.0,), 0.5, 40.0, 8),
+        (0.2, 0.06, 2),  # waits alone decide
+        (0.6, 0.06, 3),  # two would have more work than time
+        (0.95, 0.06, 4),
+        (1.0, 0.06, 4),  # busy actors alone are no reason to grow
+        (1.0, 0.12, 6),
     ],
 )
-def test_latency_keeps_up_with_the_pace_at_which_prompts_come(came, part, late, wanted):
-    """1000 tokens a second are computed, and of 1000 requests so many were late."""
-    load = replace(router(pending=100, rate=1000.0, part=part), requests=1000.0, late=late)
-    loads = [replace(load, prompt_rate=rate) for rate in came]
+def test_latency_shrinks_to_no_fewer_actors_than_the_work_keeps_busy(busy, tpot_s, wanted):
+    routers = (RouterView("r0", "n0", router(tpot_s)),)
+    assert latency(replace(seen((busy,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+
+
+@pytest.mark.parametrize(
+    ("came", "pending", "part", "wanted"),
+    [
+        ((0.0,), 0, 0.5, 1),  # nothing comes
+        ((1000.0,), 2000, 0.5, 4),  # as fast as it is computed, with the backlog that is aimed at
+        ((1100.0,), 2000, 0.5, 5),  # half of the time into nine tenths of it
+        ((1100.0,), 0, 0.5, 5),  # a wait that is far from there is no comfort: two seconds are soon gone
+        ((500.0,), 0, 0.5, 2),
+        ((2200.0, 0.0), 0, 0.5, 5),  # routers share what comes
+        ((3000.0,), 0, 0.5, 8),  # at most max_growth
+        ((1100.0,), 0, 0.1, 3),  # what the trunk takes alone is most
+    ],
+)
+def test_latency_keeps_up_with_the_pace_at_which_prompts_come(came, pending, part, wanted):
+    """1000 tokens a second are computed."""
+    loads = [replace(router(pending=pending, rate=1000.0, part=part), prompt_rate=rate) for rate in came]
     routers = tuple(RouterView(f"r{i}", "n0", load) for i, load in enumerate(loads))
-    assert latency(replace(seen((0.5,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+    assert latency(replace(seen((0.3,) * 4, settings=SLO), routers=routers)).actors == {"experts": wanted}
+
+
+def test_latency_lets_prompts_come_faster_for_a_while_where_they_may_wait_for_long():
+    """At half a minute of 500 s, one and a half times the pace is borne for longer than any rush lasts."""
+    settings = ControlConfig(slo_ttft_s=1000.0, slo_aim=0.5)
+    load = replace(router(pending=30_000, rate=1000.0), prompt_rate=1500.0)
+    input_ = replace(seen((0.9,) * 4, settings=settings), routers=(RouterView("r0", "n0", load),))
+    assert latency(input_).actors == {"experts": 4}
 
 
 @pytest.mark.parametrize(
