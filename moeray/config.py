@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import yaml
 from moeray.errors import ConfigError
 from moeray.settings.control import ControlConfig
 from moeray.settings.engine import EngineConfig
-from moeray.settings.experts import ExpertsConfig
+from moeray.settings.experts import ExpertGroupConfig, ExpertsConfig
 from moeray.settings.metrics import MetricsConfig
 from moeray.settings.router import ROUTER, RouterConfig
 from moeray.settings.serve import ServeConfig
@@ -95,7 +95,18 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if variable in os.environ:
             value = os.environ[variable]
             _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
-    return config_from(tree)
+    config = config_from(tree)
+    if config.experts.groups:
+        _check_short_form(tree["experts"])
+    return config
+
+
+def _check_short_form(experts: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key of the one group beside a list of groups: it would do nothing."""
+    for key in sorted(experts.keys() & {each.name for each in fields(ExpertGroupConfig)}):
+        raise ConfigError(
+            f"config key experts.{key}: describes the one group where none is listed; give it to each of experts.groups"
+        )
 
 
 def config_from(tree: Mapping[str, Any]) -> Config:
@@ -124,14 +135,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[keys[-1]] = value
+    if (section := _section(tree, keys[:-1])) is not None:
+        section[keys[-1]] = value
 
 
 def _set_default(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
+    if (section := _section(tree, keys[:-1])) is not None:
+        section.setdefault(keys[-1], value)
+
+
+def _section(tree: dict[str, Any], keys: list[str]) -> dict[str, Any] | None:
+    """The mapping under these keys, made where there is none, or nothing stands under a key; None where something else
+    does, which is told with its key when the config is built."""
+    for key in keys:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
         if not isinstance(tree, dict):
-            return  # what stands there is told with its key when the config is built
-    tree.setdefault(keys[-1], value)
+            return None
+    return tree

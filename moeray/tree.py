@@ -84,9 +84,12 @@ def to_tree(config: Any) -> Any:
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with `changes` over it: mappings are merged, anything else takes the place of what was there."""
+    """`tree` with `changes` over it: mappings are merged, anything else takes the place of what was there. A mapping
+    stays where its key has nothing under it."""
     result = dict(tree)
     for key, value in changes.items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+        if isinstance(below, dict) and (value is None or isinstance(value, Mapping)):
+            value = merged(below, value or {})
+        result[key] = value
     return result

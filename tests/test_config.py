@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from moeray.config import Config, config_from, load_config
+from moeray.config import Config, config_from, load_config, overlay
 from moeray.errors import ConfigError
 from moeray.tree import to_tree
 
@@ -39,7 +41,6 @@ def test_defaults_survive_a_round_trip():
         ({"router": {"resources": {"spot": -1}}}, ["router.resources.spot", "0 or more"]),
         ({"engine": {"kv_cache_bytes": -1}}, ["engine.kv_cache_bytes", "above 0"]),
         ({"wire": {"max_payload_bytes": 10}}, ["wire.max_payload_bytes", "64 KiB"]),
-        ({"experts": {"actors": 3, "groups": [{"name": "a"}]}}, ["experts.actors", "experts.groups"]),
         ({"experts": {"groups": [{"resources": {"spot": -1}}]}}, ["experts.groups.resources.spot", "0 or more"]),
         ({"serve": {"api_key": ""}}, ["serve.api_key", "MOERAY_API_KEY"]),
         ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
@@ -56,8 +57,33 @@ def test_a_wrong_key_or_value_is_named(tree, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_section_with_nothing_under_it_is_that_of_the_defaults():
+def test_a_section_with_nothing_under_it_is_that_of_the_defaults(tmp_path, monkeypatch):
     assert config_from({"experts": None, "engine": None}) == Config()
+    path = tmp_path / "moeray.yaml"
+    path.write_text("serve:\n  # port: 9000\nwire:\nexperts:\n")
+    monkeypatch.setenv("MOERAY_API_KEY", "from-env")
+    monkeypatch.setenv("MOERAY_CLUSTER_TOKEN", "t0ken")
+    config = load_config(path, {"serve.port": 9000, "experts.actors": 3})
+    assert (config.serve.api_key, config.wire.token) == ("from-env", "t0ken")
+    assert (config.serve.port, config.experts.actors) == (9000, 3)
+
+
+def test_a_section_with_nothing_under_it_changes_nothing():
+    config = config_from({"experts": {"groups": [{"name": "a", "actors": 4}]}, "control": {"slo_ttft_s": 1.0}})
+    assert overlay(config, {"experts": None, "control": {"slo_tpot_s": 0.1}}) == replace(
+        config, control=replace(config.control, slo_tpot_s=0.1)
+    )
+
+
+def test_keys_of_the_one_group_beside_a_list_of_groups_would_do_nothing(tmp_path):
+    path = tmp_path / "moeray.yaml"
+    path.write_text("experts: {replicas: 1, groups: [{name: a}]}\n")
+    assert load_config(path, {"experts.kernel": "torch"}).experts.groups[0].name == "a"
+    for given in ({"experts.actors": 2}, {"experts.memory_gib": 1.0}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(given))}: .* give it to each of experts.groups"):
+            load_config(path, given)
+    later = overlay(config_from({"experts": {"actors": 4}}), {"experts": {"groups": [{"name": "a"}]}})
+    assert [group.name for group in later.experts.resolved()] == ["a"]  # of a system that runs
 
 
 def test_numbers_are_read_as_people_write_them():

@@ -17,12 +17,12 @@ from moeray.actors.orders import Orders, newest
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import ROUTER, Actor, Calls, Roster
 from moeray.actors.spec import ActorReport, DatedConfig
-from moeray.config import config_from
+from moeray.config import Config, config_from
 from moeray.control.fleet import Phase
 from moeray.control.ledger import Books, newer
 from moeray.control.placement import Placement
 from moeray.control.update import compare
-from moeray.errors import MoerayError
+from moeray.errors import ConfigError, MoerayError
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.types import Address, ExpertId
 
@@ -56,7 +56,7 @@ class Found:
         names, since the change that mapped it died with its controller, is dropped."""
         kinds = {group.name: group for group in self.dated.config.experts.resolved()}
         for handle, says in self.actors:
-            roster.add(_actor(handle, says, kinds, loop))
+            roster.add(_actor(handle, says, kinds, _config_of(says["started"], self.dated.config), loop))
         places.placement = placement_of([says for _, says in self.actors])
         for actor in roster:
             fleet.watchers.watch(actor)
@@ -93,9 +93,18 @@ def adopt(handles: Sequence[ActorHandle], dated: DatedConfig) -> Found | None:
 
 def _newest_config(dated: DatedConfig, says: Sequence[Mapping[str, Any]]) -> DatedConfig:
     """The newest of a system's own configs; what is left of another system is not followed."""
-    held = [DatedConfig(config_from(row["config"]), row["since"]) for row in says]
+    held = [DatedConfig(_config_of(row["config"], dated.config), row["since"]) for row in says]
     known = [each for each in held if not compare(dated.config, each.config).refused]
     return max([dated, *known], key=lambda each: each.since)
+
+
+def _config_of(tree: Mapping[str, Any], otherwise: Config) -> Config:
+    """`otherwise` for one that an earlier release took and this one does not."""
+    try:
+        return config_from(tree)
+    except ConfigError as error:
+        log.warning("the config of an actor that runs is not followed: %s", error)
+        return otherwise
 
 
 def _ask(handles: Sequence[ActorHandle]) -> list[tuple[ActorHandle, Mapping[str, Any]]]:
@@ -134,11 +143,13 @@ def placement_of(says: Sequence[Mapping[str, Any]]) -> Placement:
     return Placement(1, replicas) if replicas else Placement()
 
 
-def _actor(handle: ActorHandle, says: Mapping[str, Any], kinds: Mapping[str, ExpertGroupConfig], loop: Loop) -> Actor:
+def _actor(
+    handle: ActorHandle, says: Mapping[str, Any], kinds: Mapping[str, ExpertGroupConfig], started: Config, loop: Loop
+) -> Actor:
     number = int(handle.actor_id.rpartition("-")[2])
     kind = kinds.get(says["group"]) if says["kind"] == "expert" else None
     return Actor(
-        handle.actor_id, kind, number, config_from(says["started"]), Phase.READY, handle, Calls(handle, loop),
+        handle.actor_id, kind, number, started, Phase.READY, handle, Calls(handle, loop),
         ActorReport(handle.actor_id, says["node"], says["pid"], says["device"], says["free_bytes"]),
         Address(**says["address"]), dict(says.get("facts", {})),
     )  # fmt: skip

@@ -33,8 +33,8 @@ class Audit:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"no audit log can be kept in {path.parent} ({error.strerror}); set MOERAY_CACHE_DIR to a folder that "
-                "this user may write, or control.audit_log"
+                f"no audit log can be kept in {path.parent} ({error.strerror}); set cache_dir (or MOERAY_CACHE_DIR) "
+                "to a folder that this user may write, or control.audit_log"
             ) from error
 
     def write(self, event: str, **fields: Any) -> None:

@@ -52,7 +52,7 @@ class Controller:
 
     def __init__(self, config: Config, cluster: Cluster, since: float = 0.0) -> None:
         self._cluster = cluster
-        self._found: Found | None = None
+        self._alone = False  # there is no system to take over
         self._token = config.wire.token.encode() if config.wire.token else secrets.token_bytes(32)
         self._first = DatedConfig(config, since).public()
         self._system = secrets.token_hex(4)
@@ -83,7 +83,7 @@ class Controller:
         try:
             self._start()
         except Exception as error:  # said to those who ask, since nobody may read what this thread raises
-            if self._found is None:
+            if self._alone:
                 self.stop()
             else:
                 self.abandon()
@@ -92,7 +92,7 @@ class Controller:
 
     def _start(self) -> None:
         self._readiness.phase = "looking for running actors"
-        self._found = found = self._look_around()
+        found = self._look_around()
         dated = found.dated if found else self._first
         model = open_in_time(dated.config, found, self._stopped, partial(setattr, self._readiness, "phase"))
         keeper = SystemKeeper(
@@ -109,6 +109,7 @@ class Controller:
         """What an earlier controller has left running; without it, there has to be room for a new system."""
         config = self._first.config
         found = adopt(self._cluster.find(), self._first)
+        self._alone = found is None
         if found is None and config.control.check_room:
             self._cluster.check(config.experts.resolved(), config.router)
         elif found is not None:

@@ -12,6 +12,7 @@ from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostE
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 
 _ID = np.dtype("<i4")
+_MOST = 2**31 - 1
 """Token ids go as their bytes: as plain numbers a long prompt would be larger, and hold up an ingress's event loop."""
 
 
@@ -45,11 +46,9 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
 
 
 def _packed(ids: tuple[int, ...]) -> bytes:
-    try:
-        return np.array(ids, _ID).tobytes()
-    except OverflowError:
-        worst = max(ids, key=abs)
-        raise RequestError(f"token id {worst} is in no vocabulary; give those of the model's", param="prompt") from None
+    if (most := max(ids, default=0)) > _MOST:
+        raise RequestError(f"token id {most} is in no vocabulary; give those of the model's", param="prompt")
+    return np.array(ids, _ID).tobytes()
 
 
 def _unpacked(data: bytes) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from time import monotonic
 
 from moeray.control.reports import Report, report_from
-from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, MoerayError, WireError
 from moeray.settings.control import ControlConfig
 from moeray.types import Address
 from moeray.wire.channel import Channel
@@ -79,7 +79,7 @@ class Watcher:
                 self._watch(channel)
             finally:
                 channel.close()
-        except WireError as error:
+        except MoerayError as error:  # also of TLS files that are being exchanged
             if not self._closing.is_set():
                 self._on_lost(self._address.actor_id, _loss(error), str(error))
 
@@ -120,7 +120,7 @@ class Watcher:
         self._on_report(self._address.actor_id, report)
 
 
-def _loss(error: WireError) -> Loss:
+def _loss(error: MoerayError) -> Loss:
     if isinstance(error, ChannelTimeoutError):
         return Loss.SILENT
     return Loss.CLOSED if isinstance(error, ChannelClosedError) else Loss.ERROR

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import SECONDS, system_options
+from moeray.cli.options import SECONDS_LEFT, system_options
 from moeray.errors import ConfigError, MoerayError
 
 
@@ -15,7 +15,7 @@ from moeray.errors import ConfigError, MoerayError
 @click.argument("actors", nargs=-1)
 @click.option("--node", help="Every actor of this node (its Ray node id, or the beginning of it).")
 @click.option("--here", is_flag=True, help="Every actor of the node that this command runs on.")
-@click.option("--within", type=SECONDS, help="Seconds until it must be gone, such as a spot notice gives.")
+@click.option("--within", type=SECONDS_LEFT, help="Seconds until it must be gone, such as a spot notice gives.")
 @click.option("--wait", is_flag=True, help="With --within: return when the node is empty, or the time is over.")
 @system_options
 def command(

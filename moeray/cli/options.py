@@ -18,7 +18,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 
 
 class _Seconds(click.FloatRange):
-    """A span of time above 0: `5`, or `5s`."""
+    """A span of time: `5`, or `5s`."""
 
     name = "number of seconds"
 
@@ -29,6 +29,7 @@ class _Seconds(click.FloatRange):
 
 
 SECONDS = _Seconds(0, min_open=True)
+SECONDS_LEFT = _Seconds(0)
 
 _SHORT = {"serve.api_key": "--api-key", "serve.port": "--port", "serve.host": "--host"}
 

@@ -20,6 +20,8 @@ _FULL = 0.95
 """Busier than this on average, actors are a queue whose wait grows without bound: no shrink may lead there."""
 AHEAD_S = 600.0
 """So long prompts may come as they do now before the wait for them is what is aimed at."""
+_LEAST_PACE = 0.1
+"""Of what routers compute, for prompts that come, however long a backlog is to be worked off."""
 
 
 def latency(seen: PolicyInput) -> Wish:
@@ -33,7 +35,7 @@ def latency(seen: PolicyInput) -> Wish:
     for expert actors changes with their number, at best in inverse proportion: that part has to fit into what the trunk
     leaves. A growth that was too small is seen at the next decision; a shrink stops where those who stay would be busy
     for `_FULL` of the time, since waits rise faster there.
-    Without work at the routers the minimum is wanted.
+    Without work at the routers, and some seconds after the last, the minimum is wanted.
     """
     if seen.settings.slo_ttft_s is None and seen.settings.slo_tpot_s is None:
         return Wish()
@@ -71,7 +73,8 @@ def _prompts(seen: PolicyInput) -> Iterator[tuple[float, str]]:
         aim_s = _aim(seen) * slo
         yield _fit(wait_s, part, aim_s), f"{wait_s:.2f} s of prompts to compute"
         pace = mean([router.load.prompt_rate for router in seen.routers]) / rate
-        yield _fit(pace, part, 1 + (aim_s - wait_s) / AHEAD_S), f"prompts come at {pace:.2f} of the routers' pace"
+        most = max(_LEAST_PACE, 1 + (aim_s - wait_s) / AHEAD_S)
+        yield _fit(pace, part, most), f"prompts come at {pace:.2f} of the routers' pace"
 
 
 def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:

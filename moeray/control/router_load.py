@@ -90,7 +90,7 @@ class RouterBook:
         router.ends = ends
         router.sums = fade * router.sums + span * values
         came = totals[4] + report.pending_tokens - (router.totals[4] + router.pending_tokens if again else 0.0)
-        router.came = math.exp(-span / PACE_S) * router.came + (max(0.0, came), span)
+        router.came = math.exp(-span / PACE_S) * router.came + (came, span)
         done, fade_work = totals - before, math.exp(-span / STEPS_S)
         # Weighed by the time that was waited for them: the mean of those behind `expert_part`.
         waited = fade_work * router.work[1] + done[1]
@@ -117,7 +117,8 @@ class RouterBook:
             waiting,
             kv_usage,
             router.pending_tokens,
-            float(router.came[0] / router.came[1]) if router.came[1] > 0 else 0.0,
+            # What is found in the prefix cache, or given up, counts when it comes and is taken back when it goes.
+            max(0.0, float(router.came[0])) / max(PACE_S, float(router.came[1])),
             tpot_s=decode_s / decode_tokens if decode_tokens > _FADED else 0.0,
             prefill_rate=prefill_tokens / prefill_s if prefill_tokens > _FADED else 0.0,
             expert_part=min(1.0, expert_s / step_s) if step_s > 0 else 0.0,

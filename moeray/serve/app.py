@@ -156,10 +156,10 @@ class Ingress:
         """Go by `changes` from now on. Raises MoerayError where a replica cannot start with them; one that serves
         already serves on as before, and the refusal stands in the audit log, which `moeray status` shows."""
         if self._warming is None:
-            await self._start(changed(self._base, changes))
+            await self._start(await asyncio.to_thread(changed, self._base, changes))
             return
         try:
-            config = changed(self._base, changes)
+            config = await asyncio.to_thread(changed, self._base, changes)
             await self._port.configure(config, time.time(), self._backend.reading())
         except MoerayError as error:
             log.error("the config stays as it was: %s", error)

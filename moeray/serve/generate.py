@@ -51,7 +51,7 @@ class ChoiceRun:
         self._with_logprobs = choice.request.sampling.logprobs is not None
         self._interval = interval
         self._waiting: list[TokenRecord] = []
-        self._waiting_text = ""
+        self._waiting_text: list[str] = []
         self._told = 0
         self._begun = False
         self._text = IncrementalDetokenizer(
@@ -66,10 +66,10 @@ class ChoiceRun:
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationFailedError(output.error or f"the sequence ended early ({output.finish_reason})")
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        self._waiting_text += "".join(self._token(output, place) for place in range(len(output.token_ids)))
+        self._wait(*(self._token(output, place) for place in range(len(output.token_ids))))
         finish = self._finish(output)
         if finish is not None:
-            self._waiting_text += self._text.finish()
+            self._wait(self._text.finish())
             if self._text.stopped:
                 finish = "stop"
         if self._begun and finish is None and (not self._waiting_text or not self._is_due()):
@@ -77,8 +77,15 @@ class ChoiceRun:
         self._begun = True
         return self._delta(finish)
 
+    def rest(self) -> Delta | None:
+        """What waits to be shown of a choice that has failed."""
+        return self._delta(None) if self._waiting_text else None
+
+    def _wait(self, *texts: str) -> None:
+        self._waiting_text += filter(None, texts)
+
     def _is_due(self) -> bool:
-        return self.completion_tokens - self._told >= self._interval
+        return not self._told or self.completion_tokens - self._told >= self._interval
 
     def _token(self, output: TokenOutput, place: int) -> str:
         if self._text.stopped:
@@ -97,7 +104,9 @@ class ChoiceRun:
 
     def _delta(self, finish: Literal["stop", "length"] | None) -> Delta:
         tokens: tuple[TokenRecord, ...] = ()
-        text, self._waiting_text, self._told = self._waiting_text, "", self.completion_tokens
+        text, self._waiting_text = "".join(self._waiting_text), []
+        if text:
+            self._told = self.completion_tokens
         if text or finish is not None:
             tokens, self._waiting = tuple(self._waiting), []
         self.finished = finish is not None
@@ -168,6 +177,8 @@ class Generation:
                 raise  # it is us who stop it
             await queue.put(GenerationFailedError("the sequence was cancelled by the system"))
         except Exception as error:  # whatever it is, the one who waits for the deltas gets it
+            if (rest := run.rest()) is not None:
+                await queue.put(rest)
             await queue.put(error)
         else:
             await queue.put(None)

@@ -133,9 +133,9 @@ class SystemBackend:
 
     async def _look(self) -> None:
         try:
+            state = await self._controller.renew(self.reading())
             if lost := self._pool.lost:
                 await self._controller.call("suspect", lost)
-            state = await self._controller.renew(self.reading())
         except ControllerLostError as error:
             starts = self._wait_on(error)
             log.log(logging.INFO if starts else logging.WARNING, "%s", error)

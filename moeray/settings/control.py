@@ -48,8 +48,9 @@ def _check_cron(expression: str) -> None:
 class ControlConfig:
     """How the controller watches and decides.
 
-    Watching: every actor reports each `report_s` seconds; one that is silent for `silence_s` is replaced, and a router
-    that does not acknowledge a placement for `lease_s` too. An actor that hears of no controller for `orphan_s` stops.
+    Watching: every actor reports each `report_s` seconds; one that is silent for `silence_s` is replaced, sooner where
+    a router or an endpoint that waits for it misses its answer, and a router that does not acknowledge a placement for
+    `lease_s` too. An actor that hears of no controller for `orphan_s` stops.
 
     Deciding, every `interval_s`: each of `policies` (a shipped name, or a dotted path to one of your own) says how many
     actors and replicas it wants, and the largest wish wins. Growth is at once, by at most `max_growth` times; a shrink

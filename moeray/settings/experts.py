@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moeray.settings.actors import Device, check_not_negative, check_span, span
@@ -96,10 +96,6 @@ class ExpertsConfig:
             "experts.replicas",
             f"asks for {self.replicas} replicas of each expert but there are {actors} actors; lower it or add actors",
         )
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        for name in sorted(given & {f.name for f in fields(ExpertGroupConfig)}):
-            mend = "describes the one group where none is listed; give it to those of experts.groups"
-            require(not self.groups, f"experts.{name}", mend)
         names = [g.name for g in self.groups]
         require(len(set(names)) == len(names), "experts.groups.name", f"names must differ, got {names}")
         for name in names:

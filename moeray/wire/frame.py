@@ -29,7 +29,7 @@ from moeray.wire.spans import BOOL, Span, spans_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 INLINE = -1
 PREFIX = struct.Struct("<II")
 

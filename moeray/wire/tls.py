@@ -28,7 +28,7 @@ def read_credentials(wire: WireConfig) -> Credentials | None:
     authority = None if wire.tls_ca is None else _read(wire.tls_ca, "tls_ca")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(wire.tls_cert, wire.tls_key)
+        context.load_cert_chain(wire.tls_cert, wire.tls_key, password="")  # without one OpenSSL asks at the terminal
     except ssl.SSLError as error:
         raise ConfigError(
             f"config key wire.tls_cert: {wire.tls_cert} and {wire.tls_key} are no certificate and its key in PEM form "

@@ -10,7 +10,9 @@ import pytest
 from moeray.actors.watch import Loss, Watcher
 from moeray.config import load_config
 from moeray.control.reports import ExpertReport, report_tree
+from moeray.errors import ConfigError
 from moeray.settings.wire import WireConfig
+from moeray.types import Address
 from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
 from moeray.wire.identity import Identity
@@ -134,6 +136,18 @@ def test_a_suspect_has_its_time_from_then_on_whatever_it_was_asked_before(watche
     actor.watcher.probe()
     actor.reports.get(timeout=10)
     assert actor.lost.empty()
+
+
+def test_an_actor_that_cannot_be_dialled_for_a_fault_of_ours_is_lost_with_the_reason():
+    def dial(address):
+        raise ConfigError("config key wire.tls_cert: cannot read it")
+
+    lost = queue.Queue()
+    watcher = Watcher(
+        Address("experts-0", "n", None), dial, load_config().control, lambda *_: None, lambda *loss: lost.put(loss)
+    )
+    assert lost.get(timeout=10) == ("experts-0", Loss.ERROR, "config key wire.tls_cert: cannot read it")
+    watcher.join(5.0)
 
 
 def test_a_goodbye_is_no_loss(watched):

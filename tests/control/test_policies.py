@@ -123,6 +123,9 @@ def test_latency_shrinks_to_no_fewer_actors_than_the_work_keeps_busy(busy, tpot_
         ((2200.0, 0.0), 0, 0.5, 5),  # routers share what comes
         ((3000.0,), 0, 0.5, 8),  # at most max_growth
         ((1100.0,), 0, 0.1, 3),  # what the trunk takes alone is most
+        ((0.0,), 700_000, 0.5, 8),  # a backlog of many minutes
+        ((1000.0,), 700_000, 1.0, 8),
+        ((0.0,), 700_000, 0.0, 1),
     ],
 )
 def test_latency_keeps_up_with_the_pace_at_which_prompts_come(came, pending, part, wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import openai
 import pytest
 
 from moeray.config import Config
@@ -53,6 +54,35 @@ def test_a_chats_events(server):
         events[choice.index] += 1
     assert texts == [choice.message.content for choice in plain.choices] == [TEXT, TEXT]
     assert max(events) <= 4 + plain.usage.completion_tokens // 2 / interval
+
+
+@pytest.mark.parametrize(("stop", "text"), [("qu", "q"), (None, "🦊")])
+def test_a_first_token_without_text_is_not_the_first(server, stop, text):
+    """What may begin a stop string, and a character's first bytes, are shown with what follows, which then is due."""
+    ai, backend, _ = server
+    backend.tokens_per_step = 1
+    prompt = f"{text} the lazy dog and the fox"
+    stream = ai.completions.create(model=MODEL, prompt=prompt, max_tokens=100, stop=stop, logprobs=0, stream=True)
+    events = [chunk.choices[0] for chunk in stream]
+    first = next(event for event in events if event.text)
+    assert len(first.logprobs.tokens) <= 5
+    assert "".join(event.text for event in events) == prompt
+
+
+def test_what_a_stream_has_when_it_fails_is_shown(server):
+    ai, backend, _ = server
+    backend.tokens_per_step, backend.break_after = 1, 12
+    texts = []
+
+    def read():
+        for chunk in ai.completions.create(model=MODEL, prompt=TEXT, max_tokens=100, stream=True):
+            texts.append(chunk.choices[0].text)
+
+    with pytest.raises(openai.APIError, match="expert group 3 is gone"):
+        read()
+    backend.break_after = None
+    assert TEXT.startswith("".join(texts))
+    assert len("".join(texts)) >= 12
 
 
 def test_the_first_token_does_not_wait_for_others(server):

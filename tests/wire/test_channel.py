@@ -178,7 +178,7 @@ def test_many_channels_at_once(host, kind):
 
 
 def test_limits_of_the_config_hold_on_a_channel(folder, kind):
-    host = Host(folder, WireConfig(max_payload_bytes=1 << 16, max_header_bytes=1 << 12))
+    host = Host(folder, WireConfig(max_payload_bytes=1 << 16, max_header_bytes=1 << 16))
     near, _ = host.pair(kind)
     with pytest.raises(WireError, match="max_payload_bytes"):
         near.send(Frame(Op.FORWARD, tensors=(torch.ones(1 << 15),)))

@@ -167,8 +167,8 @@ def test_hostile_messages_raise_wire_error(bad):
 
 
 def test_another_version_is_named():
-    with pytest.raises(VersionMismatchError, match="version 2"):
-        decode(raw([2, "whatever that release has here"]), LIMITS)
+    with pytest.raises(VersionMismatchError, match=f"version {WIRE_VERSION + 1}"):
+        decode(raw([WIRE_VERSION + 1, "whatever that release has here"]), LIMITS)
 
 
 @pytest.mark.parametrize(

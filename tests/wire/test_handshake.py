@@ -19,7 +19,7 @@ from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.channel import connect
-from moeray.wire.frame import PREFIX, Frame, Op, decode, encode
+from moeray.wire.frame import PREFIX, WIRE_VERSION, Frame, Op, decode, encode
 from moeray.wire.grpc_dial import dial_grpc
 from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.handshake import Acceptor, Connector
@@ -31,6 +31,9 @@ CLIENT = identity("router-0")
 def greet() -> tuple[Connector, Acceptor, Frame]:
     connector, acceptor = Connector(CLIENT, SERVER), Acceptor(identity())
     return connector, acceptor, acceptor.welcome(connector.hello())
+
+
+OTHER = WIRE_VERSION + 1
 
 
 def of_version(version: int) -> bytes:
@@ -117,11 +120,11 @@ def test_a_listener_of_another_version_is_named(folder):
             sock, _ = listening.accept()
             with sock:
                 sock.recv(4096)
-                sock.sendall(of_version(2))
+                sock.sendall(of_version(OTHER))
 
         answering = threading.Thread(target=answer)
         answering.start()
-        with pytest.raises(AuthenticationError, match="version 2"):
+        with pytest.raises(AuthenticationError, match=f"version {OTHER}"):
             connect(Address(SERVER, "here", path, None), CLIENT, SMALL, timeout=5.0)
         answering.join()
 
@@ -144,7 +147,7 @@ def stranger(host: Host, kind: str) -> Iterator[socket.socket]:
 
 def test_a_connector_of_another_version_is_told_so(host, kind):
     with stranger(host, kind) as sock:
-        sock.sendall(of_version(2))
+        sock.sendall(of_version(OTHER))
         assert decode(sock.recv(4096), UNAUTHENTICATED).meta == {"reason": "version"}
         assert sock.recv(1) == b""
     host.dial(kind).close()
@@ -172,7 +175,7 @@ def test_an_unproven_peer_gets_tiny_limits(host, kind, data):
 def test_what_an_unproven_peer_sends_on_is_not_kept(host, kind):
     """It is cut off, however much it has sent by then."""
     with stranger(host, kind) as sock, suppress(BrokenPipeError, ConnectionResetError):
-        sock.sendall(of_version(2))
+        sock.sendall(of_version(OTHER))
         for _ in range(1000):
             sock.sendall(bytes(1 << 20))
         raise AssertionError("the listener took it all")
@@ -195,7 +198,7 @@ def test_descriptors_from_an_unproven_peer_are_not_kept(host):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5.0)
         sock.connect(host.address.unix)
-        socket.send_fds(sock, [of_version(2)], [0, 0, 0])
+        socket.send_fds(sock, [of_version(OTHER)], [0, 0, 0])
         sock.recv(4096)
     assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
 

@@ -5,7 +5,7 @@
 
 #include "msgpack.h"
 
-enum { VERSION = 1, FORWARD = 4, RESULT = 5, PREFIX = 8, ALIGN = 64, INLINE = -1 };
+enum { VERSION = 2, FORWARD = 4, RESULT = 5, PREFIX = 8, ALIGN = 64, INLINE = -1 };
 enum { UNLOCKED_FROM = 1 << 18 };
 enum { INT64 = 6, BOOL = 8 }; /* codes of dtypes */
 static const int8_t SIZES[] = {4, 2, 2, 1, 2, 4, 8, 1, 1, 1};
