@@ -18,10 +18,12 @@ _IDLE = 0.1
 """Sequences at a router, in the mean over the window, below which it counts as idle."""
 _FULL = 0.95
 """Busier than this on average, actors are a queue whose wait grows without bound: no shrink may lead there."""
-AHEAD_S = 600.0
-"""So long prompts may come as they do now before the wait for them is what is aimed at."""
+_PACE = 0.9
+"""Prompts may come this part as fast as routers compute them, for good: a fuller queue grows without bound."""
+AHEAD_S = 900.0
+"""Faster than that they may come for so long, before the wait for them is what is aimed at."""
 _LEAST_PACE = 0.1
-"""Of what routers compute, for prompts that come, however long a backlog is to be worked off."""
+"""However long a backlog is to be worked off, prompts may come so fast."""
 
 
 def latency(seen: PolicyInput) -> Wish:
@@ -73,7 +75,7 @@ def _prompts(seen: PolicyInput) -> Iterator[tuple[float, str]]:
         aim_s = _aim(seen) * slo
         yield _fit(wait_s, part, aim_s), f"{wait_s:.2f} s of prompts to compute"
         pace = mean([router.load.prompt_rate for router in seen.routers]) / rate
-        most = max(_LEAST_PACE, 1 + (aim_s - wait_s) / AHEAD_S)
+        most = max(_LEAST_PACE, _PACE + (aim_s - wait_s) / AHEAD_S)
         yield _fit(pace, part, most), f"prompts come at {pace:.2f} of the routers' pace"
 
 
