@@ -111,6 +111,7 @@ class SystemBackend:
         while True:
             try:
                 await self._look()
+                await self._accuse()
             except Exception as error:  # an endpoint that looks no more would never hear of another router
                 log.exception("the controller could not be asked")
                 self._wait_on(MoerayError(f"the controller could not be asked: {error!r}"))
@@ -134,8 +135,6 @@ class SystemBackend:
     async def _look(self) -> None:
         try:
             state = await self._controller.renew(self.reading())
-            if lost := self._pool.lost:
-                await self._controller.call("suspect", lost)
         except ControllerLostError as error:
             starts = self._wait_on(error)
             log.log(logging.INFO if starts else logging.WARNING, "%s", error)
@@ -154,6 +153,14 @@ class SystemBackend:
                 return
         self._unanswered = 0
         self._said = BackendState(state["status"], state["detail"])
+
+    async def _accuse(self) -> None:
+        """Have the controller ask the routers that do not answer here."""
+        if (lost := self._pool.lost) and not self._unanswered:
+            try:
+                await self._controller.call("suspect", lost)
+            except MoerayError as error:  # it looks for itself, too
+                log.info("%s", error)
 
     def _wait_on(self, error: MoerayError) -> bool:
         """Try again later: for ever once the endpoint has served, else for a time, of which True says that it lasts."""
