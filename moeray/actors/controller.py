@@ -94,7 +94,7 @@ class Controller:
         self._readiness.phase = "looking for running actors"
         found = self._look_around()
         dated = found.dated if found else self._first
-        model = open_in_time(dated.config, found, self._stopped, partial(setattr, self._readiness, "phase"))
+        model = open_in_time(dated.config, found, self._stopped, self._readiness)
         keeper = SystemKeeper(
             dated, self._cluster, self._loop, self._roster, self._audit, self._autoscaler, self._metrics,
             self._readiness, model, self._token, self._system, found,

@@ -12,8 +12,8 @@ from moeray.errors import MoerayError, QueueFullError, RequestError, RouterLostE
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenLogprobs, TokenOutput
 
 _ID = np.dtype("<i4")
-_MOST = 2**31 - 1
 """Token ids go as their bytes: as plain numbers a long prompt would be larger, and hold up an ingress's event loop."""
+_MOST = 2**31 - 1
 
 
 def request_tree(request: GenerationRequest) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from moeray.actors.adoption import Found
 from moeray.actors.planner import ModelShape
+from moeray.actors.readiness import Readiness
 from moeray.config import Config
 from moeray.errors import MoerayError
 from moeray.model.loading import eos_token_ids, open_model
@@ -27,12 +27,12 @@ class Model:
     shape: ModelShape
 
 
-def open_in_time(config: Config, found: Found | None, stopped: threading.Event, say: Callable[[str], None]) -> Model:
-    """Again and again where a system waits to be taken over, until `stopped`; `say` hears how it goes.
+def open_in_time(config: Config, found: Found | None, stopped: threading.Event, readiness: Readiness) -> Model:
+    """Again and again where a system waits to be taken over, until `stopped`; `readiness` says how it goes.
 
     Raises CheckpointError, UnsupportedModelError.
     """
-    say("opening the model")
+    readiness.phase = "opening the model"
     while True:
         try:
             return _open(config, found)
@@ -40,7 +40,7 @@ def open_in_time(config: Config, found: Found | None, stopped: threading.Event, 
             if found is None:
                 raise
             log.error("the running system is not taken over yet: %s", error)
-            say(f"opening the model, which failed: {error}")
+            readiness.phase = f"opening the model, which failed: {error}"
         for handle, _ in found.actors:
             handle.call("describe")  # so that it knows of a controller
         if stopped.wait(OPEN_RETRY_S):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import COUNT, config_of, config_options
 
 if TYPE_CHECKING:
     from moeray.config import Config
@@ -44,7 +44,7 @@ class Job:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the answers go.")
 @click.option("--errors", type=click.Path(path_type=Path), help="Where errors go [default: OUTPUT.errors.jsonl].")
 @click.option(
-    "--concurrency", type=click.IntRange(min=1),
+    "--concurrency", type=COUNT,
     help="Sequences in flight [default: what the routers take; twice their batch on a system that others use].",
 )  # fmt: skip
 @click.option("--retry-errors", is_flag=True, help="Ask lines again that an earlier run has put into the error file.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import config_of, config_options
+from moeray.cli.options import COUNT, config_of, config_options
 
 if TYPE_CHECKING:
     from moeray.config import Config
@@ -26,7 +26,7 @@ _DEFAULTS = {
 @click.command("calibrate")
 @click.argument("model", required=False)
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the cost file here, for `moeray simulate --costs`.")
-@click.option("--repeat", type=click.IntRange(1), default=15, show_default=True, help="Times each point is measured.")
+@click.option("--repeat", type=COUNT, default=15, show_default=True, help="Times each point is measured.")
 @click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options

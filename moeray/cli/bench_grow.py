@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import SECONDS, config_of, config_options
+from moeray.cli.options import COUNT, SECONDS, config_of, config_options
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ _DEFAULTS = {
 
 @click.command("grow")
 @click.argument("model", required=False)
-@click.option("--streams", type=click.IntRange(1), default=16, show_default=True, help="Requests in flight.")
-@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Times up and down again.")
+@click.option("--streams", type=COUNT, default=16, show_default=True, help="Requests in flight.")
+@click.option("--repeat", type=COUNT, default=5, show_default=True, help="Times up and down again.")
 @click.option("--window", "window_s", type=SECONDS, default=5.0, show_default=True, help="Seconds before and after.")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a request.")
+@click.option("--max-tokens", type=COUNT, default=256, show_default=True, help="Tokens of a request.")
 @click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from moeray.cli.options import COUNT
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 @click.option("--threads", default=None, help="CPU threads, with commas between.  [default: 1 and all cores]")
 @click.option("--hidden", type=click.IntRange(32), default=1024, show_default=True)
 @click.option("--intermediate", type=click.IntRange(32), default=512, show_default=True)
-@click.option("--distinct", type=click.IntRange(1), default=8, show_default=True, help="Experts of a forward.")
-@click.option("--repeat", type=click.IntRange(1), default=7, show_default=True, help="Forwards in each of 3 turns.")
+@click.option("--distinct", type=COUNT, default=8, show_default=True, help="Experts of a forward.")
+@click.option("--repeat", type=COUNT, default=7, show_default=True, help="Forwards in each of 3 turns.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(
     formats: str,

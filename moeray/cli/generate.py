@@ -70,8 +70,8 @@ async def _generate(
         if ids is None:
             ids = tuple(tokenizer(prompt)["input_ids"])
         check_prompt(ids, backend.model, "prompt")
-        max_tokens(len(ids), sampling.max_tokens, sampling.max_tokens, backend.model, "max_tokens")
-        request = GenerationRequest(uuid.uuid4().hex, ids, sampling)
+        limit = max_tokens(len(ids), sampling.max_tokens, 0, backend.model, "max_tokens")
+        request = GenerationRequest(uuid.uuid4().hex, ids, replace(sampling, max_tokens=limit))
         outputs = [output async for output in backend.generate(request)]
     return _answer(outputs, len(ids), tokenizer)
 

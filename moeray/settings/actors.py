@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from moeray.tree import require
 
@@ -25,8 +24,10 @@ def span(actors: int, low: int | None, high: int | None) -> tuple[int, int]:
     return actors if low is None else low, actors if high is None else high
 
 
-def check_not_negative(amounts: Mapping[str, float | None], key: str) -> None:
-    """Raises ConfigError for an amount below 0; None is one that is chosen later."""
+def check_amounts(kind: Any, key: str, *names: str) -> None:
+    """Raises ConfigError for an amount of these names, or of `resources`, below 0; None is one that is chosen later."""
+    amounts = {name: getattr(kind, name) for name in names}
+    amounts |= {f"resources.{name}": amount for name, amount in kind.resources.items()}
     for name, amount in amounts.items():
         require(amount is None or amount >= 0, f"{key}.{name}", f"must be 0 or more, got {amount}")
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from cronsim import CronSim, CronSimError
 
 from moeray.errors import ConfigError
-from moeray.settings.actors import check_not_negative
+from moeray.settings.actors import check_amounts
 from moeray.tree import require
 
 _SECONDS = (
@@ -124,4 +124,4 @@ class ControlConfig:
         require(self.migration_cost >= 0, "control.migration_cost", "must be 0 or more")
         require(self.warm_pool >= 0, "control.warm_pool", "must be 0 or more")
         require(self.target_running >= 1, "control.target_running", "must be at least 1")
-        check_not_negative(self.resources, "control.resources")
+        check_amounts(self, "control")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moeray.settings.actors import Device, check_not_negative, check_span, span
+from moeray.settings.actors import Device, check_amounts, check_span, span
 from moeray.settings.router import ROUTER
 from moeray.tree import require
 
@@ -49,9 +49,7 @@ class ExpertGroupConfig:
         check_span(self, "experts.groups")
         require(self.threads >= 1, "experts.groups.threads", f"must be at least 1, got {self.threads}")
         require(self.share > 0, "experts.groups.share", f"must be above 0, got {self.share}")
-        amounts = {key: getattr(self, key) for key in ("num_cpus", "num_gpus", "memory_gib", "price_per_hour")}
-        check_not_negative(amounts, "experts.groups")
-        check_not_negative(self.resources, "experts.groups.resources")
+        check_amounts(self, "experts.groups", "num_cpus", "num_gpus", "memory_gib", "price_per_hour")
 
     @property
     def actors_span(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moeray.settings.actors import Device, check_not_negative, check_span, span
+from moeray.settings.actors import Device, check_amounts, check_span, span
 from moeray.tree import require
 
 ROUTER = "router"
@@ -34,9 +34,7 @@ class RouterConfig:
         require(self.actors >= 1, "router.actors", f"must be at least 1, got {self.actors}")
         require(self.threads >= 0, "router.threads", "must be 0 (all cores of the node) or more")
         check_span(self, "router")
-        amounts = {key: getattr(self, key) for key in ("num_cpus", "num_gpus", "price_per_hour")}
-        check_not_negative(amounts, "router")
-        check_not_negative(self.resources, "router.resources")
+        check_amounts(self, "router", "num_cpus", "num_gpus", "price_per_hour")
 
     @property
     def actors_span(self) -> tuple[int, int]:
