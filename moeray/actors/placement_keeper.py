@@ -61,14 +61,15 @@ class PlacementKeeper:
         now = self._clock()
         look = force or now - self._looked_at_skew >= self._config.control.window_s
         try:
-            proposal, short = self._planner.propose(self.placement, self.replicas, look=look, force=force)
+            plan = self._planner.propose(self.placement, self.replicas, look=look, force=force)
         except PlacementError as error:
             self._complain(error)
             self._on_failure(error)
             return
-        if short is not None:
-            self._complain(short)
-        elif proposal is not None:
+        proposal = plan.proposal
+        if plan.short is not None:
+            self._complain(plan.short)
+        elif plan.weighed:
             self._no_room = ""
         if look:
             self._looked_at_skew = now
@@ -84,7 +85,7 @@ class PlacementKeeper:
         return self._planner.propose(self.placement, self.replicas).proposal
 
     def _complain(self, error: PlacementError) -> None:
-        """Once for each new reason: it is tried again at every tick."""
+        """Once while it lasts: it is tried again at every tick."""
         if str(error) != self._no_room:
             self._no_room = str(error)
             log.error("%s", error)
@@ -196,8 +197,7 @@ class PlacementKeeper:
             log.warning("publish of %s failed: %s", router.actor_id, error)
             return
         router.epoch = epoch
-        if epoch >= self.placement.epoch:
-            router.epoch_since = 0.0
+        router.epoch_since = 0.0 if epoch >= self.placement.epoch else self._clock()  # a newer one is on its way
         self.tell(reconcile.Acked(router.actor_id, epoch))
 
     # -- losses ---------------------------------------------------------------------------------------------------

@@ -48,10 +48,12 @@ class Proposal:
 
 
 class Plan(NamedTuple):
-    """`proposal`: None where all is as it should be. `short`: why experts have fewer replicas than are wished for."""
+    """`proposal`: None where all is as it should be. `short`: why experts have fewer replicas than are wished for;
+    `weighed`: it was looked whether they do."""
 
     proposal: Proposal | None = None
     short: PlacementError | None = None
+    weighed: bool = False
 
 
 class Planner:
@@ -118,19 +120,19 @@ class Planner:
             first = self._fit(placement, replicas, hosts, 1.0)
             if first.short is not None:
                 raise first.short
-            return Plan(Proposal(first.placement, "first", f"{len(ids)} actors are ready"))
+            return Plan(Proposal(first.placement, "first", f"{len(ids)} actors are ready"), weighed=True)
         if (mended := self._repair(placement, replicas, hosts, look)) is not None:
             return Plan(mended)
         if self._settled != self._signature(placement, replicas):
             found = self._fit(placement, replicas, hosts, settings.max_skew)
             why = f"{len(ids)} actors serve, {len(replicas)} experts are hot"
-            return Plan(_if_moved(placement, found.placement, "scale", why), found.short)
+            return Plan(_if_moved(placement, found.placement, "scale", why), found.short, weighed=True)
         worst = self._worst_skew(placement, hosts) if look else 1.0
         if not force and worst <= settings.max_skew:
             return Plan()
         found = self._fit(placement, replicas, hosts, 1.0 if force else settings.max_skew)
         why = f"the worst layer's max/mean load is {worst:.2f}"
-        return Plan(_if_moved(placement, found.placement, "rebalance", why), found.short)
+        return Plan(_if_moved(placement, found.placement, "rebalance", why), found.short, weighed=True)
 
     def _serving(self, placement: Placement) -> tuple[str, ...]:
         """Those that are to host experts; an actor without any that has just failed to map some gets none for now."""

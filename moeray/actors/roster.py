@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,8 +143,16 @@ class Roster:
     def add(self, actor: Actor) -> None:
         self._actors[actor.actor_id] = actor
         self._started = max(self._started, actor.order + 1)
-        number = int(actor.actor_id.rpartition("-")[2])
-        self._numbers[actor.group] = max(self._numbers.get(actor.group, 0), number + 1)
+        self.count_from({actor.group: int(actor.actor_id.rpartition("-")[2]) + 1})
+
+    def numbers(self) -> dict[str, int]:
+        """Group -> the number that its next actor gets."""
+        return dict(self._numbers)
+
+    def count_from(self, numbers: Mapping[str, int]) -> None:
+        """Smaller numbers were given to actors before, of an earlier controller perhaps."""
+        for group, number in numbers.items():
+            self._numbers[group] = max(self._numbers.get(group, 0), number)
 
     def remove(self, actor_id: str) -> Actor | None:
         return self._actors.pop(actor_id, None)

@@ -87,11 +87,16 @@ class SystemKeeper:
             placement = self._found.enter(self.roster, self._loop, self.fleet, self.places)
             orders = self._found.orders
             self.autoscaler.adopt(placement, orders)
-            for actor_id, by in orders.leaving.items() if orders is not None else ():
-                if self.roster.get(actor_id) is not None:
-                    self.fleet.departures.tell(actor_id, None if by is None else by - time.time())
+            if orders is not None:
+                self._follow_orders(orders)
             self._readiness.take_over()
         self._begun = True
+
+    def _follow_orders(self, orders: Orders) -> None:
+        self.roster.count_from(orders.numbers)
+        for actor_id, by in orders.leaving.items():
+            if self.roster.get(actor_id) is not None:
+                self.fleet.departures.tell(actor_id, None if by is None else by - time.time())
 
     # -- what the fleet tells -------------------------------------------------------------------------------------
 
@@ -170,7 +175,8 @@ class SystemKeeper:
     def hand_orders(self) -> None:
         """Have some actors keep what is wanted, whenever it or they have changed; `kept` is set once one does."""
         at = max(time.time(), math.nextafter(self._ordered_at, math.inf))
-        orders = Orders(at, self.autoscaler.wish, self.autoscaler.paused, self.fleet.departures.told())
+        wish, paused = self.autoscaler.wish, self.autoscaler.paused
+        orders = Orders(at, wish, paused, self.fleet.departures.told(), self.roster.numbers())
         keepers = self.roster.keepers()
         told = orders, [actor.actor_id for actor in keepers]
         if told == self._handed:

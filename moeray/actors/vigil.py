@@ -42,7 +42,7 @@ class Vigil:
 
     def _watch(self) -> None:
         while not self._closed and (left := self._last + self._orphan_s - self._clock()) > 0:
-            if self._woken.wait(left):
+            if self._woken.wait(min(left, threading.TIMEOUT_MAX)):
                 self._woken.clear()
         if not self._closed:
             log.error("no controller was heard of for %g s (control.orphan_s); the actor stops", self._orphan_s)

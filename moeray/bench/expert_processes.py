@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import secrets
@@ -74,7 +75,9 @@ def expert_processes(config: Config, count: int, threads: int = 1) -> Iterator[E
     sizes = files.expert_bytes(config.experts.quantization)
     placement = place({}, hosts, experts=files.expert_counts(), expert_bytes=sizes, replicas=replicas)
     context, system, token = multiprocessing.get_context("spawn"), secrets.token_hex(4), secrets.token_bytes(32)
-    reachable = replace(config, wire=replace(config.wire, remote="both"))
+    # No controller speaks to them, so silence says nothing: the pipe ends them.
+    control = replace(config.control, orphan_s=math.inf)
+    reachable = replace(config, wire=replace(config.wire, remote="both"), control=control)
     started = []
     for host in hosts:
         spec = ActorSpec(host.actor_id, "experts", "cpu", threads, reachable, token, system)

@@ -203,6 +203,7 @@ def test_a_takeover_goes_on_from_what_was_wanted_whoever_died_meanwhile(model, e
         after = until(system.controller, lambda s: settled(s) and "experts-0" not in {r["actor"] for r in s["actors"]})
         assert after["wanted"] == {"experts": 3, "router": 1}
         assert after["ready"]["experts"] == 3
+        assert not {row["actor"] for row in after["actors"]} & {"experts-1", "experts-2"}  # no name is used twice
         assert tokens(system) == expected
 
 

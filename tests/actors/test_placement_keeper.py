@@ -272,6 +272,35 @@ def test_replicas_that_memory_does_not_hold_stop_nothing_else():
     assert not world.without()
 
 
+def test_a_shortage_is_written_down_whenever_it_comes_and_once_while_it_lasts():
+    world, _ = started(actors=2, replicas=1, room=5)
+
+    def written():
+        return sum(entry["event"] == "no_room" for entry in world.audit.recent)
+
+    for times in (1, 2):
+        world.keeper.replicas = dict.fromkeys(ALL, 2)
+        world.settle()
+        assert written() == times
+        world.keeper.replicas = {}
+        world.settle().check()
+        assert written() == times
+
+
+def test_a_router_that_acknowledges_one_placement_has_a_new_lease_for_the_next():
+    world, (first, *_) = started(actors=4, replicas=2)
+    (router,) = world.roster.routers()
+    lease = world.config.control.lease_s
+    world.lose(first)
+    world.now += 0.9 * lease
+    world.keeper.publish(Placement(world.keeper.placement.epoch + 1, world.keeper.placement.replicas))
+    world.answer(router)  # the first of the two
+    world.now += 0.9 * lease
+    assert not world.keeper.late_routers()
+    world.now += 0.2 * lease
+    assert world.keeper.late_routers() == [router]
+
+
 def test_a_measured_speed_moves_experts_once():
     """Of two actors of one group one turns out to be four times as fast."""
     world, (fast, slow) = started(actors=2)

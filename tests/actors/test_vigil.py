@@ -1,4 +1,7 @@
+import math
 import threading
+
+import pytest
 
 from moeray.actors.vigil import Vigil
 
@@ -39,9 +42,10 @@ def test_who_is_heard_of_is_not_given_up():
     vigil.close()
 
 
-def test_a_closed_one_is_silent():
+@pytest.mark.parametrize("orphan_s", [60.0, math.inf])
+def test_a_closed_one_is_silent(orphan_s):
     orphaned = threading.Event()
-    vigil = Vigil(60.0, orphaned.set)
+    vigil = Vigil(orphan_s, orphaned.set)
     vigil.close()
     assert not orphaned.is_set()
     assert not [t for t in threading.enumerate() if t.name == "vigil"]

@@ -30,7 +30,7 @@ def bench(*args):
 def test_a_run_against_the_same_engine_in_process_and_a_peer(model):
     result = bench(
         model, "--batch", "1,3", "--rounds", "1", "--prompt-tokens", 9, "--output-tokens", 5, "--in-process",
-        "--overlap", "--grpc", "--against", f"transformers={sys.executable}",
+        "--overlap", "--grpc", "--against", f"transformers={sys.executable}", "--control-orphan-s", 1,
     )  # fmt: skip
     assert [row["batch"] for row in result["rows"]] == [1, 3]
     assert result["environment"]["cores"] > 0
