@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any
+import asyncio
+from contextlib import suppress
 
 import grpc
+import grpc.aio
 
-from moeray.errors import ChannelClosedError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
-from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, stop_quietly
+from moeray.wire.connection import without_descriptor
+from moeray.wire.grpc_loop import STREAMS
+from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, STREAM_ENDS, Tunnel, options
 from moeray.wire.socket_channel import SocketChannel
-from moeray.wire.tls import read_credentials
+from moeray.wire.tls import Credentials, read_credentials
 
 
 def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
     """A channel to whoever listens at `address.grpc`; one to nobody is found closed. Raises ConfigError, and
     ChannelClosedError where there are no descriptors for it."""
     assert address.grpc is not None
+    tls = read_credentials(wire)
+    stream = _Stream()
     try:
-        tunnel = Tunnel(lambda: finish())
+        tunnel = Tunnel(stream.end)
     except OSError as error:
-        raise ChannelClosedError(f"no sockets for {address.actor_id} ({error.strerror}); raise `ulimit -n`") from error
+        raise without_descriptor(address, error) from error
+    STREAMS.enter()
     try:
-        connection = _connection(address.grpc, wire)
+        STREAMS.run(stream.begin(address.grpc, wire, tls, tunnel))
     except BaseException:
+        STREAMS.leave()
         tunnel.drop()
         raise
-    call = connection.stream_stream(f"/{SERVICE}/{STREAM}")(tunnel.outgoing())
-    reader = threading.Thread(
-        target=tunnel.pump, args=(call,), name=f"wire-grpc-read-{address.actor_id}", daemon=True
-    )  # fmt: skip
-    reader.start()
-
-    def finish() -> None:
-        reader.join(CLOSE_S)
-        stop_quietly(call.cancel)
-        reader.join()
-        connection.close()
-
     return SocketChannel(tunnel.near, wire.send_timeout_s, tunnel)
 
 
-def _connection(target: str, wire: WireConfig) -> Any:
-    if (tls := read_credentials(wire)) is None:
-        return grpc.insecure_channel(target, options(wire, server=False))
+class _Stream:
+    """A call on a connection of its own, and the tasks that carry its bytes."""
+
+    async def begin(self, target: str, wire: WireConfig, tls: Credentials | None, tunnel: Tunnel) -> None:
+        self._connection = _connection(target, wire, tls)
+        self._call = self._connection.stream_stream(f"/{SERVICE}/{STREAM}")()
+        self._reading = asyncio.ensure_future(tunnel.receive(self._call.read))
+        self._writing = asyncio.ensure_future(self._write(tunnel))
+
+    async def _write(self, tunnel: Tunnel) -> None:
+        await tunnel.send(self._call.write)
+        with suppress(*STREAM_ENDS):
+            await self._call.done_writing()
+
+    def end(self) -> None:
+        """The channel is closed: let what it has written go out, and the peer end the stream, or end it."""
+        STREAMS.run(self._end())
+        STREAMS.leave()
+
+    async def _end(self) -> None:
+        await asyncio.wait([self._reading], timeout=CLOSE_S)
+        self._call.cancel()
+        self._writing.cancel()  # a call that was never connected does not end its writes
+        await asyncio.wait([self._reading, self._writing])
+        await self._connection.close()
+
+
+def _connection(target: str, wire: WireConfig, tls: Credentials | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options(wire, server=False))
     credentials = grpc.ssl_channel_credentials(tls.authority or tls.cert, tls.key, tls.cert)
-    return grpc.secure_channel(target, credentials, options(wire, server=False))
+    return grpc.aio.secure_channel(target, credentials, options(wire, server=False))

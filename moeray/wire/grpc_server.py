@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
 from moeray.wire.connection import Carrier
-from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options, stop_quietly
-from moeray.wire.guests import MAX_UNAUTHENTICATED, Guests
+from moeray.wire.grpc_loop import STREAMS
+from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options
+from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.own_address import bracketed, reachable
 from moeray.wire.tls import read_credentials
 
@@ -24,61 +25,77 @@ Accept = Callable[[socket.socket, Carrier], None]
 
 
 class GrpcServer:
-    """Accepts streams at `wire.host`, each of which becomes a socket for `accept`. Its readers are among `guests`."""
+    """Accepts streams at `wire.host`, each of which becomes a socket for `accept`."""
 
-    def __init__(self, actor_id: str, wire: WireConfig, guests: Guests, accept: Accept) -> None:
+    def __init__(self, wire: WireConfig, accept: Accept) -> None:
         self._wire = wire
-        self._guests = guests
         self._accept = accept
-        self._most = wire.max_channels + MAX_UNAUTHENTICATED
-        self._pool = ThreadPoolExecutor(self._most, thread_name_prefix=f"wire-grpc-{actor_id}")
-        self._server: Any = None
+        self._server: grpc.aio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> str:
         """Listen; returns `host:port` as others reach it. Raises WireError where the host is not this machine's."""
-        self._server = grpc.server(
-            self._pool,
-            options=options(self._wire, server=True),
-            maximum_concurrent_rpcs=self._most,
-        )
         host = bracketed(reachable(self._wire.host))
-        handlers = {STREAM: grpc.stream_stream_rpc_method_handler(self._stream)}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        STREAMS.enter()
         try:
-            port = self._bind(f"{bracketed(self._wire.host)}:0")
-        except RuntimeError as error:
-            self._pool.shutdown()
-            raise WireError(f"cannot listen at wire.host {self._wire.host}; name an address of this machine") from error
-        self._server.start()
+            port = STREAMS.run(self._start())
+        except BaseException:
+            STREAMS.leave()
+            raise
         return f"{host}:{port}"
 
-    def _bind(self, target: str) -> int:
-        if (tls := read_credentials(self._wire)) is None:
-            return int(self._server.add_insecure_port(target))
-        credentials = grpc.ssl_server_credentials([(tls.key, tls.cert)], tls.authority, tls.authority is not None)
-        return int(self._server.add_secure_port(target, credentials))
-
-    def _stream(self, chunks: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        over = threading.Event()
-
-        def finish() -> None:
-            if not over.wait(CLOSE_S):
-                stop_quietly(context.cancel)
-
-        tunnel = Tunnel(finish)
+    async def _start(self) -> int:
+        handlers = {STREAM: grpc.stream_stream_rpc_method_handler(self._stream)}
+        server = grpc.aio.server(
+            handlers=[grpc.method_handlers_generic_handler(SERVICE, handlers)],
+            options=options(self._wire, server=True),
+            maximum_concurrent_rpcs=self._wire.max_channels + MAX_UNAUTHENTICATED,
+        )
         try:
-            if not self._guests.spawn("wire-grpc-read", lambda: tunnel.pump(chunks)):
-                tunnel.drop()
-                context.abort(grpc.StatusCode.UNAVAILABLE, "the listener closes")
-            self._accept(tunnel.near, tunnel)
-            yield from tunnel.outgoing()
+            port = self._bind(server, f"{bracketed(self._wire.host)}:0")
+        except RuntimeError as error:
+            raise WireError(f"cannot listen at wire.host {self._wire.host}; name an address of this machine") from error
+        await server.start()
+        self._server = server
+        return port
+
+    def _bind(self, server: grpc.aio.Server, target: str) -> int:
+        if (tls := read_credentials(self._wire)) is None:
+            return int(server.add_insecure_port(target))
+        credentials = grpc.ssl_server_credentials([(tls.key, tls.cert)], tls.authority, tls.authority is not None)
+        return int(server.add_secure_port(target, credentials))
+
+    async def _stream(self, _: Any, context: Any) -> None:
+        over = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        writing = asyncio.current_task()
+        assert writing is not None
+
+        async def end() -> None:
+            """The channel is closed: let what it has written go out, or end the stream."""
+            try:
+                await asyncio.wait_for(over.wait(), CLOSE_S)
+            except TimeoutError:
+                writing.cancel()
+
+        tunnel = Tunnel(lambda: asyncio.run_coroutine_threadsafe(end(), loop).result())
+        reading = asyncio.ensure_future(tunnel.receive(context.read))
+        self._tasks.add(reading)
+        reading.add_done_callback(self._tasks.discard)
+        self._accept(tunnel.near, tunnel)
+        try:
+            await tunnel.send(context.write)
         finally:
             over.set()
 
     def close(self, deadline: float) -> list[str]:
-        """End all calls and join gRPC's threads; the name of what still runs at the deadline."""
-        stopped = self._server.stop(None)
-        if not stopped.wait(max(0.0, deadline - monotonic())):
-            return ["the gRPC server"]
-        self._pool.shutdown()
-        return []
+        """End all streams; the name of what still runs at the deadline."""
+        ended = STREAMS.run(self._close(deadline))
+        STREAMS.leave()
+        return [] if ended else ["the gRPC server"]
+
+    async def _close(self, deadline: float) -> bool:
+        assert self._server is not None
+        stopping = asyncio.ensure_future(self._server.stop(None))
+        _, left = await asyncio.wait([stopping, *self._tasks], timeout=max(0.0, deadline - monotonic()))
+        return not left

@@ -2,15 +2,15 @@
 
 Measured: a layer's messages in Python at both ends, one gRPC message each, cost 1.3 to 2.7 ms a layer; most of that was
 Python waiting for its lock and for a core. Behind a socket the compiled part sends and takes them as it does within a
-node, and Python only moves bytes, in two threads an end: gRPC's own, which asks for the next bytes when the last have
-left, and one that reads. A peer that stops reading fills HTTP/2's window, then the socket, and then `send` times out.
+node, and Python only moves bytes, in two tasks an end. A peer that stops reading fills HTTP/2's window, then the
+socket, and then `send` times out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -24,13 +24,16 @@ STREAM = "Stream"
 CHUNK_BYTES = 1 << 20
 """Of a gRPC message, at most: also what an unproven peer can make this side hold."""
 
+STREAM_ENDS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+"""What a stream raises that is over."""
+
 CLOSE_S = 1.0
 """What was written before a channel's end has so long to go out."""
 
 
 class Tunnel:
-    """One end; see `Carrier`. `near` is the channel's socket, which the channel closes. `finish` is called after that,
-    and returns when the stream has ended."""
+    """One end; see `Carrier`. `near` is the channel's socket, which the channel closes; both tasks run on one loop.
+    `finish` is called after that, from another thread, and returns when the stream has ended."""
 
     kind = "grpc"
 
@@ -38,29 +41,33 @@ class Tunnel:
         self.why = ""
         self._finish = finish
         self.near, self._far = socket.socketpair()
+        self._far.setblocking(False)
         for sock in (self.near, self._far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHUNK_BYTES)  # or what the system allows
-        self._lock = threading.Lock()
         self._users = 2
 
-    def outgoing(self) -> Iterator[bytes]:
-        """What the channel has written, until its end; gRPC sends it."""
+    async def send(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Have gRPC `write` what the channel has written, until the channel's end or the stream's."""
+        loop = asyncio.get_running_loop()
         try:
-            while chunk := self._far.recv(CHUNK_BYTES):
-                yield chunk
-        except ConnectionResetError:  # the channel was closed with something unread
+            while chunk := await loop.sock_recv(self._far, CHUNK_BYTES):
+                await write(chunk)
+        except (ConnectionResetError, *STREAM_ENDS):  # the channel was closed with something unread, or there is none
             return
         finally:
             self._leave()
 
-    def pump(self, chunks: Iterable[bytes]) -> None:
-        """Let the channel read what the peer has sent, until the stream's end or the channel's."""
+    async def receive(self, read: Callable[[], Awaitable[Any]]) -> None:
+        """Let the channel read what gRPC has `read`, until the stream's end or the channel's."""
+        loop = asyncio.get_running_loop()
         try:
-            for chunk in chunks:
-                self._far.sendall(chunk)
+            while (chunk := await read()) is not grpc.aio.EOF:
+                await loop.sock_sendall(self._far, chunk)
         except grpc.RpcError as error:
             self.why = describe(error)
-        except OSError:  # of the socket: the channel was closed
+        except (OSError, *STREAM_ENDS):  # of the socket where the channel was closed
+            return
+        except asyncio.CancelledError:  # the stream was: nobody cancels this task
             return
         finally:
             with suppress(OSError):
@@ -77,11 +84,10 @@ class Tunnel:
         self._far.close()
 
     def _leave(self) -> None:
-        """The last one frees the descriptor: nobody is in a call on it any more."""
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._far.close()
+        """The last one frees the descriptor: nobody waits on it any more."""
+        self._users -= 1
+        if not self._users:
+            self._far.close()
 
 
 def describe(error: grpc.RpcError) -> str:
@@ -114,9 +120,3 @@ def options(wire: WireConfig, *, server: bool) -> list[tuple[str, Any]]:
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ]
     return [*chosen, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
-
-
-def stop_quietly(cancel: Callable[[], Any]) -> None:
-    """Cancel a call that may be over already."""
-    with suppress(grpc.RpcError):
-        cancel()

@@ -74,7 +74,7 @@ class Listener:
     def _start_grpc(self) -> str:
         from moeray.wire.grpc_server import GrpcServer  # only where it is used: grpc takes a while to import
 
-        self._grpc = GrpcServer(self._identity.actor_id, self._wire, self._guests, self._receive)
+        self._grpc = GrpcServer(self._wire, self._receive)
         return self._grpc.start()
 
     def _receive(self, sock: socket.socket, carrier: Carrier) -> None:

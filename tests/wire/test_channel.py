@@ -182,6 +182,7 @@ def test_limits_of_the_config_hold_on_a_channel(folder, kind):
     near, _ = host.pair(kind)
     with pytest.raises(WireError, match="max_payload_bytes"):
         near.send(Frame(Op.FORWARD, tensors=(torch.ones(1 << 15),)))
+    near.close()
     host.close()
 
 

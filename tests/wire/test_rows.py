@@ -433,6 +433,7 @@ def test_rows_over_a_channel(kind, tokens, compiled, host, monkeypatch):
         placed = torch.zeros(tokens, 1, 700, dtype=torch.bfloat16)
         assert put_rows(back.tensors, ints(range(tokens)), placed)
         assert torch.equal(placed.view(torch.int16)[:, 0], x_TD.view(torch.int16))
+    near.close()
 
 
 def test_codes_are_those_of_c():
