@@ -12,13 +12,15 @@ LEAST_PART = 0.2
 """Expert actors that take a smaller part than this of what the trunk takes cannot shorten a step by much more."""
 _TRUSTED = 100.0
 """Requests whose lateness weighs as much as what is expected without having seen any."""
-_AIMS = (0.5, 1.35)
+_AIMS = (0.7, 1.35)
 """Between which multiples of `slo_aim` lateness moves what is aimed at."""
+_AIMED = 0.85
+"""This part of the lateness that is allowed is aimed at: what is seen of it comes late."""
 _IDLE = 0.1
 """Sequences at a router, in the mean over the window, below which it counts as idle."""
 _FULL = 0.95
 """Busier than this on average, actors are a queue whose wait grows without bound: no shrink may lead there."""
-_PACE = 0.9
+_PACE = 0.92
 """Prompts may come this part as fast as routers compute them, for good: a fuller queue grows without bound."""
 AHEAD_S = 900.0
 """Faster than that they may come for so long, before the wait for them is what is aimed at."""
@@ -96,7 +98,7 @@ def _aim(seen: PolicyInput) -> float:
 
     Proportional control on a quantile: the root is between a jump at the first late request and none at all.
     """
-    allowed = 1 - seen.settings.slo_attainment
+    allowed = _AIMED * (1 - seen.settings.slo_attainment)
     requests = sum(router.load.requests for router in seen.routers)
     late = sum(router.load.late for router in seen.routers)
     part = (late + allowed * _TRUSTED) / (requests + _TRUSTED)

@@ -10,8 +10,9 @@ import numpy as np
 from moeray.control.demand import Vector
 from moeray.control.reports import RouterReport
 
-STEPS_S = 2.0
-"""Time constant of what is known of a router's steps: it must not lag behind the actors that serve them."""
+STEPS_S = 7.0
+"""Time constant of what is known of a router's steps. A request's mean is kept to its objective, which a few slow
+seconds do not spoil: answered at once, each is a growth that the next minute takes back."""
 PACE_S = 30.0
 """Time constant of how fast prompts come: one long prompt is no rush."""
 LATE_S = 600.0

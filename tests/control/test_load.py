@@ -175,14 +175,14 @@ def test_what_a_router_says_of_its_steps_is_that_of_the_last_ones():
     load = book.routers(1.0)["r"]
     assert (load.tpot_s, load.prefill_rate, load.expert_part, load.pending_tokens) == (0.5, 256.0, 0.5, 700)
     quick = replace(slow, step_s=70.0, expert_s=8.0, decode_tokens=1940, decode_s=1020.0)
-    book.fold(quick, 20.0)
-    load = book.routers(20.0)["r"]
+    book.fold(quick, 70.0)
+    load = book.routers(70.0)["r"]
     assert load.tpot_s == pytest.approx(0.1, rel=0.01)
     assert load.pending_tokens == 0
-    book.fold(RouterReport("r", "2", step_s=1.0, expert_s=1.0, decode_tokens=10, decode_s=2.0), 40.0)  # started again
-    assert book.routers(40.0)["r"].tpot_s == pytest.approx(0.2, rel=0.01)
-    book.fold(RouterReport("r", "2", step_s=1.0, expert_s=1.0, decode_tokens=10, decode_s=2.0), 80.0)
-    assert book.routers(80.0)["r"].tpot_s == 0.0  # long idle
+    book.fold(RouterReport("r", "2", step_s=1.0, expert_s=1.0, decode_tokens=10, decode_s=2.0), 140.0)  # started again
+    assert book.routers(140.0)["r"].tpot_s == pytest.approx(0.2, rel=0.01)
+    book.fold(RouterReport("r", "2", step_s=1.0, expert_s=1.0, decode_tokens=10, decode_s=2.0), 400.0)
+    assert book.routers(400.0)["r"].tpot_s == 0.0  # long idle
 
 
 def test_idle_counts_from_the_last_row():
