@@ -44,7 +44,8 @@ KEEP_S = 2.0
 
 
 class Controller:
-    """`start` runs once, in a thread of its caller's; the rest may be called from any thread meanwhile.
+    """`start` runs once, in a thread of its caller's; the rest may be called from any thread meanwhile. `left_running`:
+    it failed, and actors of the one before it may serve on: another controller is to try.
 
     Started by whoever owns the system; `stop` ends every actor. A controller that dies leaves its actors serving, and
     the next one over the same cluster takes them over.
@@ -53,6 +54,7 @@ class Controller:
     def __init__(self, config: Config, cluster: Cluster, since: float = 0.0) -> None:
         self._cluster = cluster
         self._alone = False  # there is no system to take over
+        self.left_running = False
         self._token = config.wire.token.encode() if config.wire.token else secrets.token_bytes(32)
         self._first = DatedConfig(config, since).public()
         self._system = secrets.token_hex(4)
@@ -87,6 +89,7 @@ class Controller:
                 self.stop()
             else:
                 self.abandon()
+                self.left_running = True
             self._readiness.error = str(error) if isinstance(error, MoerayError) else repr(error)
             raise
 

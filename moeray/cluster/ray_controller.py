@@ -6,6 +6,7 @@ This module imports nothing heavy: whoever starts a controller, or asks one, imp
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class ControllerProcess:
         setup_logging(
             config, actor="controller", kind="controller", node=cluster.node_id, epoch=lambda: controller.epoch
         )
-        self._renewed = time.monotonic()
+        self._began = self._renewed = time.monotonic()
         self._ended = threading.Event()
         self._stopping = threading.Lock()
         self._ray_metrics: RayMetrics | None = None
@@ -68,6 +69,10 @@ class ControllerProcess:
             if time.monotonic() - self._renewed > LEASE_S:
                 log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
                 self.stop()
+            elif self._controller.left_running and self._renewed > self._began:
+                log.error("the system that runs was not taken over; another controller tries again")
+                logging.shutdown()
+                os._exit(1)  # what is left in this process is of no use: Ray starts another one
         time.sleep(FAREWELL_S)  # whoever asked for the stop ends this actor, unless they died meanwhile
         ray.kill(ray.get_runtime_context().current_actor)  # and not started again
 

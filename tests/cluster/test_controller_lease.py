@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from queue import SimpleQueue
 
 import pytest
 import ray
 
+from moeray.cluster import ray_controller
+from moeray.cluster.local import LocalCluster
 from moeray.cluster.ray import find_controller
+from moeray.cluster.ray_controller import ControllerProcess
 from moeray.errors import MoerayError
 from moeray.serve.app import RayPort
 from moeray.serve.system import SystemBackend
 from tests.checkpoints import make_tiny
-from tests.systems import tiny_config
+from tests.systems import LocalSystem, tiny_config
 
 pytestmark = pytest.mark.ray
 
@@ -54,3 +58,43 @@ def test_a_failed_system_gives_way_and_a_living_one_stays(cluster, tmp_path):
 def test_more_than_the_cluster_has_is_refused(cluster, tmp_path):
     model = make_tiny("mixtral", tmp_path / "m")
     assert "100 CPU" in asyncio.run(start(tiny_config(model, experts__actors=1, experts__num_cpus=99.5)))
+
+
+class Unsteady(LocalCluster):
+    """What runs in it cannot be asked for, for a reason that nobody has thought of."""
+
+    steady = True
+
+    def find(self):
+        if not self.steady:
+            raise RuntimeError("no answer")
+        return super().find()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_takeover_that_fails_is_left_to_the_next_process(tmp_path, monkeypatch):
+    """Only while somebody wants the system; and what runs is not touched."""
+    config = tiny_config(make_tiny("mixtral", tmp_path / "m"))
+    with LocalSystem(config, Unsteady()) as system:
+        system.controller.abandon()
+        system.cluster.steady = False
+        exits = SimpleQueue()
+
+        def leave(code):
+            exits.put(code)
+            raise SystemExit  # of the thread
+
+        monkeypatch.setattr(ray_controller, "LEASE_S", 4.0)
+        monkeypatch.setattr(ray_controller, "RayCluster", lambda name: system.cluster)
+        monkeypatch.setattr(ray_controller, "setup_logging", lambda *_, **__: None)
+        monkeypatch.setattr(ray_controller.os, "_exit", leave)
+        monkeypatch.setattr(ray_controller.logging, "shutdown", lambda: None)
+        process = ControllerProcess(config)
+        while (state := process.renew(config))["status"] == "loading":
+            continue
+        assert (state["status"], state["detail"]) == ("failed", "RuntimeError('no answer')")
+        process.renew(config)
+        assert exits.get(timeout=10) == 1
+        system.cluster.steady = True
+        assert {handle.call("status").result(10)["state"] for handle in system.cluster.find()} == {"ready"}
+        system.take_over()
