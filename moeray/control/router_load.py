@@ -10,9 +10,9 @@ import numpy as np
 from moeray.control.demand import Vector
 from moeray.control.reports import RouterReport
 
-STEPS_S = 7.0
-"""Time constant of what is known of a router's steps. A request's mean is kept to its objective, which a few slow
-seconds do not spoil: answered at once, each is a growth that the next minute takes back."""
+STEPS = 0.7
+"""Time constant of what is known of a router's steps, in windows. A request's mean is kept to its objective, which a
+few slow seconds do not spoil: answered at once, each is a growth that the next minute takes back."""
 PACE_S = 30.0
 """Time constant of how fast prompts come: one long prompt is no rush."""
 LATE_S = 600.0
@@ -92,7 +92,7 @@ class RouterBook:
         router.sums = fade * router.sums + span * values
         came = totals[4] + report.pending_tokens - (router.totals[4] + router.pending_tokens if again else 0.0)
         router.came = math.exp(-span / PACE_S) * router.came + (came, span)
-        done, fade_work = totals - before, math.exp(-span / STEPS_S)
+        done, fade_work = totals - before, math.exp(-span / (STEPS * self.window_s))
         # Weighed by the time that was waited for them: the mean of those behind `expert_part`.
         waited = fade_work * router.work[1] + done[1]
         if waited > 0:

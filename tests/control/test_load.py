@@ -6,7 +6,7 @@ import pytest
 from moeray.control.load import LoadBook, skew
 from moeray.control.placement import Placement
 from moeray.control.reports import ExpertReport, RouterReport
-from moeray.control.router_load import LATE_S, STEPS_S
+from moeray.control.router_load import LATE_S, STEPS
 from moeray.types import ExpertId
 
 A, B = ExpertId(0, 0), ExpertId(0, 1)
@@ -229,7 +229,7 @@ def test_late_requests_are_remembered_for_long_and_their_actors_for_as_long_as_t
     load = book.routers(2.0)["r"]
     assert load.late / load.requests == pytest.approx(0.02)
     assert load.requests == pytest.approx(100 * math.exp(-1 / LATE_S))
-    faded = math.exp(-1 / STEPS_S)
+    faded = math.exp(-1 / (STEPS * 10.0))
     assert load.actors == pytest.approx((2 * faded + 3) / (faded + 1))
     book.fold(RouterReport("r", "2", requests=4, late=4), 3.0)  # started again
     assert book.routers(3.0)["r"].late == pytest.approx(2 * math.exp(-2 / LATE_S) + 4)
