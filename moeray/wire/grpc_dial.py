@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import grpc
 import grpc.aio
@@ -23,17 +23,16 @@ def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
     assert address.grpc is not None
     tls = read_credentials(wire)
     stream = _Stream()
-    try:
-        tunnel = Tunnel(stream.end)
-    except OSError as error:
-        raise without_descriptor(address, error) from error
-    STREAMS.enter()
-    try:
+    with ExitStack() as undo:
+        try:
+            STREAMS.enter()
+            undo.callback(STREAMS.leave)
+            tunnel = Tunnel(stream.end)
+            undo.callback(tunnel.drop)
+        except OSError as error:
+            raise without_descriptor(address, error) from error
         STREAMS.run(stream.begin(address.grpc, wire, tls, tunnel))
-    except BaseException:
-        STREAMS.leave()
-        tunnel.drop()
-        raise
+        undo.pop_all()
     return SocketChannel(tunnel.near, wire.send_timeout_s, tunnel)
 
 

@@ -24,13 +24,13 @@ class StreamLoop:
         self._thread: threading.Thread | None = None
 
     def enter(self) -> None:
-        """One more uses it; pair with `leave`."""
+        """One more uses it; pair with `leave`. Raises OSError where there are no descriptors for it."""
         with self._lock:
-            self._users += 1
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="wire-grpc", daemon=True)
                 self._thread.start()
+            self._users += 1
 
     def leave(self) -> None:
         """What its user ran on it has ended."""

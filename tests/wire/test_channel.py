@@ -19,15 +19,18 @@ from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.settings.wire import WireConfig
 from moeray.types import Address
 from moeray.wire.frame import Frame, Op
+from moeray.wire.grpc_dial import dial_grpc
 from moeray.wire.tcp import dial_tcp
 from moeray.wire.unix_dial import dial_unix
 from tests.wire.support import KINDS, SMALL, Host, echo, eventually
 from tests.wire.test_frame import same, tensors_to_try
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of asyncio's half-made loop
 @pytest.mark.parametrize(("dial", "address"), [
     (dial_tcp, Address("expert-0", "n", None, "127.0.0.1:9")),
     (dial_unix, Address("expert-0", "n", "/tmp/nobody")),
+    (lambda address, wire, _: dial_grpc(address, wire), Address("expert-0", "n", None, None, "127.0.0.1:9")),
 ])  # fmt: skip
 def test_a_process_without_a_free_descriptor_is_told_so(dial, address):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
