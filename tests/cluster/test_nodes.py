@@ -97,7 +97,7 @@ def world(redis, tmp_path_factory):
     experts = {"name": "experts", "actors": 2, "min_actors": 1, "max_actors": 4, "num_cpus": 0.1, "resources": place}
     config = tiny_config(
         model, experts__groups=[experts], router__num_cpus=0.1, router__resources=place,
-        serve__name=NAME, router__max_actors=2, control__autoscale=False,
+        serve__name=NAME, router__max_actors=2, control__autoscale=False, wire__remote="auto",
         control__audit_log=str(folder / "audit.jsonl"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
