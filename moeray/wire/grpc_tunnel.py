@@ -65,9 +65,7 @@ class Tunnel:
                 await loop.sock_sendall(self._far, chunk)
         except grpc.RpcError as error:
             self.why = describe(error)
-        except (OSError, *STREAM_ENDS):  # of the socket where the channel was closed
-            return
-        except asyncio.CancelledError:  # the stream was: nobody cancels this task
+        except (OSError, asyncio.CancelledError, *STREAM_ENDS):  # either is closed; nobody cancels this task itself
             return
         finally:
             with suppress(OSError):
