@@ -94,15 +94,15 @@ class PlacementKeeper:
     # -- carrying out ---------------------------------------------------------------------------------------------
 
     def _begin(self, proposal: Proposal) -> None:
-        diff = plan_diff(self.placement, proposal.target)
+        diff = plan_diff(self.placement, proposal.stage)
         self._proposal = proposal
         self._audit.write(
-            "plan", kind=proposal.kind, why=proposal.why, epoch=proposal.target.epoch, moves=diff.moves,
+            "plan", kind=proposal.kind, why=proposal.why, epoch=proposal.stage.epoch, moves=diff.moves,
             hosts={actor: len(held) for actor, held in diff.host.items()},
             drops={actor: len(held) for actor, held in diff.drop.items()},
         )  # fmt: skip
         routers = [router.actor_id for router in self._roster.routers(Phase.READY, Phase.LEAVING)]
-        self.change, instructions = reconcile.begin(proposal.target, diff.host, diff.drop, routers)
+        self.change, instructions = reconcile.begin(proposal.stage, diff.host, diff.drop, routers)
         self._carry_out(instructions)
 
     def tell(self, event: Event) -> None:
@@ -136,7 +136,11 @@ class PlacementKeeper:
             log.warning("the %s was rolled back: %s", kind, change.error)
             self._planner.unsettle()
             self._on_failure(MoerayError(change.error or "the placement was rolled back"))
+        elif (left := self._planner.onwards(self.placement, self.replicas, self._proposal)).proposal is not None:
+            self._begin(left.proposal)
         else:
+            if left.short is not None:
+                self._complain(left.short)
             self.replan()  # more may have come to pass meanwhile; after a roll-back the next tick is soon enough
 
     def _host(self, actor_id: str, experts: Sequence[ExpertId]) -> None:

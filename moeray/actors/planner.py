@@ -17,8 +17,14 @@ from moeray.control.fleet import serving
 from moeray.control.load import skew
 from moeray.control.placement import Host, Placement
 from moeray.control.plan import plan_diff
+from moeray.control.staging import next_stage
 from moeray.errors import PlacementError
 from moeray.types import ExpertId
+
+_NO_STAGE = (
+    "experts are to change places, but no actor has room for one more meanwhile; allow another actor (max_actors) or "
+    "more memory (memory_gib)"
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,18 @@ class LoadSource(Protocol):
 
 @dataclass(frozen=True)
 class Proposal:
-    """A new placement and why. `kind`: first, repair, scale, rebalance."""
+    """A new placement and why. `kind`: first, repair, scale, rebalance. `stage`: as much of it as memory holds beside
+    what is to go."""
 
     target: Placement
+    stage: Placement
     kind: str
     why: str
 
 
 class Plan(NamedTuple):
-    """`proposal`: None where all is as it should be. `short`: why experts have fewer replicas than are wished for;
-    `weighed`: it was looked whether they do."""
+    """`proposal`: None where nothing is to be done. `short`: why experts have fewer replicas than are wished for, or do
+    not change places; `weighed`: it was looked whether they do."""
 
     proposal: Proposal | None = None
     short: PlacementError | None = None
@@ -120,19 +128,35 @@ class Planner:
             first = self._fit(placement, replicas, hosts, 1.0)
             if first.short is not None:
                 raise first.short
-            return Plan(Proposal(first.placement, "first", f"{len(ids)} actors are ready"), weighed=True)
+            return self._towards(placement, first, hosts, "first", f"{len(ids)} actors are ready")
         if (mended := self._repair(placement, replicas, hosts, look)) is not None:
             return Plan(mended)
         if self._settled != self._signature(placement, replicas):
             found = self._fit(placement, replicas, hosts, settings.max_skew)
             why = f"{len(ids)} actors serve, {len(replicas)} experts are hot"
-            return Plan(_if_moved(placement, found.placement, "scale", why), found.short, weighed=True)
+            return self._towards(placement, found, hosts, "scale", why)
         worst = self._worst_skew(placement, hosts) if look else 1.0
         if not force and worst <= settings.max_skew:
             return Plan()
         found = self._fit(placement, replicas, hosts, 1.0 if force else settings.max_skew)
         why = f"the worst layer's max/mean load is {worst:.2f}"
-        return Plan(_if_moved(placement, found.placement, "rebalance", why), found.short, weighed=True)
+        return self._towards(placement, found, hosts, "rebalance", why)
+
+    def onwards(self, placement: Placement, replicas: Mapping[ExpertId, int], proposal: Proposal) -> Plan:
+        """What is left of a proposal of which the placement is a stage by now, if it is still what is wished for."""
+        if self._settled != self._signature(placement, replicas):
+            return Plan()
+        hosts = self._hosts(placement, self._serving(placement))
+        return self._towards(placement, Fit(proposal.target, None), hosts, proposal.kind, proposal.why)
+
+    def _towards(self, placement: Placement, found: Fit, hosts: Sequence[Host], kind: str, why: str) -> Plan:
+        diff = plan_diff(placement, found.placement)
+        if not diff.host and not diff.drop:
+            return Plan(None, found.short, weighed=True)
+        stage = next_stage(placement, found.placement, hosts, self._model.expert_bytes)
+        if stage is None:
+            return Plan(None, found.short or PlacementError(_NO_STAGE), weighed=True)
+        return Plan(Proposal(found.placement, stage, kind, why), found.short, weighed=True)
 
     def _serving(self, placement: Placement) -> tuple[str, ...]:
         """Those that are to host experts; an actor without any that has just failed to map some gets none for now."""
@@ -157,10 +181,11 @@ class Planner:
         short = sum(len(held) < base for held in placement.replicas.values())
         sizes, load = self._model.expert_bytes, self._source.load()
         try:
-            target = repair(placement, hosts, load, expert_bytes=sizes, replicas=base)
+            found = Fit(repair(placement, hosts, load, expert_bytes=sizes, replicas=base), None)
         except PlacementError:
-            target = self._fit(placement, {}, hosts, self._config.control.max_skew, base=1).placement
-        mended = _if_moved(placement, target, "repair", f"{short} experts have fewer than {base} replicas")
+            found = self._fit(placement, {}, hosts, self._config.control.max_skew, base=1)
+        why = f"{short} experts have fewer than {base} replicas"
+        mended = self._towards(placement, found, hosts, "repair", why).proposal
         self._unfit = tried if mended is None else None
         return mended
 
@@ -186,8 +211,3 @@ class Planner:
         """With room for no more than it hosts."""
         held = placement.hosted_by(host.actor_id)
         return replace(host, capacity_bytes=sum(self._model.expert_bytes[expert.layer] for expert in held))
-
-
-def _if_moved(placement: Placement, target: Placement, kind: str, why: str) -> Proposal | None:
-    diff = plan_diff(placement, target)
-    return Proposal(target, kind, why) if diff.host or diff.drop else None

@@ -69,6 +69,7 @@ class World:
         )  # fmt: skip
         self.mapped = {}
         self.held = {}
+        self.most = 0  # experts that an actor has ever held at one time
         self.sick = set()
         self._started = 0
 
@@ -106,6 +107,7 @@ class World:
             then(None, CheckpointError("a read error"))
         elif method == "host":
             self.mapped[name] |= {ExpertId(*expert) for expert in args[0]}
+            self.most = max(self.most, len(self.mapped[name]))
             then(1, None)
         elif method == "unhost":
             self.mapped[name] -= {ExpertId(*expert) for expert in args[0]}
@@ -181,6 +183,46 @@ def test_whatever_happens_it_comes_to_rest_with_every_expert_placed(seed, replic
     least = min(replicas, world.wanted["experts"], len(world.roster.experts(Phase.READY)))
     assert all(len(held) >= least for held in world.keeper.placement.replicas.values())
     assert not world.roster.experts(Phase.LEAVING)
+
+
+@pytest.mark.parametrize("room", [3, 4, 5])
+@pytest.mark.parametrize("seed", range(20))
+def test_no_actor_ever_holds_more_than_it_has_room_for(seed, room):
+    rng = random.Random(seed)
+    world, _ = started(room=room)
+    for _ in range(60):
+        happen(world, rng)
+        if rng.random() < 0.3:
+            world.keeper.replan(force=True)
+        world.step(0.6, rng)
+        assert world.most <= room
+        assert not world.named_and_gone()
+    world.sick.clear()
+    world.wanted["experts"] = 4
+    while len(world.roster.experts(Phase.READY)) < 4:
+        world.add()
+    world.settle(150.0)
+    world.check()
+    assert world.most <= room
+    assert not world.without()
+    assert not world.roster.experts(Phase.LEAVING)
+
+
+def test_experts_change_places_by_way_of_the_last_free_place():
+    world, experts = started(actors=2, room=5)
+    world.keeper.replicas = {ALL[0]: 2}
+    world.settle().check()
+    roomy, full = sorted(experts, key=lambda actor: len(world.hosted(actor)))
+    assert [len(world.hosted(actor)) for actor in (roomy, full)] == [4, 5]
+    hot = [expert for expert in world.hosted(roomy) - world.hosted(full) if expert.layer == 1]
+    world.load.rows = dict.fromkeys(ALL, 1.0) | dict.fromkeys(hot, 100.0)
+    before = len(world.audit.recent)
+    world.settle().check()
+    began = [entry for entry in list(world.audit.recent)[before:] if entry["event"] == "plan"]
+    assert [entry["hosts"].keys() for entry in began] == [{roomy.actor_id}, {full.actor_id}]
+    assert len({(entry["kind"], entry["why"]) for entry in began}) == 1
+    assert 0 < len(world.hosted(full) & set(hot)) < len(hot)
+    assert world.most == 5
 
 
 def happen(world, rng):
