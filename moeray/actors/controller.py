@@ -9,14 +9,15 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from moeray.actors.accounts import remember
 from moeray.actors.adoption import Found, adopt
 from moeray.actors.audit import Audit, audit_path
 from moeray.actors.autoscaler import Autoscaler
+from moeray.actors.commands import COMMANDS, Commands
 from moeray.actors.console import ANSWER_S, Console, Moment, moment
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.hosting import Cluster, stop_all
@@ -26,7 +27,6 @@ from moeray.actors.overview import Overview
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import DatedConfig
-from moeray.actors.standing import dry_run
 from moeray.actors.system_keeper import SystemKeeper
 from moeray.config import Config
 from moeray.control.ledger import merge
@@ -37,10 +37,7 @@ from moeray.recorder import Reading, Snapshot
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 STOP_TIMEOUT_S = 30.0
-KEEP_S = 2.0
 
 
 class Controller:
@@ -67,6 +64,9 @@ class Controller:
         self._keeper: SystemKeeper | None = None
         self._overview = Overview(self._first.config)
         self._console = Console(self.state, self._moment)
+        self.commands = Commands(
+            self._loop, self._autoscaler, self._audit, self._metrics, self._readiness, self._keeping
+        )
         self._stopped = threading.Event()
         self._stopping = threading.Lock()
         self._ended = False
@@ -131,8 +131,11 @@ class Controller:
 
     # -- questions ------------------------------------------------------------------------------------------------
 
-    @property
-    def _running(self) -> SystemKeeper | None:
+    def call(self, method: str, *args: Any) -> Any:
+        """One of the commands or of the questions by its name, as endpoints know them."""
+        return getattr(self.commands if method in COMMANDS else self, method)(*args)
+
+    def _keeping(self) -> SystemKeeper | None:
         return None if self._stopped.is_set() else self._keeper
 
     def state(self) -> dict[str, Any]:
@@ -141,7 +144,7 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """The running system as plain data: its actors with what each says of itself, and what is wanted."""
-        snapshot, state, keeper = self._snapshot(), self.state(), self._running
+        snapshot, state, keeper = self._snapshot(), self.state(), self._keeping()
         return {
             "model": self._first.config.model,
             "status": state["status"],
@@ -156,7 +159,7 @@ class Controller:
         return self._console.look()
 
     def _moment(self) -> Moment | None:
-        keeper = self._running
+        keeper = self._keeping()
         if keeper is None:
             return None
 
@@ -191,7 +194,7 @@ class Controller:
 
     def series(self, reading: Reading | None = None) -> Snapshot:
         """Every series of the system, up to this moment. Raises NotReadyError as `metrics` does."""
-        keeper = self._running
+        keeper = self._keeping()
         if keeper is None:
             raise NotReadyError(f"nothing is counted yet: the system is {self.state()['detail']}")
         told = [*self._overview.readings(self._snapshot()), *([reading] if reading else [])]
@@ -223,7 +226,7 @@ class Controller:
         replaced one after the other, each when another can work in its place. Raises ConfigError, and changes nothing,
         where it needs another system, also during the start.
         """
-        keeper = self._running
+        keeper = self._keeping()
         if keeper is None or not self._readiness.decided:
             if since > self._first.since:
                 check_change(self._first.config, config, self._token)
@@ -231,79 +234,6 @@ class Controller:
         if since <= keeper.dated.since:
             return False
         return self._loop.ask(lambda: keeper.configure(DatedConfig(config, since)))
-
-    def refuse(self, error: str) -> None:
-        """An endpoint was given a config that nobody can take: it is written down, and shown with the decisions."""
-        self._ask(lambda keeper: self._audit.write("config_refused", error=error))
-
-    # -- commands -------------------------------------------------------------------------------------------------
-
-    def plan(self) -> dict[str, Any]:
-        """What would be done now and why; nothing is changed."""
-        return self._ask(lambda keeper: dry_run(self._autoscaler, keeper.places))
-
-    def scale(self, group: str, count: int) -> dict[str, int]:
-        """Set the number of a group's actors (`router` for the routers). Raises ConfigError beyond its limits."""
-
-        def run(keeper: SystemKeeper) -> dict[str, int]:
-            before = self._autoscaler.wanted()
-            self._autoscaler.scale(group, count)
-            self._metrics.decided(before, self._autoscaler.wanted())
-            self._audit.write("scale", group=group, actors=count, by="hand")
-            keeper.follow()
-            return self._autoscaler.wanted()
-
-        return self._order(run)
-
-    def drain(self, actor_id: str, within_s: float | None = None) -> None:
-        """Empty one actor and stop it, within `within_s` seconds where given; another is started in its place."""
-
-        def run(keeper: SystemKeeper) -> None:
-            keeper.fleet.departures.tell(actor_id, within_s)
-            self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
-            keeper.follow()
-
-        self._order(run)
-
-    def rebalance(self) -> bool:
-        """Balance the placement by the load of now; False where nothing is to be moved, or a change is under way."""
-
-        def run(keeper: SystemKeeper) -> bool:
-            if keeper.places.change is not None:
-                return False
-            self._audit.write("rebalance", by="hand")
-            keeper.replan(force=True)
-            return keeper.places.change is not None
-
-        return self._ask(run)
-
-    def pause(self, paused: bool) -> None:
-        """Stop or resume scaling by policy. Repair and manual commands go on."""
-
-        def run(keeper: SystemKeeper) -> None:
-            self._autoscaler.paused = paused
-            self._audit.write("pause" if paused else "resume", by="hand")
-
-        self._order(run)
-
-    def _ask(self, question: Callable[[SystemKeeper], _T]) -> _T:
-        keeper = self._running
-        if keeper is None or not self._readiness.decided or self._readiness.error is not None:
-            raise NotReadyError(f"the system is {self._readiness.phase}; try again when it is ready")
-        return self._loop.ask(lambda: question(keeper))
-
-    def _order(self, order: Callable[[SystemKeeper], _T]) -> _T:
-        """As `_ask`, for what the next controller is to know as well: an actor keeps it by the time of the answer."""
-
-        def run(keeper: SystemKeeper) -> tuple[_T, SystemKeeper]:
-            answer = order(keeper)
-            keeper.hand_orders()
-            return answer, keeper
-
-        answer, keeper = self._ask(run)
-        if not keeper.kept.wait(KEEP_S):
-            log.warning("no actor keeps the order yet; it would be forgotten if the controller died now")
-        return answer
 
     # -- stop -----------------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ class ControllerProcess:
         return state
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._controller, method)(*args)
+        return self._controller.call(method, *args)
 
     def stop(self) -> None:
         """End every actor; whoever asks while that is under way waits for it too."""

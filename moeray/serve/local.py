@@ -34,7 +34,7 @@ class LocalPort:
         return self._controller.state()
 
     async def call(self, method: str, *args: Any) -> Any:
-        return await asyncio.to_thread(getattr(self._controller, method), *args)
+        return await asyncio.to_thread(self._controller.call, method, *args)
 
     async def close(self) -> None:
         """Stop every actor. A start that is under way is waited for."""

@@ -73,11 +73,11 @@ def test_objectives_policies_and_autoscaling_hold_at_once(model, tmp_path):
         control = {"autoscale": False, "slo_ttft_s": 3.0, "window_s": 5.0, "shrink_votes": 3, "orphan_s": 900.0}
         configure(system, {"control": {**control, "policies": ["idle"]}})
         assert system.controller.status()["autoscaling"] is False
-        assert system.controller.plan()["shrink_votes"] == 3
+        assert system.controller.commands.plan()["shrink_votes"] == 3
         assert system.handle("router-0").call("describe").result(10)["config"]["control"]["slo_ttft_s"] == 3.0
         with pytest.raises(ConfigError, match="nearest"):
             configure(system, {"control": {"policies": ["idel"], "shrink_votes": 4}})
-        assert system.controller.plan()["shrink_votes"] == 3
+        assert system.controller.commands.plan()["shrink_votes"] == 3
 
 
 def test_what_needs_another_system_is_refused_and_changes_nothing(model, tmp_path):
@@ -87,7 +87,7 @@ def test_what_needs_another_system_is_refused_and_changes_nothing(model, tmp_pat
         assert system.controller.status()["limits"]["experts"] == [2, 2]
         with pytest.raises(ConfigError, match=r"wire\.token"):
             system.controller.configure(tiny_config(model, wire__token="another"), next(_dates))
-        system.controller.refuse("no such key")
+        system.controller.commands.refuse("no such key")
         assert system.controller.status()["decisions"][-1]["event"] == "config_refused"
 
 

@@ -132,9 +132,9 @@ def test_a_deadline_given_later_holds_for_a_router_that_leaves_already(model, tm
     cluster = CrowdedCluster(2)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1), cluster) as system:
         before = tokens(system)
-        system.controller.drain("router-0")
+        system.controller.commands.drain("router-0")
         until(system.controller, lambda s: states(s).get("router-1") == "pending")
-        system.controller.drain("router-0", 0.5)
+        system.controller.commands.drain("router-0", 0.5)
         until(system.controller, lambda s: states(s).get("router-1") == "ready")
         assert tokens(system) == before
 
@@ -142,7 +142,7 @@ def test_a_deadline_given_later_holds_for_a_router_that_leaves_already(model, tm
 def test_an_end_does_not_wait_for_who_has_no_process(model, tmp_path):
     cluster = CrowdedCluster(3)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1, experts__max_actors=3), cluster) as system:
-        system.controller.scale("experts", 3)
+        system.controller.commands.scale("experts", 3)
         until(system.controller, lambda s: "pending" in states(s).values())
         waiting = [queued for queued in cluster.queued if queued.process is None]
     assert len(waiting) == 1
@@ -158,9 +158,9 @@ def test_who_cannot_be_spared_stays(model, tmp_path):
     config = config_of(model, tmp_path, experts__memory_gib=most / 2**30, **small)
     with LocalSystem(config, CrowdedCluster(4)) as system:
         before = tokens(system)
-        system.controller.scale("experts", 1)
+        system.controller.commands.scale("experts", 1)
         until(system.controller, lambda s: list(states(s).values()).count("draining") == 2)
-        system.controller.scale("experts", 3)
+        system.controller.commands.scale("experts", 3)
         after = until(system.controller, settled)
         assert sorted(states(after)) == ["experts-0", "experts-1", "experts-2", "router-0"]
         assert tokens(system) == before
@@ -170,7 +170,7 @@ def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
     cluster = CrowdedCluster(2)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1), cluster) as system:
         before = tokens(system)
-        system.controller.drain("router-0")
+        system.controller.commands.drain("router-0")
         waiting = until(system.controller, lambda s: states(s).get("router-1") == "pending")
         assert states(waiting)["router-0"] == "draining"
         assert tokens(system) == before

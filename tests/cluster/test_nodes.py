@@ -37,7 +37,7 @@ from tests.cluster.test_serve_tools import wait_until_ready
 from tests.jobs.test_ray_job import until
 from tests.systems import tiny_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 SHAPE = Shape(hidden=64, intermediate=96, experts=8, top_k=2, layers=3, vocab=320, heads=4)
 REDIS = shutil.which("redis-server")

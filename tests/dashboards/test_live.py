@@ -207,6 +207,7 @@ def test_recording_rules_record(prometheus):
 @pytest.mark.slow
 def test_pictures_of_the_dashboards(prometheus, tmp_path):
     pytest.importorskip("matplotlib")
+    eventually(lambda: silent_panels(prometheus), [])
     done = run_moeray("dashboards", str(tmp_path), "--draw", prometheus.url, "--minutes", "1", "--scrape", "1")
     assert done.returncode == 0, done.stderr
     for dashboard in DASHBOARDS:
@@ -215,6 +216,7 @@ def test_pictures_of_the_dashboards(prometheus, tmp_path):
 
 def test_pictures_without_a_prometheus(tmp_path):
     pytest.importorskip("matplotlib")
+    eventually(lambda: silent_panels(prometheus), [])
     done = run_moeray("dashboards", str(tmp_path), "--draw", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 1
     assert "no Prometheus at" in done.stderr
