@@ -14,9 +14,8 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from moeray.control.cost import StepCosts, StepTable
 from moeray.control.objectives import Objectives
 from moeray.control.reports import RouterReport
+from moeray.control.sim_router import SimRouter
 from moeray.control.trace import Trace
 from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 
@@ -31,35 +31,6 @@ Floats = NDArray[np.float64]
 
 LONGEST_RUN = 64
 """Steps that are taken together at most: contexts grow meanwhile, and the mean stands for all."""
-
-
-@dataclass(eq=False, slots=True)
-class SimRouter:
-    """A router's sequences and the run of equal steps that it is in: `steps` of `step_s` each since `began`."""
-
-    name: str
-    closing: bool = False
-    waiting: deque[int] = field(default_factory=deque)
-    prefills: list[list[int]] = field(default_factory=list)  # [request, tokens left], oldest first
-    decodes: list[tuple[int, int]] = field(default_factory=list)  # heap of (last step, request)
-    context: int = 0  # tokens that the decoding sequences attend to, of all together
-    step: int = 0
-    takes: list[int] = field(default_factory=list)
-    began: float = 0.0
-    step_s: float = 0.0
-    attention_s: float = 0.0  # of a step
-    steps: int = 0
-    waking: bool = False  # its next step is the first after a rest
-    credited: int = 0
-    worked: float = 0.0  # steps that are in `steps_by_tokens`
-    tokens: int = 0
-    busy: float = 0.0  # how busy it keeps the busiest actor
-    plan: int = 0  # counts the plans, so that an outdated event is known
-    outstanding: int = 0  # requests that it has not finished
-    expert_s: float = 0.0  # of a step, the part in which it waits for expert actors
-    totals: list[float] = field(default_factory=lambda: [0.0] * 7)  # as RouterReport's, from steps on
-    requests: int = 0
-    late: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,16 +154,7 @@ class Engine:
 
     def report_of(self, router: SimRouter) -> RouterReport:
         """What it would tell the controller now. The way of the rows counts as the trunk's here."""
-        running, waiting = len(router.prefills) + len(router.decodes), len(router.waiting)
-        pending = sum(left for _, left in router.prefills) + sum(self._prompt[i] for i in router.waiting)
-        if router.takes:
-            pending -= int(router.worked) * sum(router.takes)
-        steps, step_s, expert_s, decode_tokens, decode_s, prefill_tokens, prefill_s = router.totals
-        return RouterReport(
-            router.name, "1", running, waiting, pending_tokens=pending, steps=int(steps), step_s=step_s,
-            expert_s=expert_s, decode_tokens=int(decode_tokens), decode_s=decode_s,
-            prefill_tokens=int(prefill_tokens), prefill_s=prefill_s, requests=router.requests, late=router.late,
-        )  # fmt: skip
+        return router.report(self._prompt)
 
     # -- requests and steps -----------------------------------------------------------------------------------------
 
@@ -203,14 +165,7 @@ class Engine:
         if not router.steps:
             router.waking = True
             self._plan(router)
-        elif len(router.prefills) + len(router.decodes) < self._settings.max_running:
-            self._cut(router, self.now)
-
-    def _cut(self, router: SimRouter, now: float) -> None:
-        """End the run of equal steps with the step that the router is in."""
-        current = int((now - router.began) / router.step_s) + 1 if router.steps else 0
-        if current < router.steps:
-            router.steps = current
+        elif router.running < self._settings.max_running and router.cut(self.now):
             self._push(router)
 
     def _push(self, router: SimRouter) -> None:
@@ -276,28 +231,11 @@ class Engine:
             self.routers.remove(router)
 
     def _prefill_takes(self, router: SimRouter, decodes: int) -> list[int]:
-        """Tokens of the step for each of the first prefills, as `Scheduler._prefills` shares them out."""
-        settings, prefills = self._settings, router.prefills
-        budget = settings.max_batch_tokens - decodes
+        """Tokens of the step for each of the first prefills."""
+        budget = self._settings.max_batch_tokens - decodes
         if decodes:
             budget = self._chunk(router, decodes, budget)
-        takes: list[int] = []
-        while budget:
-            if len(takes) == len(prefills):
-                if not router.waiting or len(prefills) + decodes >= settings.max_running:
-                    break
-                request = router.waiting.popleft()
-                prefills.append([request, self._prompt[request]])
-            take = min(prefills[len(takes)][1], -(-budget // 2))
-            takes.append(take)
-            budget -= take
-        for i, take in enumerate(takes):
-            if not budget:
-                break
-            more = min(prefills[i][1] - take, budget)
-            takes[i] += more
-            budget -= more
-        return takes
+        return router.share_out(budget, self._prompt, self._settings.max_running)
 
     def _chunk(self, router: SimRouter, decodes: int, most: int) -> int:
         """Prefill tokens beside decoding sequences: those at which `engine.pace` settles."""
