@@ -140,21 +140,21 @@ class Departures:
         def drained(done: Any, error: Exception | None) -> None:
             if error is not None or not done:
                 log.warning("actor %s leaves with work in flight: %s", actor.actor_id, error or "it took too long")
-            if actor.watcher:
-                actor.watcher.close()
             calls.put("metrics", then=read)  # nothing more will happen to it: this is all that it has counted
-            calls.put("stop", then=stopped)
+            calls.put("stop", then=lambda _, error: self.gone(actor))
 
         def read(reading: Reading | None, error: Exception | None) -> None:
+            actor.stopping = True
             if reading is not None and self._roster.get(actor.actor_id) is actor:
                 self._events.on_reading(actor, reading)
 
-        def stopped(_: Any, error: Exception | None) -> None:
-            if self._roster.get(actor.actor_id) is actor:
-                self._audit.write("stopped", actor=actor.actor_id)
-                self._events.on_stopped(actor)
-
         calls.put("drain", *how, then=drained)
+
+    def gone(self, actor: Actor) -> None:
+        """It has stopped, or is `stopping` and says nothing more."""
+        if self._roster.get(actor.actor_id) is actor:
+            self._audit.write("stopped", actor=actor.actor_id)
+            self._events.on_stopped(actor)
 
 
 def _sooner(one: float | None, other: float) -> float:

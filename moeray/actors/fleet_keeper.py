@@ -145,6 +145,9 @@ class FleetKeeper:
         """The actor is gone or must be: forget it, end what may be left of it, tell the one who holds the placement."""
         if self._roster.get(actor.actor_id) is not actor:
             return
+        if actor.stopping:
+            self.departures.gone(actor)
+            return
         log.warning("actor %s is lost: %s", actor.actor_id, detail)
         self._audit.write("lost", actor=actor.actor_id, reason=detail, node=actor.node_id)
         self._discard(actor.actor_id, detail)

@@ -79,7 +79,7 @@ class Actor:
     `handle` and `calls` come with its process, `report` and `address` once it listens, `facts` with a router's trunk.
     `started`: the config that it was started with, and `outdated` says that its group is to be started anew.
     `asked`: when it was asked for, and `leave_by`: when an actor that leaves must be gone, on the loop's clock;
-    `draining`: nothing new is sent to it.
+    `draining`: nothing new is sent to it; `stopping`: it has told all that it counted, and nothing of it is missed.
     """
 
     actor_id: str
@@ -97,6 +97,7 @@ class Actor:
     asked: float = 0.0
     leave_by: float | None = None
     draining: bool = False
+    stopping: bool = False
     outdated: bool = False
     epoch: int = 0
     epoch_since: float = 0.0

@@ -10,7 +10,7 @@ import pytest
 from moeray.actors import roster
 from moeray.cluster.local import LocalCluster
 from moeray.model.loading import open_model
-from tests.actors.test_controller import config_of, settled, until
+from tests.actors.test_controller import audit, config_of, settled, until
 from tests.checkpoints import make_tiny
 from tests.systems import GREEDY24, LocalSystem, tokens_of
 
@@ -178,3 +178,35 @@ def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
         moved = until(system.controller, lambda s: settled(s) and "router-0" not in states(s))
         assert states(moved)["router-1"] == "ready"
         assert tokens(system) == before
+
+
+class Unanswered:
+    """An actor that stops when it is told to, of which nobody hears that it has."""
+
+    def __init__(self, process):
+        self.actor_id = process.actor_id
+        self._process = process
+
+    def call(self, method, *args):
+        answer = self._process.call(method, *args)
+        return Future() if method == "stop" else answer
+
+    def kill(self):
+        self._process.kill()
+
+
+class SilentCluster(LocalCluster):
+    def start_expert(self, spec, group):
+        process = super().start_expert(spec, group)
+        return Unanswered(process) if spec.actor_id == "experts-2" else process
+
+
+def test_an_actor_whose_end_nobody_hears_of_has_left_when_its_channel_closes(model, tmp_path):
+    config = config_of(model, tmp_path, experts__actors=3, experts__min_actors=2)
+    with LocalSystem(config, SilentCluster()) as system:
+        system.controller.commands.scale("experts", 2)
+        status = until(system.controller, settled)
+        assert sorted(states(status)) == ["experts-0", "experts-1", "router-0"]
+    happened = {(entry["event"], entry.get("actor")) for entry in audit(tmp_path)}
+    assert ("stopped", "experts-2") in happened
+    assert ("lost", "experts-2") not in happened
