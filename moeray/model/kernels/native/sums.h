@@ -1,0 +1,195 @@
+/* Products of a few rows of inputs with OUTS rows of weights, and how their partial sums are added; part of body.h. */
+
+/* Part p of OUTS sums, and to each a vector of inputs times one of weights. */
+INLINE void FN(add_products)(const int format, FN(wide) *sums, int p, const char *input, const FN(vec) *weights) {
+#if LANES == 8
+    /* What compilers make of it holds more vectors at once than there are registers for. */
+    __asm__ volatile("vmovups %2, %%ymm15\n\tvfmadd231ps %3, %%ymm15, %0\n\tvfmadd231ps %4, %%ymm15, %1"
+                     : "+&x"(sums[0].part[p]), "+&x"(sums[1].part[p])
+                     : "m"(*(const char(*)[32])input), "x"(weights[0]), "x"(weights[1])
+                     : "xmm15");
+#else
+    const FN(vec) in = LOAD(FN(vec), input);
+    for (int n = 0; n < OUTS; n++) {
+        FN(vec) *sum = &sums[n].part[p];
+#if HAS_PAIRS
+        if (in_pairs(format)) {
+            *sum = (FN(vec))_mm512_dpbf16_ps((__m512)*sum, (__m512bh)in, (__m512bh)weights[n]);
+            continue;
+        }
+#endif
+        *sum += in * weights[n];
+    }
+#endif
+}
+
+/* Parts [part, part + parts) of the sums: a block of each of OUTS weight rows times that of `rows` rows of inputs. */
+INLINE void FN(step)(const int format, const int rows, const int parts, int part, const Row *w, const char *x,
+                     int64_t x_step, FN(wide) *sums) {
+    const char *upper = x + MOST / 2 * x_step;
+    HOLD(upper); /* from two addresses all rows are in reach */
+#if HAS_PAIRS
+    __m512i pairs[OUTS][2];
+    if (in_pairs(format))
+        for (int n = 0; n < OUTS; n++) FN(decode_pairs)(format, w[n], pairs[n]);
+#endif
+#pragma GCC unroll 8
+    for (int j = 0; j < (int)vectors_of(format); j++)
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; p++) {
+            FN(vec) v[OUTS];
+            for (int n = 0; n < OUTS; n++) {
+#if HAS_PAIRS
+                if (in_pairs(format)) v[n] = (FN(vec))pairs[n][j];
+                else
+#endif
+                v[n] = FN(decode)(format, w[n], j, part + p);
+            }
+            for (int r = 0; r < rows; r++) {
+                const char *row = r < MOST / 2 ? x + r * x_step : upper + (r - MOST / 2) * x_step;
+                FN(add_products)(format, sums + r * OUTS, p, row + 64 * j + 4 * LANES * p, v);
+            }
+        }
+}
+
+/* Two vectors' halves, quarters, ... added at once: what is left of both lies side by side. */
+#define MERGE(a, b, low, high)                                                                                         \
+    (__builtin_shuffle(a, b, (FN(ivec))LANES_OF low) + __builtin_shuffle(a, b, (FN(ivec))LANES_OF high))
+#define LANES_OF(...) {__VA_ARGS__}
+
+/* Of OUTS sums the parts, then halves, then quarters, ..., added until they share one vector, in order. */
+INLINE FN(vec) FN(fold)(FN(wide) *sums) {
+    FN(vec) s[OUTS];
+    for (int n = 0; n < OUTS; n++) {
+        for (int left = PARTS / 2; left; left /= 2)
+            for (int p = 0; p < left; p++) sums[n].part[p] += sums[n].part[p + left];
+        s[n] = sums[n].part[0];
+    }
+#if LANES == 16
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(s[i], s[i + 2], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                     (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+    return MERGE(s[0], s[1], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+                 (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+#elif LANES == 8
+    return MERGE(s[0], s[1], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15));
+#else
+    return MERGE(s[0], s[1], (0, 1, 4, 5), (2, 3, 6, 7));
+#endif
+}
+
+/* Of APIECE folds what is left added: the sum of fold i's n-th in lane i + n * APIECE. */
+INLINE FN(vec) FN(unite)(const FN(vec) *folds) {
+#if LANES == 16
+    FN(vec) s[2];
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(folds[i], folds[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                     (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+    return MERGE(s[0], s[1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+                 (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+#elif LANES == 8
+    FN(vec) s[2];
+    for (int i = 0; i < 2; i++)
+        s[i] = MERGE(folds[i], folds[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15));
+    return MERGE(s[0], s[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15));
+#else
+    return MERGE(folds[0], folds[1], (0, 4, 2, 6), (1, 5, 3, 7));
+#endif
+}
+
+/* Parts [part, part + parts) of the sums over the inputs [from, to), or of those so far and these. */
+INLINE void FN(sum_parts)(const int format, const int rows, const int parts, int part, const Matrix *m, const Row *w,
+                          const char *x, int64_t x_step, int64_t from, int64_t to, int more, Ahead ahead,
+                          FN(wide) *sums) {
+    const int64_t block = forms[format].block, stretch = LANES == 8 ? stretch_of(format) : block;
+    const int64_t bytes = bytes_of(format, stretch), lines = (bytes + 63) / 64, of_a_line = bytes < 64 ? 64 / bytes : 1;
+    const int64_t pace = stretch / 16 * ahead.pace;
+    const uint8_t *next[OUTS];
+    FN(wide) s[MOST * OUTS];
+    uint8_t fillers[OUTS][FILLER];
+    Row rows_of[OUTS], at[OUTS], last[OUTS];
+    for (int n = 0; n < OUTS; n++) {
+        rows_of[n] = w[n * APIECE];
+        next[n] = n < ahead.count ? ahead.rows[n * ahead.step].data + from / 16 * ahead.pace : rows_of[n].data;
+    }
+    if (to % block) /* before there are sums: a call takes their registers */
+        for (int n = 0; n < OUTS; n++) last[n] = FN(filled)(format, m, rows_of[n], to / block * block, fillers[n]);
+    /* Unrolled, or the sums would be in memory instead of registers: compilers do so by themselves up to 16 times. */
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * OUTS; i++)
+        for (int p = 0; p < parts; p++) s[i].part[p] = more ? sums[i].part[part + p] : (FN(vec)){0};
+    x += input_bytes(format) * from + 4 * LANES * part;
+    for (; from + stretch <= to; from += stretch, x += input_bytes(format) * stretch) {
+        HOLD(x);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < stretch; k += block) {
+            for (int n = 0; n < OUTS; n++) at[n] = FN(at)(format, m, rows_of[n], from + k);
+            FN(step)(format, rows, parts, part, at, x + input_bytes(format) * k, x_step, s);
+        }
+        for (int n = 0; n < OUTS; n++) {
+            for (int64_t i = 0; n < ahead.count && from / stretch % of_a_line == 0 && i < lines; i++)
+                __builtin_prefetch(next[n] + 64 * i, 0, FETCH_TO);
+            next[n] += pace;
+        }
+    }
+    for (; !in_pairs(format) && from < to; from += block, x += input_bytes(format) * block) {
+        for (int n = 0; n < OUTS; n++) at[n] = from + block <= to ? FN(at)(format, m, rows_of[n], from) : last[n];
+        FN(step)(format, rows, parts, part, at, x, x_step, s);
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * OUTS; i++)
+        for (int p = 0; p < parts; p++) sums[i].part[part + p] = s[i].part[p];
+}
+
+/* Whether the registers hold no more than half of each sum. */
+INLINE int FN(in_halves)(int rows) { return LANES == 8 && rows > 3; }
+
+/* Part i of n equal ones. */
+INLINE Ahead FN(share)(Ahead all, int64_t i, int64_t n) {
+    const int64_t from = all.count * i / n, to = all.count * (i + 1) / n;
+    return (Ahead){all.rows + from * all.step, to - from, all.step, all.bytes, all.pace, all.near};
+}
+
+/* Sums over the inputs [from, to), of OUTS weight rows, APIECE apart, and `rows` rows of inputs. */
+INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step,
+                       int64_t from, int64_t to, int more, Ahead ahead, FN(wide) *sums) {
+    const int parts = FN(in_halves)(rows) ? 1 : PARTS;
+    for (int part = 0; part < PARTS; part += parts)
+        FN(sum_parts)(format, rows, parts, part, m, w, x, x_step, from, to, more,
+                      FN(share)(ahead, part / parts, PARTS / parts), sums);
+}
+
+#if HAS_PAIRS
+/* Of OUTS sums the quarters, then what is left of them added, until four of all share one vector, in turns: a tree of
+   instructions that take little from multiplying. */
+INLINE __m512 FN(mix)(const FN(wide) *sums) {
+    __m512d s[2];
+    for (int i = 0; i < 2; i++) {
+        const __m512 a = (__m512)sums[2 * i].part[0], b = (__m512)sums[2 * i + 1].part[0];
+        s[i] = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    }
+    return (__m512)_mm512_unpacklo_pd(s[0], s[1]) + (__m512)_mm512_unpackhi_pd(s[0], s[1]);
+}
+
+/* The scales of OUTS sums, in turns. */
+INLINE __m512 FN(scales)(const int format, const Matrix *m, const Row *w, int64_t k) {
+    float each[OUTS];
+    for (int n = 0; n < OUTS; n++) each[n] = LOAD(float, FN(at)(format, m, w[n * APIECE], k).scale);
+    return _mm512_broadcast_f32x4(_mm_setr_ps(each[0], each[1], each[2], each[3]));
+}
+
+/* Sums over inputs that share scales are mixed, scaled and added; a fold for each row, TILE / OUTS folds apart. */
+INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, const Row *w, const char *x,
+                           int64_t x_step, Ahead ahead, FN(vec) *folds) {
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const int64_t span = (int64_t)1 << m->in_shift;
+    __m512 totals[MOST] = {{0}};
+    for (int64_t k = 0; k < m->in; k += span) {
+        FN(wide) sums[MOST * OUTS];
+        FN(sum_up)(format, rows, m, w, x, x_step, k, k + span < m->in ? k + span : m->in, 0, ahead, sums);
+        const __m512 scales = FN(scales)(format, m, w, k);
+        for (int r = 0; r < rows; r++) totals[r] += FN(mix)(sums + r * OUTS) * scales;
+    }
+    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = (FN(vec))_mm512_permutexvar_ps(in_order, totals[r]);
+}
+#endif
