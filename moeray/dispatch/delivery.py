@@ -140,8 +140,13 @@ class Delivery:
         return gone
 
     def _send_more(self, work: Work, actor_id: str) -> list[Ints]:
-        """As many pieces as the actor may have at a time. The rows of all that is left for it, where it is gone."""
-        while work.backlog and work.flight.count[actor_id] < AHEAD:
+        """As many pieces as the actor may have at a time. The rows of all that is left for it, where it is gone.
+
+        Two where they fit its channel with their outputs. Else an actor that answers and a router that sends might each
+        wait for the other to read.
+        """
+        most = AHEAD if self._links.room(actor_id) else 1
+        while work.backlog and work.flight.count[actor_id] < most:
             now = self._view.now
             piece = work.backlog.take(actor_id, work.replicas(now), now.rates, work.flight.rows)
             if piece is None:

@@ -15,7 +15,7 @@ from moeray.dispatch.plan import Share
 PIECE_BYTES = 4 << 20
 """Of a piece's outputs: long enough to compute that a message more costs nothing beside it."""
 AHEAD = 2
-"""Pieces that an actor has at a time."""
+"""Pieces that an actor has at a time; one where its channel takes nothing before it is read."""
 
 
 def rows_of_a_piece(row_bytes: int, room: int) -> int:

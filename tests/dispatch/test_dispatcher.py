@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import signal
 import tempfile
@@ -167,6 +168,27 @@ def test_rows_that_wait_are_sent_to_a_new_replica_while_others_compute(stage):
     b.release.set()
     dispatch.join()
     assert stage.losses == [("a", "closed")]
+
+
+def test_without_a_ring_an_actor_that_computes_is_sent_nothing_more(folder):
+    """It would answer the first while the router sends the second, and neither would read."""
+    stage = Stage(folder, nodes="there")
+    lost, unread = threading.Event(), []
+    stage.on_loss = lambda *loss: lost.set()
+
+    def look(actor, channel, frame):
+        assert lost.wait(20)
+        unread.extend(select.select([channel._connection.sock], [], [], 0.3)[0])
+        return serve(actor, channel, frame)
+
+    try:
+        stage.publish(1, {0: "a", 1: "ba"})
+        stage.actors["a"].script, stage.actors["b"].script = [look], [vanish]
+        stage.dispatch([[0, 1]] * 40)
+        assert stage.actors["a"].forwards == 2
+        assert not unread
+    finally:
+        stage.close()
 
 
 @pytest.mark.parametrize("nodes", ["here", "there"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,15 @@ def test_greedy_bias_and_penalties():
     assert one(presence_penalty=0.5) == 3
     assert one(frequency_penalty=0.15) == 3
     assert one(repetition_penalty=1.5) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e-40, 1e-38, 10.0])
+def test_no_penalty_makes_a_row_that_nothing_can_be_drawn_from(temperature, penalty):
+    sampling = SamplingParams(temperature=temperature, repetition_penalty=penalty, max_tokens=9)
+    seqs = [Sequence(GenerationRequest("x", (0, 1), sampling), ()) for _ in range(2)]
+    logits = torch.tensor([[3.0, 1.5, -2.0, -math.inf], [-3.0, 0.0, -2.0, -math.inf]])
+    assert all(0 <= token.token_id < 3 for token in Sampler().sample(logits, seqs))
 
 
 def test_logprobs_are_of_the_raw_distribution():
