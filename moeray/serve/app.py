@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -32,6 +33,16 @@ RENEW_TIMEOUT_S = 15.0
 CALL_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """A config to run by, laid down at `since`; `before`: the one that is in force while the system has not taken
+    this one."""
+
+    config: Config
+    since: float
+    before: _Offer | None = None
+
+
 class RayPort:
     """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run.
 
@@ -42,30 +53,30 @@ class RayPort:
     """
 
     def __init__(self, config: Config, since: float = 0.0) -> None:
-        self._config, self._since = config, since
-        self._before: tuple[Config, float] | None = None  # while the system has not answered to a newer config
+        self._offer = _Offer(config, since)
         self._lookup: asyncio.Future[Any] | None = None
 
     async def configure(self, config: Config, since: float, reading: Reading) -> None:
         """Ask for the system by a newer config from now on. Raises MoerayError, and keeps the one before, where the
         system refuses it; one that does not answer at present will hear of it when it does."""
-        self._before = self._before or (self._config, self._since)
-        self._config, self._since = config, since
+        self._offer = _Offer(config, since, self._offer.before or self._offer)
         try:
             await self.renew(reading)
         except ControllerLostError as error:
             log.warning("the new config is not taken yet: %s", error)
 
     async def renew(self, reading: Reading) -> dict[str, Any]:
+        offer = self._offer  # while it is asked about, there may come a newer one
         try:
-            state = dict(await self._ask("renew", self._config, self._since, reading, timeout=RENEW_TIMEOUT_S))
+            state = dict(await self._ask("renew", offer.config, offer.since, reading, timeout=RENEW_TIMEOUT_S))
         except ControllerLostError:
             raise
         except MoerayError:
-            if self._before is not None:
-                (self._config, self._since), self._before = self._before, None
+            if self._offer is offer and offer.before is not None:
+                self._offer = offer.before
             raise
-        self._before = None
+        if self._offer is offer:
+            self._offer = replace(offer, before=None)
         return await self._replace(state["detail"]) if state["status"] == "gone" else state
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -99,7 +110,7 @@ class RayPort:
         return {"status": "loading", "detail": "starting again with a new config", "info": None}
 
     def _find(self) -> Any:
-        return start_controller(self._config, self._since)
+        return start_controller(self._offer.config, self._offer.since)
 
     async def _actor(self) -> Any:
         """One lookup at a time, whoever waits for it: without a GCS it holds its thread for as long as Ray retries."""
@@ -115,7 +126,7 @@ class AttachedPort(RayPort):
         return {"status": "failed", "detail": failure, "info": None}
 
     def _find(self) -> Any:
-        return find_controller(self._config.serve.name)
+        return find_controller(self._offer.config.serve.name)
 
 
 def _line(error: Exception) -> str:

@@ -107,7 +107,7 @@ class SystemBackend:
     # -- following the controller ---------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        """Ask on for as long as the backend lives, unless the system could not start at all."""
+        """Ask on for as long as the backend lives; also where no system could start, which another config may mend."""
         while True:
             try:
                 await self._look()
@@ -117,13 +117,11 @@ class SystemBackend:
                 self._wait_on(MoerayError(f"the controller could not be asked: {error!r}"))
             if self._model is not None or self._said.status == "failed":
                 self._settled.set()
-                if self._model is None:
-                    return
             await self._pause()
 
     async def _pause(self) -> None:
         self._pool.disturbed.clear()
-        hurried = self._model is None or self._pool.troubled
+        hurried = self._pool.troubled or (self._model is None and self._said.status != "failed")
         if hurried or self._unanswered:
             await asyncio.sleep(min(RENEW_S, POLL_S * 2.0 ** min(self._unanswered, 10)))
             return
@@ -140,7 +138,8 @@ class SystemBackend:
             log.log(logging.INFO if starts else logging.WARNING, "%s", error)
             return
         except MoerayError as error:
-            log.error("%s", error)
+            if str(error) != self._said.detail:
+                log.error("%s", error)
             self._unanswered += 1
             self._said = BackendState("failed", str(error))
             return
