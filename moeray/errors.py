@@ -57,6 +57,10 @@ class QueueFullError(MoerayError):
         self.retry_after_s = retry_after_s
 
 
+class ActorLostError(MoerayError):
+    """The actor that was asked is gone."""
+
+
 class NotReadyError(MoerayError):
     """The system is not there yet, or no longer; another attempt may find it."""
 

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any
 
 from moeray.actors.fleet_keeper import FleetKeeper
-from moeray.actors.hosting import ActorHandle
+from moeray.actors.hosting import ActorHandle, call, kill
 from moeray.actors.loop import Loop
 from moeray.actors.orders import Orders, newest
 from moeray.actors.placement_keeper import PlacementKeeper
@@ -28,7 +28,7 @@ from moeray.types import Address, ExpertId
 
 log = logging.getLogger(__name__)
 
-DESCRIBE_S = 5.0
+DESCRIBE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def adopt(handles: Sequence[ActorHandle], dated: DatedConfig) -> Found | None:
         if says["system"] == newest["system"] and says["group"] in groups:
             ours.append((handle, says))
         else:
-            handle.kill()
+            kill(handle)
     return Found(newest["token"], newest["system"], newest["revision"], tuple(ours), held) if ours else None
 
 
@@ -109,7 +109,7 @@ def _config_of(tree: Mapping[str, Any], otherwise: Config) -> Config:
 
 def _ask(handles: Sequence[ActorHandle]) -> list[tuple[ActorHandle, Mapping[str, Any]]]:
     """What each actor that serves says of itself; the others are ended."""
-    futures = [(handle, handle.call("describe")) for handle in handles]
+    futures = [(handle, call(handle, "describe")) for handle in handles]
     until = time.monotonic() + DESCRIBE_S
     said: list[tuple[ActorHandle, Mapping[str, Any]]] = []
     for handle, future in futures:
@@ -117,12 +117,12 @@ def _ask(handles: Sequence[ActorHandle]) -> list[tuple[ActorHandle, Mapping[str,
             says = future.result(timeout=max(0.0, until - time.monotonic()))
         except (MoerayError, FutureTimeoutError) as error:
             log.warning("actor %s does not say who it is, so it is ended: %s", handle.actor_id, error)
-            handle.kill()
+            kill(handle)
             continue
         if says["state"] == "ready":
             said.append((handle, says))
         else:
-            handle.kill()
+            kill(handle)
     return said
 
 

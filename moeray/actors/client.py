@@ -121,8 +121,12 @@ class RouterClient:
             channel = await asyncio.to_thread(connect, self.address, self._identity, self._wire, timeout=CONNECT_S)
         except MoerayError as error:
             raise self._loss(f"cannot be reached: {error}") from error
-        self._link = link = self._link_over(channel)
-        link.start()
+        link = self._link_over(channel)
+        try:
+            link.start()
+        except RuntimeError as error:
+            raise self._loss(f"cannot be reached: {error}") from error
+        self._link = link
         return link
 
     def _connected(self, task: asyncio.Task[Link]) -> None:

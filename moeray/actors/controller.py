@@ -20,7 +20,7 @@ from moeray.actors.autoscaler import Autoscaler
 from moeray.actors.commands import COMMANDS, Commands
 from moeray.actors.console import ANSWER_S, Console, Moment, moment
 from moeray.actors.controller_metrics import ControllerMetrics
-from moeray.actors.hosting import Cluster, stop_all
+from moeray.actors.hosting import Cluster, kill, stop_all
 from moeray.actors.loop import Loop
 from moeray.actors.opening import open_in_time
 from moeray.actors.overview import Overview
@@ -250,13 +250,13 @@ class Controller:
         with self._stopping:
             if self._ended:
                 return
-            self._ended = True
             self.abandon()
             for actor in self._roster:
                 if actor.handle and actor.report is None:  # it may have no process that could answer
-                    actor.handle.kill()
+                    kill(actor.handle)
             for actors in (self._roster.routers(), self._roster.experts()):
                 stop_all([actor.handle for actor in actors if actor.handle and actor.report], STOP_TIMEOUT_S)
             if self._keeper is None:  # what an earlier controller has left, and this one had not taken over yet
                 stop_all(self._cluster.find(), STOP_TIMEOUT_S)
             self._cluster.close()
+            self._ended = True

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from moeray.actors.audit import Audit
 from moeray.actors.departures import Departures
 from moeray.actors.hosting import Cluster
 from moeray.actors.launcher import Launcher
-from moeray.actors.loop import Loop
+from moeray.actors.loop import Loop, started_pool
 from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.actors.spec import DatedConfig
 from moeray.actors.watch import Loss
@@ -65,7 +64,7 @@ class FleetKeeper:
         self.wanted[ROUTER] = config.router.actors
         self.reserve = reserve_of(config)
         # Whatever asks Ray's head, which may be away for a while: never on the loop.
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="controller-launch")
+        self._pool = started_pool(4, "controller-launch")
         self._launcher = Launcher(cluster, loop, roster, self._pool, self, token, system, revision, clock)
         self.watchers = Watchers(config, loop, roster, cluster.node_id, token, system, events.on_report, self.lose)
         self.departures = Departures(config.control, cluster, loop, roster, audit, self._pool, self, clock)

@@ -61,11 +61,29 @@ class Cluster(Protocol):
 
 def stop_all(handles: Sequence[ActorHandle], timeout: float) -> None:
     """Stop all of them side by side, within `timeout` seconds; those that do not in good order are killed."""
-    futures = [(handle, handle.call("stop")) for handle in handles]
+    futures = [(handle, call(handle, "stop")) for handle in handles]
     until = time.monotonic() + timeout
     for handle, future in futures:
         try:
             future.result(timeout=max(0.0, until - time.monotonic()))
         except (MoerayError, FutureTimeoutError) as error:
             log.warning("actor %s did not stop in good order: %s", handle.actor_id, error)
+        kill(handle)
+
+
+def call(handle: ActorHandle, method: str, *args: Any) -> Future[Any]:
+    """As the handle's own, but that whatever keeps the call from being made is the future's error."""
+    try:
+        return handle.call(method, *args)
+    except Exception as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(MoerayError(f"{method} could not be asked of {handle.actor_id}: {error!r}"))
+        return failed
+
+
+def kill(handle: ActorHandle) -> None:
+    """As the handle's own; one that fails is logged, and keeps nobody from killing the others."""
+    try:
         handle.kill()
+    except Exception as error:
+        log.warning("actor %s could not be killed: %r", handle.actor_id, error)

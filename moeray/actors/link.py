@@ -44,8 +44,14 @@ class Link:
         self._writer = threading.Thread(target=self._write, name=f"write-{channel.peer}", daemon=True)
 
     def start(self) -> None:
-        self._reader.start()
-        self._writer.start()
+        """Raises RuntimeError, with the channel closed, where no thread can be had."""
+        try:
+            self._writer.start()
+            self._reader.start()
+        except RuntimeError:
+            self._channel.close()
+            self._out.put(None)
+            raise
 
     def put(self, frame: Frame) -> None:
         """Send a frame when its turn comes; on a link that has ended it goes nowhere."""

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
@@ -16,6 +16,19 @@ from moeray.errors import MoerayError
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+
+def started_pool(threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads run already, so that none of its submits fails for want of one."""
+    pool, met = ThreadPoolExecutor(threads, thread_name_prefix=name), threading.Barrier(threads)
+    try:
+        for each in [pool.submit(met.wait) for _ in range(threads)]:
+            each.result()
+    except BaseException:
+        met.abort()
+        pool.shutdown(wait=False)
+        raise
+    return pool
 
 
 class Loop:
@@ -66,12 +79,17 @@ class Loop:
         future.add_done_callback(settled)
 
     def _run(self) -> None:
+        event: Callable[[], None] | None
         next_tick = time.monotonic() + self._period_s
         while True:
-            try:
-                event = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
-            except queue.Empty:
-                event, next_tick = self._tick, time.monotonic() + self._period_s
+            now = time.monotonic()
+            if now >= next_tick:  # also where the inbox is never empty
+                event, next_tick = self._tick, now + self._period_s
+            else:
+                try:
+                    event = self._inbox.get(timeout=next_tick - now)
+                except queue.Empty:
+                    continue
             if event is None:
                 return
             try:

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 
 from moeray.actors.adoption import Found
+from moeray.actors.hosting import call
 from moeray.actors.planner import ModelShape
 from moeray.actors.readiness import Readiness
 from moeray.config import Config
@@ -42,7 +43,7 @@ def open_in_time(config: Config, found: Found | None, stopped: threading.Event, 
             log.error("the running system is not taken over yet: %s", error)
             readiness.phase = f"opening the model, which failed: {error}"
         for handle, _ in found.actors:
-            handle.call("describe")  # so that it knows of a controller
+            call(handle, "describe")  # so that it knows of a controller
         if stopped.wait(OPEN_RETRY_S):
             raise MoerayError("the controller was stopped while it took a system over")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
+from moeray.actors.hosting import call
 from moeray.actors.roster import Actor
 from moeray.config import Config
 from moeray.control.fleet import Phase
@@ -67,7 +68,7 @@ class Overview:
 
 def _gather(actors: Mapping[str, Actor], method: str, answer_s: float = ANSWER_S) -> dict[str, Any]:
     """Ask every actor at once; None for those that are not there yet, do not answer in time or are gone."""
-    futures = {name: actor.handle.call(method) for name, actor in actors.items() if actor.handle and actor.report}
+    futures = {name: call(actor.handle, method) for name, actor in actors.items() if actor.handle and actor.report}
     until = time.monotonic() + answer_s
     answers: dict[str, Any] = dict.fromkeys(actors)
     for actor_id, future in futures.items():

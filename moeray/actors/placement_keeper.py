@@ -18,10 +18,13 @@ from moeray.control.fleet import Phase
 from moeray.control.placement import Placement
 from moeray.control.plan import plan_diff
 from moeray.control.reconcile import Change, Event, Instruction, Publish, Step, Unhost
-from moeray.errors import MoerayError, PlacementError
+from moeray.errors import ActorLostError, MoerayError, PlacementError
 from moeray.types import ExpertId
 
 log = logging.getLogger(__name__)
+
+STALL_S = 60.0
+"""An actor that maps experts may take so long for one of them."""
 
 
 class PlacementKeeper:
@@ -46,6 +49,7 @@ class PlacementKeeper:
         self._proposal: Proposal | None = None
         self._looked_at_skew = 0.0
         self._no_room = ""
+        self._progress: dict[str, tuple[int, float]] = {}  # bytes that those who map have mapped, and since when
 
     def configure(self, config: Config) -> None:
         """Hold a newer config; the placement is thought over under it."""
@@ -135,7 +139,6 @@ class PlacementKeeper:
         if change.step is Step.ROLLED_BACK:
             log.warning("the %s was rolled back: %s", kind, change.error)
             self._planner.unsettle()
-            self._on_failure(MoerayError(change.error or "the placement was rolled back"))
         elif (left := self._planner.onwards(self.placement, self.replicas, self._proposal)).proposal is not None:
             self._begin(left.proposal)
         else:
@@ -154,11 +157,35 @@ class PlacementKeeper:
         def hosted(_: Any, error: Exception | None) -> None:
             if error is None:
                 self._metrics.mapped(len(experts))
+            asked = self._proposal is proposal  # else the change that asked for it was abandoned
+            if isinstance(error, ActorLostError):
+                if asked:
+                    self.tell(reconcile.ActorLost(actor_id))
+                return
             self._planner.answered(actor_id, error)
-            if self._proposal is proposal:  # else the change that asked for it was abandoned
+            if asked:
                 self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
+                if error is not None:
+                    self._on_failure(MoerayError(f"{actor_id} could not host its experts: {error}"))
 
+        self._progress[actor_id] = (actor.hosted_bytes, self._clock())
         actor.calls.put("host", [tuple(expert) for expert in experts], then=hosted)
+
+    def look_at_mapping(self) -> None:
+        """Who has mapped nothing for long, though it speaks, keeps nobody else waiting: its disk stands still, say."""
+        if self.change is None or self.change.step is not Step.HOSTING:
+            return
+        now = self._clock()
+        for actor_id in self.change.waiting:
+            actor = self._roster.get(actor_id)
+            before, since = self._progress[actor_id]
+            if actor is not None and actor.hosted_bytes != before:
+                self._progress[actor_id] = (actor.hosted_bytes, now)
+            elif now - since >= STALL_S:
+                error = MoerayError(f"it has mapped nothing for {STALL_S:g} s")
+                self._planner.answered(actor_id, error)
+                self.tell(reconcile.Hosted(actor_id, str(error)))
+                return
 
     def unhost(self, actor_id: str, experts: Sequence[ExpertId]) -> None:
         """Have it drop experts that no router names."""
@@ -217,7 +244,8 @@ class PlacementKeeper:
             self.tell(reconcile.Abandon(f"{actor.actor_id} was lost, which is to be mended first"))
             self.publish(self.placement.without(actor.actor_id), [actor.actor_id])
             self._planner.unsettle()
-        self.replan()
+        if self.placement.replicas:  # else the first one waits for all
+            self.replan()
 
     def on_left(self, actor: Actor) -> None:
         """It was stopped in good order, which for a router may be before it could acknowledge what is published."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeray.actors.hosting import ActorHandle
+from moeray.actors.hosting import ActorHandle, call
 from moeray.actors.loop import Loop
 from moeray.actors.spec import ActorReport
 from moeray.actors.watch import Watcher
@@ -62,7 +62,7 @@ class Calls:
             return
         self._busy = True
         method, args, then = self._waiting.popleft()
-        self._loop.when_done(self._handle.call(method, *args), lambda result, error: self._done(then, result, error))
+        self._loop.when_done(call(self._handle, method, *args), lambda result, error: self._done(then, result, error))
 
     def _done(self, then: Then, result: Any, error: Exception | None) -> None:
         self._busy = False
@@ -113,6 +113,11 @@ class Actor:
     @property
     def node_id(self) -> str:
         return self.report.node_id if self.report else ""
+
+    @property
+    def hosted_bytes(self) -> int:
+        """Of the experts that it has mapped, by its last report."""
+        return self.latest.memory_bytes if isinstance(self.latest, ExpertReport) else 0
 
     @property
     def leaving(self) -> bool:

@@ -114,7 +114,7 @@ class RowServer:
 
     def warm_up(self) -> None:
         """Compute some rows for nobody, if an expert is hosted: a thread's first forward takes several times as long as
-        those after it."""
+        those after it. Not while others compute, for whom a peer's first question would wait."""
         found = self._bank.hold_any() if self._bank is not None else None
         if found is None:
             return
@@ -124,7 +124,11 @@ class RowServer:
         frame = Frame(Op.FORWARD, layer=expert.layer, meta=meta, tensors=(x_UD, token_of_row_R))
         index = token_of_row_R.numpy().tobytes()
         given = Given(x_UD.data_ptr(), WARM_UP_ROWS, x_UD.shape[1], x_UD.dtype, index, WARM_UP_ROWS)
-        self._run(_Forward(frame, given, lambda nbytes: None, held, time.perf_counter()))
+        if self._compute.acquire(blocking=False):
+            try:
+                self._compute_all([_Forward(frame, given, lambda nbytes: None, held, time.perf_counter())])
+            finally:
+                self._compute.release()
 
     @property
     def in_flight(self) -> int:

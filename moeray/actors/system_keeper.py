@@ -32,7 +32,7 @@ from moeray.config import Config
 from moeray.control.fleet import Phase
 from moeray.control.reports import Report, RouterReport
 from moeray.control.update import check_change
-from moeray.errors import MoerayError
+from moeray.errors import ActorLostError, MoerayError
 from moeray.recorder import Reading
 
 log = logging.getLogger(__name__)
@@ -109,16 +109,19 @@ class SystemKeeper:
 
     def on_lost(self, actor: Actor, why: Loss, detail: str) -> None:
         self.metrics.lost(actor.group, why)
-        if not self._readiness.decided:
-            self._early_losses += 1
-            if self._early_losses > EARLY_LOSSES:
-                self._readiness.fail(MoerayError(f"{actor.actor_id} died while the system started: {detail}"))
+        self._note_early_loss(actor, detail)
         if not self._begun:
             return
         self._forget(actor)
         self.places.on_lost(actor)
         self._reconcile()
         self._look_ready()
+
+    def _note_early_loss(self, actor: Actor, detail: str) -> None:
+        if not self._readiness.decided:
+            self._early_losses += 1
+            if self._early_losses > EARLY_LOSSES:
+                self._readiness.fail(MoerayError(f"{actor.actor_id} died while the system started: {detail}"))
 
     def on_reading(self, actor: Actor, reading: Reading) -> None:
         self.accounts.take(reading)
@@ -134,6 +137,9 @@ class SystemKeeper:
         self._orphaned.pop(actor.actor_id, None)
 
     def on_start_failed(self, actor: Actor, error: Exception) -> None:
+        if isinstance(error, ActorLostError):
+            self._note_early_loss(actor, str(error))
+            return
         known = error if isinstance(error, MoerayError) else MoerayError(f"{actor.actor_id} did not start: {error}")
         self._readiness.fail(known)
 
@@ -165,6 +171,7 @@ class SystemKeeper:
             self.fleet.lose(
                 router, Loss.UNACKNOWLEDGED, f"it did not acknowledge a placement within {control.lease_s:g} s"
             )
+        self.places.look_at_mapping()
         self.follow()
         self._reconcile(refill=self.places.change is None)
         for actor in self.places.emptied():

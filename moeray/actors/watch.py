@@ -82,6 +82,9 @@ class Watcher:
         except MoerayError as error:  # also of TLS files that are being exchanged
             if not self._closing.is_set():
                 self._on_lost(self._address.actor_id, _loss(error), str(error))
+        except Exception as error:  # such as for want of memory: an actor that nobody watches is replaced as well
+            log.exception("the watch of %s failed", self._address.actor_id)
+            self._on_lost(self._address.actor_id, Loss.ERROR, repr(error))
 
     def _watch(self, channel: Channel) -> None:
         next_poll = monotonic()

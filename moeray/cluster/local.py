@@ -10,7 +10,7 @@ from moeray.actors.expert import ExpertActor
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.router import RouterActor
 from moeray.actors.spec import ActorSpec
-from moeray.errors import MoerayError
+from moeray.errors import ActorLostError
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.settings.router import RouterConfig
 
@@ -31,7 +31,7 @@ class LocalHandle:
             return self._thread.submit(getattr(self._actor, method), *args)
         except RuntimeError:
             gone: Future[Any] = Future()
-            gone.set_exception(MoerayError(f"actor {self.actor_id} is gone"))
+            gone.set_exception(ActorLostError(f"actor {self.actor_id} is gone"))
             return gone
 
     def kill(self) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError
 
 from moeray.cluster.ray_cluster import NAMESPACE, controller_name, runtime_env, unwrapped
 from moeray.cluster.ray_controller import ControllerProcess
@@ -54,9 +54,13 @@ def find_controller(system: str, timeout: float = LOOKUP_S) -> Any:
         raise SystemAbsentError(
             f"no moeray system named {system!r} runs in this Ray cluster; start one with `moeray serve MODEL`"
         ) from None
-    except (FutureTimeoutError, RayError) as error:
+    except FutureTimeoutError as error:
         raise MoerayError(
             f"Ray has not said within {timeout:g} s where the system {system!r} is; see whether Ray's head (GCS) runs"
+        ) from error
+    except Exception as error:
+        raise MoerayError(
+            f"Ray could not say where the system {system!r} is ({error!r}); see whether Ray's head (GCS) runs"
         ) from error
 
 
@@ -67,7 +71,7 @@ def _look_up(name: str) -> Future[Any]:
     def run() -> None:
         try:
             answer.set_result(ray.get_actor(name, namespace=NAMESPACE))
-        except (ValueError, RayError) as error:
+        except Exception as error:
             answer.set_exception(error)
 
     threading.Thread(target=run, name="look-up-controller", daemon=True).start()

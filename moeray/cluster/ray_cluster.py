@@ -20,7 +20,7 @@ from moeray.actors.spec import ActorSpec
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config
-from moeray.errors import MoerayError
+from moeray.errors import ActorLostError, MoerayError
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.settings.router import RouterConfig
 
@@ -44,7 +44,7 @@ def runtime_env(config: Config, num_gpus: float = 0) -> dict[str, Any]:
 
 
 class RayHandle:
-    """Implements `ActorHandle`. A dead actor's calls fail with a MoerayError that names it."""
+    """Implements `ActorHandle`. A dead actor's calls fail with an ActorLostError that names it."""
 
     def __init__(self, actor_id: str, actor: Any) -> None:
         self.actor_id = actor_id
@@ -67,8 +67,8 @@ def unwrapped(future: Future[Any], who: str) -> Future[Any]:
             outer.set_result(done.result())
         elif isinstance(error, RayTaskError) and isinstance(error.cause, MoerayError):
             outer.set_exception(error.cause)
-        elif isinstance(error, RayActorError):
-            outer.set_exception(MoerayError(f"{who} is gone: {' '.join(str(error).split())[:300]}"))
+        elif isinstance(error, RayActorError) and "creation task" not in str(error):  # else its constructor failed
+            outer.set_exception(ActorLostError(f"{who} is gone: {' '.join(str(error).split())[:300]}"))
         else:
             outer.set_exception(MoerayError(f"{who} failed: {' '.join(str(error).split())[-300:]}"))
 

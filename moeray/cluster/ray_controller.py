@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from moeray.actors.spec import model_fingerprint
+from moeray.cluster.lease import Lease
 from moeray.cluster.ray_cluster import RayCluster
 from moeray.cluster.ray_metrics import RayMetrics
 from moeray.config import Config
@@ -43,7 +44,7 @@ class ControllerProcess:
         setup_logging(
             config, actor="controller", kind="controller", node=cluster.node_id, epoch=lambda: controller.epoch
         )
-        self._began = self._renewed = time.monotonic()
+        self._lease = Lease(LEASE_S)
         self._ended = threading.Event()
         self._stopping = threading.Lock()
         self._ray_metrics: RayMetrics | None = None
@@ -65,11 +66,14 @@ class ControllerProcess:
             change_logging(self._config)
 
     def _watch(self) -> None:
-        while not self._ended.wait(LEASE_S / 4):
-            if time.monotonic() - self._renewed > LEASE_S:
+        while not self._ended.wait(self._lease.look_s):
+            if self._lease.expired():
                 log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
-                self.stop()
-            elif self._controller.left_running and self._renewed > self._began:
+                try:
+                    self.stop()
+                except Exception:  # such as of a Ray whose head is away
+                    log.exception("the system could not be stopped; it is tried again")
+            elif self._controller.left_running and self._lease.was_renewed:
                 log.error("the system that runs was not taken over; another controller tries again")
                 logging.shutdown()
                 os._exit(1)  # what is left in this process is of no use: Ray starts another one
@@ -92,7 +96,7 @@ class ControllerProcess:
             return {"status": "gone", "detail": state["detail"], "info": None}
         served = model_fingerprint(self._config)
         if model_fingerprint(config) == served:  # also of an endpoint whose config is refused: it serves on as before
-            self._renewed = time.monotonic()
+            self._lease.renew()
             if reading is not None:
                 self._controller.hear(reading)
         if self._controller.configure(config, since):

@@ -49,6 +49,8 @@ class RayMetrics:
                 self._repeat(self._series())
             except MoerayError as error:
                 log.debug("nothing to repeat to Ray: %s", error)
+            except Exception:  # such as of a name that Ray does not take: the next time may be better
+                log.exception("the metrics could not be repeated to Ray")
 
     def _repeat(self, snapshot: Snapshot) -> None:
         told = {}

@@ -108,15 +108,27 @@ def send(channel: socket.socket, message: dict[str, object], fds: list[int] | No
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
-    """The next message and its descriptors; (None, []) at the end of the stream."""
+    """The next message and its descriptors; (None, []) at the end of the stream, in the middle of a message too."""
     head, fds, _, _ = socket.recv_fds(channel, _LENGTH, 3)
     body = b""
-    while head and len(body) < (size := int.from_bytes(head, "big")):
-        part = channel.recv(size - len(body))
-        if not part:
-            return None, fds
-        body += part
-    return (json.loads(body) if head else None), fds
+    try:
+        while head and len(body) < (size := int.from_bytes(head, "big")):
+            part = channel.recv(size - len(body))
+            if not part:
+                head = b""
+            body += part
+        if head:
+            return json.loads(body), fds
+    except OSError:
+        close_all(fds)
+        raise
+    close_all(fds)
+    return None, []
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ import selectors
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeray.cluster.warm import FAILED, receive, send
+from moeray.cluster.warm import FAILED, close_all, receive, send
 
 MODULES = (
     "ray", "ray._private.node", "ray._private.worker", "ray._private.runtime_env.setup_hook",
@@ -28,6 +29,7 @@ MODULES = (
 IDLE_S = 60.0
 """Without a fork alive for so long it ends."""
 REQUEST_S = 10.0
+PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,12 @@ class Zygote:
         return None
 
     def _accept(self) -> Script | None:
-        client, _ = self._listener.accept()
+        try:
+            client, _ = self._listener.accept()
+        except OSError as error:
+            say(f"no start can be taken: {error}")
+            time.sleep(PAUSE_S)  # out of descriptors: a fork that ends gives some back
+            return None
         client.settimeout(REQUEST_S)
         try:
             request, fds = receive(client)
@@ -93,14 +100,24 @@ class Zygote:
             client.close()
             return None
         script = Script(fds=tuple(fds), **request)  # type: ignore[arg-type]
-        pid = os.fork()
-        if pid == 0:
+        pid = -1
+        try:
+            pid = os.fork()
+            if pid == 0:
+                client.close()
+                self._leave()
+                return script
+            end = os.pidfd_open(pid)
+        except OSError as error:  # its client starts it by itself, and the forks that live go on
+            say(f"no fork can be had: {error}")
+            if pid > 0:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
             client.close()
-            self._leave()
-            return script
-        for fd in fds:
-            os.close(fd)
-        end = os.pidfd_open(pid)
+            return None
+        finally:
+            if pid:
+                close_all(fds)
         self._forks[client], self._ends[end] = pid, client
         self._events.register(end, selectors.EVENT_READ)
         self._events.register(client, selectors.EVENT_READ)
@@ -136,6 +153,11 @@ class Zygote:
                 os.kill(pid, signal.SIGKILL)
                 self._events.unregister(client)
                 return
+
+
+def say(what: str) -> None:
+    """To the log, which standard error is here."""
+    print(f"moeray zygote: {what}", file=sys.stderr, flush=True)
 
 
 def _import_all() -> None:

@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 
 class Door:
-    """Hands each accepted socket to `take`, which must not block. Owns the listening socket."""
+    """Hands each accepted socket to `take`, which must neither block nor raise. Owns the listening socket."""
 
     def __init__(self, listening: socket.socket, name: str, take: Callable[[socket.socket], None]) -> None:
         self._listening = listening

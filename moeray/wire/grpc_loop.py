@@ -7,11 +7,14 @@ and 64 KiB each way), for 0.6 times the CPU time: a message passes through fewer
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+END_S = 1.0
 
 
 class StreamLoop:
@@ -24,12 +27,17 @@ class StreamLoop:
         self._thread: threading.Thread | None = None
 
     def enter(self) -> None:
-        """One more uses it; pair with `leave`. Raises OSError where there are no descriptors for it."""
+        """One more uses it; pair with `leave`. Raises OSError where there are no descriptors or no thread for it."""
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="wire-grpc", daemon=True)
-                self._thread.start()
+                loop = asyncio.new_event_loop()
+                thread = threading.Thread(target=loop.run_forever, name="wire-grpc", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    loop.close()
+                    raise OSError(errno.EAGAIN, str(error)) from error
+                self._loop, self._thread = loop, thread
             self._users += 1
 
     def leave(self) -> None:
@@ -38,6 +46,7 @@ class StreamLoop:
             self._users -= 1
             if self._users or self._loop is None or self._thread is None:
                 return
+            self.run(_others_end())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -47,6 +56,12 @@ class StreamLoop:
         """What it returns or raises; its user waits meanwhile."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _others_end() -> None:
+    """What gRPC runs by itself behind a stream's end; asyncio would complain of it."""
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=END_S)
 
 
 STREAMS = StreamLoop()

@@ -46,7 +46,7 @@ class Guests:
         return self._closing or len(self._channels) >= self._max_channels
 
     def spawn(self, name: str, target: Callable[[], None]) -> bool:
-        """Run `target` in a thread that `close` joins; False where the listener closes."""
+        """Run `target` in a thread that `close` joins; False where the listener closes, or no thread can be had."""
 
         def run() -> None:
             try:
@@ -60,7 +60,13 @@ class Guests:
             if self._closing:
                 return False
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _log.error("a peer is turned away: %s", error)
+            with self._lock:
+                self._threads.discard(thread)
+            return False
         return True
 
     def serve(self, channel: Channel) -> None:

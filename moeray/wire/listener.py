@@ -95,6 +95,10 @@ class Listener:
             _log.warning("refused a peer (%s): %s", channel.kind, error)
             channel.close()
             return
+        except Exception:  # one peer's failure must not leave its channel open, but it is never silent
+            _log.exception("a peer could not be greeted (%s)", channel.kind)
+            channel.close()
+            return
         finally:
             self._guests.leave()
         self._guests.serve(channel)

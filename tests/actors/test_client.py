@@ -234,6 +234,28 @@ def test_an_abort_names_its_attempt_and_whether_a_stop_string_was_found(folder, 
     assert run(script, folder, test).meta == {"request_id": "r", "attempt": 3, "stopped": stopped}
 
 
+def test_no_thread_to_be_had_is_a_lost_router_that_may_be_tried_again(folder, monkeypatch):
+    start, fails = threading.Thread.start, [True]
+
+    def run_out(thread):
+        if thread.name.startswith("read-") and fails:
+            fails.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def test(client):
+        monkeypatch.setattr(threading.Thread, "start", run_out)
+        with pytest.raises(RouterLostError, match="new thread"):
+            await outputs_of(client, request("r"))
+        return await outputs_of(client, request("r"))
+
+    def answer(frame, channel):
+        if frame.op is Op.SUBMIT:
+            channel.send(step(end("r", 0, 7)))
+
+    assert [output.token_ids for output in run(Script(answer), folder, test)] == [(7,)]
+
+
 def test_a_router_that_is_not_there(folder):
     async def test(client):
         async with asyncio.timeout(10):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import queue
 import threading
 from concurrent.futures import Future
 
 import pytest
 
 from moeray.actors.audit import Audit
-from moeray.actors.loop import Loop
+from moeray.actors.hosting import stop_all
+from moeray.actors.loop import Loop, started_pool
+from moeray.actors.roster import Calls
 from moeray.errors import MoerayError
 
 
@@ -47,6 +50,83 @@ def test_a_question_to_a_busy_loop_has_a_deadline(loop):
     with pytest.raises(MoerayError, match="did not answer"):
         loop.ask(lambda: None, timeout=0.05)
     gate.set()
+
+
+def test_ticks_come_though_there_is_always_something_to_do():
+    ticks = threading.Semaphore(0)
+    loop = Loop("test-loop", ticks.release, 0.01)
+
+    def again():
+        loop.post(again)
+
+    loop.post(again)
+    loop.start()
+    assert all(ticks.acquire(timeout=10) for _ in range(3))
+    loop.stop(5.0)
+
+
+def test_a_pool_has_all_its_threads_from_the_start_or_is_not_made(monkeypatch):
+    pool = started_pool(3, "full")
+    assert sum(thread.name.startswith("full") for thread in threading.enumerate()) == 3
+    pool.shutdown()
+    start, left = threading.Thread.start, [2]
+
+    def run_out(thread):
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", run_out)
+    with pytest.raises(RuntimeError, match="new thread"):
+        started_pool(3, "short")
+    for thread in threading.enumerate():
+        if thread.name.startswith("short"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_call_that_cannot_be_made_is_answered_and_keeps_no_later_one_waiting(loop):
+    class Handle:
+        actor_id = "experts-0"
+
+        def call(self, method, *args):
+            if method == "publish":
+                raise ConnectionError("no head")
+            done = Future()
+            done.set_result(method)
+            return done
+
+    calls, told = Calls(Handle(), loop), queue.SimpleQueue()
+    for method in ("publish", "stop"):
+        loop.post(lambda method=method: calls.put(method, then=lambda *answer: told.put(answer)))
+    answer, error = told.get(timeout=10)
+    assert answer is None
+    assert "publish" in str(error)
+    assert "no head" in str(error)
+    assert told.get(timeout=10) == ("stop", None)
+
+
+def test_a_kill_that_fails_keeps_nobody_from_killing_the_others(caplog):
+    killed = []
+
+    class Handle:
+        def __init__(self, actor_id):
+            self.actor_id = actor_id
+
+        def call(self, method):
+            if self.actor_id == "b":
+                raise ConnectionError("no head")
+            return Future()  # never answered
+
+        def kill(self):
+            killed.append(self.actor_id)
+            if self.actor_id == "a":
+                raise ConnectionError("no head")
+
+    stop_all([Handle(name) for name in "abc"], 0.01)
+    assert killed == ["a", "b", "c"]
+    assert "actor a could not be killed" in caplog.text
 
 
 def test_the_outcome_of_a_future_is_an_event(loop):

@@ -12,14 +12,15 @@ import pytest
 
 from moeray.actors.audit import Audit
 from moeray.actors.controller_metrics import ControllerMetrics
-from moeray.actors.placement_keeper import PlacementKeeper
+from moeray.actors.placement_keeper import STALL_S, PlacementKeeper
 from moeray.actors.planner import ModelShape
 from moeray.actors.roster import Actor, Roster
 from moeray.actors.spec import ActorReport
 from moeray.config import config_from
 from moeray.control.fleet import Phase
 from moeray.control.placement import Placement
-from moeray.errors import CheckpointError
+from moeray.control.reports import ExpertReport
+from moeray.errors import ActorLostError, CheckpointError
 from moeray.types import Address, ExpertId
 
 GIB = 1 << 30
@@ -71,6 +72,7 @@ class World:
         self.held = {}
         self.most = 0  # experts that an actor has ever held at one time
         self.sick = set()
+        self.hung = set()  # they answer nothing, and their channels go on
         self._started = 0
 
     def add(self, group="experts"):
@@ -101,8 +103,10 @@ class World:
         """The actor does what it was told first, if it was told anything."""
         if not actor.calls.waiting:
             return False
-        method, args, then = actor.calls.waiting.popleft()
         name = actor.actor_id
+        if name in self.hung:
+            return False
+        method, args, then = actor.calls.waiting.popleft()
         if method == "host" and name in self.sick:
             then(None, CheckpointError("a read error"))
         elif method == "host":
@@ -118,8 +122,13 @@ class World:
             then(self.held[name].epoch, None)
         return True
 
+    def progress(self, actor):
+        """It reports that it has mapped something."""
+        actor.latest = ExpertReport(actor.actor_id, "1", memory_bytes=actor.hosted_bytes + GIB)
+
     def step(self, likely=1.0, rng=random):
         self.now += 0.25
+        self.keeper.look_at_mapping()
         self.keeper.replan()
         for actor in self.keeper.emptied():
             self.remove(actor)
@@ -262,6 +271,50 @@ def test_a_late_answer_of_an_abandoned_change_says_nothing_of_the_next_one():
     assert set(published) <= world.mapped[third.actor_id]
     world.settle().check()
     assert not world.without()
+
+
+def test_an_actor_that_maps_nothing_more_keeps_no_expert_without_a_replica():
+    world, (hung, lost, _) = started(actors=3)
+    failures = []
+    world.keeper._on_failure = failures.append
+    world.hung.add(hung.actor_id)
+    world.lose(lost)
+    world.settle(STALL_S / 2)
+    assert world.without()
+    world.progress(hung)
+    world.settle(STALL_S - 5.0)
+    assert world.keeper.change is not None
+    world.settle(10.0)
+    assert not world.without()
+    assert world.keeper.change is None
+    assert any("mapped nothing" in str(entry.get("error")) for entry in world.audit.recent)
+    world.hung.clear()
+    world.settle(150.0).check()
+    assert not failures
+
+
+def test_an_actor_that_dies_while_the_first_placement_is_mapped_is_no_failed_start():
+    for how in ("watched", "asked"):
+        world, failures = World(), []
+        world.keeper._on_failure = failures.append
+        world.add("router")
+        first, *_ = [world.add() for _ in range(3)]
+        world.keeper.replan()
+        if how == "asked":
+            _, _, then = first.calls.waiting.popleft()
+            then(None, ActorLostError("it is gone"))
+        world.lose(first)
+        world.add()
+        world.settle().check()
+        assert not world.without()
+        assert not failures
+
+
+def test_the_first_placement_is_not_begun_by_a_loss():
+    world = World()
+    _, second = world.add(), world.add()
+    world.lose(second)
+    assert world.keeper.change is None
 
 
 def test_an_actor_that_leaves_while_a_repair_maps_its_experts_is_emptied():

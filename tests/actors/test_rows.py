@@ -137,6 +137,13 @@ def test_warming_up_counts_for_nothing(path, dtype, kernel):
     assert (server.tally.totals(), server.tally.first_at, server.in_flight) == ((0, 0, 0.0), None, 0)
 
 
+def test_warming_up_waits_for_nobody(path):
+    server = RowServer(CPU, Recorder(group="experts"))
+    server.use(bank_of(path, *KINDS[0]))
+    with server._compute:  # as while a forward of seconds computes
+        server.warm_up()
+
+
 @pytest.mark.parametrize("experts", [[1, 1, 5], [5, 5, 5]])
 def test_an_expert_that_is_named_twice_is_refused(path, experts):
     server = RowServer(CPU, Recorder(group="experts"))

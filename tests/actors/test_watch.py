@@ -57,6 +57,22 @@ class Watched:
         assert "watch-experts-0" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_watch_that_cannot_be_kept_is_a_loss():
+    lost: queue.Queue = queue.Queue()
+
+    def connect_to(address):
+        raise RuntimeError("can't start new thread")
+
+    watcher = Watcher(
+        Address("experts-0", "n", "nowhere"), connect_to, load_config(None, {}).control, lambda *_: None,
+        lambda *loss: lost.put(loss),
+    )  # fmt: skip
+    name, why, detail = lost.get(timeout=10)
+    assert (name, why) == ("experts-0", Loss.ERROR)
+    assert "new thread" in detail
+    watcher.join(5.0)
+
+
 @pytest.fixture
 def watched(tmp_path):
     made = []
