@@ -82,7 +82,8 @@ class Config:
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a YAML file, then lay `overrides` (dotted keys, such as `engine.block_size`) over it.
+    """Read a YAML file, then lay `overrides` (dotted keys, such as `engine.block_size`) over it. A model in a local
+    folder is named by its whole path: the same words mean another folder elsewhere.
 
     Raises ConfigError, with the key, for an unknown key, a value of the wrong type or out of range.
     """
@@ -95,6 +96,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if variable in os.environ:
             value = os.environ[variable]
             _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
+    if isinstance(model := tree.get("model"), str) and model and (folder := Path(model).expanduser()).is_dir():
+        tree["model"] = os.path.abspath(folder)
     config = config_from(tree)
     if config.experts.groups:
         _check_short_form(tree["experts"])

@@ -5,6 +5,12 @@ class MoerayError(Exception):
     """Base of all of moeray's own errors."""
 
 
+def in_a_line(error: Exception) -> str:
+    """What another library's error says, for the end of a message of ours; its kind where that says little."""
+    text = " ".join(str(error).split())[:200]
+    return text if " " in text and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
+
+
 class ConfigError(MoerayError, ValueError):
     """A config key or value is wrong."""
 

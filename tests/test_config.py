@@ -91,6 +91,17 @@ def test_numbers_are_read_as_people_write_them():
     assert (config.control.slo_ttft_s, config.control.slo_tpot_s, config.engine.block_size) == (0.5, 0.15, 32)
 
 
+def test_a_model_in_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path / "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (".", "../tiny", "~/tiny", str(tmp_path / "tiny")):
+        config = load_config(None, {"model": words})
+        assert (config.model, config.served_model_name) == (str(tmp_path / "tiny"), "tiny")
+    for words in ("tiny", "org/model", "~/other"):  # on the hub, or nowhere
+        assert load_config(None, {"model": words}).model == words
+
+
 def test_overrides_lie_over_the_file(tmp_path):
     path = tmp_path / "moeray.yaml"
     path.write_text("model: a\nengine:\n  block_size: 8\n  max_running: 4\n")

@@ -7,13 +7,14 @@ import json
 import sys
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from moeray.cli.options import config_of, config_options
 from moeray.config import Config
-from moeray.errors import RequestError
+from moeray.errors import CheckpointError, RequestError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
 
 
@@ -86,16 +87,16 @@ def _parse_ids(text: str) -> tuple[int, ...]:
     return ids
 
 
-def _tokenizer(folder: Any, *, needed: bool) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(folder: Path, *, needed: bool) -> Any:
+    """None where there is none and none is needed."""
+    from moeray.serve.prompt import load_tokenizer
 
-    if not any(folder.glob("tokenizer*")):
+    try:
+        return load_tokenizer(folder)
+    except CheckpointError as error:
         if needed:
-            raise RequestError(
-                f"folder {folder} has no tokenizer files; add them, or give --prompt-ids", param="prompt"
-            )
+            raise RequestError(f"{error}, or give --prompt-ids", param="prompt") from error
         return None
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _answer(outputs: list[TokenOutput], prompt_tokens: int, tokenizer: Any) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class Scheduler:
                 param="request_id",
             )
         self._check_fit(seq)
-        if known is None and len(self._waiting) >= self._config.max_waiting:  # one that is known takes its own place
+        free = max(0, self._config.max_running - len(self._running))  # who waits for the next step alone
+        if known is None and len(self._waiting) >= self._config.max_waiting + free:  # one that is known takes its place
             # About a second for each time that the running sequences have to be replaced before this one's turn.
             retry = max(1.0, len(self._waiting) / self._config.max_running)
             raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later", retry_after_s=retry)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from moeray.errors import CheckpointError, UnsupportedModelError
+from moeray.errors import CheckpointError, UnsupportedModelError, in_a_line
 from moeray.model.safetensors_file import SafetensorsFile, TensorInfo
 from moeray.model.source import Source, resolve
 
@@ -72,7 +72,8 @@ class Checkpoint:
         quantization = _quantization(raw_config)
         config = _read_config(folder, raw_config)
         index = folder / INDEX
-        if index.is_file():
+        whole = source.folder is not None and (folder / SINGLE).is_file()  # which transformers looks for first
+        if index.is_file() and not whole:
             files = _read_index(index)
             opened: dict[str, SafetensorsFile] = {}
         else:
@@ -153,10 +154,10 @@ def _read_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(f"file {folder / 'config.json'} has no model_type; give a model in transformers' format")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # whatever transformers raises for values that it did not expect
         raise UnsupportedModelError(
-            f"model type {model_type!r} of {folder / 'config.json'} is not one that this transformers reads: {reason}"
+            f"model type {model_type!r} of {folder / 'config.json'} is not one that this transformers reads: "
+            f"{in_a_line(error)}"
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -167,6 +168,8 @@ def _quantization(raw: dict[str, Any]) -> Quantization:
     found = raw.get("quantization_config")
     if not found:
         return Quantization()
+    if not isinstance(found, dict):
+        raise CheckpointError(f"quantization_config of config.json must be a JSON object, got {found!r}")
     method = found.get("quant_method")
     if method == Scheme.MXFP4:
         return Quantization(Scheme.MXFP4)
@@ -212,7 +215,7 @@ def _fingerprint(source: Source, folder: Path, files: dict[str, str]) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     if source.folder is None:
         digest.update(f"\n{source.revision}".encode())
-    if (folder / INDEX).is_file():
+    if SINGLE not in files.values():
         digest.update((folder / INDEX).read_bytes())
     else:
         for name in sorted(set(files.values())):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moeray.errors import UnsupportedModelError
+from moeray.errors import UnsupportedModelError, in_a_line
 from moeray.model.building import BUILDING
 
 _LAYER_IN_NAME = re.compile(r"\.(\d+)\.")
@@ -93,8 +93,13 @@ def load_family(config: PreTrainedConfig) -> Family:
     """Build the family on the meta device (no memory) and find its experts. Raises UnsupportedModelError."""
     cls = model_class(config)
     config._experts_implementation = None
-    with BUILDING, torch.device("meta"):
-        full = cls._from_config(config)
+    try:
+        with BUILDING, torch.device("meta"):
+            full = cls._from_config(config)
+    except Exception as error:  # whatever the family raises for values that it did not expect
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} cannot be built by its config.json: {in_a_line(error)}"
+        ) from error
     layers: dict[int, ExpertsLayer] = {}
     for name, module in full.named_modules():
         if not is_experts(module):

@@ -23,11 +23,22 @@ from moeray.model.safetensors_file import SafetensorsFile
 from moeray.model.slices import ExpertTensor
 
 LAYOUT = 1
+_BLOCK, _BLOCKS = 4096, 256
 
 
 def int8_bytes(shape: Sequence[int], transposed: bool) -> int:
     """Bytes of the int8 form of weights [outputs, inputs], or `transposed`, with an fp32 scale for each output."""
     return math.prod(shape) + 4 * shape[1 if transposed else 0]
+
+
+def _sample(path: Path) -> bytes:
+    """Some blocks of a file, evenly spread. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return b"".join(os.pread(file.fileno(), _BLOCK, size * i // _BLOCKS) for i in range(_BLOCKS))
+    except OSError as error:
+        raise CheckpointError(f"file {path} cannot be read: {error.strerror}; check its permissions") from error
 
 
 class Int8Cache:
@@ -38,12 +49,14 @@ class Int8Cache:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, cache_dir: Path) -> Int8Cache:
-        """The one for these weights: by the checkpoint's fingerprint, and for a local folder its files' times, since
-        they may be written anew under the same names."""
+        """The one for these weights: by the checkpoint's fingerprint, and for a local folder its files' times and some
+        of what is in them. They may be written anew under the same names, and times mean nothing in images that are
+        built to be the same each time."""
         digest = hashlib.sha256(checkpoint.fingerprint.encode())
         if checkpoint.source.folder is not None:
             for path in sorted(checkpoint.source.folder.glob("*.safetensors")):
                 digest.update(f"\n{path.name} {path.stat().st_mtime_ns}".encode())
+                digest.update(_sample(path))
         return cls(cache_dir / f"int8-{LAYOUT}" / digest.hexdigest()[:32])
 
     def expert(self, name: str, expert: int, transposed: bool, read: Callable[[], ExpertTensor]) -> ExpertTensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moeray.config import Config, DType
-from moeray.errors import ConfigError
+from moeray.errors import CheckpointError, ConfigError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.experts import ExpertBank
 from moeray.model.family import ExpertsLayer, Family, load_family
@@ -81,9 +81,14 @@ def pick_device(asked: str) -> torch.device:
 
 
 def eos_token_ids(files: ModelFiles) -> tuple[int, ...]:
-    """The tokens that end a sequence: generation_config.json's, else config.json's."""
+    """The tokens that end a sequence: generation_config.json's, else config.json's. Raises CheckpointError."""
     advice = generation_config(files.checkpoint.source.metadata_dir())
     eos = advice.get("eos_token_id", files.checkpoint.config.eos_token_id)
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(
+            f"eos_token_id of generation_config.json or config.json must be a token id or a list of them, got {eos!r}"
+        )
+    return ids

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moeray.errors import UnsupportedModelError
+from moeray.errors import CheckpointError, MoerayError, UnsupportedModelError, in_a_line
 from moeray.model import attention
 from moeray.model.dispatched import Sum, dispatching
 from moeray.model.fusing import fuse
@@ -49,13 +49,18 @@ class SelfCheck:
         compute with `linear`. Raises UnsupportedModelError.
         """
         trunk, whole = self._trunk, [(self._first, 0, 12)]
-        self._trial(whole, trunk.cache)  # first of all, since a family that is refused may fail otherwise
+        self._first_trial(whole)  # first of all, since a family that is refused may fail otherwise
         trunk.attend_with("eager")
         try:
             with dispatching(_stand_in):
                 reference = trunk.model(input_ids=self._first.unsqueeze(0), use_cache=False).logits[0]
         finally:
             trunk.attend_with(attention.NAME)
+        if not reference.isfinite().all():
+            raise CheckpointError(
+                "the trunk's own logits are not finite: its weights or the dtype overflow; check the checkpoint, or "
+                "set dtype to bfloat16 or float32"
+            )
         use_linear(trunk.model, linear)
         if linear != "torch" and trunk.device.type == "cpu":
             fuse(trunk.model, trunk.dtype)
@@ -69,6 +74,18 @@ class SelfCheck:
             )
         packed = self._trial([(self._second, 6, 3), (self._first, 11, 1)], self._filled())
         self._compare(packed[-1:], reference[-1:], "its tokens depend on their neighbours in a packed batch")
+
+    def _first_trial(self, whole: list[_Tokens]) -> None:
+        try:
+            self._trial(whole, self._trunk.cache)
+        except MoerayError:
+            raise
+        except Exception as error:  # whatever a family's modules raise that want another cache, mask or shape
+            kind = self._trunk.family.config.model_type
+            raise UnsupportedModelError(
+                f"model type {kind!r} does not run on moeray's cache and attention (or config.json does not fit it): "
+                f"{in_a_line(error)}"
+            ) from error
 
     @torch.inference_mode()
     def repeats(self) -> bool:

@@ -70,14 +70,19 @@ class LazyTensor:
     Quantised weights come decoded to `dtype`; plain ones are views of the memory map in their own dtype.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], StoredWeight], name: str) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], StoredWeight], name: str, own: bool = False
+    ) -> None:
+        """`own`: each time a copy that may be written to."""
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.name = name
         self._read = read
+        self._own = own
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._read().dense(self.dtype)[index]
+        values = self._read().dense(self.dtype)[index]
+        return values.clone() if self._own else values
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -103,6 +108,7 @@ class WeightMap:
     ) -> None:
         self._checkpoint = checkpoint
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._buffers = {name for name, _ in model.named_buffers()}
         self._stored = stored
         self._trunk = trunk
         self._experts = experts
@@ -140,20 +146,22 @@ class WeightMap:
         """Checkpoint name -> lazy tensor, for `from_pretrained(None, state_dict=...)`. Quantised weights are decoded
         to `dtype`. Reads the headers of the trunk's files. Raises CheckpointError for a shape that does not fit."""
         state: dict[str, LazyTensor] = {}
-        for recipe in self._trunk.values():
+        for name, recipe in self._trunk.items():
             self._check_trunk(recipe)
             for key in recipe.tensors:
-                state[key] = self._lazy(key, dtype)
+                state[key] = self._lazy(key, dtype, own=name in self._buffers)
         return state
 
-    def _lazy(self, key: str, dtype: torch.dtype) -> LazyTensor:
+    def _lazy(self, key: str, dtype: torch.dtype, own: bool) -> LazyTensor:
+        """`own`: not a view of the file, since families set parts of their buffers anew when they have been loaded."""
         stored = self._stored[key]
-        own = self._checkpoint.info(stored.weight).dtype
+        plain = self._checkpoint.info(stored.weight).dtype
         return LazyTensor(
             stored_shape(self._checkpoint, stored),
-            own if stored.scale is None else dtype,
+            plain if stored.scale is None else dtype,
             lambda: read_stored(self._checkpoint, stored),
             key,
+            own,
         )
 
     def expert(self, name: str, expert: int) -> ExpertTensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from moeray.errors import CheckpointError, ConfigError, RequestError
+from moeray.errors import CheckpointError, ConfigError, RequestError, in_a_line
 from moeray.serve.backend import ModelInfo
 from moeray.serve.tokens import Vocabulary
 
@@ -26,6 +26,7 @@ _TEMPLATE_FAULTS = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    NameError,
     RecursionError,
     TypeError,
     ValueError,
@@ -103,19 +104,23 @@ def has_tokenizer(folder: Path) -> bool:
     return any(path for pattern in ("tokenizer*", "vocab*", "*.model", "merges.txt") for path in folder.glob(pattern))
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Raises CheckpointError."""
+    try:
+        return import_tokenizers().from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers and tokenizers raise for files that they cannot read
+        reason = in_a_line(error) if has_tokenizer(folder) else "there are no files of one"
+        raise CheckpointError(
+            f"no usable tokenizer in {folder}: {reason}; put tokenizer.json and tokenizer_config.json there"
+        ) from error
+
+
 def load_encoder(model: ModelInfo, chat_template: str | None) -> PromptEncoder:
     """Load the tokenizer from `model.metadata_dir`; takes seconds. Raises CheckpointError or ConfigError.
 
     `chat_template`, a file or the template itself, replaces the model's own.
     """
-    try:
-        tokenizer = import_tokenizers().from_pretrained(model.metadata_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        there = has_tokenizer(Path(model.metadata_dir))
-        reason = " ".join(str(error).split())[:300] if there else "there are no files of one"
-        raise CheckpointError(
-            f"no usable tokenizer in {model.metadata_dir}: {reason}; put tokenizer.json and tokenizer_config.json there"
-        ) from error
+    tokenizer = load_tokenizer(Path(model.metadata_dir))
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:

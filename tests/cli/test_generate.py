@@ -53,3 +53,26 @@ def test_the_whole_context_can_be_used(model):
     result = generate(model, *LOCAL, "--prompt-ids", "1,2", "--max-tokens", "510", "--ignore-eos", "--output", "json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["usage"]["total_tokens"] == 512
+
+
+def test_a_tokenizer_of_any_files_is_used(tmp_path):
+    folder = make_tiny("qwen2_moe", tmp_path / "m", tokenizer=True)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    result = generate(str(folder), *LOCAL, "--prompt", "hello", "--max-tokens", "3")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_broken_tokenizer_is_needed_for_text_alone(tmp_path):
+    folder = make_tiny("granitemoe", tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{")
+    result = generate(str(folder), *LOCAL, "--prompt-ids", "1,2", "--max-tokens", "3")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count(",") == 2
+    result = generate(str(folder), *LOCAL, "--prompt", "hello")
+    assert result.exit_code != 0
+    assert f"no usable tokenizer in {folder}" in str(result.exception)
+    assert "or give --prompt-ids" in str(result.exception)

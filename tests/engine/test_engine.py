@@ -148,13 +148,14 @@ def test_a_step_that_fails_can_be_run_again(monkeypatch):
 
 
 def test_what_cannot_be_served_is_refused():
-    engine, _ = engine_of(num_blocks=4, block_size=4, max_waiting=1)
+    engine, _ = engine_of(num_blocks=4, block_size=4, max_waiting=1, max_running=1)
     with pytest.raises(RequestError, match="16") as error:
         engine.submit(GenerationRequest("long", tuple(i % VOCAB for i in range(40)), GREEDY))
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(RequestError):
         engine.submit(GenerationRequest("empty", (), GREEDY))
-    engine.submit(GenerationRequest("a", (1,), GREEDY))
+    for name in "ab":  # the first waits for the next step alone
+        engine.submit(GenerationRequest(name, (1,), GREEDY))
     with pytest.raises(QueueFullError) as full:
-        engine.submit(GenerationRequest("b", (1,), GREEDY))
+        engine.submit(GenerationRequest("c", (1,), GREEDY))
     assert full.value.retry_after_s > 0

@@ -170,14 +170,17 @@ def test_what_cannot_fit_or_queue_is_refused():
     with pytest.raises(RequestError, match="16 tokens but the prompt has 16") as refused:
         scheduler.add(sequence("long", 16))
     assert refused.value.code == "context_length_exceeded"
-    for name in "ab":
+    for name in "abc":  # one runs from the next step on
         scheduler.add(sequence(name, 15))
-    with pytest.raises(QueueFullError) as full:
-        scheduler.add(sequence("c", 1))
-    assert full.value.retry_after_s >= 1.0
-    scheduler.add(sequence("b", 15, output=(), attempt=1))  # in the place that it had
-    assert scheduler.num_waiting == 2
-    assert not scheduler.abort("c")
+    for _ in range(2):
+        with pytest.raises(QueueFullError) as full:
+            scheduler.add(sequence("d", 1))
+        assert full.value.retry_after_s >= 1.0
+        scheduler.add(sequence("c", 15, output=(), attempt=1 + scheduler.num_running))  # in the place that it had
+        assert scheduler.num_waiting == 3 - scheduler.num_running
+        scheduler.schedule()
+    assert scheduler.num_running == 1
+    assert not scheduler.abort("d")
 
 
 def entry(table, start, count, prompt):

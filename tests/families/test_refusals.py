@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from moeray.errors import UnsupportedModelError
+from moeray.errors import CheckpointError, UnsupportedModelError
 from moeray.model.family import load_family
 from moeray.model.loading import open_model
 from moeray.model.trunk import Trunk
@@ -37,6 +37,43 @@ def test_state_beside_the_cache(family, options, tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"state|layers use attention|served wrong") as error:
         load(config, tmp_path)
     assert "\n" not in str(error.value)
+
+
+SPARSE = {
+    "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "first_k_dense_replace": 1, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("deepseek_v32", SPARSE), ("glm_moe_dsa", SPARSE),
+        ("zaya", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}),
+    ],
+)  # fmt: skip
+def test_a_family_with_an_attention_or_a_state_of_its_own(family, options, tmp_path):
+    """Also where it writes to what has been loaded."""
+    with pytest.raises(UnsupportedModelError, match=f"'{family}'|keeps state beside") as error:
+        load(CONFIG_MAPPING[family](**SMALL | options), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_more_experts_a_token_than_there_are(tmp_path):
+    config = CONFIG_MAPPING["mixtral"](**SMALL, num_local_experts=4, num_experts_per_tok=9)
+    with pytest.raises(UnsupportedModelError, match=r"config.json does not fit it.*out of range"):
+        load(config, tmp_path)
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite(tensor, tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**SMALL, num_local_experts=4))
+    model.state_dict()[tensor].view(-1)[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    files = open_model(str(tmp_path), None, node="here")
+    with pytest.raises(CheckpointError, match="not finite"):
+        Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, torch.device("cpu"))
 
 
 def test_a_dense_model(tmp_path):

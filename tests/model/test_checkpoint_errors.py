@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moeray.errors import CheckpointError, MoerayError, UnsupportedModelError
 from moeray.model.checkpoint import Checkpoint, Quantization, Scheme, resolve
+from moeray.model.loading import eos_token_ids, open_model
 from moeray.model.safetensors_file import SafetensorsFile
 from tests.checkpoints import EXPERTS, make_tiny
 from tests.model.test_checkpoint_slices import opened
@@ -261,22 +263,22 @@ def test_bin_only_folder(mixtral: Path) -> None:
     assert "convert it to safetensors" in message
 
 
-def test_index_of_unsafe_files(mixtral: Path) -> None:
+def test_index_of_unsafe_files(sharded: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}}
-    (mixtral / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "convert the checkpoint to safetensors" in refused(mixtral)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "convert the checkpoint to safetensors" in refused(sharded)
 
 
-def test_index_that_leads_out_of_the_folder(mixtral: Path) -> None:
+def test_index_that_leads_out_of_the_folder(sharded: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
-    (mixtral / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model.norm.weight lies in '../other/model.safetensors'" in refused(mixtral)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.norm.weight lies in '../other/model.safetensors'" in refused(sharded)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": {}}', '{"weight_map": 3}'])
-def test_broken_index(mixtral: Path, content: str) -> None:
-    (mixtral / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json" in refused(mixtral)
+def test_broken_index(sharded: Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refused(sharded)
 
 
 def test_no_weights_at_all(mixtral: Path) -> None:
@@ -299,6 +301,52 @@ def test_unknown_model_type(mixtral: Path) -> None:
 def test_unknown_quantisation(mixtral: Path, method: str | None) -> None:
     configure(mixtral, quantization_config={"quant_method": method, "bits": 4})
     assert f"quant_method {method!r}" in refused(mixtral, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("value", ["fp8", ["x"], 8])
+def test_a_quantization_that_is_no_object(mixtral: Path, value: Any) -> None:
+    configure(mixtral, quantization_config=value)
+    assert f"quantization_config of config.json must be a JSON object, got {value!r}" in refused(mixtral)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "foo"}, "foo"), ({"hidden_size": "64"}, "hidden_size"), ({"pad_token_id": 9999}, "adding_idx"),
+        ({"dtype": "int8"}, "int8"), ({"dtype": "float99"}, "float99"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "foo"), ({"num_attention_heads": 0}, ""),
+    ],
+)  # fmt: skip
+def test_a_config_that_no_model_can_be_built_by(mixtral: Path, change: dict[str, Any], words: str) -> None:
+    configure(mixtral, **change)
+    message = refused(mixtral, UnsupportedModelError)
+    assert "'mixtral'" in message
+    assert "config.json" in message
+    assert words in message
+
+
+@pytest.mark.parametrize("value", ["</s>", ["2"], [1, None], {"id": 2}])
+def test_an_end_of_sequence_that_is_no_token_id(mixtral: Path, value: Any) -> None:
+    (mixtral / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match="eos_token_id of generation_config"):
+        eos_token_ids(open_model(str(mixtral), None, node="here"))
+
+
+def test_one_file_goes_before_an_index_that_an_earlier_save_has_left(tmp_path: Path) -> None:
+    """As with transformers, whose `save_pretrained` leaves it there."""
+    both = make_tiny("mixtral", tmp_path / "both", seed=1, shard_bytes=60_000)
+    shards = {path: path.read_bytes() for path in both.glob("*.safetensors")}
+    make_tiny("mixtral", both, seed=2)
+    for path, content in shards.items():
+        path.write_bytes(content)
+    assert (both / "model.safetensors.index.json").is_file()
+    theirs = AutoModelForCausalLM.from_pretrained(both).model.norm.weight
+    ours = Checkpoint.open(resolve(str(both), None, node="here"))
+    alone = Checkpoint.open(resolve(str(make_tiny("mixtral", tmp_path / "alone", seed=2)), None, node="here"))
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(ours.tensor(key), alone.tensor(key))
+    assert torch.equal(ours.tensor("model.norm.weight"), theirs)
+    assert ours.fingerprint == alone.fingerprint
 
 
 @pytest.mark.parametrize("block", [None, [128], [0, 128], "128"])

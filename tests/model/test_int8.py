@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -43,3 +45,22 @@ def test_a_placement_counts_the_bytes_that_an_expert_takes(checkpoints, tmp_path
         bank.load([ExpertId(layer, 1)])
         assert size == bank.nbytes
         assert (size < 0.6 * stored[layer]) == (shrinks and quantization == "int8")
+
+
+def test_two_models_of_the_same_sizes_and_times_have_an_int8_form_each(tmp_path):
+    outputs = []
+    for seed in (1, 2):
+        folder = make_tiny("mixtral", tmp_path / str(seed), seed=seed)
+        os.utime(folder / "model.safetensors", (0, 0))
+        config = tiny_config(folder, experts__quantization="int8", cache_dir=str(tmp_path / "cache"))
+        bank = open_bank(open_model(str(folder), None, node="here"), config, torch.device("cpu"))
+        bank.load([ExpertId(0, 1)])
+        generator = torch.Generator().manual_seed(0)
+        x_RD = torch.randn(3, files_width(bank), generator=generator)
+        outputs.append(bank.forward(0, x_RD, [1], [3]))
+    assert not torch.allclose(*outputs, rtol=0.1)
+
+
+def files_width(bank):
+    _, held = bank.hold_any()
+    return held.zeros(1).shape[1]
