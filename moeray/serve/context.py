@@ -15,13 +15,13 @@ from moeray.serve.errors import reply_for
 
 log = logging.getLogger("moeray.serve")
 
-_ACCEPTED_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_ACCEPTED_ID = re.compile(r"[!-~]{1,256}")
 
 
 class RequestContext:
-    """ASGI middleware. An `X-Request-Id` that is safe to log is taken over; any other is replaced.
+    """ASGI middleware. An `X-Request-Id` of visible characters is taken over; any other is replaced.
 
-    `answer`: send the id back; not behind a proxy that does so itself, such as Ray Serve's.
+    `answer`: send the id back; not behind a proxy that does so itself, such as Ray Serve's, which repeats whatever came.
     """
 
     def __init__(self, app: ASGIApp, answer: bool = True) -> None:
