@@ -150,10 +150,12 @@ class ExpertActor(SystemActor):
                 return
             self._state = self._state.advance(Lifecycle.STOPPED)
         self._end_vigil()
-        self._listener.close(timeout=5.0)
-        if self._cores is not None:
-            self._cores.release()
-        self._leave_place()
+        try:
+            self._listener.close(timeout=5.0)
+        finally:
+            if self._cores is not None:
+                self._cores.release()
+            self._leave_place()
 
     def _orphaned(self) -> None:
         try:

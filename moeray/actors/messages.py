@@ -41,7 +41,7 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
         )
     except RequestError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WireError(f"a SUBMIT frame does not hold a request: {error!r}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -76,6 +77,7 @@ class RouterActor(SystemActor):
         folder = runtime_dir(node_id, spec.system)
         self._listener = Listener(self._identity, spec.config.wire, self._callers.serve, folder)
         self._view = PlacementView()
+        self._publishing = threading.Lock()
         self._published: tuple[Mapping[str, Any], dict[str, Address]] = (Placement().to_tree(), {})
         self._dispatchers: Halves | None = None
         self._overlaps = False
@@ -159,10 +161,11 @@ class RouterActor(SystemActor):
         self._overlaps = may_overlap(self._spec.config.engine.overlap, self._device, self._node_id, nodes)
         if self._dispatchers:
             self._dispatchers.expect(addresses, both=self._overlaps)
-        if self._view.publish(Placement.from_tree(placement), addresses, rates=rates, lost=lost):
-            before = self._published[1]
-            self._published = placement, dict(addresses)
-            self._observers.forget([actor for actor in before if addresses.get(actor) != before[actor]])
+        with self._publishing:  # two controllers may, for a moment
+            if self._view.publish(Placement.from_tree(placement), addresses, rates=rates, lost=lost):
+                before = self._published[1]
+                self._published = placement, dict(addresses)
+                self._observers.forget([actor for actor in before if addresses.get(actor) != before[actor]])
         return self._view.epoch
 
     def restore(self, actor_id: str) -> None:

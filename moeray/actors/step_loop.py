@@ -153,7 +153,10 @@ class StepLoop:
                 raise RouterLostError(f"router {self._actor_id} is draining; send the request to another")
             request = request_from(frame.meta)
             self._engine.submit(request)
-        except MoerayError as error:
+        except Exception as error:  # one request must not end the router, and the next one after it
+            if not isinstance(error, MoerayError):
+                log.exception("a request could not be taken")
+                error = MoerayError(f"the request could not be taken: {error!r}")
             request_log.refused(request_id, str(frame.meta.get("origin", "")), error)
             outbox.put(Frame(Op.ERROR, frame.id, meta=error_tree(request_id, attempt, error)))
             return

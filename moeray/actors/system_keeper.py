@@ -73,6 +73,7 @@ class SystemKeeper:
         self._orphaned: dict[str, int] = {}
         self._early_losses = 0
         self._handed: tuple[Orders, list[str]] | None = None
+        self._unkept = 0  # keepers that could not take those orders
         self._ordered_at = found.orders.at if found is not None and found.orders is not None else 0.0
         self.kept = threading.Event()
         self.kept.set()
@@ -188,7 +189,7 @@ class SystemKeeper:
         told = orders, [actor.actor_id for actor in keepers]
         if told == self._handed:
             return
-        self._handed, self._ordered_at = told, orders.at
+        self._handed, self._ordered_at, self._unkept = told, orders.at, 0
         if keepers:
             self.kept.clear()
         for actor in keepers:
@@ -198,6 +199,10 @@ class SystemKeeper:
     def _on_kept(self, actor_id: str, orders: Orders, _: Any, error: Exception | None) -> None:
         if error is not None:
             log.warning("actor %s does not keep what is wanted: %s", actor_id, error)
+            if self._handed is not None and self._handed[0] is orders:
+                self._unkept += 1
+                if self._unkept == len(self._handed[1]):
+                    self._handed = None  # they are told again
         elif self._handed is not None and self._handed[0] is orders:  # else there are newer ones
             self.kept.set()
 

@@ -21,7 +21,7 @@ _ACCEPTED_ID = re.compile(r"[!-~]{1,256}")
 class RequestContext:
     """ASGI middleware. An `X-Request-Id` of visible characters is taken over; any other is replaced.
 
-    `answer`: send the id back; not behind a proxy that does so itself, such as Ray Serve's, which repeats whatever came.
+    `answer`: send the id back; not behind a proxy that does so itself, as that of Ray Serve does with whatever came.
     """
 
     def __init__(self, app: ASGIApp, answer: bool = True) -> None:
