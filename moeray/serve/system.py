@@ -86,6 +86,7 @@ class SystemBackend:
         """Hold a newer config: the model's name and the requests' deadline from now on."""
         self._config = config
         self._pool.timeout_s = config.serve.request_timeout_s
+        self._pool.disturbed.set()  # the controller may have something new to tell
         if self._model is not None and self._model.name != config.served_model_name:
             self._model = replace(self._model, name=config.served_model_name)
 

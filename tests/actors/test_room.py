@@ -180,6 +180,38 @@ def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
         assert tokens(system) == before
 
 
+class FragileCluster(LocalCluster):
+    """The second expert actor dies while it maps its first experts, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.died = []
+
+    def start_expert(self, spec, group):
+        handle = super().start_expert(spec, group)
+        call = handle.call
+
+        def dies(method, *args):
+            if method == "host" and spec.actor_id == "experts-1" and not self.died:
+                self.died.append(spec.actor_id)
+                handle.kill()  # its channels close, and what it was told is never answered
+                return Future()
+            return call(method, *args)
+
+        handle.call = dies
+        return handle
+
+
+def test_an_actor_that_dies_during_the_start_is_replaced(model, tmp_path):
+    cluster = FragileCluster()
+    with LocalSystem(config_of(model, tmp_path, experts__actors=2, experts__max_actors=2), cluster) as system:
+        assert cluster.died
+        status = until(system.controller, settled)
+        assert sorted(states(status)) == ["experts-0", "experts-2", "router-0"]
+        assert tokens(system)
+    assert ("lost", "experts-1") in {(entry["event"], entry.get("actor")) for entry in audit(tmp_path)}
+
+
 class Unanswered:
     """An actor that stops when it is told to, of which nobody hears that it has."""
 
