@@ -96,12 +96,23 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if variable in os.environ:
             value = os.environ[variable]
             _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
-    if isinstance(model := tree.get("model"), str) and model and (folder := Path(model).expanduser()).is_dir():
-        tree["model"] = os.path.abspath(folder)
-    config = config_from(tree)
+    config = config_from(_with_path(tree))
     if config.experts.groups:
         _check_short_form(tree["experts"])
     return config
+
+
+def _with_path(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's folder by its whole path, as far as it is known to be one; whoever opens it finds what is wrong."""
+    model = tree.get("model")
+    if not isinstance(model, str) or not model:
+        return tree
+    try:
+        path = Path(model).expanduser()
+        known = model.startswith(("/", "~", "./", "../")) or path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # no such user, a name that is too long, a folder that is closed
+        return tree
+    return {**tree, "model": os.path.abspath(path)} if known else tree
 
 
 def _check_short_form(experts: Mapping[str, Any]) -> None:
@@ -120,7 +131,7 @@ def config_from(tree: Mapping[str, Any]) -> Config:
 def overlay(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with nested plain data laid over it: mappings are merged, anything else (lists too) takes the place of
     what was there. Raises ConfigError."""
-    return config_from(merged(to_tree(config), changes))
+    return config_from(merged(to_tree(config), _with_path(changes)))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

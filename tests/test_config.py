@@ -98,7 +98,11 @@ def test_a_model_in_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
     for words in (".", "../tiny", "~/tiny", str(tmp_path / "tiny")):
         config = load_config(None, {"model": words})
         assert (config.model, config.served_model_name) == (str(tmp_path / "tiny"), "tiny")
-    for words in ("tiny", "org/model", "~/other"):  # on the hub, or nowhere
+    # The same wherever it is read, also where the folder is not there.
+    for words, path in (("/models/x/", "/models/x"), ("~/other", f"{tmp_path}/other"), ("./m", f"{tmp_path}/tiny/m")):
+        assert load_config(None, {"model": words}).model == path
+        assert overlay(Config(), {"model": words}).model == path
+    for words in ("tiny", "org/model", "x" * 300, "~nobody-of-that-name/x", "a\0b"):  # on the hub, or nowhere
         assert load_config(None, {"model": words}).model == words
 
 

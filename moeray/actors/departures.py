@@ -20,6 +20,8 @@ from moeray.settings.control import ControlConfig
 
 log = logging.getLogger(__name__)
 
+STOP_S = 10.0
+"""An actor that has closed its channels has so long to put away the rest."""
 MIGRATE_S = 3.0
 """A router that must go by a deadline hands its requests over so long before it."""
 
@@ -150,8 +152,20 @@ class Departures:
 
         calls.put("drain", *how, then=drained)
 
+    def say_nothing_more(self, actor: Actor) -> None:
+        """One that is `stopping` has closed its channel, or hangs: it is ended if it does not end by itself."""
+        if actor.gone_by is None:
+            actor.gone_by = self._clock() + STOP_S
+
+    def end_silent(self) -> None:
+        """Those that were to have ended by now."""
+        now = self._clock()
+        for actor in list(self._roster):
+            if actor.gone_by is not None and now >= actor.gone_by:
+                self.gone(actor)
+
     def gone(self, actor: Actor) -> None:
-        """It has stopped, or is `stopping` and says nothing more."""
+        """It has stopped, or is to be taken for it."""
         if self._roster.get(actor.actor_id) is actor:
             self._audit.write("stopped", actor=actor.actor_id)
             self._events.on_stopped(actor)

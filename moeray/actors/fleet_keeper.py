@@ -112,6 +112,7 @@ class FleetKeeper:
             self.departures.stay(self._roster[actor_id])
         self.departures.hasten(doomed)
         self.departures.drain_routers()
+        self.departures.end_silent()
 
     def _is_starved(self, now: float) -> bool:
         """No router is to stay but those for which there is no room, which the warm pool has."""
@@ -145,7 +146,7 @@ class FleetKeeper:
         if self._roster.get(actor.actor_id) is not actor:
             return
         if actor.stopping:
-            self.departures.gone(actor)
+            self.departures.say_nothing_more(actor)
             return
         log.warning("actor %s is lost: %s", actor.actor_id, detail)
         self._audit.write("lost", actor=actor.actor_id, reason=detail, node=actor.node_id)

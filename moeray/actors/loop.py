@@ -82,20 +82,19 @@ class Loop:
         event: Callable[[], None] | None
         next_tick = time.monotonic() + self._period_s
         while True:
-            now = time.monotonic()
-            if now >= next_tick:  # also where the inbox is never empty
-                event, next_tick = self._tick, now + self._period_s
-            else:
-                try:
-                    event = self._inbox.get(timeout=next_tick - now)
-                except queue.Empty:
-                    continue
+            left_s = next_tick - time.monotonic()
+            try:
+                event = self._inbox.get(timeout=left_s) if left_s > 0 else self._tick  # however full the inbox is
+            except queue.Empty:
+                continue
             if event is None:
                 return
             try:
                 event()
             except Exception:  # one event's fault must not end the control of the system, but it is never silent
                 log.exception("an event of the controller failed")
+            if left_s <= 0:
+                next_tick = time.monotonic() + self._period_s  # after it: what is in the inbox has its time, too
 
     def stop(self, timeout: float) -> None:
         """End the thread; what is still in the inbox behind this call is not run."""

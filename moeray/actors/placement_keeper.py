@@ -157,24 +157,20 @@ class PlacementKeeper:
         def hosted(_: Any, error: Exception | None) -> None:
             if error is None:
                 self._metrics.mapped(len(experts))
-            asked = self._proposal is proposal  # else the change that asked for it was abandoned
-            if isinstance(error, ActorLostError):
-                if asked:
-                    self.tell(reconcile.ActorLost(actor_id))
-                return
             self._planner.answered(actor_id, error)
-            if asked:
-                self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
-                if error is not None:
-                    self._on_failure(MoerayError(f"{actor_id} could not host its experts: {error}"))
+            if self._proposal is not proposal:
+                return  # the change that asked for it was abandoned
+            self.tell(reconcile.Hosted(actor_id, None if error is None else str(error)))
+            if error is not None and not isinstance(error, ActorLostError):
+                self._on_failure(MoerayError(f"{actor_id} could not host its experts: {error}"))
 
         self._progress[actor_id] = (actor.hosted_bytes, self._clock())
         actor.calls.put("host", [tuple(expert) for expert in experts], then=hosted)
 
     def look_at_mapping(self) -> None:
         """Who has mapped nothing for long, though it speaks, keeps nobody else waiting: its disk stands still, say."""
-        if self.change is None or self.change.step is not Step.HOSTING:
-            return
+        if self.change is None or self.change.step is not Step.HOSTING or not self.placement.replicas:
+            return  # the first placement may wait for a hub, for as long as a start may take
         now = self._clock()
         for actor_id in self.change.waiting:
             actor = self._roster.get(actor_id)

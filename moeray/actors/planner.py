@@ -80,6 +80,8 @@ class Planner:
         self._clock = clock
         self._settled: object = None
         self._unfit: object = None
+        self._short: object = None
+        self._stuck = False
         self._failing: dict[str, Backoff] = {}
 
     def configure(self, config: Config) -> None:
@@ -131,8 +133,9 @@ class Planner:
             return self._towards(placement, first, hosts, "first", f"{len(ids)} actors are ready")
         if (mended := self._repair(placement, replicas, hosts, look)) is not None:
             return Plan(mended)
-        if self._settled != self._signature(placement, replicas):
+        if self._settled != self._signature(placement, replicas) or (look and self._stuck):
             found = self._fit(placement, replicas, hosts, settings.max_skew)
+            self._short = self._signature(placement, replicas) if found.short is not None else None
             why = f"{len(ids)} actors serve, {len(replicas)} experts are hot"
             return self._towards(placement, found, hosts, "scale", why)
         worst = self._worst_skew(placement, hosts) if look else 1.0
@@ -152,8 +155,10 @@ class Planner:
     def _towards(self, placement: Placement, found: Fit, hosts: Sequence[Host], kind: str, why: str) -> Plan:
         diff = plan_diff(placement, found.placement)
         if not diff.host and not diff.drop:
+            self._stuck = False
             return Plan(None, found.short, weighed=True)
         stage = next_stage(placement, found.placement, hosts, self._model.expert_bytes)
+        self._stuck = stage is None
         if stage is None:
             return Plan(None, found.short or PlacementError(_NO_STAGE), weighed=True)
         return Plan(Proposal(found.placement, stage, kind, why), found.short, weighed=True)
@@ -177,6 +182,8 @@ class Planner:
         least = min(map(len, placement.replicas.values()))
         tried = self._signature(placement, replicas), placement.epoch
         if least >= base or (least and not look and self._unfit == tried):
+            return None
+        if least and self._short == tried[0]:  # all that memory holds was placed: what is mended would be taken back
             return None
         short = sum(len(held) < base for held in placement.replicas.values())
         sizes, load = self._model.expert_bytes, self._source.load()

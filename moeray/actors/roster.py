@@ -79,7 +79,8 @@ class Actor:
     `handle` and `calls` come with its process, `report` and `address` once it listens, `facts` with a router's trunk.
     `started`: the config that it was started with, and `outdated` says that its group is to be started anew.
     `asked`: when it was asked for, and `leave_by`: when an actor that leaves must be gone, on the loop's clock;
-    `draining`: nothing new is sent to it; `stopping`: it has told all that it counted, and nothing of it is missed.
+    `draining`: nothing new is sent to it; `stopping`: it has told all that it counted, and nothing of it is missed;
+    `gone_by`: it says nothing more, and has until then to end.
     """
 
     actor_id: str
@@ -98,6 +99,7 @@ class Actor:
     leave_by: float | None = None
     draining: bool = False
     stopping: bool = False
+    gone_by: float | None = None
     outdated: bool = False
     epoch: int = 0
     epoch_since: float = 0.0

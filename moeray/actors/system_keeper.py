@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 EARLY_LOSSES = 3
 """So many actors may die before the system is up; one more, and the start is given up."""
+RETELL_S = 5.0
+"""Orders that no actor could take are told again after this time."""
 HEAL_REPORTS = 3
 """A router that reports rows without a taker so often in a row, while nothing is being changed, is helped."""
 
@@ -74,6 +76,7 @@ class SystemKeeper:
         self._early_losses = 0
         self._handed: tuple[Orders, list[str]] | None = None
         self._unkept = 0  # keepers that could not take those orders
+        self._retell_at = math.inf
         self._ordered_at = found.orders.at if found is not None and found.orders is not None else 0.0
         self.kept = threading.Event()
         self.kept.set()
@@ -187,9 +190,9 @@ class SystemKeeper:
         orders = Orders(at, wish, paused, self.fleet.departures.told(), self.roster.numbers())
         keepers = self.roster.keepers()
         told = orders, [actor.actor_id for actor in keepers]
-        if told == self._handed:
+        if told == self._handed and time.monotonic() < self._retell_at:
             return
-        self._handed, self._ordered_at, self._unkept = told, orders.at, 0
+        self._handed, self._ordered_at, self._unkept, self._retell_at = told, orders.at, 0, math.inf
         if keepers:
             self.kept.clear()
         for actor in keepers:
@@ -202,7 +205,7 @@ class SystemKeeper:
             if self._handed is not None and self._handed[0] is orders:
                 self._unkept += 1
                 if self._unkept == len(self._handed[1]):
-                    self._handed = None  # they are told again
+                    self._retell_at = time.monotonic() + RETELL_S
         elif self._handed is not None and self._handed[0] is orders:  # else there are newer ones
             self.kept.set()
 

@@ -89,13 +89,15 @@ def _parse_ids(text: str) -> tuple[int, ...]:
 
 def _tokenizer(folder: Path, *, needed: bool) -> Any:
     """None where there is none and none is needed."""
-    from moeray.serve.prompt import load_tokenizer
+    from moeray.serve.prompt import has_tokenizer, load_tokenizer
 
     try:
         return load_tokenizer(folder)
     except CheckpointError as error:
         if needed:
             raise RequestError(f"{error}, or give --prompt-ids", param="prompt") from error
+        if has_tokenizer(folder):
+            click.echo(f"moeray: {error}", err=True)
         return None
 
 

@@ -29,9 +29,9 @@ class LocalHandle:
     def call(self, method: str, *args: Any) -> Future[Any]:
         try:
             return self._thread.submit(getattr(self._actor, method), *args)
-        except RuntimeError:
+        except RuntimeError as error:
             gone: Future[Any] = Future()
-            gone.set_exception(ActorLostError(f"actor {self.actor_id} is gone"))
+            gone.set_exception(ActorLostError(f"actor {self.actor_id} is gone: {error}"))
             return gone
 
     def kill(self) -> None:

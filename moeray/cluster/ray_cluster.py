@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as global_state
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import ActorSpec
@@ -67,7 +67,7 @@ def unwrapped(future: Future[Any], who: str) -> Future[Any]:
             outer.set_result(done.result())
         elif isinstance(error, RayTaskError) and isinstance(error.cause, MoerayError):
             outer.set_exception(error.cause)
-        elif isinstance(error, RayActorError) and "creation task" not in str(error):  # else its constructor failed
+        elif isinstance(error, ActorDiedError) and "creation task" not in str(error):  # else its constructor failed
             outer.set_exception(ActorLostError(f"{who} is gone: {' '.join(str(error).split())[:300]}"))
         else:
             outer.set_exception(MoerayError(f"{who} failed: {' '.join(str(error).split())[-300:]}"))

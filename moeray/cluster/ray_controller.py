@@ -38,7 +38,7 @@ class ControllerProcess:
     """
 
     def __init__(self, config: Config, since: float = 0.0) -> None:
-        self._config = config
+        self._config, self._since = config, since
         cluster = RayCluster(config.serve.name)
         self._controller = controller = _make(config, cluster, since)
         setup_logging(
@@ -66,8 +66,10 @@ class ControllerProcess:
             change_logging(self._config)
 
     def _watch(self) -> None:
+        expired = False
         while not self._ended.wait(self._lease.look_s):
-            if self._lease.expired():
+            expired = expired or self._lease.expired()  # a stop that was begun is gone on with, whoever renews
+            if expired:
                 log.warning("nobody has renewed the lease for %g s; stopping", LEASE_S)
                 try:
                     self.stop()
@@ -92,7 +94,7 @@ class ControllerProcess:
         "gone"), one that lives with another model does not: MoerayError.
         """
         state = self._controller.state()
-        if config != self._config and state["status"] == "failed":
+        if config != self._config and state["status"] == "failed" and (since == 0.0 or since > self._since):
             return {"status": "gone", "detail": state["detail"], "info": None}
         served = model_fingerprint(self._config)
         if model_fingerprint(config) == served:  # also of an endpoint whose config is refused: it serves on as before
@@ -101,7 +103,7 @@ class ControllerProcess:
                 self._controller.hear(reading)
         if self._controller.configure(config, since):
             change_logging(config)
-            self._config = config
+            self._config, self._since = config, since
         if model_fingerprint(config) != served:
             raise MoerayError(
                 f"a system named {config.serve.name!r} already serves {self._config.model} in this Ray cluster; "

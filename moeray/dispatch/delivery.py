@@ -145,7 +145,7 @@ class Delivery:
         Two where they fit its channel with their outputs. Else an actor that answers and a router that sends might each
         wait for the other to read.
         """
-        most = AHEAD if self._links.room(actor_id) else 1
+        most = AHEAD if rows_of_a_piece(work.row_bytes, self._links.room(actor_id)) else 1
         while work.backlog and work.flight.count[actor_id] < most:
             now = self._view.now
             piece = work.backlog.take(actor_id, work.replicas(now), now.rates, work.flight.rows)

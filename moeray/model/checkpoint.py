@@ -80,7 +80,8 @@ class Checkpoint:
             only = SafetensorsFile.open(_single_file(source))
             files = dict.fromkeys(only.tensors, SINGLE)
             opened = {SINGLE: only}
-        checkpoint = cls(source, config, quantization, files, _fingerprint(source, folder, files))
+        sizes = None if index.is_file() and not whole else files
+        checkpoint = cls(source, config, quantization, files, _fingerprint(source, folder, sizes))
         checkpoint._open = opened
         return checkpoint
 
@@ -210,12 +211,13 @@ def _single_file(source: Source) -> Path:
     return source.path_of(SINGLE)
 
 
-def _fingerprint(source: Source, folder: Path, files: dict[str, str]) -> str:
-    """The same on every node that sees the same checkpoint, without fetching weights that the node does not need."""
+def _fingerprint(source: Source, folder: Path, files: dict[str, str] | None) -> str:
+    """The same on every node that sees the same checkpoint, without fetching weights that the node does not need.
+    `files`: those whose sizes count; None where the index does."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     if source.folder is None:
         digest.update(f"\n{source.revision}".encode())
-    if SINGLE not in files.values():
+    if files is None:
         digest.update((folder / INDEX).read_bytes())
     else:
         for name in sorted(set(files.values())):

@@ -96,6 +96,8 @@ def load_family(config: PreTrainedConfig) -> Family:
     try:
         with BUILDING, torch.device("meta"):
             full = cls._from_config(config)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever the family raises for values that it did not expect
         raise UnsupportedModelError(
             f"model type {config.model_type!r} cannot be built by its config.json: {in_a_line(error)}"

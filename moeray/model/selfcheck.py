@@ -78,7 +78,7 @@ class SelfCheck:
     def _first_trial(self, whole: list[_Tokens]) -> None:
         try:
             self._trial(whole, self._trunk.cache)
-        except MoerayError:
+        except (MoerayError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a family's modules raise that want another cache, mask or shape
             kind = self._trunk.family.config.model_type

@@ -42,6 +42,10 @@ class _Offer:
     since: float
     before: _Offer | None = None
 
+    def same(self, other: _Offer) -> bool:
+        """Whichever was in force before."""
+        return self.config is other.config and self.since == other.since
+
 
 class RayPort:
     """Implements `ControllerPort` over the controller's Ray actor, starting it where it does not run.
@@ -72,11 +76,11 @@ class RayPort:
         except ControllerLostError:
             raise
         except MoerayError:
-            if self._offer is offer and offer.before is not None:
-                self._offer = offer.before
+            if self._offer.same(offer) and self._offer.before is not None:
+                self._offer = self._offer.before
             raise
-        if self._offer is offer:
-            self._offer = replace(offer, before=None)
+        taken = replace(offer, before=None)
+        self._offer = taken if self._offer.same(offer) else replace(self._offer, before=taken)
         return await self._replace(state["detail"]) if state["status"] == "gone" else state
 
     async def call(self, method: str, *args: Any) -> Any:

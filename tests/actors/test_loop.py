@@ -65,6 +65,14 @@ def test_ticks_come_though_there_is_always_something_to_do():
     loop.stop(5.0)
 
 
+def test_events_run_though_each_tick_takes_longer_than_its_period():
+    loop = Loop("test-loop", lambda: threading.Event().wait(0.05), 0.01)
+    loop.start()
+    assert [loop.ask(lambda i=i: i, timeout=10) for i in range(5)] == list(range(5))
+    loop.stop(5.0)
+    assert "test-loop" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_pool_has_all_its_threads_from_the_start_or_is_not_made(monkeypatch):
     pool = started_pool(3, "full")
     assert sum(thread.name.startswith("full") for thread in threading.enumerate()) == 3

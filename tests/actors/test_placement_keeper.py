@@ -356,6 +356,22 @@ def test_experts_without_a_replica_get_one_where_there_is_no_room_for_spares():
     assert any("expert actors" in str(entry.get("error")) for entry in world.audit.recent)
 
 
+@pytest.mark.parametrize(("actors", "room"), [(4, 4), (4, 5), (3, 6), (3, 7)])
+def test_memory_for_some_of_the_replicas_is_filled_once(actors, room):
+    world, experts = started(actors=actors, replicas=2, room=room)
+    world.wanted["experts"] = 2
+    for lost in experts[2:]:
+        world.lose(lost)
+    world.settle(20.0).check()
+    assert not world.without()
+    epoch = world.keeper.placement.epoch
+    assert epoch < 12
+    world.settle(30.0).check()
+    assert world.keeper.placement.epoch == epoch
+    held = sum(len(actors) for actors in world.keeper.placement.replicas.values())
+    assert held >= min(2 * room, 16) - 4  # whole halves, quarters and eighths of the experts have a spare
+
+
 def test_replicas_that_memory_does_not_hold_stop_nothing_else():
     world, (first, *_) = started(actors=3, room=4)
     world.keeper.replicas = dict.fromkeys(ALL, 3)

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from moeray.actors import roster
+from moeray.actors import departures, roster
 from moeray.cluster.local import LocalCluster
 from moeray.model.loading import open_model
 from tests.actors.test_controller import audit, config_of, settled, until
@@ -233,7 +233,8 @@ class SilentCluster(LocalCluster):
         return Unanswered(process) if spec.actor_id == "experts-2" else process
 
 
-def test_an_actor_whose_end_nobody_hears_of_has_left_when_its_channel_closes(model, tmp_path):
+def test_an_actor_whose_end_nobody_hears_of_has_left_when_its_channel_closes(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(departures, "STOP_S", 0.2)
     config = config_of(model, tmp_path, experts__actors=3, experts__min_actors=2)
     with LocalSystem(config, SilentCluster()) as system:
         system.controller.commands.scale("experts", 2)

@@ -157,13 +157,15 @@ class Pod:
         room = ["--num-cpus", "1", "--resources", json.dumps({"place": PLACES}), "--disable-usage-stats"]
         room += ["--dashboard-agent-listen-port", str(free_port())]
         env = {**os.environ, "MOERAY_RUNTIME_DIR": str(folder), "RAY_AUTH_MODE": "disabled"}
+        env["RAY_raylet_start_wait_time_s"] = "120"  # on a machine that has other things to do
         before = {node["NodeID"] for node in ray.nodes()}
-        with (folder / "log").open("w") as log:
+        self._log = folder / "log"
+        with self._log.open("w") as log:
             self._shell = subprocess.Popen([*UNSHARE, *ray_start, *room], env=env, stdout=log, stderr=log)
         self.node_id = until(lambda: self._joined(before), "the pod's node is in the cluster")
 
     def _joined(self, before: set[str]) -> str | None:
-        assert self._shell.poll() is None, "the pod has ended"
+        assert self._shell.poll() is None, self._log.read_text()
         return next((node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in before), None)
 
     def exec(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
