@@ -156,7 +156,7 @@ class Pod:
         ray_start = [str(Path(sys.executable).with_name("ray")), "start", "--address", address, "--block"]
         room = ["--num-cpus", "1", "--resources", json.dumps({"place": PLACES}), "--disable-usage-stats"]
         room += ["--dashboard-agent-listen-port", str(free_port())]
-        env = {**os.environ, "MOERAY_RUNTIME_DIR": str(folder), "RAY_AUTH_MODE": "disabled"}
+        env = {"RAY_AUTH_MODE": "disabled"} | os.environ | {"MOERAY_RUNTIME_DIR": str(folder)}  # as the cluster's own
         env["RAY_raylet_start_wait_time_s"] = "120"  # on a machine that has other things to do
         before = {node["NodeID"] for node in ray.nodes()}
         self._log = folder / "log"
