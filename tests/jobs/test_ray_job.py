@@ -45,15 +45,16 @@ class Cluster:
         """The id of a job."""
         job = f"batch-{time.monotonic_ns()}"
         wanted = [f"--{key.replace('_', '-')}={value}" for key, value in submission.items()]
-        subprocess.run(
+        done = subprocess.run(
             [
                 RAY, "job", "submit", "--address", self.dashboard, "--submission-id", job, "--no-wait", *wanted, "--",
                 "moeray", "batch", "--model", model or str(self.model), "--input", str(source), "--output", str(output),
                 "--dtype", "float32", "--engine-kv-blocks", "256", "--experts-num-cpus", "0.1", "--router-num-cpus",
                 "0.1", "--summary", "json", *options,
             ],
-            check=True, capture_output=True, timeout=120,
+            capture_output=True, text=True, timeout=120,
         )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
         return job
 
     def ended(self, job: str) -> bool:
@@ -143,7 +144,7 @@ def _client(address: str, head: subprocess.Popen[bytes]) -> JobSubmissionClient 
     assert head.poll() is None, "ray start has ended"
     try:
         client = JobSubmissionClient(address)
-        client.list_jobs()
+        client.submit_job(entrypoint="true")  # which the agent takes, and that may be there later than the dashboard
     except (ConnectionError, RuntimeError):
         return None
     return client
