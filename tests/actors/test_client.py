@@ -18,6 +18,7 @@ from moeray.types import FinishReason, GenerationRequest, TokenOutput
 from moeray.wire.channel import Channel, Listener
 from moeray.wire.frame import Frame, Op
 from moeray.wire.identity import Identity
+from tests.threads import refuse_one
 
 WIRE = WireConfig(remote="off", max_header_bytes=1 << 16)
 
@@ -235,16 +236,8 @@ def test_an_abort_names_its_attempt_and_whether_a_stop_string_was_found(folder, 
 
 
 def test_no_thread_to_be_had_is_a_lost_router_that_may_be_tried_again(folder, monkeypatch):
-    start, fails = threading.Thread.start, [True]
-
-    def run_out(thread):
-        if thread.name.startswith("read-") and fails:
-            fails.pop()
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     async def test(client):
-        monkeypatch.setattr(threading.Thread, "start", run_out)
+        refuse_one(monkeypatch, lambda name: name.startswith("read-"))
         with pytest.raises(RouterLostError, match="new thread"):
             await outputs_of(client, request("r"))
         return await outputs_of(client, request("r"))

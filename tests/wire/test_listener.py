@@ -18,6 +18,7 @@ from moeray.wire.channel import Listener, connect
 from moeray.wire.frame import Frame, Op
 from moeray.wire.grpc_loop import StreamLoop
 from moeray.wire.own_address import only_address
+from tests.threads import refuse_one
 from tests.wire.support import SMALL, Host, dial, echo, identity
 
 UNIX_ONLY = replace(SMALL, remote="off")
@@ -148,17 +149,9 @@ def test_a_handler_that_fails_ends_only_its_channel(folder, kind, caplog):
 
 
 def test_a_peer_for_which_there_is_no_thread_is_turned_away_alone(folder, kind, monkeypatch):
-    start, fails = threading.Thread.start, [True]
-
-    def run_out(thread):
-        if thread.name.endswith("greeting") and fails:
-            fails.pop()
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     mine = Listener(identity(), SMALL, lambda channel: channel.recv(5.0), folder)
     address = mine.start()
-    monkeypatch.setattr(threading.Thread, "start", run_out)
+    refuse_one(monkeypatch, lambda name: name.endswith("greeting"))
     with pytest.raises(WireError):
         dial(address, identity("router-0"), SMALL, kind, timeout=5.0)
     dial(address, identity("router-0"), SMALL, kind).close()
@@ -168,16 +161,8 @@ def test_a_peer_for_which_there_is_no_thread_is_turned_away_alone(folder, kind, 
 def test_no_thread_for_grpc_is_no_channel_this_time(folder, monkeypatch):
     mine = Listener(identity(), SMALL, lambda channel: channel.recv(5.0), folder)
     address = mine.start()
-    start, fails, fresh = threading.Thread.start, [True], StreamLoop()
-
-    def run_out(thread):
-        if thread.name == "wire-grpc" and fails:
-            fails.pop()
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(grpc_dial, "STREAMS", fresh)  # as in a process that has no stream yet
-    monkeypatch.setattr(threading.Thread, "start", run_out)
+    monkeypatch.setattr(grpc_dial, "STREAMS", StreamLoop())  # as in a process that has no stream yet
+    refuse_one(monkeypatch, lambda name: name == "wire-grpc")
     with pytest.raises(WireError):
         dial(address, identity("router-0"), SMALL, "grpc")
     dial(address, identity("router-0"), SMALL, "grpc").close()
