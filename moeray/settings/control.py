@@ -15,6 +15,8 @@ _SECONDS = (
     "report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s",
     "reserve_s", "slo_queue_wait_s",
 )  # fmt: skip
+HEAD_NODE = "node:__internal_head__"
+"""The resource that Ray gives to a cluster's head, 1 of it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class ControlConfig:
     on their node, which has imported everything; without it each imports for seconds (needed with `image_uri`).
     `start_s` gives a start up that takes longer, the wait for nodes and for weights from a hub included; with
     `check_room` one is refused at once where the cluster, as it is, has no room for the actors: switch that off where
-    Ray's autoscaler adds nodes for them. `resources`: custom Ray resources of the node that the controller runs on.
+    Ray's autoscaler adds nodes for them. `resources`: custom Ray resources of the node that the controller runs on; by
+    default that is the head, whose loss ends the cluster anyway.
     """
 
     report_s: float = 1.0
@@ -106,7 +109,7 @@ class ControlConfig:
     warm_start: bool = True
     start_s: float = 600.0
     check_room: bool = True
-    resources: dict[str, float] = field(default_factory=dict)
+    resources: dict[str, float] = field(default_factory=lambda: {HEAD_NODE: 0.001})
 
     def __post_init__(self) -> None:
         for key in _SECONDS:

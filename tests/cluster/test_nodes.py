@@ -130,7 +130,9 @@ def leave(world: World, old: str, new: str, drain: Callable[..., Any], *which: s
         done = drain(command, timeout=DEADLINE_S, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    assert {row["node"] for row in world.run(world.live.whole())["actors"]} == {old}
+    status = world.run(world.live.whole())
+    assert {row["node"] for row in status["actors"]} == {old}
+    assert status["controller"]["node"] == world.cluster.head_node.node_id
     assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(run))) == world.calm
     moved = lambda s: is_whole(s) and {row["node"] for row in s["actors"]} == {new}  # noqa: E731
     world.run(world.stream_until(moved))
