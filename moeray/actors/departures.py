@@ -117,7 +117,8 @@ class Departures:
 
     def retire(self, actor: Actor) -> None:
         """An expert actor that no router names any more: let it finish what it has, then stop it."""
-        self._finish(actor, self._drain_time(actor))
+        drain_s = self._drain_time(actor)
+        self._finish(actor, drain_s, drain_s)
 
     def drain_routers(self) -> None:
         """Those that leave, once another router serves or none can come in time."""
@@ -125,17 +126,19 @@ class Departures:
         for actor in self._roster.routers(Phase.LEAVING):
             last_call = actor.leave_by is not None and now >= actor.leave_by - MIGRATE_S
             if self._roster.serving_routers() or last_call:
-                self._finish(actor, max(0.0, self._drain_time(actor) - MIGRATE_S), False)
+                drain_s = self._drain_time(actor)
+                self._finish(actor, drain_s, max(0.0, drain_s - MIGRATE_S), False)
 
     def _drain_time(self, actor: Actor) -> float:
         left = math.inf if actor.leave_by is None else max(0.0, actor.leave_by - self._clock())
         return min(self.control.drain_s, left)
 
-    def _finish(self, actor: Actor, *how: Any) -> None:
-        """Have the actor drain, tell what it has counted, and stop."""
+    def _finish(self, actor: Actor, drain_s: float, *how: Any) -> None:
+        """Have the actor drain, for which it has `drain_s`, tell what it has counted, and stop."""
         if actor.draining or actor.calls is None or actor.handle is None:
             return
         actor.draining = True
+        actor.gone_by = self._clock() + drain_s + STOP_S
         # A router that drains computes on, and hears of placements meanwhile: they do not wait behind its drain.
         calls = Calls(actor.handle, self._loop) if actor.is_router else actor.calls
 
@@ -154,11 +157,10 @@ class Departures:
 
     def say_nothing_more(self, actor: Actor) -> None:
         """One that is `stopping` has closed its channel, or hangs: it is ended if it does not end by itself."""
-        if actor.gone_by is None:
-            actor.gone_by = self._clock() + STOP_S
+        actor.gone_by = _sooner(actor.gone_by, self._clock() + STOP_S)
 
-    def end_silent(self) -> None:
-        """Those that were to have ended by now."""
+    def end_overdue(self) -> None:
+        """Those that were to have ended by now, whatever call to them is not answered."""
         now = self._clock()
         for actor in list(self._roster):
             if actor.gone_by is not None and now >= actor.gone_by:

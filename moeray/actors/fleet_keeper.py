@@ -110,9 +110,10 @@ class FleetKeeper:
             self.departures.leave(self._roster[actor_id], doomed.get(actor_id))
         for actor_id in steps.stay:
             self.departures.stay(self._roster[actor_id])
+        self._launcher.give_up_overdue(self._dated.config.control.start_s)
         self.departures.hasten(doomed)
         self.departures.drain_routers()
-        self.departures.end_silent()
+        self.departures.end_overdue()
 
     def _is_starved(self, now: float) -> bool:
         """No router is to stay but those for which there is no room, which the warm pool has."""

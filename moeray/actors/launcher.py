@@ -76,6 +76,12 @@ class Launcher:
         self._launching[actor.actor_id] = future
         self._loop.when_done(future, lambda handle, error: self._on_handle(actor, handle, error))
 
+    def give_up_overdue(self, start_s: float) -> None:
+        """Starts that have taken longer than any may: such as of a process that hangs before it listens."""
+        for actor in self._roster:
+            if actor.phase is Phase.STARTING and self._clock() - actor.asked >= start_s:
+                self._fail(actor, MoerayError(f"it is not ready after {start_s:g} s (control.start_s)"))
+
     def _on_handle(self, actor: Actor, handle: ActorHandle | None, error: Exception | None) -> None:
         self._launching.pop(actor.actor_id, None)
         if handle is None:

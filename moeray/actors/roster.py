@@ -80,7 +80,7 @@ class Actor:
     `started`: the config that it was started with, and `outdated` says that its group is to be started anew.
     `asked`: when it was asked for, and `leave_by`: when an actor that leaves must be gone, on the loop's clock;
     `draining`: nothing new is sent to it; `stopping`: it has told all that it counted, and nothing of it is missed;
-    `gone_by`: it says nothing more, and has until then to end.
+    `gone_by`: by when one that drains has ended, or is ended.
     """
 
     actor_id: str

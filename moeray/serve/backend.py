@@ -28,6 +28,7 @@ class ModelInfo:
 
     `metadata_dir` holds the tokenizer's files and the chat template. `sampling_defaults` is how the model's authors
     advise to sample, by the names of SamplingParams; `eos_token_ids` end a sequence unless the request ignores them.
+    `max_sequences`: as many as all routers take at once, decoding and waiting; no request may have more choices.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelInfo:
     metadata_dir: Path
     eos_token_ids: tuple[int, ...] = ()
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    max_sequences: int = 1024
 
 
 class Backend(Protocol):

@@ -18,6 +18,7 @@ from moeray.types import GenerationRequest, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 MAX_SEQUENCES = 1024
+"""Choices of a request, whatever the routers take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,9 @@ def _job(
 ) -> Job:
     param, wanted = asked
     n = request.n or 1
-    if n * len(prompts) > MAX_SEQUENCES:
-        raise RequestError(f"{len(prompts)} prompts with n={n} are over the limit of {MAX_SEQUENCES}", param="n")
+    most = min(MAX_SEQUENCES, model.max_sequences)
+    if n * len(prompts) > most:
+        raise RequestError(f"{len(prompts)} prompts with n={n} are over the limit of {most} choices", param="n")
     seed = secrets.randbits(63) if request.seed is None else request.seed
     job_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = []

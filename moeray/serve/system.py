@@ -181,6 +181,7 @@ class SystemBackend:
 
     async def _describe(self, info: SystemInfo) -> ModelInfo:
         folder = await asyncio.to_thread(lambda: resolve(info.model, info.revision, node=self._node_id).metadata_dir())
+        engine = self._config.engine
         return ModelInfo(
             name=self._config.served_model_name,
             created=int(time.time()),
@@ -189,6 +190,7 @@ class SystemBackend:
             metadata_dir=folder,
             eos_token_ids=info.eos_token_ids,
             sampling_defaults=sampling_defaults(folder),
+            max_sequences=self._config.router.actors_span[1] * (engine.max_running + engine.max_waiting),
         )
 
     # -- serving --------------------------------------------------------------------------------------------------

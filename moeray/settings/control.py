@@ -71,10 +71,10 @@ class ControlConfig:
     `audit_log`: a JSONL file of every decision (None: `audit/NAME.jsonl` in the cache folder). `drain_s` bounds the
     wait for what an actor that leaves still has in flight. `warm_start`: processes without a GPU are forks of a zygote
     on their node, which has imported everything; without it each imports for seconds (needed with `image_uri`).
-    `start_s` gives a start up that takes longer, the wait for nodes and for weights from a hub included; with
-    `check_room` one is refused at once where the cluster, as it is, has no room for the actors: switch that off where
-    Ray's autoscaler adds nodes for them. `resources`: custom Ray resources of the node that the controller runs on; by
-    default that is the head, whose loss ends the cluster anyway.
+    `start_s` gives a start up that takes longer, the system's or an actor's (another is then tried), the wait for nodes
+    and for weights from a hub included; with `check_room` one is refused at once where the cluster, as it is, has no
+    room for the actors: switch that off where Ray's autoscaler adds nodes for them. `resources`: custom Ray resources
+    of the node that the controller runs on; by default that is the head, whose loss ends the cluster anyway.
     """
 
     report_s: float = 1.0

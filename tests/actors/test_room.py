@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -139,6 +141,27 @@ def test_a_deadline_given_later_holds_for_a_router_that_leaves_already(model, tm
         assert tokens(system) == before
 
 
+def test_an_actor_that_does_not_get_ready_is_given_up_for_another(model, tmp_path):
+    """As one that hangs before it listens, of which nobody can tell whether it waits for room."""
+    cluster = CrowdedCluster(2)
+    with LocalSystem(config_of(model, tmp_path, experts__actors=1, experts__max_actors=2), cluster) as system:
+        before = tokens(system)
+        until(system.controller, settled)
+        system.controller.commands.scale("experts", 2)
+        until(system.controller, lambda s: states(s).get("experts-1") == "pending")
+        control = replace(system.config.control, start_s=0.5)
+        system.controller.configure(replace(system.config, control=control), time.time())
+        until(system.controller, lambda s: states(s).get("experts-2") == "pending")
+        control = replace(control, start_s=60.0)
+        system.controller.configure(replace(system.config, control=control), time.time())
+        cluster.resize(3)
+        until(system.controller, lambda s: settled(s) and s["ready"]["experts"] == 2)
+        assert tokens(system) == before
+    (failed, *_) = [entry for entry in audit(tmp_path) if entry["event"] == "start_failed"]
+    assert failed["actor"] == "experts-1"
+    assert "control.start_s" in failed["error"]
+
+
 def test_an_end_does_not_wait_for_who_has_no_process(model, tmp_path):
     cluster = CrowdedCluster(3)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1, experts__max_actors=3), cluster) as system:
@@ -213,30 +236,36 @@ def test_an_actor_that_dies_during_the_start_is_replaced(model, tmp_path):
 
 
 class Unanswered:
-    """An actor that stops when it is told to, of which nobody hears that it has."""
+    """An actor that does what it is told, of which nobody hears that it has done this."""
 
-    def __init__(self, process):
+    def __init__(self, process, what):
         self.actor_id = process.actor_id
         self._process = process
+        self._what = what
 
     def call(self, method, *args):
         answer = self._process.call(method, *args)
-        return Future() if method == "stop" else answer
+        return Future() if method == self._what else answer
 
     def kill(self):
         self._process.kill()
 
 
 class SilentCluster(LocalCluster):
+    def __init__(self, what):
+        super().__init__()
+        self._what = what
+
     def start_expert(self, spec, group):
         process = super().start_expert(spec, group)
-        return Unanswered(process) if spec.actor_id == "experts-2" else process
+        return Unanswered(process, self._what) if spec.actor_id == "experts-2" else process
 
 
-def test_an_actor_whose_end_nobody_hears_of_has_left_when_its_channel_closes(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["drain", "metrics", "stop"])
+def test_an_actor_whose_end_nobody_hears_of_has_left_when_its_time_is_over(model, tmp_path, monkeypatch, what):
     monkeypatch.setattr(departures, "STOP_S", 0.2)
-    config = config_of(model, tmp_path, experts__actors=3, experts__min_actors=2)
-    with LocalSystem(config, SilentCluster()) as system:
+    config = config_of(model, tmp_path, experts__actors=3, experts__min_actors=2, control__drain_s=0.2)
+    with LocalSystem(config, SilentCluster(what)) as system:
         system.controller.commands.scale("experts", 2)
         status = until(system.controller, settled)
         assert sorted(states(status)) == ["experts-0", "experts-1", "router-0"]

@@ -348,6 +348,14 @@ def test_request_ids(http):
     assert http.post(TEXT_PATH, json={}, headers={"X-Request-Id": "mine"}).headers["x-request-id"] == "mine"
 
 
+def test_more_choices_than_the_routers_ever_take_are_refused(http, backend):
+    backend.model = replace(backend.model, max_sequences=6)
+    error = error_of(http.post(TEXT_PATH, json=TEXT | {"prompt": ["a", "b"], "n": 4}), 400)
+    assert error["param"] == "n"
+    assert "6" in error["message"]
+    assert len(http.post(TEXT_PATH, json=TEXT | {"prompt": ["a", "b"], "n": 3}).json()["choices"]) == 6
+
+
 def test_a_model_without_a_tokenizer_says_so_without_the_servers_paths(backend, http, tmp_path):
     backend.model = replace(backend.model, metadata_dir=tmp_path)
     error = error_of(http.post(TEXT_PATH, json=TEXT), 503)

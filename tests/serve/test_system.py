@@ -55,9 +55,11 @@ def test_nothing_that_goes_wrong_ends_the_follower(tmp_path, caplog):
     controller = Controller(model, [RuntimeError("can't start new thread"), KeyError("info")])
 
     async def follow():
-        backend = SystemBackend(tiny_config(model), controller, "here")
+        room = {"engine__max_running": 3, "engine__max_waiting": 4, "router__max_actors": 2}
+        backend = SystemBackend(tiny_config(model, **room), controller, "here")
         backend.start()
-        assert (await backend.ready(60)).max_context == 512
+        described = await backend.ready(60)
+        assert (described.max_context, described.max_sequences) == (512, 14)
         await backend.close()
 
     asyncio.run(follow())
