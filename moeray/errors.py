@@ -5,9 +5,14 @@ class MoerayError(Exception):
     """Base of all of moeray's own errors."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's words without line breaks."""
+    return " ".join(str(error).split())
+
+
 def in_a_line(error: Exception) -> str:
     """What another library's error says, for the end of a message of ours; its kind where that says little."""
-    text = " ".join(str(error).split())[:200]
+    text = one_line(error)[:200]
     return text if " " in text and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {text}"
 
 

@@ -20,7 +20,7 @@ from moeray.actors.spec import ActorSpec
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config
-from moeray.errors import ActorLostError, MoerayError
+from moeray.errors import ActorLostError, MoerayError, one_line
 from moeray.settings.experts import ExpertGroupConfig
 from moeray.settings.router import RouterConfig
 
@@ -68,9 +68,9 @@ def unwrapped(future: Future[Any], who: str) -> Future[Any]:
         elif isinstance(error, RayTaskError) and isinstance(error.cause, MoerayError):
             outer.set_exception(error.cause)
         elif isinstance(error, ActorDiedError) and "creation task" not in str(error):  # else its constructor failed
-            outer.set_exception(ActorLostError(f"{who} is gone: {' '.join(str(error).split())[:300]}"))
+            outer.set_exception(ActorLostError(f"{who} is gone: {one_line(error)[:300]}"))
         else:
-            outer.set_exception(MoerayError(f"{who} failed: {' '.join(str(error).split())[-300:]}"))
+            outer.set_exception(MoerayError(f"{who} failed: {one_line(error)[-300:]}"))
 
     future.add_done_callback(settle)
     return outer

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from moeray.errors import CheckpointError
+from moeray.errors import CheckpointError, one_line
 
 # the base of the hub client's errors is its HTTP library's, which differs between versions of the client
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -119,9 +119,8 @@ def _hub_error(model: str, filename: str, node: str, error: Exception) -> Checkp
     elif isinstance(error, HfHubHTTPError) and isinstance(error, EntryNotFoundError):
         mend = "the hub's repository has no such file; give another revision or model"
     else:
-        reason = " ".join(str(error).split())[:200]
         mend = (
-            f"there is no such folder on this node, and the hub could not be reached ({reason}); check the path, or "
-            "the network"
+            f"there is no such folder on this node, and the hub could not be reached ({one_line(error)[:200]}); check "
+            "the path, or the network"
         )
     return CheckpointError(f"file {filename} of model {model} could not be fetched on node {node}: {mend}")

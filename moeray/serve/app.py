@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from moeray.cluster.ray import find_controller, start_controller
 from moeray.config import Config, load_config, overlay
-from moeray.errors import ConfigError, MoerayError
+from moeray.errors import ConfigError, MoerayError, one_line
 from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading, Recorder
 from moeray.serve.errors import ControllerLostError
@@ -95,17 +95,17 @@ class RayPort:
         except RayTaskError as error:
             if isinstance(error.cause, MoerayError):
                 raise error.cause from None  # it says all; `serve status` would show Ray's lines around it
-            raise MoerayError(f"the controller failed: {_line(error)[-300:]}") from error
+            raise MoerayError(f"the controller failed: {one_line(error)[-300:]}") from error
         except ActorDiedError as error:
             self._lookup = None
-            said = _line(error)
+            said = one_line(error)
             # Of a constructor that failed the cause comes last, of a process that died first.
             why = said[-300:] if "creation task" in said else said[:300]
             raise ControllerLostError(f"the controller is gone: {why}") from error
         except TimeoutError as error:
             raise ControllerLostError(f"the controller has not answered for {timeout:g} s") from error
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            raise ControllerLostError(f"the controller does not answer: {_line(error)[:300]}") from error
+            raise ControllerLostError(f"the controller does not answer: {one_line(error)[:300]}") from error
 
     async def _replace(self, failure: str) -> dict[str, Any]:
         """End a system that failed with another config, so that the next look-up starts one with ours."""
@@ -131,10 +131,6 @@ class AttachedPort(RayPort):
 
     def _find(self) -> Any:
         return find_controller(self._offer.config.serve.name)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @serve.ingress()

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from moeray.errors import RequestError
+from moeray.errors import RequestError, one_line
 from moeray.serve.errors import ApiError, ClientGoneError
 
 
@@ -31,7 +31,7 @@ def parse_object(raw: bytes, what: str = "the body") -> dict[str, Any]:
     except RecursionError as error:
         raise RequestError(f"{what} is not valid JSON: it is nested too deeply", code="invalid_json") from error
     except ValueError as error:
-        raise RequestError(f"{what} is not valid JSON: {_one_line(error)}", code="invalid_json") from error
+        raise RequestError(f"{what} is not valid JSON: {one_line(error)[:200]}", code="invalid_json") from error
     if not isinstance(value, dict):
         raise RequestError(f"{what} must be a JSON object", code="invalid_json")
     return value
@@ -70,7 +70,3 @@ def _too_large(max_bytes: int) -> NoReturn:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

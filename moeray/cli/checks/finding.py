@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from moeray.errors import one_line
+
 
 class Verdict(StrEnum):
     """`WARN` works, less well than it could; `FAIL` does not."""
@@ -43,5 +45,5 @@ def skipped(name: str, why: str) -> Finding:
 
 def failed_by(name: str, error: Exception) -> Finding:
     """One of our own errors, whose line says what is wrong, then how to mend it."""
-    what, _, mend = " ".join(str(error).split()).rpartition("; ")
+    what, _, mend = one_line(error).rpartition("; ")
     return fail(name, what or mend, mend if what else "")

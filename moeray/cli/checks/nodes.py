@@ -72,7 +72,7 @@ def count_gpus() -> int:
 
 def main() -> None:
     from moeray.cli.session import connect
-    from moeray.errors import MoerayError
+    from moeray.errors import MoerayError, one_line
 
     address, output = sys.argv[1] or None, int(sys.argv[2])
     try:
@@ -80,7 +80,7 @@ def main() -> None:
         told = _survey()
     except (MoerayError, RuntimeError, OSError, ValueError) as error:
         absent = address is None and not os.environ.get("RAY_ADDRESS") and isinstance(error, MoerayError)
-        told = {"absent" if absent else "error": " ".join(str(error).split())}
+        told = {"absent" if absent else "error": one_line(error)}
     os.write(output, json.dumps(told).encode())
     os._exit(0)  # Ray's own end can hang
 
