@@ -94,7 +94,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         _set(tree, dotted.split("."), value)
     for dotted, variable in ENVIRONMENT.items():
         if variable in os.environ:
-            value = os.environ[variable]
+            value = os.environ[variable].strip()  # what was read from a file often ends with a line break
             _set_default(tree, dotted.split("."), value.lower() if dotted == "log_level" else value)
     config = config_from(_with_path(tree))
     if config.experts.groups:
@@ -154,8 +154,9 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _set_default(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    if (section := _section(tree, keys[:-1])) is not None:
-        section.setdefault(keys[-1], value)
+    """Where nothing stands under the key, or no value behind it."""
+    if (section := _section(tree, keys[:-1])) is not None and section.get(keys[-1]) is None:
+        section[keys[-1]] = value
 
 
 def _section(tree: dict[str, Any], keys: list[str]) -> dict[str, Any] | None:

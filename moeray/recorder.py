@@ -96,6 +96,12 @@ class Recorder:
     def gauge(self, name: str, **labels: object) -> Gauge:
         return Gauge(self._lock, self._row("gauge", name, labels))
 
+    def forget_gauge(self, name: str, **labels: object) -> None:
+        """There is nothing more to say of it."""
+        key = self._key(name, labels)
+        with self._lock:
+            self._rows.get(name, {}).pop(key, None)
+
     def histogram(self, name: str, **labels: object) -> Histogram:
         return Histogram(self._lock, self._row("histogram", name, labels), METRICS[name].buckets)
 
@@ -103,11 +109,14 @@ class Recorder:
         spec = METRICS[name]
         if spec.kind != kind or not labels.keys() <= set(spec.labels):
             raise KeyError(f"{name} is a {spec.kind} with the labels {spec.labels}, not a {kind} with {(*labels,)}")
-        given = {**self._labels, **labels}
-        key = tuple(str(given[label]) for label in spec.labels)
+        key = self._key(name, labels)
         size = len(spec.buckets) + 2 if kind == "histogram" else 1
         with self._lock:
             return self._rows.setdefault(name, {}).setdefault(key, [0.0] * size)
+
+    def _key(self, name: str, labels: dict[str, object]) -> Labels:
+        given = {**self._labels, **labels}
+        return tuple(str(given[label]) for label in METRICS[name].labels)
 
     def read(self) -> tuple[float, Snapshot]:
         """A moment of time.monotonic, and a copy of all counts at it: of two readings the later one has no less."""

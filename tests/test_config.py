@@ -43,6 +43,8 @@ def test_defaults_survive_a_round_trip():
         ({"wire": {"max_payload_bytes": 10}}, ["wire.max_payload_bytes", "64 KiB"]),
         ({"experts": {"groups": [{"resources": {"spot": -1}}]}}, ["experts.groups.resources.spot", "0 or more"]),
         ({"serve": {"api_key": ""}}, ["serve.api_key", "MOERAY_API_KEY"]),
+        ({"serve": {"api_key": "secret\n"}}, ["serve.api_key", "white space"]),
+        ({"serve": {"allowed_origins": ["a.example"]}}, ["serve.allowed_origins", "a.example"]),
         ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
         ({"serve": {"port": 70000}}, ["serve.port"]),
         ({"control": {"schedule": [{"cron": "0 8 * *"}]}}, ["control.schedule.cron", "5 fields"]),
@@ -60,8 +62,8 @@ def test_a_wrong_key_or_value_is_named(tree, words):
 def test_a_section_with_nothing_under_it_is_that_of_the_defaults(tmp_path, monkeypatch):
     assert config_from({"experts": None, "engine": None}) == Config()
     path = tmp_path / "moeray.yaml"
-    path.write_text("serve:\n  # port: 9000\nwire:\nexperts:\n")
-    monkeypatch.setenv("MOERAY_API_KEY", "from-env")
+    path.write_text("serve:\n  # port: 9000\nwire:\n  token:\nexperts:\n")
+    monkeypatch.setenv("MOERAY_API_KEY", "from-env\n")
     monkeypatch.setenv("MOERAY_CLUSTER_TOKEN", "t0ken")
     config = load_config(path, {"serve.port": 9000, "experts.actors": 3})
     assert (config.serve.api_key, config.wire.token) == ("from-env", "t0ken")

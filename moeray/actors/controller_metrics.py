@@ -20,6 +20,12 @@ from moeray.settings.router import RouterConfig
 CONTROLLER = "controller"
 PLANS = ("first", "repair", "scale", "rebalance")
 RESULTS = ("done", "rolled_back")
+_PLACEMENT = {
+    "moeray_placement_epoch": "epoch",
+    "moeray_replicas": "replicas",
+    "moeray_experts_without_replica": "without_replica",
+    "moeray_experts_without_spare": "without_spare",
+}
 STATES = ("pending", "starting", "ready", "warm", "draining")
 
 
@@ -57,7 +63,9 @@ class ControllerMetrics:
         control = config.control
         objectives = {"ttft": control.slo_ttft_s, "tpot": control.slo_tpot_s, "queue_wait": control.slo_queue_wait_s}
         for name, seconds in objectives.items():
-            if seconds is not None:
+            if seconds is None:
+                self._recorder.forget_gauge("moeray_slo_objective_seconds", objective=name)
+            else:
                 self._recorder.gauge("moeray_slo_objective_seconds", objective=name).set(seconds)
         self._recorder.gauge("moeray_slo_attainment_objective_ratio").set(control.slo_attainment)
         for group, kind in kinds_of(config).items():
@@ -104,14 +112,10 @@ class ControllerMetrics:
             self._recorder.gauge("moeray_actors_desired", group=group).set(count)
         for layer, ratio in standing["skew"].items():
             self._recorder.gauge("moeray_layer_skew_ratio", layer=layer).set(ratio)
-        for name, value in (
-            ("moeray_placement_epoch", standing["epoch"]),
-            ("moeray_replicas", standing["replicas"]),
-            ("moeray_experts_without_replica", standing["without_replica"]),
-            ("moeray_experts_without_spare", standing["without_spare"]),
-            ("moeray_autoscaling_enabled", standing["autoscaling"]),
-        ):
-            self._recorder.gauge(name).set(value)
+        self._recorder.gauge("moeray_autoscaling_enabled").set(standing["autoscaling"])
+        if standing["replicas"]:  # before there is a placement, no expert has a spare or lacks one
+            for name, key in _PLACEMENT.items():
+                self._recorder.gauge(name).set(standing[key])
         self._count_states(actors, frozenset(hosting))
 
     def _count_states(self, actors: Iterable[Actor], hosting: frozenset[str]) -> None:

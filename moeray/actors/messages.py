@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenL
 _ID = np.dtype("<i4")
 """Token ids go as their bytes: as plain numbers a long prompt would be larger, and hold up an ingress's event loop."""
 _MOST = 2**31 - 1
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
 def request_tree(request: GenerationRequest) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def request_tree(request: GenerationRequest) -> dict[str, Any]:
     return {
         "request_id": request.request_id, "attempt": request.attempt, "origin": request.origin,
         "prompt_ids": _packed(request.prompt_ids), "output_ids": _packed(request.output_ids),
-        "sampling": asdict(request.sampling),
+        "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING},
     }  # fmt: skip
 
 

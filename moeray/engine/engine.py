@@ -108,9 +108,10 @@ class Engine:
         failed = [seq for seq in seqs if seq.request_id in error.request_ids]
         for seq in failed:
             self._scheduler.abort(seq.request_id, keep_prefix=False)
+        told = {seq: str(LogitsError((seq.request_id,))) for seq in failed}  # nobody is told of others' requests
         return [
-            TokenOutput(seq.request_id, seq.attempt, (), finish_reason=FinishReason.ERROR, error=str(error))
-            for seq in failed
+            TokenOutput(seq.request_id, seq.attempt, (), finish_reason=FinishReason.ERROR, error=error)
+            for seq, error in told.items()
         ]
 
     def _time(self, batch: Batch, seconds: float) -> None:

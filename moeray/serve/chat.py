@@ -27,17 +27,19 @@ from moeray.serve.tokens import Vocabulary
 async def plain_chat(job: Job, generation: Generation, vocabulary: Vocabulary) -> bytes:
     """The whole answer as JSON."""
     texts: list[list[str]] = [[] for _ in job.choices]
+    reasoning: list[list[str]] = [[] for _ in job.choices]
     tokens: list[list[TokenRecord]] = [[] for _ in job.choices]
     finishes: list[Finish] = ["stop" for _ in job.choices]
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             texts[delta.index].append(delta.text)
+            reasoning[delta.index].append(delta.reasoning)
             tokens[delta.index] += delta.tokens
             finishes[delta.index] = delta.finish or finishes[delta.index]
     choices = [
         ChatChoice(
             index=index,
-            message=ChatMessage(role="assistant", content="".join(texts[index]), refusal=None),
+            message=_message("".join(texts[index]), "".join(reasoning[index])),
             logprobs=_logprobs(job, vocabulary, tokens[index]),
             finish_reason=finishes[index],
         )
@@ -56,18 +58,31 @@ async def plain_chat(job: Job, generation: Generation, vocabulary: Vocabulary) -
 async def chat_events(job: Job, generation: Generation, vocabulary: Vocabulary) -> AsyncGenerator[bytes, None]:
     """The answer as stream chunks, each JSON: for each choice its role, its text, its end; then the usage if asked."""
     begun: set[int] = set()
+
+    def chunk(choice: ChatChunkChoice) -> bytes:
+        return _object(job, [choice], **generation.usage_so_far()).encode()
+
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             if delta.index not in begun:
                 begun.add(delta.index)
-                yield _chunk(job, _part(delta.index, ChatDelta(role="assistant", content="")))
+                yield chunk(_part(delta.index, ChatDelta(role="assistant", content="")))
+            logprobs = _logprobs(job, vocabulary, delta.tokens)
+            if delta.reasoning:
+                yield chunk(_part(delta.index, ChatDelta(reasoning_content=delta.reasoning), logprobs))
+                logprobs = None
             if delta.text:
-                logprobs = _logprobs(job, vocabulary, delta.tokens)
-                yield _chunk(job, _part(delta.index, ChatDelta(content=delta.text), logprobs))
+                yield chunk(_part(delta.index, ChatDelta(content=delta.text), logprobs))
             if delta.finish:
-                yield _chunk(job, _end(job, vocabulary, delta))
+                yield chunk(_end(job, vocabulary, delta))
     if job.include_usage:
         yield _object(job, [], usage=generation.usage()).encode()
+
+
+def _message(text: str, reasoning: str) -> ChatMessage:
+    if not reasoning:
+        return ChatMessage(role="assistant", content=text, refusal=None)
+    return ChatMessage(role="assistant", content=text, reasoning_content=reasoning, refusal=None)
 
 
 def _part(index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> ChatChunkChoice:
@@ -76,15 +91,9 @@ def _part(index: int, delta: ChatDelta, logprobs: ChatLogprobs | None = None) ->
 
 def _end(job: Job, vocabulary: Vocabulary, delta: Delta) -> ChatChunkChoice:
     """The closing chunk; it carries the last tokens' log probabilities where no text could."""
-    rest = () if delta.text else delta.tokens
+    rest = () if delta.text or delta.reasoning else delta.tokens
     logprobs = _logprobs(job, vocabulary, rest) if rest else None
     return ChatChunkChoice(index=delta.index, delta=ChatDelta(), logprobs=logprobs, finish_reason=delta.finish)
-
-
-def _chunk(job: Job, choice: ChatChunkChoice) -> bytes:
-    """With `include_usage`, OpenAI sends `usage: null` in every chunk but the last."""
-    chunk = _object(job, [choice], usage=None) if job.include_usage else _object(job, [choice])
-    return chunk.encode()
 
 
 def _object(job: Job, choices: list[ChatChunkChoice], **usage: Usage | None) -> ChatChunk:

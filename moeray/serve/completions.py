@@ -35,15 +35,9 @@ async def completion_events(job: Job, generation: Generation, vocabulary: Vocabu
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             if delta.text or delta.finish:
-                yield _chunk(job, [_choice(job, vocabulary, delta)])
+                yield _object(job, [_choice(job, vocabulary, delta)], **generation.usage_so_far()).encode()
     if job.include_usage:
         yield _object(job, [], usage=generation.usage()).encode()
-
-
-def _chunk(job: Job, choices: list[CompletionChoice]) -> bytes:
-    """With `include_usage`, OpenAI sends `usage: null` in every chunk but the last."""
-    chunk = _object(job, choices, usage=None) if job.include_usage else _object(job, choices)
-    return chunk.encode()
 
 
 def _object(job: Job, choices: list[CompletionChoice], **usage: Usage | None) -> Completion:

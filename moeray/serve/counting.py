@@ -11,6 +11,8 @@ from moeray.recorder import Recorder
 METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 OTHER = "other"
 """A path or method that nobody serves: there is no end of names that a stranger can think of."""
+AWAITED = (200, 429, 500, 503, 504)
+"""Statuses that are there at 0, so that a rate sees the first of them: what alerts look at."""
 CLIENT_CLOSED = 499
 """The status of a request whose client hung up before it was answered, as nginx has it."""
 
@@ -22,7 +24,8 @@ class RequestCounts:
         self.app = app
         self._recorder = recorder
         for path, method in routes:
-            self._recorder.counter("moeray_http_requests_total", handler=path, method=method, status=200)
+            for status in AWAITED:
+                self._recorder.counter("moeray_http_requests_total", handler=path, method=method, status=status)
             self._recorder.histogram("moeray_http_request_duration_seconds", handler=path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from moeray.serve.backend import Backend
+from moeray.serve.channels import Channels, Part
 from moeray.serve.detokenize import IncrementalDetokenizer
 from moeray.serve.errors import GenerationFailedError
 from moeray.serve.job import Choice, Job
@@ -30,72 +32,91 @@ class TokenRecord:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained. The first delta of a choice may be empty; the last one alone has `finish`."""
+    """What a choice gained. The first delta of a choice may be empty; the last one alone has `finish`.
+
+    `reasoning`: how a model that marks it came to its answer, which goes before `text`.
+    """
 
     index: int
     text: str
     tokens: tuple[TokenRecord, ...] = ()
     finish: Literal["stop", "length"] | None = None
+    reasoning: str = ""
 
 
 class ChoiceRun:
     """Turns one choice's TokenOutputs into deltas: the first one at once, later ones for `interval` tokens each. Tokens
-    whose text is held back wait for it."""
+    whose text is held back wait for it. A token that ends the sequence has no text."""
 
     def __init__(self, choice: Choice, job: Job, vocabulary: Vocabulary, interval: int) -> None:
         self.choice = choice
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finished = False
-        self._eos = () if choice.request.sampling.ignore_eos else job.model.eos_token_ids
         self._with_logprobs = choice.request.sampling.logprobs is not None
         self._interval = interval
         self._waiting: list[TokenRecord] = []
-        self._waiting_text: list[str] = []
+        self._waiting_text: dict[Part, list[str]] = {part: [] for part in Part}
         self._told = 0
         self._begun = False
-        self._text = IncrementalDetokenizer(
-            vocabulary.decode,
-            stop=job.stop,
-            skip=vocabulary.special_ids,
-            context=choice.request.prompt_ids[-8:] if job.continues_text else (),
+        marked = None if job.continues_text else vocabulary.markers
+        self._channels = None if marked is None else Channels(marked, vocabulary.decode)
+        self._part = Part.CONTENT
+        self._detokenizer = partial(
+            IncrementalDetokenizer, vocabulary.decode, stop=job.stop, skip=vocabulary.special_ids
         )
+        self._text = self._detokenizer(context=choice.request.prompt_ids[-8:] if job.continues_text else ())
 
     def advance(self, output: TokenOutput) -> Delta | None:
         """The delta of `output`, None when it shows nothing yet. Raises GenerationFailedError."""
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationFailedError(output.error or f"the sequence ended early ({output.finish_reason})")
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        self._wait(*(self._token(output, place) for place in range(len(output.token_ids))))
+        for place in range(len(output.token_ids)):
+            self._take(output, place)
         finish = self._finish(output)
         if finish is not None:
             self._wait(self._text.finish())
             if self._text.stopped:
                 finish = "stop"
-        if self._begun and finish is None and (not self._waiting_text or not self._is_due()):
+        if self._begun and finish is None and not (self._waits and self._is_due()):
             return None
         self._begun = True
         return self._delta(finish)
 
     def rest(self) -> Delta | None:
         """What waits to be shown of a choice that has failed."""
-        return self._delta(None) if self._waiting_text else None
+        return self._delta(None) if self._waits else None
 
-    def _wait(self, *texts: str) -> None:
-        self._waiting_text += filter(None, texts)
+    def _wait(self, text: str) -> None:
+        if text:
+            self._waiting_text[self._part].append(text)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is text to be shown."""
+        return any(self._waiting_text.values())
 
     def _is_due(self) -> bool:
         return not self._told or self.completion_tokens - self._told >= self._interval
 
-    def _token(self, output: TokenOutput, place: int) -> str:
+    def _take(self, output: TokenOutput, place: int) -> None:
         if self._text.stopped:
-            return ""
+            return
         token_id = output.token_ids[place]
         self.completion_tokens += 1
         if self._with_logprobs:
             self._waiting.append(TokenRecord(token_id, output.logprobs[place], self._text.offset))
-        last = output.finish_reason is FinishReason.STOP and place == len(output.token_ids) - 1
-        return "" if last and token_id in self._eos else self._text.feed(token_id)
+        ends = output.finish_reason is FinishReason.STOP and place == len(output.token_ids) - 1
+        part = self._part if self._channels is None else self._channels.part_of(token_id)
+        if ends or part is None:
+            return
+        if part is not self._part:
+            self._wait(self._text.finish())
+            if self._text.stopped:
+                return
+            self._part, self._text = part, self._detokenizer()
+        self._wait(self._text.feed(token_id))
 
     def _finish(self, output: TokenOutput) -> Literal["stop", "length"] | None:
         if self._text.stopped or output.finish_reason is FinishReason.STOP:
@@ -104,13 +125,14 @@ class ChoiceRun:
 
     def _delta(self, finish: Literal["stop", "length"] | None) -> Delta:
         tokens: tuple[TokenRecord, ...] = ()
-        text, self._waiting_text = "".join(self._waiting_text), []
-        if text:
+        text, reasoning = ("".join(self._waiting_text[part]) for part in (Part.CONTENT, Part.REASONING))
+        self._waiting_text = {part: [] for part in Part}
+        if text or reasoning:
             self._told = self.completion_tokens
-        if text or finish is not None:
+        if text or reasoning or finish is not None:
             tokens, self._waiting = tuple(self._waiting), []
         self.finished = finish is not None
-        return Delta(self.choice.index, text, tokens, finish)
+        return Delta(self.choice.index, text, tokens, finish, reasoning)
 
 
 class Generation:
@@ -158,6 +180,13 @@ class Generation:
             total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached.values())),
         )
+
+    def usage_so_far(self) -> dict[str, Usage | None]:
+        """What a chunk of a stream but the last says of usage: with `include_usage` OpenAI sends null, and vLLM the
+        counts where they are asked for all along."""
+        if self._job.continuous_usage:
+            return {"usage": self.usage()}
+        return {"usage": None} if self._job.include_usage else {}
 
     async def _follow(self, run: ChoiceRun, queue: asyncio.Queue[Delta | Exception | None]) -> None:
         """Send one choice's deltas, then None; or the error that ended it."""

@@ -42,6 +42,7 @@ class Job:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     continues_text: bool  # the output goes on in the prompt's text, so its first space counts
 
 
@@ -50,7 +51,7 @@ async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: 
     prompts = await encoder.encode_prompts(request.prompt)
     for ids in prompts:
         check_prompt(ids, model, "prompt")
-    sampling = _sampling(request, model, request.logprobs)
+    sampling = _sampling(request, model, encoder, request.logprobs)
     asked, default = ("max_tokens", request.max_tokens), COMPLETION_MAX_TOKENS
     return _job("cmpl", request, model, prompts, sampling, asked, default, created)
 
@@ -64,7 +65,7 @@ async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncode
     asked = "max_completion_tokens", request.max_completion_tokens
     if asked[1] is None:
         asked = "max_tokens", request.max_tokens
-    sampling = _sampling(request, model, logprobs)
+    sampling = _sampling(request, model, encoder, logprobs)
     return _job("chatcmpl", request, model, [ids], sampling, asked, model.max_context, created)
 
 
@@ -93,11 +94,13 @@ def _job(
         sequence = GenerationRequest(f"{job_id}-{index}", ids, params, origin=REQUEST_ID.get() or "")
         choices.append(Choice(index, index // n, sequence))
     lengths = tuple(map(len, prompts))
-    streams = bool(request.stream), request.include_usage
+    streams = bool(request.stream), request.include_usage, request.continuous_usage
     return Job(job_id, model, created, tuple(choices), lengths, tuple(request.stop), *streams, prefix == "cmpl")
 
 
-def _sampling(request: GenerationFields, model: ModelInfo, logprobs: int | None) -> dict[str, Any]:
+def _sampling(
+    request: GenerationFields, model: ModelInfo, encoder: PromptEncoder, logprobs: int | None
+) -> dict[str, Any]:
     """SamplingParams' fields but `max_tokens` and `seed`: the client's, else the model's, else OpenAI's."""
     params: dict[str, Any] = {"logprobs": logprobs, "ignore_eos": bool(request.ignore_eos)}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
@@ -110,10 +113,17 @@ def _sampling(request: GenerationFields, model: ModelInfo, logprobs: int | None)
             params[name] = value
     params["top_k"] = max(0, params.get("top_k", 0))
     params["logit_bias"] = _in_vocabulary(request, model)
-    params["stop_token_ids"] = tuple(request.stop_token_ids or ())
-    for token_id in params["stop_token_ids"]:
+    stops = tuple(request.stop_token_ids or ())
+    for token_id in stops:
         check_token(token_id, model, "stop_token_ids")
+    params["stop_token_ids"] = stops if request.ignore_eos else (*stops, *_tokenizers_eos(model, encoder))
     return params
+
+
+def _tokenizers_eos(model: ModelInfo, encoder: PromptEncoder) -> tuple[int, ...]:
+    """A chat model's tokenizer may know how its turns end where its config names the end of a text alone."""
+    eos = encoder.vocabulary.eos_id
+    return () if eos is None or eos in model.eos_token_ids or eos >= model.vocab_size else (eos,)
 
 
 def _in_vocabulary(request: GenerationFields, model: ModelInfo) -> tuple[tuple[int, float], ...]:

@@ -20,6 +20,7 @@ from moeray.serve.console.state import ConsoleState
 from moeray.serve.context import RequestContext
 from moeray.serve.counting import RequestCounts
 from moeray.serve.errors import LOADING_RETRY_S, ApiError, install_handlers
+from moeray.serve.origins import AllowedOrigins
 from moeray.serve.responses import ModelCard, ModelList
 from moeray.serve.streaming import EventStream, while_connected
 
@@ -45,6 +46,7 @@ def create_app(
     app.include_router(_key_routes(endpoint))
     install_handlers(app)
     app.add_middleware(RequestContext, answer=answer_request_id)
+    app.add_middleware(AllowedOrigins, current=lambda: endpoint.allowed_origins)
     app.add_middleware(RequestCounts, recorder or Recorder(), GENERATING)
     return app
 
@@ -82,6 +84,10 @@ class Endpoint:
             self._calls = Calls(self._backend, config.chat_template)
         self._calls.stream_interval = config.serve.stream_interval
         self._config = config
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        return self._config.serve.allowed_origins
 
     @property
     def api_key(self) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from moeray.errors import CheckpointError, ConfigError, RequestError, in_a_line
+from moeray.errors import CheckpointError, ConfigError, RequestError, in_a_line, one_line
 from moeray.serve.backend import ModelInfo
 from moeray.serve.tokens import Vocabulary
 
@@ -75,7 +75,7 @@ class PromptEncoder:
             )
         except _TEMPLATE_FAULTS as error:
             raise RequestError(
-                f"the chat template refused the messages: {' '.join(str(error).split())[:500]}",
+                f"the chat template refused the messages: {one_line(error)[:500]}",
                 param="messages",
                 code="chat_template_error",
             ) from error

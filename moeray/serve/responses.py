@@ -94,6 +94,7 @@ class ChatLogprobs(_Answer):
 class ChatMessage(_Answer):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str | None = None
     refusal: None = None
 
 
@@ -116,6 +117,7 @@ class ChatCompletion(_Answer):
 class ChatDelta(_Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChunkChoice(_Answer):

@@ -75,7 +75,7 @@ def _text_content(value: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise ValueError(f"content parts of type {str(kind)[:40]!r} are not supported, only 'text'")
-        if not isinstance(part.get("text"), str) or set(part) - {"type", "text"}:
+        if not isinstance(part.get("text"), str) or set(part) - {"type", "text", "cache_control"}:
             raise ValueError("a text part has the fields 'type' and 'text', a string, and no others")
         texts.append(part["text"])
     return "\n".join(texts)
@@ -87,6 +87,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -94,6 +95,7 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_text_content)]
     name: str | None = None
+    reasoning_content: str | None = None
 
 
 class GenerationFields(_Strict):
@@ -123,13 +125,19 @@ class GenerationFields(_Strict):
 
     @model_validator(mode="after")
     def _options_go_with_stream(self) -> GenerationFields:
-        if self.stream_options is not None and not self.stream:
+        asked = self.stream_options.model_dump(exclude_none=True) if self.stream_options else {}
+        if any(asked.values()) and not self.stream:
             raise ValueError("stream_options goes with stream=true only")
         return self
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Counts in every chunk of a stream, as vLLM has it."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(GenerationFields):

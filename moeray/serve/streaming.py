@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -14,6 +14,8 @@ from moeray.serve.errors import ClientGoneError, RequestTimeoutError, log_failur
 
 _T = TypeVar("_T")
 
+FAREWELL_S = 5.0
+"""A client has so long to take the error that ends its stream."""
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -68,7 +70,10 @@ class EventStream(Response):
         except Exception as error:
             if not self._started:
                 raise
-            await self._send_error(send, error)
+            # Who does not read is not waited for: a server closes the connection of a response that has no end.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    await self._send_error(send, error)
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:

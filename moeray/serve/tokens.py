@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moeray.serve.channels import Markers, find_markers
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_START = "\u2581"  # SentencePiece writes a leading space so
 
@@ -20,13 +22,20 @@ class TokenText:
 
 
 class Vocabulary:
-    """Reads a transformers tokenizer; ids beyond its table have no text."""
+    """Reads a transformers tokenizer; ids beyond its table have no text.
+
+    `special_ids` have none either; `markers` are those of a chat's channels, None where there are none; `eos_id` ends a
+    text.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, TokenText] = {}
         added = tokenizer.added_tokens_decoder
-        self.special_ids = frozenset(int(i) for i, token in added.items() if token.special)
+        special = {str(token): int(i) for i, token in added.items() if token.special}
+        self.special_ids = frozenset(special.values())
+        self.markers: Markers | None = find_markers(special)
+        self.eos_id: int | None = tokenizer.eos_token_id
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` together, special tokens included."""

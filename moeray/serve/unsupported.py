@@ -44,10 +44,10 @@ MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
     "tool_call_id": (),
     "tool_calls": (),
+    "type": ("text", "message"),
 }
 
 

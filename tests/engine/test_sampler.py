@@ -91,5 +91,5 @@ def test_logprobs_are_of_the_raw_distribution():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_name_the_request(bad):
     seqs = [Sequence(GenerationRequest(name, (0,), SamplingParams(temperature=0)), ()) for name in ("fine", "sick")]
-    with pytest.raises(MoerayError, match="sick"):
+    with pytest.raises(MoerayError, match="of request sick are"):
         Sampler().sample(torch.tensor([[0.0, 1.0], [bad, 0.0]]), seqs)

@@ -1,9 +1,13 @@
 """POST /v1/chat/completions through the official client."""
 
 import asyncio
+import json
+from dataclasses import replace
 
 import openai
 import pytest
+
+from tests.serve.support import EOS_ID
 
 MODEL = "org/echo"
 TEXT = "hello 🦊 world, 東京は日本の首都です 👩‍👩‍👧 stop here"
@@ -55,6 +59,41 @@ def test_a_stop_string_ends_the_sequence_and_counts_its_tokens(ai, backend):
     assert backend.closed.acquire(timeout=10)
     assert backend.stop_strings == [backend.requests[-1].request_id]
     assert answer.usage.completion_tokens == 3  # with the one that ended it
+
+
+def test_the_token_that_ends_a_sequence_has_no_text(ai, backend):
+    z = ask(ai, "z", logprobs=True).choices[0].logprobs.content[0]
+    (z_id,) = {i for i in backend.requests[0].prompt_ids if i > 5}
+    options = {"extra_body": {"stop_token_ids": [z_id]}}
+    choice = ask(ai, "xyz!", logprobs=True, **options).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("xy", "stop")
+    assert choice.logprobs.content[-1].token == z.token
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(ai, "xyz!", stream=True, **options))
+    assert streamed == "xy"
+
+
+@pytest.mark.parametrize(("ignore_eos", "stops"), [(False, (9, EOS_ID)), (True, (9,))])
+def test_the_tokenizers_own_end_ends_a_sequence_where_the_config_has_another(ai, backend, ignore_eos, stops):
+    ask(ai, extra_body={"stop_token_ids": [9], "ignore_eos": ignore_eos})
+    assert backend.requests[-1].sampling.stop_token_ids == (9,)  # the config's is the same
+    backend.model = replace(backend.model, eos_token_ids=(7,))
+    ask(ai, extra_body={"stop_token_ids": [9], "ignore_eos": ignore_eos})
+    assert backend.requests[-1].sampling.stop_token_ids == stops
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_counts_in_every_chunk_where_they_are_asked_for_all_along(http, path):
+    body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": "hello world", "type": "text"}]}
+    if path == "/v1/completions":
+        body = {"model": MODEL, "stream": True, "prompt": "hello world"}
+    asked = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    lines = http.post(path, json=body | asked).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    whole = http.post(path, json=body | {"stream": False, "stream_options": {}}).json()["usage"]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 2
+    assert counts[-1] == whole["completion_tokens"]
 
 
 def test_include_usage_sends_null_then_a_chunk_without_choices(http):

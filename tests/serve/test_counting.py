@@ -50,7 +50,7 @@ def test_requests_are_counted_by_route(tmp_path, recorder, method, path, body, c
 
 def test_answers_of_the_model_have_their_series_from_the_start(tmp_path, recorder):
     create_app(EchoBackend(None), load_config(None, {"model": "m"}), recorder).build_middleware_stack()
+    paths, statuses = ("/v1/completions", "/v1/chat/completions"), ("200", "429", "500", "503", "504")
     assert recorder.read()[1]["moeray_http_requests_total"] == {
-        ("/v1/completions", "POST", "200"): 0,
-        ("/v1/chat/completions", "POST", "200"): 0,
+        (path, "POST", status): 0 for path in paths for status in statuses
     }
