@@ -177,3 +177,21 @@ def test_load_over_the_bound_is_counted_by_layer(model):
         until(system.controller, lambda s: total(samples(scrape(system)), EXPERT_LOAD, expert="all") > 0)
         found = samples(scrape(system))
     assert {dict(labels)["expert"] for name, labels in found if name == EXPERT_LOAD} == {"all"}
+
+
+def test_nothing_is_said_of_spares_before_there_is_a_placement():
+    metrics = ControllerMetrics(tiny_config("m"))
+    metrics.stand(STANDING | {"epoch": 0, "replicas": 0, "without_spare": 0}, [], [])
+    before = metrics.reading().values
+    assert before.keys() & {"moeray_experts_without_spare", "moeray_placement_epoch", "moeray_replicas"} == set()
+    assert before["moeray_autoscaling_enabled"] == {(): 1}
+    metrics.stand(STANDING, [], [])
+    assert metrics.reading().values["moeray_experts_without_spare"] == {(): 8}
+
+
+def test_an_objective_that_is_withdrawn_is_told_no_more():
+    metrics = ControllerMetrics(tiny_config("m", control__slo_ttft_s=5.0))
+    name = "moeray_slo_objective_seconds"
+    assert metrics.reading().values[name] == {("ttft",): 5.0, ("queue_wait",): 0.25}
+    metrics.configure(tiny_config("m", control__slo_tpot_s=0.2))
+    assert metrics.reading().values[name] == {("tpot",): 0.2, ("queue_wait",): 0.25}

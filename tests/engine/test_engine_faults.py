@@ -31,6 +31,16 @@ def test_logits_that_are_no_numbers_end_their_request_alone():
     assert engine.stats().kv_blocks_used == 0
 
 
+def test_whoever_fails_is_told_of_its_own_request_alone():
+    engine = engine_of(poison=VOCAB - 1)
+    for name in ("one", "other"):
+        engine.submit(GenerationRequest(name, (1, VOCAB - 1), GREEDY))
+    errors = {output.request_id: output.error for output in engine.step()}
+    assert errors.keys() == {"one", "other"}
+    assert "other" not in errors["one"]
+    assert "one" not in errors["other"]
+
+
 def test_the_prefix_of_a_failed_request_is_not_shared():
     engine = engine_of(poison=VOCAB - 1)
     prompt = tuple(range(1, 17))
