@@ -59,7 +59,7 @@ async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: 
 async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncoder, created: int) -> Job:
     """Raises RequestError for messages or a parameter that does not fit the model."""
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    ids = await encoder.encode_chat(messages, request.chat_template_kwargs or {})
+    ids = await encoder.encode_chat(messages, _variables(request, encoder))
     check_prompt(ids, model, "messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     asked = "max_completion_tokens", request.max_completion_tokens
@@ -67,6 +67,20 @@ async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncode
         asked = "max_tokens", request.max_tokens
     sampling = _sampling(request, model, encoder, logprobs)
     return _job("chatcmpl", request, model, [ids], sampling, asked, model.max_context, created)
+
+
+def _variables(request: ChatRequest, encoder: PromptEncoder) -> dict[str, Any]:
+    """What the chat template gets beside the messages. `reasoning_effort` is the template's business, too."""
+    variables, effort = dict(request.chat_template_kwargs or {}), request.reasoning_effort
+    if effort is None or (effort == "none" and not encoder.knows("reasoning_effort")):
+        return variables
+    if not encoder.knows("reasoning_effort"):
+        raise RequestError(
+            "reasoning_effort is not supported by this model's chat template; leave it out",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return {"reasoning_effort": effort, **variables}
 
 
 def _job(

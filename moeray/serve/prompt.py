@@ -61,6 +61,10 @@ class PromptEncoder:
             return self._chat(messages, variables)
         return await asyncio.to_thread(self._chat, messages, variables)
 
+    def knows(self, variable: str) -> bool:
+        """Whether the chat template reads a variable of this name."""
+        return variable in str(self._tokenizer.chat_template)
+
     def _prompts(self, prompts: Sequence[str | Sequence[int]]) -> list[tuple[int, ...]]:
         return [
             tuple(self._tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt)
@@ -84,7 +88,7 @@ class PromptEncoder:
     def _known_role(self, message: Mapping[str, str]) -> dict[str, str]:
         """`developer` is OpenAI's later name for `system`; most templates know only the older one."""
         role = message["role"]
-        if role == "developer" and "developer" not in str(self._tokenizer.chat_template):
+        if role == "developer" and not self.knows("developer"):
             role = "system"
         return {**message, "role": role}
 

@@ -31,7 +31,6 @@ CHAT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (False, True),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "tool_choice": ("none", "auto"),

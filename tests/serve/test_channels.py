@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moeray.serve.channels import Channels, Markers, Part, find_markers
-from tests.serve.support import EchoBackend, client, model_info, save_tokenizer, serving
+from tests.serve.support import TEMPLATE, EchoBackend, client, model_info, save_tokenizer, serving
 
 CHANNEL, MESSAGE, START, END = 1, 2, 3, 4
 WORDS = {10: "analysis", 11: "final", 12: "comment", 13: "ary", 14: " to=functions.f", 15: "assistant"}
@@ -44,7 +44,8 @@ ANSWER = "<|channel|>analysis<|message|>They greet 東京.<|start|>assistant<|ch
 @pytest.fixture(scope="module")
 def harmony(tmp_path_factory):
     """An endpoint whose model repeats what it is told, marks included."""
-    folder = save_tokenizer(tmp_path_factory.mktemp("harmony"))
+    effort = "{% if reasoning_effort is defined %}{{ reasoning_effort }}{% endif %}"
+    folder = save_tokenizer(tmp_path_factory.mktemp("harmony"), TEMPLATE.replace("{% if shout", effort + "{% if shout"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|channel|>", "<|message|>", "<|start|>"]})
     tokenizer.save_pretrained(folder)
@@ -103,3 +104,10 @@ def test_an_answer_may_be_sent_back_with_what_led_to_it(harmony):
     answer = ask(ai).choices[0].message.model_dump(exclude_none=True)
     again = [{"role": "user", "content": "hello"}, answer, {"role": "user", "content": "again"}]
     assert ai.chat.completions.create(model="org/echo", messages=again).choices[0].finish_reason == "stop"
+
+
+def test_the_effort_goes_to_a_template_that_reads_it(harmony):
+    _, ai = harmony
+    assert ask(ai, "hi ", reasoning_effort="low").choices[0].message.content == "hi low"
+    options = {"extra_body": {"chat_template_kwargs": {"reasoning_effort": "mine"}}}
+    assert ask(ai, "hi ", reasoning_effort="high", **options).choices[0].message.content == "hi mine"
