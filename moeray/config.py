@@ -60,12 +60,19 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
-        known = [group.name for group in self.experts.resolved()] + [ROUTER]
+        known = {group.name: group.actors_span for group in self.experts.resolved()} | {ROUTER: self.router.actors_span}
         for entry in self.control.schedule:
             require(
                 entry.group in known,
                 "control.schedule.group",
                 f"no group is named {entry.group!r}; there are {', '.join(known)}",
+            )
+            _, most = known[entry.group]
+            require(
+                entry.actors <= most,
+                "control.schedule.actors",
+                f"asks for {entry.actors} of {entry.group}, of which there are {most} at most; "
+                "lower it or raise max_actors",
             )
 
     @property
