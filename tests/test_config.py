@@ -50,7 +50,10 @@ def test_defaults_survive_a_round_trip():
         ({"control": {"schedule": [{"cron": "0 8 * *"}]}}, ["control.schedule.cron", "5 fields"]),
         ({"control": {"schedule": [{"cron": "0 25 * * *"}]}}, ["control.schedule.cron", "hour"]),
         ({"control": {"schedule": [{"cron": "0 8 * * *", "group": "gpus"}]}}, ["gpus", "experts, router"]),
-        ({"control": {"schedule": [{"cron": "0 8 * * *", "actors": 3}]}}, ["schedule.actors", "2 at most", "max_actors"]),
+        (
+            {"control": {"schedule": [{"cron": "0 8 * * *", "actors": 3}]}},
+            ["schedule.actors", "2 at most", "max_actors"],
+        ),
         (
             {"control": {"schedule": [{"cron": "0 8 * * *", "group": "router", "actors": 2}]}},
             ["control.schedule.actors", "2 of router", "1 at most"],

@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 from moeray.control.policies import SHIPPED
 from moeray.control.policy import GroupLimits, Policy, PolicyInput, Wish
-from moeray.errors import ConfigError, PolicyError
+from moeray.errors import ConfigError, PolicyError, in_a_line, one_line
 from moeray.types import ExpertId
 
 
 def load_policies(names: Sequence[str]) -> list[Policy]:
     """The policies by name: a shipped one's, or `package.module:function` (or with a dot) of your own.
 
-    Raises ConfigError for one that is not there or cannot be called, naming the nearest.
+    Raises ConfigError for one that is not there or cannot be called, naming the nearest, and for one whose module
+    fails.
     """
     return [_load(name) for name in names]
 
@@ -35,7 +36,13 @@ def _load(name: str) -> Policy:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"config key control.policies: {name!r} cannot be imported ({error}); is its package installed here?"
+            f"config key control.policies: {name!r} cannot be imported ({one_line(error)}); is its package installed "
+            "here?"
+        ) from error
+    except Exception as error:  # whatever a user's module raises
+        raise ConfigError(
+            f"config key control.policies: {name!r} fails when it is imported ({in_a_line(error)}); mend it, or leave "
+            "it out"
         ) from error
     policy = getattr(module, function, None)
     if not callable(policy):
@@ -88,32 +95,43 @@ def decide(policies: Sequence[Policy], seen: PolicyInput, failed: Callable[[Poli
 
 
 def _wish_of(policy: Policy, seen: PolicyInput) -> Wish:
+    """What a policy wishes for, as plain data that nothing of the policy's own can spoil. Raises PolicyError."""
     name = f"{getattr(policy, '__module__', '?')}.{getattr(policy, '__qualname__', policy)}"
     try:
         wish = policy(seen)
+        wrong = next(_wrong(wish, seen), None)
+        if wrong is None:
+            return Wish(dict(wish.actors), wish.routers, dict(wish.replicas), tuple(wish.reasons))
     except Exception as error:  # whatever a user's code raises
         raise PolicyError(
-            f"policy {name} (control.policies) failed: {type(error).__name__}: {error}; mend it, or leave it out"
+            f"policy {name} (control.policies) failed: {in_a_line(error)}; mend it, or leave it out"
         ) from error
+    raise PolicyError(f"policy {name} (control.policies) {' '.join(wrong.split())}; mend it, or leave it out")
+
+
+def _wrong(wish: object, seen: PolicyInput) -> Iterator[str]:
+    """What cannot be, with what can; what comes later may be looked at only where nothing came before."""
     if not isinstance(wish, Wish):
-        raise PolicyError(f"policy {name} (control.policies) gave {wish!r} instead of a Wish; mend it, or leave it out")
-    if (wrong := next(_wrong(wish, seen), None)) is not None:
-        raise PolicyError(f"policy {name} (control.policies) wishes for {wrong}; mend it, or leave it out")
-    return wish
-
-
-def _wrong(wish: Wish, seen: PolicyInput) -> Iterator[str]:
-    """What cannot be, with what can."""
+        yield f"gave {wish!r} instead of a Wish"
+        return
+    for key in ("actors", "replicas"):
+        if not isinstance(value := getattr(wish, key), Mapping):
+            yield f"gave a Wish whose {key} are {value!r} instead of a mapping"
+    if not isinstance(wish.reasons, tuple | list) or not all(isinstance(reason, str) for reason in wish.reasons):
+        yield f"gave a Wish whose reasons are {wish.reasons!r} instead of a tuple of str"
     for group, count in wish.actors.items():
+        if group not in seen.groups:
+            near = _nearest(str(group), seen.groups)
+            yield f"wishes for actors of {group!r}, which is no expert group; the nearest is {near!r}"
         if not _is_count(count):
-            yield f"{count!r} actors of group {group!r}, which is no whole number of 0 or more"
+            yield f"wishes for {count!r} actors of group {group!r}, which is no whole number of 0 or more"
     if wish.routers is not None and not _is_count(wish.routers):
-        yield f"{wish.routers!r} routers, which is no whole number of 0 or more"
+        yield f"wishes for {wish.routers!r} routers, which is no whole number of 0 or more"
     for expert, count in wish.replicas.items():
         if expert not in seen.placement.replicas:
-            yield f"replicas of {expert!r}, which is no expert of the model (layer, expert)"
+            yield f"wishes for replicas of {expert!r}, which is no expert of the model (layer, expert)"
         if not _is_count(count):
-            yield f"{count!r} replicas of {expert!r}, which is no whole number of 0 or more"
+            yield f"wishes for {count!r} replicas of {expert!r}, which is no whole number of 0 or more"
 
 
 def _is_count(value: object) -> bool:

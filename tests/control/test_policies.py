@@ -384,7 +384,7 @@ def test_the_largest_wish_wins_and_reasons_add_up():
 
 @pytest.mark.parametrize(("wanted", "got"), [(0, 2), (5, 5), (7, 6), (100, 6)])
 def test_limits_and_growth_bound_a_wish(wanted, got):
-    greedy = lambda _: Wish({"experts": wanted, "unknown": 3}, wanted)  # noqa: E731
+    greedy = lambda _: Wish({"experts": wanted}, wanted)  # noqa: E731
     limits = {"experts": GroupLimits(3, 2, 8)}
     wish = decide([greedy], seen(limits=limits, router_limits=GroupLimits(3, 2, 6)))
     assert (wish.actors, wish.routers) == ({"experts": got}, got)
@@ -427,6 +427,11 @@ def says_nothing(_):
     return None
 
 
+class Sulky:
+    def __repr__(self):
+        raise RuntimeError("I have no words")
+
+
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
@@ -438,6 +443,15 @@ def says_nothing(_):
         (wishes(routers=1.5), "wishes for 1.5 routers"),
         (wishes(replicas={ExpertId(0, 0): 1.7}), "wishes for 1.7 replicas of ExpertId"),
         (wishes(replicas={ExpertId(7, 0): 2}), r"replicas of ExpertId\(layer=7, expert=0\), which is no expert"),
+        (wishes(None), "gave a Wish whose actors are None instead of a mapping"),
+        (wishes([1]), r"gave a Wish whose actors are \[1\] instead of a mapping"),
+        (wishes(replicas=None), "gave a Wish whose replicas are None instead of a mapping"),
+        (wishes(reasons=None), "gave a Wish whose reasons are None instead of a tuple of str"),
+        (wishes(reasons="because"), "gave a Wish whose reasons are 'because' instead of a tuple of str"),
+        (wishes(reasons=(1,)), r"gave a Wish whose reasons are \(1,\) instead of a tuple of str"),
+        (wishes({"exprts": 4}), "wishes for actors of 'exprts', which is no expert group; the nearest is 'experts'"),
+        (wishes({1: 4}), "wishes for actors of 1, which is no expert group"),
+        (wishes({"experts": Sulky()}), "failed: RuntimeError: I have no words; mend it"),
     ],
 )
 def test_a_policy_that_does_not_work_is_named_and_the_others_go_on(policy, words):
@@ -446,6 +460,7 @@ def test_a_policy_that_does_not_work_is_named_and_the_others_go_on(policy, words
     assert len(heard) == 1
     with pytest.raises(PolicyError, match=words):
         decide([policy, mine], seen(placement=PLACED))
+    assert "\n" not in str(heard[0])
 
 
 @pytest.mark.parametrize(
@@ -461,3 +476,21 @@ def test_a_policy_that_is_not_there_is_named_with_the_nearest(name, words):
     with pytest.raises(ConfigError) as error:
         load_policies([name])
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise RuntimeError('no\\nlicence')", "RuntimeError: no licence"),
+        ("def policy(:", "SyntaxError"),
+        ("from nowhere import policy", "No module named 'nowhere'"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_policy_whose_module_fails_is_named_in_one_line(tmp_path, monkeypatch, code, words):
+    (tmp_path / "broken_policies.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"control.policies: 'broken_policies:policy'") as error:
+        load_policies(["broken_policies:policy"])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
