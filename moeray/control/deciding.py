@@ -63,7 +63,8 @@ def decide(policies: Sequence[Policy], seen: PolicyInput, failed: Callable[[Poli
     A wish for the minimum (as when idle) thus holds only where nobody else wants more: a schedule's floor stays, and
     the load policies want the minimum themselves when there is no load. Groups and routers that no policy speaks of
     are left out, and experts for which none wants more than the base. No expert gets more replicas than there are
-    actors wanted.
+    actors wanted, and no wish leaves fewer actors than each expert has replicas at the least: that would take
+    redundancy away that nobody has given up.
 
     A policy that does not work is told to `failed`, and has no wish; without it, PolicyError is raised.
     """
@@ -75,11 +76,12 @@ def decide(policies: Sequence[Policy], seen: PolicyInput, failed: Callable[[Poli
             if failed is None:
                 raise
             failed(error)
-    actors = {
+    asked = {
         group: _within(max(wish.actors[group] for wish in wishes if group in wish.actors), limits, seen)
         for group, limits in seen.groups.items()
         if any(group in wish.actors for wish in wishes)
     }
+    actors = asked | _for_replicas(asked, seen)
     routers = max((wish.routers for wish in wishes if wish.routers is not None), default=None)
     most = sum(max(actors.get(group, 0), limits.actors) for group, limits in seen.groups.items())
     replicas: dict[ExpertId, int] = {}
@@ -90,8 +92,30 @@ def decide(policies: Sequence[Policy], seen: PolicyInput, failed: Callable[[Poli
         actors,
         None if routers is None else _within(routers, seen.router_limits, seen),
         {expert: count for expert, count in replicas.items() if count > seen.base_replicas},
-        tuple(reason for wish in wishes for reason in wish.reasons),
+        (
+            *(reason for wish in wishes for reason in wish.reasons),
+            *(
+                f"experts.replicas {seen.base_replicas}: {group} at least {count}"
+                for group, count in actors.items()
+                if count != asked.get(group)
+            ),
+        ),
     )
+
+
+def _for_replicas(asked: Mapping[str, int], seen: PolicyInput) -> dict[str, int]:
+    """The groups of which more are needed so that there are as many actors as base replicas: the cheapest first.
+
+    Since a shrink never goes below the newest wish (`votes.settle`), this holds for whatever comes of the wish."""
+    counts = {group: asked.get(group, limits.actors) for group, limits in seen.groups.items()}
+    short = seen.base_replicas - sum(counts.values())
+    more: dict[str, int] = {}
+    for group in sorted(counts, key=lambda group: seen.groups[group].price_per_hour):
+        room = seen.groups[group].max_actors - counts[group]
+        if (added := min(short, room)) > 0:
+            more[group] = counts[group] + added
+            short -= added
+    return more
 
 
 def _wish_of(policy: Policy, seen: PolicyInput) -> Wish:

@@ -27,8 +27,8 @@ class ExpertGroupConfig:
     experts take turns on the cores.
 
     `actors` is the number at the start; the controller keeps it between `min_actors` and `max_actors` (None: `actors`
-    itself, so that a group scales only where it is told how far). `price_per_hour` is what one actor costs, in any
-    currency: the cheaper group grows first.
+    itself, so that a group scales only where it is told how far), and of all groups together at `experts.replicas` at
+    the least. `price_per_hour` is what one actor costs, in any currency: the cheaper group grows first.
     """
 
     name: str = "experts"
@@ -59,7 +59,8 @@ class ExpertGroupConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """`groups` lists the kinds of expert actors; `replicas` is how many actors host each expert at the start.
+    """`groups` lists the kinds of expert actors; `replicas` is how many actors host each expert, at the least: fewer
+    only where memory holds no more of them, or a person has scaled to fewer actors while autoscaling is paused.
 
     `actors`, `device`, `num_cpus`, `num_gpus`, `threads` and `memory_gib` describe the one group where `groups` is
     empty.

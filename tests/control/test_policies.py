@@ -8,6 +8,7 @@ from moeray.control.placement import Placement
 from moeray.control.policies import SHIPPED, hot_experts, idle, latency, queue_wait, schedule, target_utilisation
 from moeray.control.policy import ExpertActorView, GroupLimits, PolicyInput, RouterView, Wish
 from moeray.control.router_load import RouterLoad
+from moeray.control.votes import settle
 from moeray.errors import ConfigError, PolicyError
 from moeray.settings.control import ControlConfig, ScheduleConfig
 from moeray.types import ExpertId
@@ -388,6 +389,36 @@ def test_limits_and_growth_bound_a_wish(wanted, got):
     limits = {"experts": GroupLimits(3, 2, 8)}
     wish = decide([greedy], seen(limits=limits, router_limits=GroupLimits(3, 2, 6)))
     assert (wish.actors, wish.routers) == ({"experts": got}, got)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "groups", "wish", "wanted"),
+    [
+        (2, {"a": (2, 1, 4)}, {"a": 1}, {"a": 2}),
+        (1, {"a": (2, 1, 4)}, {"a": 1}, {"a": 1}),
+        (2, {"a": (3, 1, 4)}, {}, {"a": 3}),  # nobody has an opinion
+        (3, {"a": (1, 1, 4)}, {"a": 1}, {"a": 3}),  # scaled down by hand: at once, whatever `max_growth` is
+        (4, {"dear": (2, 1, 4, 2.0), "cheap": (4, 1, 9, 0.1)}, {"dear": 1, "cheap": 1}, {"dear": 1, "cheap": 3}),
+        (6, {"dear": (3, 1, 4, 2.0), "cheap": (3, 1, 4, 0.1)}, {"dear": 1, "cheap": 1}, {"dear": 2, "cheap": 4}),
+        (4, {"dear": (3, 1, 4, 2.0), "cheap": (2, 1, 4, 0.1)}, {"cheap": 1}, {"dear": 3, "cheap": 1}),
+        (4, {"dear": (2, 1, 4, 2.0), "cheap": (2, 1, 4, 0.1)}, {"cheap": 1}, {"dear": 2, "cheap": 2}),
+    ],
+)
+def test_no_decision_leaves_fewer_actors_than_replicas(replicas, groups, wish, wanted):
+    """However long it lasts, and whatever the hysteresis makes of it."""
+    limits = {name: GroupLimits(*numbers) for name, numbers in groups.items()}
+    current, history = Wish({name: limits.actors for name, limits in limits.items()}), []
+    for _ in range(4):
+        limits = {name: replace(limits[name], actors=count) for name, count in current.actors.items()}
+        history.append(decide([wishes(wish)], seen(limits=limits, base_replicas=replicas)))
+        before, current = current, settle(current, history, shrink_votes=3)
+        assert sum(current.actors.values()) >= min(replicas, sum(before.actors.values()))
+    assert current.actors == wanted
+
+
+def test_the_reasons_say_that_it_is_for_the_replicas():
+    calm = seen((0.0,) * 2, limits={"experts": GroupLimits(2, 1, 4)}, idle_s=1000.0, base_replicas=2)
+    assert decide(ALL, calm).reasons[-1] == "experts.replicas 2: experts at least 2"
 
 
 def test_without_an_opinion_nothing_is_said():
