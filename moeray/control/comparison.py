@@ -120,10 +120,16 @@ def _aware(world: World, slo: Slo) -> World:
 
 
 def token_bound(trace: Trace, interval_s: float) -> float:
-    """1 - mean/peak of the tokens that come in an interval."""
-    edges = np.arange(math.floor(trace.duration_s / interval_s) + 2) * interval_s
+    """1 - mean/peak of the tokens per second that come in an interval.
+
+    The last interval has what is left of the trace with it: looked at alone, that would have too few tokens as they
+    are, and scaled by its length a single request in its last instant would be the peak.
+    """
+    whole = max(1, math.floor(trace.duration_s / interval_s))
+    edges = np.append(np.arange(whole) * interval_s, max(trace.duration_s, 1e-9))
     tokens = np.histogram(trace.arrival_s, edges, weights=(trace.prompt + trace.output).astype(np.float64))[0]
-    return float(1 - tokens.mean() / tokens.max())
+    mean, peak = tokens.sum() / edges[-1], (tokens / np.diff(edges)).max()
+    return max(0.0, float(1 - mean / peak))  # not below it by a rounding error
 
 
 def routers_for(trace: Trace, config: Config, costs: Costs, shape: MoeShape) -> int:

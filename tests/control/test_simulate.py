@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moeray.config import config_from
-from moeray.control.comparison import compare
+from moeray.control.comparison import compare, token_bound
 from moeray.control.cost import Costs, StepCosts, load_costs
 from moeray.control.elastic import ElasticRun
 from moeray.control.fixed import FixedRuns, best_static
@@ -53,6 +53,32 @@ def world(trace=None, *, most=24, routers=3, skew="uniform", **control):
 @pytest.fixture(scope="module")
 def compared():
     return compare(world(), None, slo_factor=2, warm_start=True, interval_s=30, seed=0, report=lambda *progress: None)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "rates", "bound"),
+    [
+        (1, [1], 0.0),
+        (2, [1, 1], 0.0),
+        (5, [1] * 5, 0.0),
+        (2, [1, 3], 1 / 3),
+        (3, [3, 0, 3], 1 / 3),
+        (2.4, [1, 1, 1], 0.0),  # the last has 84 s
+        (2.5, [1, 2, 4], 1 - (60 + 120 + 120) / 150 / (240 / 90)),
+        (1.8, [1, 1], 0.0),
+        (0.5, [4], 0.0),
+    ],
+)
+def test_an_oracle_by_tokens_looks_at_what_was_observed(minutes, rates, bound):
+    """`rates`: requests per second, minute by minute, of which so many minutes were looked at."""
+    rows = [(60 * minute + i / rate, 99, 1) for minute, rate in enumerate(rates) for i in range(60 * rate)]
+    seen = [row for row in rows if row[0] < 60 * minutes]
+    trace = replace(trace_of("minutes", seen), duration_s=60 * minutes)
+    assert token_bound(trace, 60) == pytest.approx(bound, abs=1e-9)
+
+
+def test_a_lone_request_has_no_peak():
+    assert token_bound(trace_of("one", [(0.0, 100, 3)]), 60) == pytest.approx(0.0)
 
 
 def test_no_system_is_too_small_for_the_experts():
