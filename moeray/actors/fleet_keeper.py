@@ -16,8 +16,7 @@ from moeray.actors.roster import ROUTER, Actor, Roster
 from moeray.actors.spec import DatedConfig
 from moeray.actors.watch import Loss
 from moeray.actors.watchers import Watchers
-from moeray.config import Config
-from moeray.control.fleet import Phase, fleet_steps, to_reserve
+from moeray.control.fleet import Phase, fleet_steps, reserve_of, to_reserve
 from moeray.control.placement import Placement
 from moeray.control.reports import Report
 from moeray.control.update import compare
@@ -176,9 +175,3 @@ class FleetKeeper:
         self.watchers.close()
         self._pool.shutdown(wait=True)
         self._launcher.close()
-
-
-def reserve_of(config: Config) -> dict[str, int]:
-    """The warm pool belongs to the cheapest group, the first of equals."""
-    cheapest = min(config.experts.resolved(), key=lambda group: group.price_per_hour)
-    return {cheapest.name: config.control.warm_pool} if config.control.warm_pool else {}

@@ -6,11 +6,10 @@ from typing import Any
 
 from moeray.actors.audit import Audit
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
-from moeray.actors.fleet_keeper import reserve_of
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.roster import Roster
 from moeray.config import Config
-from moeray.control.fleet import Phase
+from moeray.control.fleet import Phase, reserve_of
 from moeray.control.plan import plan_diff
 from moeray.control.update import kinds_of
 

@@ -17,6 +17,7 @@ import numpy as np
 from moeray.control.cost import StepTable
 from moeray.control.deciding import decide, load_policies
 from moeray.control.fitting import fit
+from moeray.control.fleet import reserve_of
 from moeray.control.load import LoadBook, skew
 from moeray.control.members import Member, Members
 from moeray.control.objectives import Objectives
@@ -57,7 +58,7 @@ class ElasticRun:
         self._busiest = Busiest()
         self._wishes: deque[Wish] = deque(maxlen=self.settings.shrink_votes)
         self._rng = np.random.default_rng(seed)
-        self._members = Members(world.actors_per_node, world.costs.start_s, self.settings.warm_pool)
+        self._members = Members(world.actors_per_node, world.costs.start_s, reserve_of(world.config))
         for group, count in start.items():
             self._members.start_ready(group, count)
         self._members.step(0.0)
@@ -273,11 +274,9 @@ class ElasticRun:
 
     def _sample(self, now: float) -> Sample:
         members = self._members.members
-        price = Counter(m.group for m in members)
-        by_value = self.world.by_value[0]
-        groups = {name: group.price_per_hour for name, group in self.world.groups.items()}
         routers = len(self._engine.routers) + len(self._router_starts)
-        cost = sum(count * groups.get(group, by_value.price_per_hour) for group, count in price.items())
+        count = Counter(m.group for m in members)
+        cost = sum(count[name] * group.price_per_hour for name, group in self.world.groups.items())
         cost += routers * self.world.config.router.price_per_hour
         replicas = sum(map(len, self._placement.replicas.values()))
         serving = len(self._members.serving(now))

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from moeray.config import Config
+
 
 class Phase(StrEnum):
     """`STARTING`: asked for, perhaps waiting for a node. `READY`: can work. `LEAVING`: to be emptied, then stopped."""
@@ -74,6 +76,12 @@ def fleet_steps(members: Sequence[Member], wanted: Mapping[str, int], doomed: It
             left = [m for m in staying if m.actor_id not in cancel]
             leave += _victims([m for m in mine if m.phase is Phase.READY], surplus - len(starting), left)
     return FleetSteps(tuple(start), tuple(cancel), tuple(leave), tuple(stay))
+
+
+def reserve_of(config: Config) -> dict[str, int]:
+    """The warm pool, by group: it belongs to the cheapest one, the first of equals."""
+    cheapest = min(config.experts.resolved(), key=lambda group: group.price_per_hour)
+    return {cheapest.name: config.control.warm_pool} if config.control.warm_pool else {}
 
 
 def to_reserve(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moeray.control.fleet import FleetSteps, Member, Phase, fleet_steps, serving, to_reserve
+from moeray.config import config_from
+from moeray.control.fleet import FleetSteps, Member, Phase, fleet_steps, reserve_of, serving, to_reserve
 
 READY, STARTING, LEAVING = Phase.READY, Phase.STARTING, Phase.LEAVING
 
@@ -124,3 +125,17 @@ SPARE = Member("a2", "a", READY, order=2)
 )
 def test_what_is_kept_in_reserve_takes_no_room_from_what_is_wanted(members, starved, expected):
     assert to_reserve(members, {"a": 2, "router": 1}, {"a": 1}, starved=starved) == expected
+
+
+@pytest.mark.parametrize(
+    ("prices", "warm_pool", "reserve"),
+    [
+        ({"a": 2.0, "b": 0.1}, 2, {"b": 2}),
+        ({"a": 1.0, "b": 1.0}, 1, {"a": 1}),  # the first of equals
+        ({"a": 2.0, "b": 0.1}, 0, {}),
+    ],
+)
+def test_the_warm_pool_belongs_to_the_cheapest_group(prices, warm_pool, reserve):
+    groups = [{"name": name, "price_per_hour": price} for name, price in prices.items()]
+    config = config_from({"experts": {"groups": groups}, "control": {"warm_pool": warm_pool}})
+    assert reserve_of(config) == reserve

@@ -184,6 +184,39 @@ def test_warm_actors_cost_from_the_start():
     assert warm.curve[0].actors == cold.curve[0].actors + 3
 
 
+def groups_world(**control):
+    """The work of `fast` is the cheaper, an actor of `small`, where the warm pool is, the cheapest."""
+    groups = [
+        {"name": "fast", "actors": 2, "max_actors": 6, "price_per_hour": 2.0, "share": 9.0},
+        {"name": "small", "actors": 2, "max_actors": 6, "price_per_hour": 0.5},
+    ]
+    config = config_from({"experts": {"groups": groups}, "router": {"actors": 2}, "control": control})
+    return World(waves(20), config, COSTS, SHAPE, PopularityModel("uniform", SHAPE, 0))
+
+
+def test_the_warm_pool_costs_what_the_cheapest_group_does():
+    cold, warm = (
+        ElasticRun(groups_world(warm_pool=count), {"fast": 2, "small": 2}).run(ANY, lambda now: None).curve[0]
+        for count in (0, 3)
+    )
+    assert (warm.actors, warm.serving) == (cold.actors + 3, cold.serving)
+    assert warm.price_per_hour == cold.price_per_hour + 3 * 0.5
+
+
+def test_a_group_grows_out_of_its_own_warm_pool():
+    members = Members(actors_per_node=8, start_s=5.0, reserve={"small": 2})
+    members.start_ready("small", 1)
+    members.step(0.0)
+    assert (members.count("small"), len(members.serving(9.0)), len(members.victims("small", 9, 9.0))) == (1, 1, 1)
+    members.grow("fast", 1, 9.0)
+    assert [m.ready_at for m in members.members if m.group == "fast"] == [14.0]
+    members.grow("small", 3, 9.0)
+    assert sorted(m.ready_at for m in members.members if m.group == "small") == [0.0, 5.0, 5.0, 14.0]
+    assert members.count("small") == 4
+    members.step(9.0)
+    assert sorted(m.ready_at for m in members.members if m.warm) == [14.0, 14.0]
+
+
 def test_memory_bounds_the_smallest_system():
     config = config_from({"experts": {"actors": 1, "max_actors": 8, "memory_gib": 1}, "router": {"actors": 3}})
     size = 2**30 // 16  # 64 experts of this size need 4 actors
