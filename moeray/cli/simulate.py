@@ -55,6 +55,9 @@ def command(trace_file: str, plot_dir: str | None, output: str, **flags: Any) ->
 
     Without --config: one group of 1 to --max-actors actors that starts at the size of the best static placement, and as
     many routers as the busiest minute needs twice over. Costs without --costs are those of a small model on CPUs.
+
+    Schedules of --config go by the trace's own dates (UTC); one without dates, such as Mooncake's, counts as begun on
+    Monday, 2024-01-01 00:00.
     """
     if plot_dir is not None:
         from moeray.cli.plots import require_matplotlib

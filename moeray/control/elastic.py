@@ -34,9 +34,6 @@ from moeray.control.world import World, group_of
 from moeray.errors import PlacementError
 from moeray.types import ExpertId
 
-EPOCH_S = 1_700_000_000.0
-"""The unix time at which a simulated trace begins, for schedules (2023-11-14 22:13:20 UTC)."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Next:
@@ -186,7 +183,7 @@ class ElasticRun:
         }
         router = world.config.router
         return PolicyInput(
-            EPOCH_S + now, book.idle_s(now), book.expert_rates(now), book.peak(now), experts, routers,
+            world.trace.began_at + now, book.idle_s(now), book.expert_rates(now), book.peak(now), experts, routers,
             self._placement, limits, GroupLimits(self._routers, *router.actors_span, router.price_per_hour),
             world.config.experts.replicas, self.settings, self._busiest.within(self.settings.reserve_s, now),
             world.config.engine.step_s,

@@ -28,6 +28,9 @@ _MOST_TOKENS = 10_000_000
 _LONGEST_PAUSE_S = 30 * 86400.0
 _LATEST_MS = 253_402_300_799_000  # the end of year 9999
 
+UNDATED_S = 1_704_067_200.0
+"""What the beginning of a trace without dates is taken for: Monday, 2024-01-01 00:00 UTC, in unix seconds."""
+
 
 class _Row(NamedTuple):
     at_s: float
@@ -40,7 +43,8 @@ class Trace:
     """Requests in order of arrival.
 
     `arrival_s`: seconds since the trace began; `prompt` and `output`: tokens, at least 1 each (an engine computes and
-    answers with no less, so a 0 in a file counts as 1). `duration_s`: how long the trace observed.
+    answers with no less, so a 0 in a file counts as 1). `duration_s`: how long the trace observed. `began_at`: when it
+    began, in unix seconds.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Trace:
     prompt: Ints
     output: Ints
     duration_s: float
+    began_at: float = UNDATED_S
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -66,10 +71,11 @@ class Trace:
             prompt=self.prompt[keep],
             output=self.output[keep],
             duration_s=end - start_s,
+            began_at=self.began_at + start_s,
         )
 
     def faster(self, speed: float) -> Trace:
-        """The same requests in 1/speed of the time."""
+        """The same requests in 1/speed of the time, from the same moment on."""
         return replace(self, arrival_s=self.arrival_s / speed, duration_s=self.duration_s / speed)
 
     def shortened(self, divisor: float) -> Trace:
@@ -105,7 +111,8 @@ def read_trace(path: str | Path) -> Trace:
     except UnicodeDecodeError as error:
         raise TraceError(f"trace {path}: is not UTF-8 text; give an Azure CSV or a Mooncake JSONL file") from error
     first = text.lstrip().partition("\n")[0]
-    if first.startswith("{"):
+    dated = not first.startswith("{")  # Mooncake's milliseconds count from the trace's own beginning
+    if not dated:
         rows = _read_mooncake(text, path)
     elif set(_AZURE) <= {name.strip() for name in first.split(",")}:
         rows = _read_azure(text, path)
@@ -117,6 +124,8 @@ def read_trace(path: str | Path) -> Trace:
     if not rows:
         raise TraceError(f"trace {path}: has no request")
     trace = trace_of(path.name, rows)
+    if dated:
+        trace = replace(trace, began_at=min(row.at_s for row in rows))
     pauses = np.diff(trace.arrival_s, prepend=0.0)
     if pauses.max() > _LONGEST_PAUSE_S:
         at = min(row[0] for row in rows) + trace.arrival_s[pauses.argmax()]

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -215,6 +216,18 @@ def test_a_group_grows_out_of_its_own_warm_pool():
     assert members.count("small") == 4
     members.step(9.0)
     assert sorted(m.ready_at for m in members.members if m.warm) == [14.0, 14.0]
+
+
+@pytest.mark.parametrize(
+    ("from_s", "most"),
+    [(0, 2), (50, 6)],  # begun at 7:58:40 it is over before 8; at 7:59:30 it is not
+)
+def test_schedules_go_by_the_clock_of_the_trace(from_s, most):
+    schedule = [{"cron": "0 8 * * *", "actors": 6, "duration_s": 3600}]
+    dated = replace(waves(120), began_at=datetime(2026, 3, 4, 7, 58, 40, tzinfo=UTC).timestamp())
+    it = world(dated.window(from_s, 60), policies=("schedule",), schedule=schedule)
+    curve = ElasticRun(it, {"experts": 2}).run(ANY, lambda now: None).curve
+    assert max(sample.actors for sample in curve if sample.at_s < 60) == most
 
 
 def test_memory_bounds_the_smallest_system():

@@ -1,6 +1,7 @@
 """Trace readers: both formats by content, and one line with file and line number for what is wrong."""
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,23 @@ def test_both_formats_are_read_and_sorted(tmp_path, text, arrival, prompt, outpu
     trace = read_trace(path)
     assert trace.arrival_s == pytest.approx(arrival)
     assert (trace.prompt.tolist(), trace.output.tolist()) == (prompt, output)
+
+
+@pytest.mark.parametrize(
+    ("text", "began"),
+    [
+        (AZURE, datetime(2023, 11, 16, 18, 15, 46, 680590, tzinfo=UTC)),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 02:00:01+02:00,6,5\n2024-05-10 00:00:00+00:00,8,7\n",
+            datetime(2024, 5, 10, tzinfo=UTC),
+        ),
+        (MOONCAKE, datetime(2024, 1, 1, tzinfo=UTC)),  # as good as any
+    ],
+)
+def test_a_trace_knows_when_it_began(tmp_path, text, began):
+    path = tmp_path / "any-name"
+    path.write_text(text)
+    assert read_trace(path).began_at == pytest.approx(began.timestamp())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +108,7 @@ def test_a_missing_or_binary_file_is_one_line(tmp_path):
 
 def test_windows_speed_and_scale():
     trace = trace_of("t", [(i, i + 1, 1) for i in range(100)])
+    assert trace.window(10, 20).faster(4).scaled(2).began_at == trace.began_at + 10
     part = trace.window(10, 20)
     assert (part.arrival_s[0], len(part), part.prompt[0], part.duration_s) == (0, 20, 11, 20)
     assert len(trace.window(90, None)) == 10
