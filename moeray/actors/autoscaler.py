@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
@@ -143,7 +143,13 @@ class Autoscaler:
         low, high = kind.actors_span
         wanted = self.wish.routers if name == ROUTER else self.wish.actors[name]
         assert wanted is not None
-        return GroupLimits(wanted, low, high, kind.price_per_hour, kind.device)
+        return GroupLimits(wanted, low, high, kind.price_per_hour, self._device(name))
+
+    def _device(self, name: str) -> str:
+        """What the group's actors run on, by what most of them say: `auto` is no device, and groups of one device are
+        a tier. As it is configured while none has said so."""
+        found = Counter(a.report.device for a in self._roster if a.group == name and a.report)
+        return found.most_common(1)[0][0] if found else self._kinds[name].device
 
     def decide(self, placement: Placement) -> tuple[Wish, PolicyInput] | None:
         """Let the policies decide; the new wish and what it rests on, or None where nothing changes or it is paused."""

@@ -281,4 +281,5 @@ class ElasticRun:
 
 
 def _tier(device: str) -> str:
+    """What a group's actors would run on; `auto` is the CPU, since no GPU is simulated that it could find."""
     return "cuda" if device == "cuda" else "cpu"

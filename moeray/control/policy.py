@@ -35,7 +35,8 @@ class RouterView:
 
 @dataclass(frozen=True)
 class GroupLimits:
-    """How far a group (or the routers) may scale. `actors` counts those wanted at present, starting ones included."""
+    """How far a group (or the routers) may scale. `actors` counts those wanted at present, starting ones included;
+    `device`: what they run on."""
 
     actors: int
     min_actors: int
