@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,10 @@ _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = ("timestamp", "input_length", "output_length")
 _MOST_TOKENS = 10_000_000
 _LONGEST_PAUSE_S = 30 * 86400.0
-_LATEST_MS = 253_402_300_799_000  # the end of year 9999
+_EARLIEST_S, _LATEST_S = -62_135_596_800, 253_402_300_799
+"""The years 1 to 9999, in unix time."""
+_MOST_REQUESTS = 10_000_000
+"""A trace that is scaled up becomes no larger: its table alone would take gigabytes."""
 
 UNDATED_S = 1_704_067_200.0
 """What the beginning of a trace without dates is taken for: Monday, 2024-01-01 00:00 UTC, in unix seconds."""
@@ -59,8 +63,8 @@ class Trace:
 
     def window(self, start_s: float, length_s: float | None) -> Trace:
         """The requests of [start_s, start_s + length_s), counted from its start. Raises TraceError for none."""
-        end = self.duration_s if length_s is None else min(start_s + length_s, self.duration_s)
-        keep = (self.arrival_s >= start_s) & ((self.arrival_s < end) | (length_s is None))
+        end = math.inf if length_s is None else start_s + length_s
+        keep = (self.arrival_s >= start_s) & (self.arrival_s < end)
         if not keep.any():
             raise TraceError(
                 f"{self.name}: no request between second {start_s:g} and {end:g}; the trace lasts {self.duration_s:g} s"
@@ -70,7 +74,7 @@ class Trace:
             arrival_s=self.arrival_s[keep] - start_s,
             prompt=self.prompt[keep],
             output=self.output[keep],
-            duration_s=end - start_s,
+            duration_s=min(end, self.duration_s) - start_s,
             began_at=self.began_at + start_s,
         )
 
@@ -88,8 +92,13 @@ class Trace:
     def scaled(self, factor: float) -> Trace:
         """`factor` times as many requests in the same time, evenly thinned or repeated.
 
-        Copies of a request spread over the gap to the next one. Raises TraceError where none is left.
+        Copies of a request spread over the gap to the next one. Raises TraceError where none is left, or too many are.
         """
+        if len(self) * factor > max(len(self), _MOST_REQUESTS):
+            raise TraceError(
+                f"{self.name}: scaled by {factor:g} it has {len(self) * factor:.3g} requests, and may have "
+                f"{_MOST_REQUESTS:,}; lower the factor"
+            )
         edges = np.floor(np.arange(len(self) + 1) * factor)
         copies = np.diff(edges).astype(np.int64)
         if not copies.sum():
@@ -114,7 +123,7 @@ def read_trace(path: str | Path) -> Trace:
     dated = not first.startswith("{")  # Mooncake's milliseconds count from the trace's own beginning
     if not dated:
         rows = _read_mooncake(text, path)
-    elif set(_AZURE) <= {name.strip() for name in first.split(",")}:
+    elif _names_azure(first):
         rows = _read_azure(text, path)
     else:
         raise TraceError(
@@ -145,6 +154,13 @@ def trace_of(name: str, rows: Sequence[tuple[float, int, int]]) -> Trace:
     return Trace(name, arrival, tokens[:, 0], tokens[:, 1], float(arrival[-1]))
 
 
+def _names_azure(header: str) -> bool:
+    try:
+        return set(_AZURE) <= {name.strip() for name in next(csv.reader([header]), [])}
+    except csv.Error:  # a field that is longer than any name
+        return False
+
+
 def _read_azure(text: str, path: Path) -> list[_Row]:
     reader = csv.reader(io.StringIO(text))
     header = [name.strip() for name in next(cells for cells in reader if any(cells))]
@@ -157,7 +173,7 @@ def _read_azure(text: str, path: Path) -> list[_Row]:
         when = datetime.fromisoformat(at)
         if when.tzinfo is None:
             when = when.replace(tzinfo=UTC)
-        return _Row(when.timestamp(), _count(prompt), _count(output))
+        return _Row(_seconds(when.timestamp(), 1), _count(prompt), _count(output))
 
     try:
         return [_parsed(row, cells, path, reader.line_num) for cells in reader if cells]
@@ -174,11 +190,9 @@ def _read_mooncake(text: str, path: Path) -> list[_Row]:
         if missing:
             raise ValueError(f"lacks {', '.join(missing)}")
         at = tree["timestamp"]
-        if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) <= _LATEST_MS:
-            raise ValueError(
-                f"timestamp must be a number of milliseconds, of a year before 10000, got {reprlib.repr(at)}"
-            )
-        return _Row(at / 1000, _count(tree["input_length"]), _count(tree["output_length"]))
+        if isinstance(at, bool) or not isinstance(at, int | float):
+            raise ValueError(f"timestamp must be a number of milliseconds, got {reprlib.repr(at)}")
+        return _Row(_seconds(at, 1000), _count(tree["input_length"]), _count(tree["output_length"]))
 
     lines = enumerate(text.split("\n"), 1)
     return [_parsed(row, line, path, number) for number, line in lines if line.strip()]
@@ -189,6 +203,12 @@ def _parsed(parse: Callable[[_T], _Row], raw: _T, path: Path, line: int) -> _Row
         return parse(raw)
     except (ValueError, OverflowError, RecursionError) as error:
         raise TraceError(f"trace {path}, line {line}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _seconds(at: float, per_s: int) -> float:
+    if not _EARLIEST_S * per_s <= at <= _LATEST_S * per_s:
+        raise ValueError(f"timestamp must be of the years 1 to 9999, got {reprlib.repr(at)}")
+    return at / per_s
 
 
 def _count(value: object) -> int:

@@ -32,6 +32,9 @@ SHARED = Path(os.environ.get("MOERAY_TRACES") or Path(__file__).parents[3] / "sh
             [0, 1], [8, 6], [7, 5],
         ),
         (MOONCAKE, [0, 0.5], [7, 10], [1, 3]),
+        (AZURE.replace("TIMESTAMP,ContextTokens,GeneratedTokens", '"TIMESTAMP","ContextTokens","GeneratedTokens"'),
+         [0, 4.314579], [374, 396], [44, 1]),
+        ('"","TIMESTAMP","ContextTokens","GeneratedTokens"\n"1","2024-05-10 00:00:01","6","5"\n', [0], [6], [5]),
         ("\n\n" + AZURE, [0, 4.314579], [374, 396], [44, 1]),
         (MOONCAKE.replace("[0]", '["a\u2028b"]'), [0, 0.5], [7, 10], [1, 3]),
     ],
@@ -66,6 +69,7 @@ def test_a_trace_knows_when_it_began(tmp_path, text, began):
     [
         ("", "line 1: neither"),
         ("a,b,c\n1,2,3\n", "line 1: neither"),
+        ('["' + "1" * 200_000 + '"]', "line 1: neither"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no request"),
         (AZURE + "2023-11-16 18:15:51,12\n", "line 4: has 2 columns"),
         (AZURE + "yesterday,1,2\n", "line 4: Invalid isoformat"),
@@ -81,9 +85,11 @@ def test_a_trace_knows_when_it_began(tmp_path, text, began):
         (MOONCAKE + "[1]\n", "line 3: is not a JSON object"),
         (MOONCAKE.replace("500", '"soon"'), "line 1: timestamp must be a number"),
         (MOONCAKE.replace("10", "true"), "line 1: token counts must be whole numbers"),
-        (MOONCAKE.replace("500", "NaN"), "line 1: timestamp must be a number"),
-        (MOONCAKE.replace("500", "Infinity"), "line 1: timestamp must be a number"),
-        (MOONCAKE.replace("500", "1" + "0" * 400), "line 1: timestamp must be a number"),
+        (MOONCAKE.replace("500", "NaN"), "line 1: timestamp must be of the years 1 to 9999"),
+        (MOONCAKE.replace("500", "Infinity"), "line 1: timestamp must be of the years 1 to 9999"),
+        (MOONCAKE.replace("500", "1" + "0" * 400), "line 1: timestamp must be of the years 1 to 9999"),
+        (MOONCAKE.replace("500", "-200000000000000"), "line 1: timestamp must be of the years 1 to 9999"),
+        (AZURE.replace("2023-11-16 18:15:50.9951690", "9999-12-31 23:59:59-05:00"), "line 3: timestamp must be of the"),
         (MOONCAKE.replace("10", "[" * 100_000), "line 1: maximum recursion depth"),
         (AZURE + '2023-11-16 18:15:51,"' + "1" * 200_000 + '",2\n', "line 4: field larger than field limit"),
         ("\n" + AZURE + "yesterday,1,2\n", "line 5: Invalid isoformat"),
@@ -106,6 +112,21 @@ def test_a_missing_or_binary_file_is_one_line(tmp_path):
         read_trace(tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "start_s", "length_s", "left", "duration_s"),
+    [
+        ([0, 1, 2, 3], 0, 3, 3, 3),
+        ([0, 1, 2, 3], 0, 3.5, 4, 3),
+        ([0, 1, 2, 3], 1, 1000, 3, 2),
+        ([0, 1, 2, 3], 3, None, 1, 0),
+        ([0], 0, 300, 1, 0),
+    ],
+)
+def test_a_window_has_the_last_request_where_it_reaches_so_far(arrivals, start_s, length_s, left, duration_s):
+    part = trace_of("t", [(at, 1, 1) for at in arrivals]).window(start_s, length_s)
+    assert (len(part), part.duration_s) == (left, duration_s)
+
+
 def test_windows_speed_and_scale():
     trace = trace_of("t", [(i, i + 1, 1) for i in range(100)])
     assert trace.window(10, 20).faster(4).scaled(2).began_at == trace.began_at + 10
@@ -122,6 +143,9 @@ def test_windows_speed_and_scale():
     assert double.arrival_s[1] == pytest.approx(0.5)
     with pytest.raises(TraceError, match="no request is left"):
         trace.scaled(0.001)
+    for factor in (1e6, 1e308):
+        with pytest.raises(TraceError, match=r"may have 10,000,000; lower the factor"):
+            trace.scaled(factor)
 
 
 @pytest.mark.parametrize(
