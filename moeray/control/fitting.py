@@ -31,7 +31,7 @@ def fit(
     `how`: what else `place` takes. Raises PlacementError where memory does not even hold these.
     """
     short: PlacementError | None = None
-    for replicas in _ever_fewer(load, experts, min(base, len(hosts)), hot, len(hosts)):
+    for replicas in _ever_fewer(load, experts, max(1, min(base, len(hosts))), hot, len(hosts)):
         try:
             return Fit(place(load, hosts, experts=experts, replicas=replicas, **how), short)
         except PlacementError as error:

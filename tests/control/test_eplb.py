@@ -352,5 +352,6 @@ def test_as_many_replicas_as_memory_holds(room, expected):
     placement, short = fit(load, hosts, experts={0: 4}, expert_bytes={0: 1}, base=2, hot=hot)
     assert tuple(len(placement.replicas[ExpertId(0, expert)]) for expert in range(4)) == expected
     assert (short is None) == (room == (4, 4, 4))
-    with pytest.raises(PlacementError):
-        fit(load, [Host("h", 3)], experts={0: 4}, expert_bytes={0: 1}, base=2, hot=hot)
+    for too_few in ([Host("h", 3)], []):
+        with pytest.raises(PlacementError):
+            fit(load, too_few, experts={0: 4}, expert_bytes={0: 1}, base=2, hot=hot)
