@@ -18,7 +18,10 @@ the queues are the others'."""
 
 
 def errors_beside(output: Path) -> Path:
-    """Where the error file lies unless it is named: `out.jsonl` has `out.errors.jsonl`."""
+    """Where the error file lies unless it is named: `out.jsonl` has `out.errors.jsonl`. Raises BatchError where the
+    output names no file."""
+    if not output.name:
+        raise BatchError(f"the output {str(output)!r} has no file name; give one, such as --output answers.jsonl")
     return output.with_name(f"{output.stem}.errors{output.suffix}")
 
 

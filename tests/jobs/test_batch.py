@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from openai.types import Completion
@@ -232,6 +233,12 @@ def test_three_files(tmp_path):
     check_distinct([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     with pytest.raises(BatchError, match="three files"):
         check_distinct([tmp_path / "a", tmp_path / "b", tmp_path / "x" / ".." / "a"])
+
+
+@pytest.mark.parametrize("output", [".", "", "/"])
+def test_an_output_without_a_file_name_is_refused(output):
+    with pytest.raises(BatchError, match="has no file name"):
+        errors_beside(Path(output))
 
 
 def test_how_much_is_in_flight():
