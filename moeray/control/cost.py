@@ -89,9 +89,17 @@ def _costs_from(tree: Mapping[str, Any], path: str | Path) -> Costs:
     costs = Costs(**values)
     if len(costs.trunk_tokens) != len(costs.trunk_s) or sorted(set(costs.trunk_tokens)) != list(costs.trunk_tokens):
         raise SimulationError(f"cost file {path}: costs.trunk_tokens must rise and be as many as costs.trunk_s")
-    if not any(costs.trunk_s):
-        raise SimulationError(f"cost file {path}: costs.trunk_s must be above 0, since no step takes no time")
+    if costs.trunk_layers < 1:
+        raise SimulationError(f"cost file {path}: costs.trunk_layers must be 1 or more, got {costs.trunk_layers}")
+    if not _of_one_token(costs):
+        raise SimulationError(f"cost file {path}: a step of one token must take time; raise costs.trunk_s")
     return costs
+
+
+def _of_one_token(costs: Costs) -> float:
+    """What the smallest step takes at the least, as if of one layer."""
+    trunk = float(np.interp(1, costs.trunk_tokens, costs.trunk_s))
+    return trunk + costs.hop_s + costs.hop_row_s + costs.forward_s + costs.row_s + costs.expert_s
 
 
 def token_grid(largest: int) -> tuple[int, ...]:

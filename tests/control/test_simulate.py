@@ -395,6 +395,12 @@ def test_a_forward_waits_for_one_of_each_other_router_at_most():
         ('{"costs": {"row": 1}}', "unknown key costs.row"),
         ('{"costs": {"row_s": -1}}', "costs.row_s must be 0 or more"),
         ('{"costs": {"trunk_tokens": [1, 2], "trunk_s": [1]}}', "as many as"),
+        ('{"costs": {"trunk_layers": 0}}', "costs.trunk_layers must be 1 or more"),
+        (
+            '{"costs": {"trunk_s": [0, 0, 0, 1], "hop_s": 0, "hop_row_s": 0, "forward_s": 0, "row_s": 0, '
+            '"expert_s": 0}}',
+            "a step of one token must take time",
+        ),
     ],
 )
 def test_a_wrong_cost_file_is_named(tmp_path, text, message):
