@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moeray.model.loading import open_bank, open_model
 from moeray.types import ExpertId
 
 
-def measure(shape: Shape, actors: int, tokens: list[int], repeat: int) -> dict[str, Any]:
+def measure(shape: Shape, actors: int, tokens: Sequence[int], repeat: int) -> dict[str, Any]:
     """Medians in microseconds of one layer for each number of tokens; `*_compute_us` is the slowest actor's part."""
     with tempfile.TemporaryDirectory() as folder:
         model = write_random_moe(shape, Path(folder))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import COUNT, config_of, config_options
+from moeray.cli.options import COUNT, SECONDS, config_of, config_options
 
 if TYPE_CHECKING:
     from moeray.config import Config
@@ -49,7 +49,7 @@ class Job:
 )  # fmt: skip
 @click.option("--retry-errors", is_flag=True, help="Ask lines again that an earlier run has put into the error file.")
 @click.option(
-    "--patience", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True,
+    "--patience", type=SECONDS, default=600.0, show_default=True,
     help="Seconds without a token from a lost system until the job ends, to be run again.",
 )  # fmt: skip
 @click.option("--local", is_flag=True, help="Run every actor in this process, without Ray.")

@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import COUNT
+from moeray.cli.options import COUNT, listed
 
 
 @click.command("dispatch")
-@click.option("--tokens", default="1,32,512", show_default=True, help="Tokens of a step, with commas between.")
+@click.option(
+    "--tokens", type=listed(COUNT), default="1,32,512", show_default=True, help="Tokens of a step, with commas between."
+)
 @click.option("--hidden", type=COUNT, default=1024, show_default=True)
 @click.option("--intermediate", type=COUNT, default=512, show_default=True)
 @click.option("--experts", type=COUNT, default=32, show_default=True)
@@ -20,7 +22,7 @@ from moeray.cli.options import COUNT
 @click.option("--actors", type=COUNT, default=2, show_default=True)
 @click.option("--repeat", type=COUNT, default=30, show_default=True, help="Layers per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def command(tokens: str, output: str, **shape: int) -> None:
+def command(tokens: tuple[int, ...], output: str, **shape: int) -> None:
     """Microseconds per layer: the same experts in process, over the unix channel, over TCP and over gRPC.
 
     The expert actors are processes of their own; the in-process figure uses the same number of threads in all.
@@ -32,7 +34,7 @@ def command(tokens: str, output: str, **shape: int) -> None:
     from moeray.bench.dispatch import measure
 
     repeat, actors = shape.pop("repeat"), shape.pop("actors")
-    result = measure(Shape(**shape), actors, [int(part) for part in tokens.split(",")], repeat)
+    result = measure(Shape(**shape), actors, tokens, repeat)
     if output == "json":
         click.echo(json.dumps(result))
     else:

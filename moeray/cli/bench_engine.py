@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import COUNT, config_of, config_options
+from moeray.cli.options import COUNT, config_of, config_options, listed
 from moeray.cli.progress import progress
 
 _DEFAULTS = {
@@ -30,7 +30,8 @@ _DEFAULTS = {
     show_default=True,
     help="Expert processes; 0: within the engine's.",
 )
-@click.option("--batch", "batches", default="1,8,32", show_default=True, help="Sequences at once, commas between.")
+@click.option("--batch", "batches", type=listed(COUNT), default="1,8,32", show_default=True,
+              help="Sequences at once, commas between.")  # fmt: skip
 @click.option("--prompt-tokens", type=COUNT, default=256, show_default=True)
 @click.option("--output-tokens", type=COUNT, default=64, show_default=True)
 @click.option("--rounds", type=COUNT, default=3, show_default=True, help="Runs of each; medians are shown.")
@@ -43,8 +44,8 @@ _DEFAULTS = {
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options
 def command(
-    model: str, actors: int, batches: str, prompt_tokens: int, output_tokens: int, rounds: int, in_process: bool,
-    overlap: bool, tcp: bool, grpc: bool, against: tuple[str, ...], plot: str | None, output: str,
+    model: str, actors: int, batches: tuple[int, ...], prompt_tokens: int, output_tokens: int, rounds: int,
+    in_process: bool, overlap: bool, tcp: bool, grpc: bool, against: tuple[str, ...], plot: str | None, output: str,
     config_file: str | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Prefill and decode tokens per second of a real engine and real expert processes, with a budget of a step.
@@ -65,7 +66,7 @@ def command(
 
         require_matplotlib()
     config = config_of(model, config_file, flags, **_DEFAULTS)
-    work = Workload(tuple(int(part) for part in batches.split(",")), prompt_tokens, output_tokens, rounds)
+    work = Workload(batches, prompt_tokens, output_tokens, rounds)
     threads = config.router.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     asked: dict[Remote, bool] = {"tcp": tcp, "grpc": grpc}

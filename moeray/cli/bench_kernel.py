@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from moeray.cli.options import COUNT
+from moeray.cli.options import COUNT, listed
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 @click.option("--formats", default="bf16,int8,fp8,mxfp4", show_default=True, help="With commas between.")
 @click.option("--kernels", default=None, help="With commas between.  [default: native,torch; on a GPU triton,torch]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--rows", default="1,2,4,8,32,256", show_default=True, help="Rows of each expert, with commas between.")
-@click.option("--threads", default=None, help="CPU threads, with commas between.  [default: 1 and all cores]")
+@click.option("--rows", type=listed(COUNT), default="1,2,4,8,32,256", show_default=True,
+              help="Rows of each expert, with commas between.")  # fmt: skip
+@click.option("--threads", type=listed(COUNT), help="CPU threads, with commas between.  [default: 1 and all cores]")
 @click.option("--hidden", type=click.IntRange(32), default=1024, show_default=True)
 @click.option("--intermediate", type=click.IntRange(32), default=512, show_default=True)
 @click.option("--distinct", type=COUNT, default=8, show_default=True, help="Experts of a forward.")
@@ -30,8 +31,8 @@ def command(
     formats: str,
     kernels: str | None,
     device: Literal["cpu", "cuda"],
-    rows: str,
-    threads: str | None,
+    rows: tuple[int, ...],
+    threads: tuple[int, ...] | None,
     output: str,
     **sizes: int,
 ) -> None:
@@ -43,13 +44,12 @@ def command(
     from moeray.bench.kernel import KernelPlan, measure
 
     cores = os.cpu_count() or 1
-    counts = threads or (f"1,{cores}" if cores > 1 and device == "cpu" else "1")
     plan = KernelPlan(
         formats=tuple(formats.split(",")),
         kernels=cast("tuple[ExpertKernel, ...]", tuple(kernels.split(",")) if kernels else ()),
         device=device,
-        rows=_numbers(rows),
-        threads=_numbers(counts),
+        rows=rows,
+        threads=threads or ((1, cores) if cores > 1 and device == "cpu" else (1,)),
         **sizes,
     )
     with progress() as report:
@@ -58,16 +58,6 @@ def command(
         click.echo(json.dumps(result))
     else:
         show(result)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,8") from error
-    if min(numbers) < 1:
-        raise click.BadParameter(f"{text!r}: each number must be at least 1")
-    return numbers
 
 
 def show(result: dict[str, Any]) -> None:

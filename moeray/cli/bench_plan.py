@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import COUNT, POSITIVE
+from moeray.cli.options import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 
 
 @click.command("plan")
@@ -16,13 +16,13 @@ from moeray.cli.options import COUNT, POSITIVE
 @click.option("--actors", type=COUNT, default=1000, show_default=True)
 @click.option(
     "--spares",
-    type=click.FloatRange(0),
+    type=NOT_NEGATIVE,
     default=0.05,
     show_default=True,
     help="Hot experts' replicas, part of all.",
 )
 @click.option("--fast", type=POSITIVE, default=1.0, show_default=True, help="How fast every second actor is.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--repeat", type=COUNT, default=5, show_default=True, help="Runs per figure; the median is shown.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(repeat: int, output: str, **sizes: Any) -> None:

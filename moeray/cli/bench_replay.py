@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeray.cli.options import POSITIVE, config_of, config_options
+from moeray.cli.options import NOT_NEGATIVE, POSITIVE, Finite, config_of, config_options
 from moeray.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ _DEFAULTS = {
 @click.argument("model", required=False)
 @click.option("--trace", "trace_file", required=True, help="Azure CSV or Mooncake JSON lines.")
 @click.option("--costs", "costs_file", help="Of `moeray bench calibrate` for this model [default: measured first].")
-@click.option("--from", "from_minute", type=click.FloatRange(0), default=0, show_default=True, help="Minute to begin.")
+@click.option("--from", "from_minute", type=NOT_NEGATIVE, default=0, show_default=True, help="Minute to begin.")
 @click.option("--minutes", type=POSITIVE, default=5, show_default=True)
 @click.option("--scale", type=POSITIVE, default=1, show_default=True,
               help="Requests per second, times this.")  # fmt: skip
-@click.option("--shorten", type=click.FloatRange(1), default=1, show_default=True, help="Tokens, divided by this.")
+@click.option("--shorten", type=Finite(1), default=1, show_default=True, help="Tokens, divided by this.")
 @click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options

@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import COUNT
+from moeray.cli.options import COUNT, POSITIVE, listed
 from moeray.cli.progress import progress
 
 
 @click.command("serve")
 @click.argument("url")
-@click.option("--concurrency", default="1,8,32", show_default=True, help="Requests in flight, commas between.")
-@click.option("--rate", "rates", help="Instead: random arrivals per second, commas between.")
+@click.option(
+    "--concurrency", type=listed(COUNT), default="1,8,32", show_default=True, help="Requests in flight, commas between."
+)
+@click.option("--rate", "rates", type=listed(POSITIVE), help="Instead: random arrivals per second, commas between.")
 @click.option("--requests", "count", type=COUNT, default=64, show_default=True, help="Requests of each level.")
 @click.option("--prompt-tokens", type=COUNT, default=256, show_default=True)
 @click.option("--output-tokens", type=COUNT, default=64, show_default=True)
@@ -28,8 +30,9 @@ from moeray.cli.progress import progress
 @click.option("--plot", type=click.Path(), help="Write the curves as a PNG (with moeray[plot]).")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(
-    url: str, concurrency: str, rates: str | None, count: int, prompt_tokens: int, output_tokens: int, vocab: int,
-    seed: int, model: str | None, api_key: str | None, against: str | None, plot: str | None, output: str,
+    url: str, concurrency: tuple[int, ...], rates: tuple[float, ...] | None, count: int, prompt_tokens: int,
+    output_tokens: int, vocab: int, seed: int, model: str | None, api_key: str | None, against: str | None,
+    plot: str | None, output: str,
 ) -> None:  # fmt: skip
     """Time to the first token, time between tokens and throughput of an OpenAI endpoint, level by level."""
     from moeray.bench.serve import Endpoint, Level, Requests, measure
@@ -38,8 +41,7 @@ def command(
         from moeray.cli.plots import require_matplotlib
 
         require_matplotlib()
-    levels = [Level(rate=float(rate)) for rate in rates.split(",")] if rates else []
-    levels = levels or [Level(concurrency=int(part)) for part in concurrency.split(",")]
+    levels = [Level(rate=rate) for rate in rates] if rates else [Level(concurrency=many) for many in concurrency]
     endpoints = {"moeray": Endpoint(url.rstrip("/"), model, api_key)}
     if against:
         endpoints["other"] = Endpoint(against.rstrip("/"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -12,12 +13,27 @@ from moeray.config import ENVIRONMENT, SECRETS, Config, load_config
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-COUNT = click.IntRange(1)
-PART = click.FloatRange(0, 1)
-POSITIVE = click.FloatRange(0, min_open=True)
+
+class Finite(click.FloatRange):
+    """A range without `nan`, which is outside of none, and without `inf`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
-class _Seconds(click.FloatRange):
+def listed(kind: click.ParamType[Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Numbers with commas between, at least one."""
+
+    def numbers(text: str) -> tuple[Any, ...]:  # its name is what help texts call the value
+        return tuple(kind.convert(part.strip(), None, None) for part in text.split(","))
+
+    return numbers
+
+
+class _Seconds(Finite):
     """A span of time: `5`, or `5s`."""
 
     name = "number of seconds"
@@ -28,6 +44,11 @@ class _Seconds(click.FloatRange):
         return super().convert(value, param, ctx)
 
 
+COUNT = click.IntRange(1)
+SEED = click.IntRange(0)
+PART = Finite(0, 1)
+POSITIVE = Finite(0, min_open=True)
+NOT_NEGATIVE = Finite(0)
 SECONDS = _Seconds(0, min_open=True)
 SECONDS_LEFT = _Seconds(0)
 

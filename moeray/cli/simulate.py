@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from moeray.cli.options import COUNT, POSITIVE
+from moeray.cli.options import COUNT, NOT_NEGATIVE, POSITIVE, SEED, Finite
 from moeray.cli.progress import progress
 from moeray.config import Config, config_from, load_config
 from moeray.control.comparison import Comparison, compare, routers_for
@@ -34,20 +35,20 @@ CONTROL = {"policies": ("latency", "hot_experts"), "max_growth": 4.0, "interval_
 @click.option("--layers", type=COUNT, default=24, show_default=True, help="MoE layers.")
 @click.option("--experts", type=COUNT, default=32, show_default=True, help="Experts of a layer.")
 @click.option("--top-k", type=COUNT, default=8, show_default=True, help="Experts of a token.")
-@click.option("--expert-mib", type=click.FloatRange(0), default=0, show_default=True, help="Memory of one expert.")
+@click.option("--expert-mib", type=Finite(0, 2**20), default=0, show_default=True, help="Memory of one expert.")
 @click.option("--skew", type=click.Choice(SKEWS), default="uniform", show_default=True, help="Popularity of experts.")
 @click.option("--max-actors", type=COUNT, help=f"Without --config: the most expert actors [default: {DEFAULT_ACTORS}].")
 @click.option("--routers", type=COUNT, help="Constant number of routers [default: the config's, else what is needed].")
 @click.option("--actors-per-node", type=COUNT, default=8, show_default=True)
 @click.option("--slo", help="SECONDS,SECONDS: p99 of the first token and of the mean time between the others.")
-@click.option("--slo-factor", type=POSITIVE, default=2, show_default=True,
+@click.option("--slo-factor", type=Finite(0, 1e6, min_open=True), default=2, show_default=True,
               help="Without --slo: times the p99 that all actors would reach.")  # fmt: skip
 @click.option("--scale", type=POSITIVE, default=1, show_default=True, help="Requests per second, times this.")
-@click.option("--speed", type=POSITIVE, default=1, show_default=True, help="The trace's clock, times this.")
-@click.option("--from", "from_minute", type=click.FloatRange(0), default=0, show_default=True, help="Minute to begin.")
+@click.option("--speed", type=Finite(1e-3, 1e6), default=1, show_default=True, help="The trace's clock, times this.")
+@click.option("--from", "from_minute", type=NOT_NEGATIVE, default=0, show_default=True, help="Minute to begin.")
 @click.option("--minutes", type=POSITIVE, help="How many minutes of the trace [default: all].")
-@click.option("--oracle-interval", type=POSITIVE, default=INTERVAL_S, show_default=True, help="Seconds.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--oracle-interval", type=Finite(0.1), default=INTERVAL_S, show_default=True, help="Seconds.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--plot", "plot_dir", type=click.Path(), help="Folder for PNG and CSV files (with moeray[plot]).")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(trace_file: str, plot_dir: str | None, output: str, **flags: Any) -> None:
@@ -124,8 +125,10 @@ def _slo(text: str | None) -> Slo | None:
         return None
     try:
         ttft, tpot = (float(part) for part in text.split(","))
+        if not (0 <= ttft < math.inf and 0 <= tpot < math.inf):
+            raise ValueError
     except ValueError:
-        raise SimulationError(f"--slo must be two numbers of seconds, such as 5,0.2; got {text!r}") from None
+        raise SimulationError(f"--slo must be two numbers of seconds, 0 or more, such as 5,0.2; got {text!r}") from None
     return Slo(ttft, tpot)
 
 

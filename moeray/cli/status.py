@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moeray.cli.options import system_options
+from moeray.cli.options import Finite, system_options
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -24,9 +24,7 @@ RATE_WINDOW_S = 1.0
 
 @click.command("status")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C, also while the system is away.")
-@click.option(
-    "--interval", type=click.FloatRange(min=0.2), default=2.0, show_default=True, help="Seconds, for --watch."
-)
+@click.option("--interval", type=Finite(0.2), default=2.0, show_default=True, help="Seconds, for --watch.")
 @system_options
 def command(name: str, address: str | None, output: str, watch: bool, interval: float) -> None:
     """Show the running system: its actors, what they host and how busy they are.

@@ -71,10 +71,20 @@ def test_without_matplotlib_one_line_says_what_to_install(trace, tmp_path, monke
         CliRunner().invoke(cli, draw, catch_exceptions=False)
 
 
+def test_a_trace_of_one_request_is_simulated(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"timestamp": 7, "input_length": 100, "output_length": 5}')
+    tree = json.loads(simulate("--trace", str(path), "--minutes", "5", "--output", "json").stdout)
+    assert (tree["requests"], tree["slo_attainment"]) == (1, 1.0)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--slo", "fast"), "--slo must be two numbers"),
+        (("--slo", "inf,inf"), "--slo must be two numbers"),
+        (("--slo", "nan,1"), "--slo must be two numbers"),
+        (("--slo", "-1,1"), "--slo must be two numbers"),
         (("--slo", "0.0001,0.0001"), "raise --slo"),
         (("--costs", "nowhere.json"), "moeray bench calibrate"),
     ],
