@@ -31,10 +31,12 @@ class Replayed:
     actors: Sequence[int]
     errors: Sequence[str]
 
-    def quantile(self, trace: Trace, q: float) -> Slo:
-        """TTFT and TPOT of the requests that finished, in seconds."""
+    def quantile(self, trace: Trace, q: float) -> Slo | None:
+        """TTFT and TPOT of the requests that finished, in seconds; None where none did."""
         each = tpot(self.latencies, trace)
         done = ~np.isnan(self.latencies.last_s)
+        if not done.any():
+            return None
         return Slo(float(np.quantile(self.latencies.first_s[done], q)), float(np.quantile(each[done], q)))
 
 

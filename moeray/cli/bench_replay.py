@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moeray.config import Config
     from moeray.control.outcome import Outcome
     from moeray.control.trace import Trace
+    from moeray.control.world import World
 
 _DEFAULTS = {
     "experts__max_actors": 4, "experts__num_cpus": 0.1, "experts__threads": 1, "router__num_cpus": 0.1,
@@ -59,8 +60,9 @@ def command(
         path = Path(costs_file or Path(folder) / "costs.json")
         if costs_file is None:
             path.write_text(json.dumps(calibrated(config, local, report=lambda what: report(what, 0, 1))))
+        world = _world(config, trace, path)  # before the replay: a file at fault is told at once
         live = asyncio.run(_live(config, trace, local, report))
-        simulated = _simulate(config, trace, path)
+    simulated = _simulate(world)
     result = _tree(trace, live, simulated)
     if output == "json":
         click.echo(json.dumps(result))
@@ -79,29 +81,32 @@ async def _live(config: Config, trace: Trace, local: bool, report: Report) -> Re
         return await replay(backend, trace, min(backend.model.vocab_size, 32000), report)
 
 
-def _simulate(config: Config, trace: Trace, costs_file: Path) -> Outcome:
-    from moeray.control.cost import load_costs
-    from moeray.control.elastic import ElasticRun
-    from moeray.control.outcome import Slo
-    from moeray.control.popularity import MoeShape, PopularityModel
+def _world(config: Config, trace: Trace, costs_file: Path) -> World:
+    from moeray.control.cost import load_costs, load_model
+    from moeray.control.popularity import PopularityModel
     from moeray.control.world import World
 
     costs = replace(load_costs(costs_file), cores=os.cpu_count() or 1)
-    model = json.loads(costs_file.read_text())["model"]
-    shape = MoeShape(len(model["experts"]), max(model["experts"].values()), model["top_k"])
-    world = World(trace, config, costs, shape, PopularityModel("uniform", shape, 0), model["expert_bytes"])
-    start = {group.name: group.actors for group in config.experts.resolved()}
+    shape, expert_bytes = load_model(costs_file)
+    return World(trace, config, costs, shape, PopularityModel("uniform", shape, 0), expert_bytes)
+
+
+def _simulate(world: World) -> Outcome:
+    from moeray.control.elastic import ElasticRun
+    from moeray.control.outcome import Slo
+
+    start = {name: group.actors for name, group in world.groups.items()}
     return ElasticRun(world, start).run(Slo(float("inf"), float("inf")), lambda now: None)
 
 
 def _tree(trace: Trace, live: Replayed, simulated: Outcome) -> dict[str, Any]:
     from moeray.bench.environment import surroundings
 
-    figures: dict[str, tuple[float, float]] = {}
+    figures: dict[str, tuple[float | None, float]] = {}
     for name, q, of in (("p50", 0.5, simulated.p50), ("p99", 0.99, simulated.p99)):
         seen = live.quantile(trace, q)
-        figures[f"ttft_{name}_s"] = seen.ttft_s, of.ttft_s
-        figures[f"tpot_{name}_s"] = seen.tpot_s, of.tpot_s
+        figures[f"ttft_{name}_s"] = seen.ttft_s if seen else None, of.ttft_s
+        figures[f"tpot_{name}_s"] = seen.tpot_s if seen else None, of.tpot_s
     hours = simulated.end_s / 3600
     figures["mean_actors"] = sum(live.actors) / max(1, len(live.actors)), simulated.actor_hours / hours
     figures["most_actors"] = max(live.actors, default=0), max(sample.actors for sample in simulated.curve)
@@ -124,8 +129,8 @@ def _print(result: dict[str, Any]) -> None:
     for column in ("live", "simulated", "ratio"):
         table.add_column(column, justify="right")
     for key, row in result["figures"].items():
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        table.add_row(key, f"{row['live']:.4g}", f"{row['simulated']:.4g}", ratio)
+        forms = (("live", ".4g"), ("simulated", ".4g"), ("ratio", ".2f"))
+        table.add_row(key, *("-" if row[name] is None else format(row[name], form) for name, form in forms))
     console = Console()
     console.print(table)
     for error in result["errors"]:

@@ -64,15 +64,34 @@ class Costs:
 
 def load_costs(path: str | Path) -> Costs:
     """Read the file that `moeray bench calibrate` wrote. Raises SimulationError, naming the key at fault."""
+    return _costs_from(_part(path, "costs"), path)
+
+
+def load_model(path: str | Path) -> tuple[MoeShape, int]:
+    """The model that the file's costs are of: its shape, and an expert's bytes. Raises SimulationError likewise."""
+    model = _part(path, "model")
+    layers = model.get("experts")
+    counts = list(layers.values()) if isinstance(layers, dict) else []
+    found = {"experts": counts, "top_k": [model.get("top_k")], "expert_bytes": [model.get("expert_bytes")]}
+    for key, numbers in found.items():
+        if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
+            raise SimulationError(
+                f"cost file {path}: model.{key} must be 1 or more, got {model.get(key)!r}; see `moeray bench calibrate`"
+            )
+    return MoeShape(len(counts), max(counts), model["top_k"]), model["expert_bytes"]
+
+
+def _part(path: str | Path, key: str) -> Mapping[str, Any]:
     try:
         tree = json.loads(Path(path).read_text())
     except OSError as error:
         raise SimulationError(f"cost file {path}: {error.strerror}; write one with `moeray bench calibrate`") from error
     except ValueError as error:
         raise SimulationError(f"cost file {path}: is not JSON ({error}); see `moeray bench calibrate`") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("costs"), dict):
-        raise SimulationError(f"cost file {path}: has no `costs`; write one with `moeray bench calibrate`")
-    return _costs_from(tree["costs"], path)
+    part = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(part, dict):
+        raise SimulationError(f"cost file {path}: has no `{key}`; write one with `moeray bench calibrate`")
+    return part
 
 
 def _costs_from(tree: Mapping[str, Any], path: str | Path) -> Costs:

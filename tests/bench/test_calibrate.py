@@ -11,7 +11,7 @@ from moeray.bench import calibrate as calibration
 from moeray.bench.checkpoint import Shape, write_random_moe
 from moeray.bench.rhythm import Phase, Rhythm
 from moeray.cli.bench_calibrate import calibrated
-from moeray.control.cost import Costs, load_costs
+from moeray.control.cost import Costs, load_costs, load_model
 from moeray.control.popularity import MoeShape
 from tests.systems import tiny_config
 
@@ -99,6 +99,7 @@ def test_a_running_system_is_measured_and_the_simulator_reads_it(tmp_path):
     (tmp_path / "costs.json").write_text(json.dumps(result))
     costs = load_costs(tmp_path / "costs.json")
     assert costs.trunk_layers == 2
+    assert load_model(tmp_path / "costs.json")[0] == MoeShape(layers=2, experts=4, top_k=2)
     assert costs.trunk_tokens == (1, 2, 4, 8, 16, 64)
     seen = result["points"]["rhythm"]
     assert [phase["count"] for phase in seen["far_prompts"]] == [16, 128]

@@ -13,8 +13,10 @@ from moeray.bench.replay import Replayed, replay
 from moeray.cli.bench import command
 from moeray.control.simulate import Latencies
 from moeray.control.trace import trace_of
+from moeray.errors import SimulationError
 from moeray.types import FinishReason, TokenOutput
 
+COSTS = {"costs": {}, "model": {"experts": {"0": 4, "1": 4}, "top_k": 2, "expert_bytes": 1000}}
 SHAPE = Shape(hidden=64, intermediate=64, experts=4, top_k=2, layers=2, vocab=128)
 
 
@@ -54,20 +56,57 @@ def test_quantiles_are_of_those_that_finished():
     assert result.quantile(trace, 1.0).ttft_s == 2.0
     assert result.quantile(trace, 1.0).tpot_s == 1.5
 
+    nothing = Replayed(Latencies(np.array([0.5, np.nan, np.nan]), np.full(3, np.nan)), [], ["refused"])
+    assert nothing.quantile(trace, 0.5) is None
+
+
+def run_of(model, tmp_path, costs, requests, *args):
+    """`bench replay` of so many requests, half a second apart."""
+    (tmp_path / "trace.jsonl").write_text("".join(
+        json.dumps({"timestamp": 500 * i, "input_length": 80, "output_length": 40}) + "\n" for i in range(requests)
+    ))  # fmt: skip
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    files = ["--trace", str(tmp_path / "trace.jsonl"), "--costs", str(tmp_path / "costs.json")]
+    small = ["--local", "--engine-kv-blocks", "64", "--experts-actors", "1"]
+    return CliRunner().invoke(command, ["replay", str(model), *files, *small, *args])
+
 
 def test_the_command_holds_a_replay_against_the_simulation(tmp_path):
     model = write_random_moe(SHAPE, tmp_path / "moe", torch.float32)
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(
-        json.dumps({"timestamp": 500 * i, "input_length": 80, "output_length": 40}) + "\n" for i in range(8)
-    ))  # fmt: skip
-    costs = tmp_path / "costs.json"
-    tree = {"costs": {}, "model": {"experts": {"0": 4, "1": 4}, "top_k": 2, "expert_bytes": 1000}}
-    costs.write_text(json.dumps(tree))
-    args = ["replay", str(model), "--trace", str(trace), "--costs", str(costs), "--minutes", "0.05", "--shorten", "10"]
-    args += ["--local", "--engine-kv-blocks", "64", "--experts-actors", "1", "--output", "json"]
-    run = CliRunner().invoke(command, args)
+    run = run_of(model, tmp_path, COSTS, 8, "--minutes", "0.05", "--shorten", "10", "--output", "json")
     assert run.exit_code == 0, run.output
     result = json.loads(run.stdout.splitlines()[-1])
     assert (result["requests"], result["tokens"], result["lost_requests"]) == (6, 6 * 12, 0)
     assert all(row["live"] > 0 and row["simulated"] > 0 for row in result["figures"].values())
+
+
+@pytest.mark.parametrize("output", ["json", "table"])
+def test_a_replay_of_which_all_is_refused_has_no_latencies(tmp_path, output):
+    """Requests that are longer than the KV cache of the routers."""
+    model = write_random_moe(SHAPE, tmp_path / "moe", torch.float32)
+    run = run_of(model, tmp_path, COSTS, 1, "--engine-kv-blocks", "2", "--output", output)
+    assert (run.exit_code, type(run.exception)) == (1, SystemExit), run.output
+    if output == "json":
+        result = json.loads(run.stdout.splitlines()[-1])
+        assert (result["requests"], result["lost_requests"], len(result["errors"])) == (1, 1, 1)
+        assert result["figures"]["ttft_p50_s"]["live"] is None
+        assert result["figures"]["ttft_p50_s"]["ratio"] is None
+    else:
+        assert "lost: " in run.stdout
+        rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in run.stdout.splitlines()]
+        assert ["ttft_p50_s", "-"] in rows
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ({"costs": {}}, "has no `model`"),
+        ({"costs": {}, "model": {"experts": {}, "top_k": 2, "expert_bytes": 1}}, "model.experts must be 1 or more"),
+        ({"costs": {}, "model": {"experts": {"0": 4}, "expert_bytes": 1}}, "model.top_k must be 1 or more, got None"),
+        (COSTS | {"costs": {"trunk_layers": 0}}, "costs.trunk_layers must be 1 or more"),
+    ],
+)
+def test_a_cost_file_at_fault_is_told_before_the_replay(tmp_path, costs, message):
+    run = run_of(tmp_path / "nowhere", tmp_path, costs, 1)
+    assert isinstance(run.exception, SimulationError)
+    assert message in str(run.exception)
