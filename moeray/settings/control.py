@@ -15,6 +15,9 @@ _SECONDS = (
     "report_s", "silence_s", "lease_s", "orphan_s", "interval_s", "window_s", "drain_s", "idle_s", "start_s",
     "reserve_s", "slo_queue_wait_s",
 )  # fmt: skip
+_LEAST_S = 0.001
+_MOST_VOTES, _MOST_RUNNING, _MOST_GROWTH, _MOST_BUDGET = 10_000, 1_000_000, 1e6, 1000.0
+"""Beyond what anybody means, and far within what can be reckoned with."""
 HEAD_NODE = "node:__internal_head__"
 """The resource that Ray gives to a cluster's head, 1 of it."""
 
@@ -113,18 +116,18 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         for key in _SECONDS:
-            require(getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
+            require(getattr(self, key) >= _LEAST_S, f"control.{key}", f"must be at least {_LEAST_S:g} seconds")
         for key in ("slo_ttft_s", "slo_tpot_s"):
             require(getattr(self, key) is None or getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
         require(0 < self.slo_aim <= 1, "control.slo_aim", "must be above 0 and at most 1")
         require(0 < self.slo_attainment < 1, "control.slo_attainment", "must be above 0 and below 1")
-        require(0 < self.target_utilisation <= 1, "control.target_utilisation", "must be above 0 and at most 1")
+        require(0.01 <= self.target_utilisation <= 1, "control.target_utilisation", "must be 0.01 to 1")
         require(0 <= self.reserve <= 1, "control.reserve", f"must be 0 to 1, got {self.reserve}")
-        require(self.shrink_votes >= 1, "control.shrink_votes", f"must be at least 1, got {self.shrink_votes}")
-        require(self.max_growth > 1, "control.max_growth", f"must be above 1, got {self.max_growth}")
-        require(self.replica_budget >= 0, "control.replica_budget", "must be 0 or more")
+        require(1 <= self.shrink_votes <= _MOST_VOTES, "control.shrink_votes", f"must be 1 to {_MOST_VOTES}")
+        require(1 < self.max_growth <= _MOST_GROWTH, "control.max_growth", f"must be above 1, to {_MOST_GROWTH:g}")
+        require(0 <= self.replica_budget <= _MOST_BUDGET, "control.replica_budget", f"must be 0 to {_MOST_BUDGET:g}")
         require(self.max_skew > 1, "control.max_skew", f"must be above 1, got {self.max_skew}")
         require(self.migration_cost >= 0, "control.migration_cost", "must be 0 or more")
         require(self.warm_pool >= 0, "control.warm_pool", "must be 0 or more")
-        require(self.target_running >= 1, "control.target_running", "must be at least 1")
+        require(1 <= self.target_running <= _MOST_RUNNING, "control.target_running", f"must be 1 to {_MOST_RUNNING}")
         check_amounts(self, "control")

@@ -369,6 +369,22 @@ def test_the_shipped_policies_are_those_of_the_config():
     assert tuple(SHIPPED) == ControlConfig().policies
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_utilisation", 0.01),
+        ("slo_queue_wait_s", 0.001),
+        ("max_growth", 1e6),
+        ("replica_budget", 1000.0),
+        ("target_running", 1_000_000),
+    ],
+)
+def test_they_decide_at_the_bounds_of_what_may_be_set(key, value):
+    views = tuple(view(i, 1.0, wait=3600.0) for i in range(2))
+    busy = seen(experts=views, load=layer_of(100, 1, 1), placement=PLACED, settings=ControlConfig(**{key: value}))
+    assert 1 <= decide(ALL, busy).actors["experts"] <= 10
+
+
 def test_idle_means_the_minimum_unless_a_schedule_holds_a_floor():
     calm = seen((0.0,) * 6, idle_s=1000.0, routers=[(0, 0, 0.0)] * 3)
     assert (decide(ALL, calm).actors, decide(ALL, calm).routers) == ({"experts": 1}, 1)
