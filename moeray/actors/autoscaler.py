@@ -175,8 +175,17 @@ class Autoscaler:
         seen = self.seen(placement)
         return decide(self._policies, seen), seen
 
-    def scale(self, group: str, count: int) -> None:
-        """Set a group's number by hand; the policies go on from it. Raises ConfigError beyond its limits."""
+    def scale(self, sizes: Mapping[str, int]) -> None:
+        """Set groups' numbers by hand; the policies go on from them. Raises ConfigError, and changes nothing, where one
+        is beyond its limits."""
+        for group, count in sizes.items():
+            self._check_size(group, count)
+        wanted = {**self.wanted(), **sizes}
+        self._history.clear()
+        routers = wanted.pop(ROUTER)
+        self.wish = replace(self.wish, actors=wanted, routers=routers)
+
+    def _check_size(self, group: str, count: int) -> None:
         if group not in self._kinds:
             raise ConfigError(f"there is no group {group!r}; the groups are {', '.join(self._kinds)}")
         low, high = self._kinds[group].actors_span
@@ -184,11 +193,6 @@ class Autoscaler:
             raise ConfigError(
                 f"{group}={count} is outside {low} to {high}; raise max_actors (or lower min_actors) of the group"
             )
-        self._history.clear()
-        if group == ROUTER:
-            self.wish = replace(self.wish, routers=count)
-        else:
-            self.wish = replace(self.wish, actors={**self.wish.actors, group: count})
 
     def wanted(self) -> dict[str, int]:
         """Actors of each group, the routers' group included."""

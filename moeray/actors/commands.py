@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from moeray.actors.audit import Audit
@@ -43,25 +43,29 @@ class Commands:
         """What would be done now and why; nothing is changed."""
         return self._ask(lambda keeper: dry_run(self._autoscaler, keeper.places))
 
-    def scale(self, group: str, count: int) -> dict[str, int]:
-        """Set the number of a group's actors (`router` for the routers). Raises ConfigError beyond its limits."""
+    def scale(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Set the numbers of groups' actors (`router` for the routers). Raises ConfigError, and changes nothing, where
+        one is beyond its group's limits."""
 
         def run(keeper: SystemKeeper) -> dict[str, int]:
             before = self._autoscaler.wanted()
-            self._autoscaler.scale(group, count)
+            self._autoscaler.scale(sizes)
             self._metrics.decided(before, self._autoscaler.wanted())
-            self._audit.write("scale", group=group, actors=count, by="hand")
+            for group, count in sizes.items():
+                self._audit.write("scale", group=group, actors=count, by="hand")
             keeper.follow()
             return self._autoscaler.wanted()
 
         return self._order(run)
 
-    def drain(self, actor_id: str, within_s: float | None = None) -> None:
-        """Empty one actor and stop it, within `within_s` seconds where given; another is started in its place."""
+    def drain(self, actor_ids: Sequence[str], within_s: float | None = None) -> None:
+        """Empty actors and stop them, within `within_s` seconds where given; others are started in their place. Raises
+        MoerayError, and changes nothing, where one is not here."""
 
         def run(keeper: SystemKeeper) -> None:
-            keeper.fleet.departures.tell(actor_id, within_s)
-            self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
+            keeper.fleet.departures.tell(actor_ids, within_s)
+            for actor_id in actor_ids:
+                self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
             keeper.follow()
 
         self._order(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -24,6 +24,13 @@ STOP_S = 10.0
 """An actor that has closed its channels has so long to put away the rest."""
 MIGRATE_S = 3.0
 """A router that must go by a deadline hands its requests over so long before it."""
+
+
+def check_known(actor_ids: Sequence[str], known: Sequence[str]) -> None:
+    """Raises MoerayError where a name is not among those known."""
+    for actor_id in actor_ids:
+        if actor_id not in known:
+            raise MoerayError(f"there is no actor {actor_id!r}; the actors are {', '.join(sorted(known))}")
 
 
 class LeaveEvents(Protocol):
@@ -55,12 +62,11 @@ class Departures:
 
     # -- who ------------------------------------------------------------------------------------------------------
 
-    def tell(self, actor_id: str, within_s: float | None) -> None:
-        """Empty and stop this actor; another is started for it. Raises MoerayError for a name that is not here."""
-        if self._roster.get(actor_id) is None:
-            known = ", ".join(sorted(a.actor_id for a in self._roster))
-            raise MoerayError(f"there is no actor {actor_id!r}; the actors are {known}")
-        self._told[actor_id] = None if within_s is None else self._clock() + within_s
+    def tell(self, actor_ids: Sequence[str], within_s: float | None) -> None:
+        """Empty and stop these actors; others are started for them. Raises MoerayError, and tells none, where a name is
+        not here."""
+        check_known(actor_ids, [actor.actor_id for actor in self._roster])
+        self._told |= dict.fromkeys(actor_ids, None if within_s is None else self._clock() + within_s)
 
     def forget(self, actor: Actor) -> None:
         """The actor has left the roster."""

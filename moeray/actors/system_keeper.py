@@ -100,7 +100,7 @@ class SystemKeeper:
         self.roster.count_from(orders.numbers)
         for actor_id, by in orders.leaving.items():
             if self.roster.get(actor_id) is not None:
-                self.fleet.departures.tell(actor_id, None if by is None else by - time.time())
+                self.fleet.departures.tell([actor_id], None if by is None else by - time.time())
 
     # -- what the fleet tells -------------------------------------------------------------------------------------
 

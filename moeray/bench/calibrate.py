@@ -197,10 +197,10 @@ async def _start(system: System, config: Config) -> dict[str, float]:
         return bool(there - before)
 
     began = time.monotonic()
-    await system.call("scale", group.name, group.actors + 1)
+    await system.call("scale", {group.name: group.actors + 1})
     start_s = await _until(system, started) - began
     map_s = await _until(system, settled) - began - start_s
-    await system.call("scale", group.name, group.actors)
+    await system.call("scale", {group.name: group.actors})
     await _until(system, settled)
     return {"start_s": start_s, "map_s": map_s}
 

@@ -89,7 +89,7 @@ async def _round(system: System, traffic: Traffic, plan: GrowPlan) -> Round:
     known = _serving(status)
     grown = time.time()
     before = traffic.rate(begin, grown)
-    await system.call("scale", plan.group, count + 1)
+    await system.call("scale", {plan.group: count + 1})
     await asyncio.sleep(POLL_S)  # looking would cost what is measured
     status = await until(system, lambda status: _firsts(status, known, grown), SETTLE_S)
     first = min(_firsts(status, known, grown))
@@ -98,7 +98,7 @@ async def _round(system: System, traffic: Traffic, plan: GrowPlan) -> Round:
     await asyncio.sleep(plan.window_s)
     shrunk = time.time()
     after = traffic.rate(calm, shrunk)
-    await system.call("scale", plan.group, count)
+    await system.call("scale", {plan.group: count})
     await until(system, settled, SETTLE_S)
     gone = time.time()
     grow_ratio = traffic.rate(grown, first) / before

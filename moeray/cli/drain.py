@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -22,13 +23,15 @@ def command(
     actors: tuple[str, ...], node: str | None, here: bool, within: float | None, wait: bool, name: str,
     address: str | None, output: str,
 ) -> None:  # fmt: skip
-    """Empty ACTORS (names as `moeray status` shows them) and stop them; others are started in their place.
+    """Empty ACTORS (names as `moeray status` shows them) and stop them; others are started in their place. All leave
+    or, where a name is not there, none.
 
     A node with --within is one that will be gone by then: Ray starts nothing there any more, and Serve's replicas move
     too. What a node-termination handler calls is `moeray drain --node ID --within 110`, and the preStop hook of a pod
     `moeray drain --here --within 110 --wait`.
     """
     from moeray.cli.session import attach
+    from moeray.cluster.ray import ask
     from moeray.cluster.ray_drain import find_node, this_node
 
     if not (actors or node or here):
@@ -37,7 +40,7 @@ def command(
         raise ConfigError("--wait goes with --within and a node")
     controller = attach(name, address)
     nodes = [find_node(node)] if node else [this_node()] if here else []
-    chosen = [*actors, *_actors_of(controller, nodes)]
+    chosen = chosen_of(ask(controller, "status"), actors, nodes) if nodes else list(actors)
     empty = _leave(controller, chosen, nodes, within, wait)
     if output == "json":
         click.echo(json.dumps({"draining": chosen, **({"empty": empty} if wait else {})}))
@@ -47,15 +50,16 @@ def command(
         raise MoerayError(f"the node is not empty after {within:g} s; what it had in flight goes on elsewhere")
 
 
-def _actors_of(controller: Any, nodes: list[str]) -> list[str]:
-    from moeray.cluster.ray import ask
+def chosen_of(status: Mapping[str, Any], actors: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """The actors by name, and those of the nodes. Raises MoerayError for a name that is not there, as the controller
+    does, but before Ray is told that a node goes."""
+    from moeray.actors.departures import check_known
 
-    if not nodes:
-        return []
-    status = ask(controller, "status")
     if status["status"] != "ready":  # who runs there may not be known yet
         raise MoerayError(f"the system is {status['status']} ({status['detail']}); try again when it is ready")
-    return [row["actor"] for row in status["actors"] if row["node"] in nodes]
+    check_known(actors, [row["actor"] for row in status["actors"]])
+    there = [row["actor"] for row in status["actors"] if row["node"] in nodes]
+    return [*actors, *(actor for actor in there if actor not in actors)]
 
 
 def _leave(controller: Any, actors: list[str], nodes: list[str], within: float | None, wait: bool) -> bool:
@@ -66,6 +70,5 @@ def _leave(controller: Any, actors: list[str], nodes: list[str], within: float |
     for node in nodes:
         if within is not None:
             leave_node(node, within)
-    for actor in actors:
-        ask(controller, "drain", actor, within)
+    ask(controller, "drain", actors, within)
     return wait and within is not None and all(wait_empty(node, within) for node in nodes)

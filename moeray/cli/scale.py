@@ -16,16 +16,14 @@ from moeray.errors import ConfigError
 def command(sizes: tuple[str, ...], name: str, address: str | None, output: str) -> None:
     """Set the number of actors of expert groups, or of the routers (`router=2`), within their limits.
 
-    Autoscaling goes on from there; `moeray pause-autoscaling` makes the number stay.
+    All are set or, where one cannot be, none. Autoscaling goes on from there; `moeray pause-autoscaling` makes the
+    number stay.
     """
     from moeray.cli.session import attach
     from moeray.cluster.ray import ask
 
-    asked = [_parse(size) for size in sizes]
-    controller = attach(name, address)
-    wanted: dict[str, int] = {}
-    for group, count in asked:
-        wanted = ask(controller, "scale", group, count)
+    asked = dict(map(_parse, sizes))
+    wanted = ask(attach(name, address), "scale", asked)
     if output == "json":
         click.echo(json.dumps({"wanted": wanted}))
     else:

@@ -69,7 +69,7 @@ def test_growing_and_shrinking_by_hand(model, expected, tmp_path):
     with LocalSystem(config) as system:
         controller = system.controller
         for count in (4, 1, 3):
-            assert controller.commands.scale("experts", count)["experts"] == count
+            assert controller.commands.scale({"experts": count})["experts"] == count
             status = until(controller, settled)
             hosts = [row for row in status["actors"] if row["kind"] == "expert"]
             assert len(hosts) == count
@@ -100,11 +100,26 @@ def test_a_system_that_was_stopped_does_not_say_that_it_is_ready(model, tmp_path
 def test_a_size_beyond_the_limits_is_refused(model, tmp_path):
     with LocalSystem(config_of(model, tmp_path, experts__max_actors=3)) as system:
         with pytest.raises(ConfigError, match="outside 2 to 3"):
-            system.controller.commands.scale("experts", 4)
+            system.controller.commands.scale({"experts": 4})
         with pytest.raises(ConfigError, match="no group 'other'"):
-            system.controller.commands.scale("other", 1)
+            system.controller.commands.scale({"other": 1})
         with pytest.raises(MoerayError, match="experts-0, experts-1, router-0"):
-            system.controller.commands.drain("experts-7")
+            system.controller.commands.drain(["experts-7"])
+
+
+def test_of_several_sizes_or_actors_all_are_taken_or_none(model, tmp_path):
+    with LocalSystem(config_of(model, tmp_path, experts__max_actors=3, router__max_actors=2)) as system:
+        commands = system.controller.commands
+        with pytest.raises(ConfigError, match="router=9 is outside 1 to 2"):
+            commands.scale({"experts": 3, "router": 9})
+        with pytest.raises(MoerayError, match="no actor 'experts-7'"):
+            commands.drain(["experts-0", "experts-7"])
+        assert system.controller.status()["wanted"] == {"experts": 2, "router": 1}
+        assert not {"scale", "drain"} & {entry["event"] for entry in audit(tmp_path)}
+        assert commands.scale({"experts": 3, "router": 2}) == {"experts": 3, "router": 2}
+        commands.drain(["experts-0", "router-0"])
+        gone = {"experts-0", "router-0"}
+        until(system.controller, lambda s: settled(s) and not gone & {row["actor"] for row in s["actors"]})
 
 
 def test_a_warm_actor_takes_over_and_the_pool_is_filled_again(model, expected, tmp_path):
@@ -125,7 +140,7 @@ def test_a_warm_actor_takes_over_and_the_pool_is_filled_again(model, expected, t
 def test_draining_replaces_without_a_loss(model, expected, tmp_path):
     with LocalSystem(config_of(model, tmp_path)) as system:
         for actor in ("experts-0", "router-0"):
-            system.controller.commands.drain(actor)
+            system.controller.commands.drain([actor])
             until(system.controller, lambda s, a=actor: settled(s) and a not in {r["actor"] for r in s["actors"]})
         system.info = system.controller.state()["info"]
         assert tokens(system) == expected
@@ -147,7 +162,7 @@ def test_pausing_is_kept_by_the_next_controller_which_takes_everything_over(mode
     config = config_of(model, tmp_path, experts__max_actors=3, experts__replicas=2)
     with LocalSystem(config) as system:
         first = system.controller
-        first.commands.scale("experts", 3)
+        first.commands.scale({"experts": 3})
         before = until(first, settled)
         first.commands.pause(True)
         first.abandon()
@@ -193,9 +208,9 @@ def test_a_takeover_goes_on_from_what_was_wanted_whoever_died_meanwhile(model, e
         control__autoscale=False,
     )  # fmt: skip
     with LocalSystem(config) as system:
-        system.controller.commands.scale("experts", 3)
+        system.controller.commands.scale({"experts": 3})
         until(system.controller, settled)
-        system.controller.commands.drain("experts-0", within_s=60.0)
+        system.controller.commands.drain(["experts-0"], within_s=60.0)
         system.controller.abandon()
         for victim in ("experts-1", "experts-2"):
             system.handle(victim).call("stop").result(10)
@@ -283,7 +298,7 @@ def test_a_stop_in_the_middle_of_a_takeover_leaves_nobody_behind(model, tmp_path
 
 def test_new_requests_go_to_the_only_router_until_another_can_take_it_over(model, tmp_path):
     with LocalSystem(config_of(model, tmp_path)) as system:
-        system.controller.commands.drain("router-0")
+        system.controller.commands.drain(["router-0"])
 
         def replaced(status):
             assert system.controller.state()["info"].routers  # at every look, not only at last
@@ -300,10 +315,10 @@ def test_a_router_that_drains_hears_of_placements_until_its_end(model, tmp_path)
     with LocalSystem(config) as system, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(system.generate, [[5 + i, 9, 33] for i in range(8)], long)
         until(system.controller, lambda s: any(row["kind"] == "router" and row["running"] for row in s["actors"]))
-        system.controller.commands.drain("router-0")
+        system.controller.commands.drain(["router-0"])
         until(system.controller, lambda s: s["ready"]["router"] == 1 and "router-0" in states(s, "draining"))
         before = system.controller.status()["epoch"]
-        system.controller.commands.scale("experts", 3)
+        system.controller.commands.scale({"experts": 3})
         status = until(system.controller, lambda s: s["epoch"] > before and not s["changing"])
         assert "router-0" in states(status, "draining")
         assert [len(tokens_of(outputs)) for outputs in answer.result(60)] == [480] * 8
@@ -319,13 +334,13 @@ def test_orders_outlive_a_clock_that_goes_back(model, tmp_path, monkeypatch):
     """A controller whose clock is behind that of the one before is obeyed, and believed by the one after."""
     config = config_of(model, tmp_path, experts__actors=1, experts__max_actors=3, control__autoscale=False)
     with LocalSystem(config) as system:
-        assert system.controller.commands.scale("experts", 3) == {"experts": 3, "router": 1}
+        assert system.controller.commands.scale({"experts": 3}) == {"experts": 3, "router": 1}
         system.controller.abandon()
         behind = SimpleNamespace(time=lambda: time.time() - 60.0, monotonic=time.monotonic)
         monkeypatch.setattr(system_keeper, "time", behind)
         system.take_over()
         until(system.controller, settled)
-        assert system.controller.commands.scale("experts", 2) == {"experts": 2, "router": 1}
+        assert system.controller.commands.scale({"experts": 2}) == {"experts": 2, "router": 1}
         system.controller.abandon()
         monkeypatch.undo()
         system.take_over()

@@ -97,9 +97,9 @@ def test_an_actor_that_drains_leaves_all_that_it_counted(model, tmp_path):
     with LocalSystem(config_of(model, tmp_path, experts__max_actors=3)) as system:
         system.generate(PROMPTS, GREEDY24)
         for actor in ("experts-0", "router-0"):
-            system.controller.commands.drain(actor)
+            system.controller.commands.drain([actor])
             until(system.controller, lambda s, a=actor: settled(s) and a not in {r["actor"] for r in s["actors"]})
-        system.controller.commands.scale("experts", 3)
+        system.controller.commands.scale({"experts": 3})
         found = samples(scrape(system))
     assert total(found, "moeray_generation_tokens_total") == 48
     assert total(found, "moeray_request_success_total", finished_reason="length") == 2

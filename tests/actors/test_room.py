@@ -134,9 +134,9 @@ def test_a_deadline_given_later_holds_for_a_router_that_leaves_already(model, tm
     cluster = CrowdedCluster(2)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1), cluster) as system:
         before = tokens(system)
-        system.controller.commands.drain("router-0")
+        system.controller.commands.drain(["router-0"])
         until(system.controller, lambda s: states(s).get("router-1") == "pending")
-        system.controller.commands.drain("router-0", 0.5)
+        system.controller.commands.drain(["router-0"], 0.5)
         until(system.controller, lambda s: states(s).get("router-1") == "ready")
         assert tokens(system) == before
 
@@ -147,7 +147,7 @@ def test_an_actor_that_does_not_get_ready_is_given_up_for_another(model, tmp_pat
     with LocalSystem(config_of(model, tmp_path, experts__actors=1, experts__max_actors=2), cluster) as system:
         before = tokens(system)
         until(system.controller, settled)
-        system.controller.commands.scale("experts", 2)
+        system.controller.commands.scale({"experts": 2})
         until(system.controller, lambda s: states(s).get("experts-1") == "pending")
         control = replace(system.config.control, start_s=0.5)
         system.controller.configure(replace(system.config, control=control), time.time())
@@ -165,7 +165,7 @@ def test_an_actor_that_does_not_get_ready_is_given_up_for_another(model, tmp_pat
 def test_an_end_does_not_wait_for_who_has_no_process(model, tmp_path):
     cluster = CrowdedCluster(3)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1, experts__max_actors=3), cluster) as system:
-        system.controller.commands.scale("experts", 3)
+        system.controller.commands.scale({"experts": 3})
         until(system.controller, lambda s: "pending" in states(s).values())
         waiting = [queued for queued in cluster.queued if queued.process is None]
     assert len(waiting) == 1
@@ -181,9 +181,9 @@ def test_who_cannot_be_spared_stays(model, tmp_path):
     config = config_of(model, tmp_path, experts__memory_gib=most / 2**30, **small)
     with LocalSystem(config, CrowdedCluster(4)) as system:
         before = tokens(system)
-        system.controller.commands.scale("experts", 1)
+        system.controller.commands.scale({"experts": 1})
         until(system.controller, lambda s: list(states(s).values()).count("draining") == 2)
-        system.controller.commands.scale("experts", 3)
+        system.controller.commands.scale({"experts": 3})
         after = until(system.controller, settled)
         assert sorted(states(after)) == ["experts-0", "experts-1", "experts-2", "router-0"]
         assert tokens(system) == before
@@ -193,7 +193,7 @@ def test_the_only_router_stays_until_there_is_room_for_another(model, tmp_path):
     cluster = CrowdedCluster(2)
     with LocalSystem(config_of(model, tmp_path, experts__actors=1), cluster) as system:
         before = tokens(system)
-        system.controller.commands.drain("router-0")
+        system.controller.commands.drain(["router-0"])
         waiting = until(system.controller, lambda s: states(s).get("router-1") == "pending")
         assert states(waiting)["router-0"] == "draining"
         assert tokens(system) == before
@@ -266,7 +266,7 @@ def test_an_actor_whose_end_nobody_hears_of_has_left_when_its_time_is_over(model
     monkeypatch.setattr(departures, "STOP_S", 0.2)
     config = config_of(model, tmp_path, experts__actors=3, experts__min_actors=2, control__drain_s=0.2)
     with LocalSystem(config, SilentCluster(what)) as system:
-        system.controller.commands.scale("experts", 2)
+        system.controller.commands.scale({"experts": 2})
         status = until(system.controller, settled)
         assert sorted(states(status)) == ["experts-0", "experts-1", "router-0"]
     happened = {(entry["event"], entry.get("actor")) for entry in audit(tmp_path)}

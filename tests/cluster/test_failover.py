@@ -116,7 +116,7 @@ def test_the_death_of_every_router(running, number):
 
 def test_the_death_of_the_controller(running):
     run, live, calm = running
-    run(live.ask("scale", "experts", 3))
+    run(live.ask("scale", {"experts": 3}))
     before = run(live.whole())
     run(survives(live, calm, lambda: os.kill(before["controller"]["pid"], signal.SIGKILL)))
     after = run(live.whole())
@@ -141,12 +141,12 @@ def test_scaling_by_hand_while_requests_run(running):
     for group, count in (("experts", 3), ("experts", 2), ("router", 2)):
 
         async def scale(group=group, count=count):
-            await live.ask("scale", group, count)
+            await live.ask("scale", {group: count})
 
         assert run(live.all_tokens(scale)) == calm
         run(live.until(lambda s, g=group, n=count: is_whole(s) and s["wanted"][g] == n))
         assert run(live.all_tokens()) == calm
-    run(live.ask("scale", "router", before["router"]))
+    run(live.ask("scale", {"router": before["router"]}))
     run(live.whole())
 
 
@@ -154,7 +154,7 @@ def test_scaling_by_hand_while_requests_run(running):
 def test_draining_an_actor_moves_its_work_first(running, kind):
     run, live, calm = running
     victim = run(live.rows(kind))[0]["actor"]
-    run(survives(live, calm, lambda: live.ask("drain", victim, 120.0)))
+    run(survives(live, calm, lambda: live.ask("drain", [victim], 120.0)))
     status = run(live.until(lambda s: victim not in {row["actor"] for row in s["actors"]}))
     assert ("lost", victim) not in {(d["event"], d.get("actor")) for d in status["decisions"]}
 

@@ -200,7 +200,7 @@ def test_the_hook_of_a_pod_that_ends_drains_the_node_that_it_runs_on(world, pod)
 
 def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
     node = world.add_node()
-    world.run(world.live.ask("scale", "experts", 4))
+    world.run(world.live.ask("scale", {"experts": 4}))
     status = world.run(world.live.until(lambda s: is_whole(s) and s["wanted"]["experts"] == 4, DEADLINE_S))
     victims = {row["actor"] for row in status["actors"] if row["node"] == node.node_id}
     assert len(victims) == 2
@@ -219,7 +219,7 @@ def test_the_loss_of_a_node_is_mended_before_ray_has_noticed_it(world):
     lost = {entry["actor"] for entry in world.events(began) if entry["event"] == "lost"}
     assert lost == victims
     assert world.run(world.live.all_tokens()) == world.calm
-    world.run(world.live.ask("scale", "experts", 2))
+    world.run(world.live.ask("scale", {"experts": 2}))
     world.run(world.live.whole())
 
 
@@ -299,5 +299,5 @@ def test_a_gcs_that_comes_back_lets_the_system_grow_again(without_gcs):
     assert world.run(world.live.all_tokens(lambda: asyncio.to_thread(start_gcs))) == world.calm
     world.run(world.live.whole())
     world.add_node()
-    world.run(world.live.ask("scale", "experts", 3))
+    world.run(world.live.ask("scale", {"experts": 3}))
     world.run(world.stream_until(lambda s: is_whole(s) and s["ready"]["experts"] == 3))

@@ -160,12 +160,12 @@ def test_pods_follow_actors(tmp_path):
             assert {nodes["cpu-0"]} == nodes_of("experts-cpu")
             assert status["controller"]["node"] not in nodes.values()
             calm = await live.all_tokens()
-            await live.ask("scale", "cpu", MOST)
+            await live.ask("scale", {"cpu": MOST})
             await live.until(ready(MOST))
             assert len(nodes_of("experts-cpu")) == MOST
             assert await live.all_tokens() == calm
             await check_pending(live, calm)
-            await live.ask("scale", "cpu", 1)
+            await live.ask("scale", {"cpu": 1})
             await live.until(ready(1))
             await until(lambda: len(nodes_of("experts-cpu")) == 1)
             assert await live.all_tokens() == calm
@@ -176,7 +176,7 @@ def test_pods_follow_actors(tmp_path):
 
 async def check_pending(live, calm):
     """One actor more than there can be nodes for, while another is killed."""
-    await live.ask("scale", "cpu", MOST + 1)
+    await live.ask("scale", {"cpu": MOST + 1})
     await until(lambda: f"cpu-{MOST}" in asked_of_ray())
     victim = (await live.rows("expert"))[0]
     assert await live.all_tokens(lambda: kill(victim)) == calm
@@ -185,7 +185,7 @@ async def check_pending(live, calm):
     assert victim["actor"] not in there
     pending = {actor for actor, state in there.items() if state in ("starting", "pending")}
     assert len(pending) == 1
-    await live.ask("scale", "cpu", MOST)
+    await live.ask("scale", {"cpu": MOST})
     await live.until(ready(MOST))
     await until(lambda: not pending & asked_of_ray())
     assert await live.all_tokens() == calm
