@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeray.engine.sampling import SampledToken, adjust, draw, keyed_uniform, likeliest, report_logprobs
+from moeray.engine.sampling import SampledToken, draw, keyed_uniform, likeliest, report_logprobs
 from moeray.engine.sequence import Sequence
 from moeray.errors import MoerayError
 from moeray.types import SamplingParams, TokenLogprobs
@@ -46,10 +46,10 @@ class Sampler:
             raise LogitsError(tuple(seq.request_id for seq, ok in zip(seqs, finite.tolist(), strict=True) if not ok))
 
     def _draw(self, logits_BV: Tensor, seqs: list[Sequence]) -> list[int]:
-        if adjusted := [row for row, seq in enumerate(seqs) if _adjusts(seq.sampling)]:
+        if penalized := [(row, seq.penalties) for row, seq in enumerate(seqs) if seq.penalties is not None]:
             logits_BV = logits_BV.clone()
-            for row in adjusted:
-                adjust(logits_BV[row], seqs[row].sampling, seqs[row].tokens, seqs[row].num_prompt)
+            for row, penalties in penalized:
+                penalties.apply(logits_BV[row], seqs[row].tokens)
         greedy = [row for row, seq in enumerate(seqs) if _greedy(seq.sampling)]
         drawn = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
         tokens = [0] * len(seqs)
@@ -74,12 +74,6 @@ class Sampler:
 
 def _greedy(params: SamplingParams) -> bool:
     return params.temperature < _GREEDY_BELOW
-
-
-def _adjusts(params: SamplingParams) -> bool:
-    return bool(
-        params.logit_bias or params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    )
 
 
 def _rows(logits_BV: Tensor, rows: list[int]) -> Tensor:

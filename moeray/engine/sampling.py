@@ -9,7 +9,6 @@ are fp32.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,25 +39,6 @@ def _splitmix64(x: int) -> int:
 def keyed_uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on (seed, position) alone, in steps of 2**-52."""
     return (_splitmix64(_splitmix64(seed & _MASK) ^ position) >> 12) * 2.0**-52
-
-
-def adjust(logits_V: Tensor, params: SamplingParams, tokens: Sequence[int], num_prompt: int) -> None:
-    """Apply, in place and in this order, the bias and the repetition, presence and frequency penalties.
-
-    Repetition looks at prompt and output, presence and frequency at the output alone. No logit becomes inf.
-    """
-    device, most = logits_V.device, torch.finfo(logits_V.dtype).max
-    if params.logit_bias:
-        ids, bias = zip(*params.logit_bias, strict=True)
-        logits_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(bias, dtype=torch.float32, device=device))
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(tokens)), device=device)
-        old, by = logits_V[seen], params.repetition_penalty
-        logits_V[seen] = torch.where(old > 0, old / by, old * by).clamp(max=most)
-    if (params.presence_penalty or params.frequency_penalty) and len(tokens) > num_prompt:
-        counts = Counter(tokens[num_prompt:])
-        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-        logits_V[torch.tensor(list(counts), device=device)] -= torch.tensor(penalties, device=device)
 
 
 def likeliest(logits_RV: Tensor) -> list[int]:

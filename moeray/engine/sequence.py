@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from enum import StrEnum
 
+from moeray.engine.penalties import Penalties
 from moeray.types import FinishReason, GenerationRequest, SamplingParams
 
 
@@ -22,7 +23,8 @@ class Sequence:
     `tokens` is prompt + output, the first `num_given` of them as submitted (with an earlier attempt's). `num_computed`
     counts the leading tokens whose KV is in the cache, in the blocks of `block_table`. `prefix` names those of its
     blocks that the block manager has sealed, `cached_tokens` counts prompt tokens that were never computed here
-    because another request had done so.
+    because another request had done so. `penalties`: what its next draw makes of the tokens before it, None for
+    nothing.
     """
 
     def __init__(self, request: GenerationRequest, eos_token_ids: Collection[int] = ()) -> None:
@@ -33,6 +35,7 @@ class Sequence:
         self.tokens: list[int] = [*request.prompt_ids, *request.output_ids]
         self.num_prompt: int = len(request.prompt_ids)
         self.num_given: int = len(self.tokens)
+        self.penalties = Penalties.of(request.sampling, self.num_prompt)
         self.status = Status.WAITING
         self.num_computed = 0
         self.block_table: list[int] = []
