@@ -7,6 +7,9 @@ longest unused first, only when no free one is left.
 A full, computed block is *sealed*: it gets a serial number that stands for the whole token prefix up to its end and
 is never used twice. The index maps (serial of the prefix before it, the block's own tokens) to it. As a dict it finds
 by hash and compares in full, so equal hashes of different tokens can never serve wrong KV.
+
+A block that is being computed is *pending*. Whoever waits for it knows it by a hash of all tokens up to its end, and by
+nothing else: equal hashes of different tokens make one wait for nothing, but not for long.
 """
 
 from __future__ import annotations
@@ -25,6 +28,13 @@ _Key = tuple[int, tuple[int, ...]]
 class _Sealed(NamedTuple):
     serial: int
     block: int
+
+
+class Pending(NamedTuple):
+    """The next block that a sequence makes shareable: its place in the table, the hash of all tokens up to its end."""
+
+    place: int
+    prefix_hash: int
 
 
 class BlockManager:
@@ -58,7 +68,7 @@ class BlockManager:
         `spare` blocks remain available afterwards.
         """
         assert not seq.block_table, seq
-        shared = self._match(seq)
+        shared = self._match(seq, self._shareable(seq))
         fresh = self._blocks_for(seq.num_tokens) - len(shared)
         idle = sum(self._refs[sealed.block] == 0 for sealed in shared)
         if fresh + idle + spare > self.available:
@@ -92,6 +102,20 @@ class BlockManager:
                 self._keys[sealed.block] = key
             seq.prefix.append(sealed.serial)
 
+    def pending(self, seq: Sequence) -> Pending | None:
+        """The next block that `seq`, which holds blocks, has to compute in full and nobody can share yet, if any."""
+        if not self._prefix_cache:
+            return None
+        end = seq.num_tokens // self.block_size
+        place = len(seq.prefix) + len(self._match(seq, end))
+        return Pending(place, self._prefix_hash(seq, place)) if place < end else None
+
+    def awaits(self, seq: Sequence, pending: Iterable[Pending]) -> bool:
+        """Whether `seq`, which holds no blocks, would have to compute one of these itself if it got its blocks now, but
+        can share it later."""
+        end = self._shareable(seq)
+        return any(place < end and self._prefix_hash(seq, place) == prefix_hash for place, prefix_hash in pending)
+
     def free(self, seq: Sequence, keep: bool = True) -> None:
         """Take all blocks from `seq`. `keep` False also forgets what is in them, so that nobody shares them again."""
         for block in reversed(seq.block_table):  # the end of a prefix is of use to fewer: it is to be evicted first
@@ -111,11 +135,22 @@ class BlockManager:
         parent = seq.prefix[i - 1] if i else _ROOT
         return parent, tuple(seq.tokens[i * self.block_size : (i + 1) * self.block_size])
 
-    def _match(self, seq: Sequence) -> list[_Sealed]:
-        """The longest sealed prefix of the tokens, short of the last token."""
+    def _prefix_hash(self, seq: Sequence, place: int) -> int:
+        """Of all tokens up to the end of a full block. Each block is hashed once: tokens are only ever appended."""
+        hashes, size = seq.prefix_hashes, self.block_size
+        for start in range(len(hashes) * size, (place + 1) * size, size):
+            hashes.append(hash((hashes[-1] if hashes else _ROOT, tuple(seq.tokens[start : start + size]))))
+        return hashes[place]
+
+    def _shareable(self, seq: Sequence) -> int:
+        """How many of its blocks it can take from others: its last token is always computed."""
+        return (seq.num_tokens - 1) // self.block_size
+
+    def _match(self, seq: Sequence, end: int) -> list[_Sealed]:
+        """The sealed blocks that hold its tokens behind those of its prefix, before place `end`."""
         found: list[_Sealed] = []
-        size, parent = self.block_size, _ROOT
-        for start in range(0, (seq.num_tokens - 1) // size * size, size):
+        size, parent = self.block_size, seq.prefix[-1] if seq.prefix else _ROOT
+        for start in range(len(seq.prefix) * size, end * size, size):
             sealed = self._index.get((parent, tuple(seq.tokens[start : start + size])))
             if sealed is None:
                 break

@@ -2,16 +2,21 @@
 
 Sequences are served in the order they came. Every running sequence that decodes gets its one token; then prefills take
 chunks of what is left of the step's budget. A sequence gets the blocks for all its tokens when it is admitted, so a
-prefill never waits for blocks half-way; a decode that finds none preempts the sequence that came last. Everything that
-runs came before everything that waits, and the oldest sequence can preempt all others, so it always proceeds.
+prefill never waits for blocks half-way; a decode that finds none preempts the sequence that was admitted last. The one
+that was admitted first can preempt all others, so it always proceeds.
+
+Only a sequence whose prefix is being computed by another lets those behind it go first: it waits until it can share
+that prefix, so that what comes at the same time (the choices of one request, a burst with one prompt) is computed once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from moeray.engine.blocks import BlockManager
 from moeray.engine.pace import Pace
@@ -65,7 +70,7 @@ class Scheduler:
         self.pace = Pace(config)  # told by its owner how long steps took
         self._max_context = min(max_context, blocks.num_blocks * blocks.block_size)
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in order of arrival
+        self._running: list[Sequence] = []  # in order of admission
         self._ended: list[TokenOutput] = []  # over before they began; told by `take_ended`
         self._begun: list[str] = []  # admitted for the first time; told by `take_begun`
         self._by_id: dict[str, Sequence] = {}
@@ -81,7 +86,7 @@ class Scheduler:
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        """The sequences that hold blocks, in order of arrival."""
+        """The sequences that hold blocks, in order of admission."""
         return tuple(self._running)
 
     @property
@@ -188,7 +193,7 @@ class Scheduler:
         return Batch(tuple(entries)) if entries else None
 
     def _decodes(self) -> list[Sequence]:
-        """The sequences that decode, each with a block for its newest token; those that came last may lose theirs."""
+        """The sequences that decode, each with a block for its newest token; those admitted last may lose theirs."""
         decodes = []
         for seq in [seq for seq in self._running if seq.remaining == 1]:
             while seq.status is Status.RUNNING and not self._blocks.extend(seq):
@@ -220,8 +225,9 @@ class Scheduler:
         nobody took goes to the oldest.
         """
         taken: list[tuple[Sequence, int]] = []
-        prefilling = deque(seq for seq in self._running if seq.remaining > 1)
-        while budget and (seq := prefilling.popleft() if prefilling else self._admit()):
+        prefilling = [seq for seq in self._running if seq.remaining > 1]
+        candidates = chain(prefilling, self._admissions(prefilling))
+        while budget and (seq := next(candidates, None)):
             count = min(seq.remaining, -(-budget // 2))
             taken.append((seq, count))
             budget -= count
@@ -231,22 +237,38 @@ class Scheduler:
             budget -= more
         return taken
 
-    def _admit(self) -> Sequence | None:
-        """Move the head of the queue to the running ones, if a place and blocks for all its tokens are there."""
-        if not self._waiting or len(self._running) >= self._config.max_running:
-            return None
-        seq = self._waiting[0]
-        # A block is left for each sequence that runs, or its next block would preempt the one just admitted.
-        if not self._blocks.allocate(seq, spare=len(self._running)):
-            return None
-        self._running.append(self._waiting.popleft())
+    def _admissions(self, prefilling: list[Sequence]) -> Iterator[Sequence]:
+        """Move those that wait to the running ones, as long as places and blocks for all their tokens are there.
+
+        One whose next block is being computed by another stays until it can take it from the prefix cache. It keeps its
+        place in the queue, and those behind it may go first: one long prefix would else keep all of them waiting. None
+        of them computes what it waits for, since it would wait for the same, so they cannot hold it up in their turn.
+        Who waits is asked anew at each step: nobody waits for a sequence that has ended or was preempted. No more are
+        looked at than could run, so that a step costs no more behind a long queue.
+        """
+        pending = {block for seq in prefilling if (block := self._blocks.pending(seq))}
+        for seq in tuple(islice(self._waiting, self._config.max_running)):
+            if len(self._running) >= self._config.max_running:
+                return
+            if self._blocks.awaits(seq, pending):
+                continue
+            # A block is left for each sequence that runs, or its next block would preempt the one just admitted.
+            if not self._blocks.allocate(seq, spare=len(self._running)):
+                return
+            self._admit(seq)
+            if block := self._blocks.pending(seq):
+                pending.add(block)
+            yield seq
+
+    def _admit(self, seq: Sequence) -> None:
+        self._waiting.remove(seq)
+        self._running.append(seq)
         seq.status = Status.RUNNING
         if seq.cached_tokens is None:  # not when it comes back from preemption and finds its own blocks again
             self._begun.append(seq.request_id)
             seq.cached_tokens = min(seq.num_computed, seq.num_prompt)
             self.prefix_query_tokens += seq.num_prompt
             self.prefix_hit_tokens += seq.cached_tokens
-        return seq
 
     # -- after the step -------------------------------------------------------------------------------------------
 

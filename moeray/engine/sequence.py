@@ -23,7 +23,8 @@ class Sequence:
     `tokens` is prompt + output, the first `num_given` of them as submitted (with an earlier attempt's). `num_computed`
     counts the leading tokens whose KV is in the cache, in the blocks of `block_table`. `prefix` names those of its
     blocks that the block manager has sealed, `cached_tokens` counts prompt tokens that were never computed here
-    because another request had done so. `penalties`: what its next draw makes of the tokens before it, None for
+    because another request had done so. `prefix_hashes` are of its tokens up to the end of each of its leading full
+    blocks, as far as they were asked for. `penalties`: what its next draw makes of the tokens before it, None for
     nothing.
     """
 
@@ -40,6 +41,7 @@ class Sequence:
         self.num_computed = 0
         self.block_table: list[int] = []
         self.prefix: list[int] = []
+        self.prefix_hashes: list[int] = []
         self.cached_tokens: int | None = None
         self._enders = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:

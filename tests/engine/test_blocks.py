@@ -67,6 +67,28 @@ def test_blocks_not_yet_computed_are_not_shared():
     assert b.num_computed == 4
 
 
+def test_the_next_block_that_nobody_can_share_is_waited_for():
+    blocks = BlockManager(16, 4, prefix_cache=True)
+    a, b = sequence(range(15), "a"), sequence(range(8), "b")
+    assert blocks.allocate(a)
+    assert blocks.allocate(b)
+    waits = [sequence(range(n)) for n in (8, 9, 12, 13)]
+
+    def waiting():
+        return [blocks.awaits(seq, [pending] if (pending := blocks.pending(a)) else []) for seq in waits]
+
+    a.num_computed = 6
+    blocks.seal(a)
+    assert waiting() == [False, True, True, True]  # for the second block, but who ends with it computes it anyway
+    b.num_computed = 8
+    blocks.seal(b)
+    assert waiting() == [False, False, False, True]  # for the third: the second can be taken from b
+    a.num_computed = 12
+    blocks.seal(a)
+    assert waiting() == [False] * 4
+    blocks.check([a, b])
+
+
 def test_equal_hashes_never_serve_other_tokens():
     blocks = BlockManager(16, 1, prefix_cache=True)
     computed(blocks, [-1, 5])
