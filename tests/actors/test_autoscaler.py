@@ -59,7 +59,7 @@ def test_groups_are_a_tier_by_what_their_actors_run_on(groups, wanted):
 def test_nothing_scales_by_itself_below_the_replicas():
     autoscaler, placement, config = system(busy=0.0)
     autoscaler.configure(overlay(config, {"experts": {"replicas": 4}, "control": {"shrink_votes": 2}}))
-    autoscaler.scale("dear", 3)
+    autoscaler.scale({"dear": 3})
     for _ in range(4):
         autoscaler.decide(placement)
     assert autoscaler.wish.actors == {"dear": 1, "cheap": 3}
