@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from moeray.actors.audit import Audit
@@ -58,17 +58,19 @@ class Commands:
 
         return self._order(run)
 
-    def drain(self, actor_ids: Sequence[str], within_s: float | None = None) -> None:
-        """Empty actors and stop them, within `within_s` seconds where given; others are started in their place. Raises
-        MoerayError, and changes nothing, where one is not here."""
+    def drain(self, actor_ids: Sequence[str], within_s: float | None = None, nodes: Collection[str] = ()) -> list[str]:
+        """Empty actors, and whoever runs on these nodes, and stop them, within `within_s` seconds where given; others
+        are started in their place. Returns who leaves. Raises MoerayError, and changes nothing, where one is not there.
+        """
 
-        def run(keeper: SystemKeeper) -> None:
-            keeper.fleet.departures.tell(actor_ids, within_s)
-            for actor_id in actor_ids:
+        def run(keeper: SystemKeeper) -> list[str]:
+            told = keeper.fleet.departures.tell(actor_ids, within_s, nodes)
+            for actor_id in told:
                 self._audit.write("drain", actor=actor_id, within_s=within_s, by="hand")
             keeper.follow()
+            return told
 
-        self._order(run)
+        return self._order(run)
 
     def rebalance(self) -> bool:
         """Balance the placement by the load of now; False where nothing is to be moved, or a change is under way."""

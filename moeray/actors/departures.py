@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -62,11 +62,14 @@ class Departures:
 
     # -- who ------------------------------------------------------------------------------------------------------
 
-    def tell(self, actor_ids: Sequence[str], within_s: float | None) -> None:
-        """Empty and stop these actors; others are started for them. Raises MoerayError, and tells none, where a name is
-        not here."""
+    def tell(self, actor_ids: Sequence[str], within_s: float | None, nodes: Collection[str] = ()) -> list[str]:
+        """Empty and stop these actors, and whoever runs on these nodes; others are started for them. Returns who was
+        told. Raises MoerayError, and tells none, where a name is not here."""
         check_known(actor_ids, [actor.actor_id for actor in self._roster])
-        self._told |= dict.fromkeys(actor_ids, None if within_s is None else self._clock() + within_s)
+        there = (actor.actor_id for actor in self._roster if actor.node_id in nodes)
+        told = list(dict.fromkeys([*actor_ids, *there]))
+        self._told |= dict.fromkeys(told, None if within_s is None else self._clock() + within_s)
+        return told
 
     def forget(self, actor: Actor) -> None:
         """The actor has left the roster."""

@@ -32,7 +32,7 @@ def command(
     """
     from moeray.cli.session import attach
     from moeray.cluster.ray import ask
-    from moeray.cluster.ray_drain import find_node, this_node
+    from moeray.cluster.ray_drain import find_node, leave_node, this_node, wait_empty
 
     if not (actors or node or here):
         raise ConfigError("name the actors to drain, or a node with --node or --here; `moeray status` lists them")
@@ -40,8 +40,13 @@ def command(
         raise ConfigError("--wait goes with --within and a node")
     controller = attach(name, address)
     nodes = [find_node(node)] if node else [this_node()] if here else []
-    chosen = chosen_of(ask(controller, "status"), actors, nodes) if nodes else list(actors)
-    empty = _leave(controller, chosen, nodes, within, wait)
+    if nodes:
+        check_told(ask(controller, "status"), actors)
+    if within is not None:
+        for leaving in nodes:
+            leave_node(leaving, within)
+    chosen = ask(controller, "drain", actors, within, nodes)
+    empty = wait and within is not None and all(wait_empty(leaving, within) for leaving in nodes)
     if output == "json":
         click.echo(json.dumps({"draining": chosen, **({"empty": empty} if wait else {})}))
     else:
@@ -50,25 +55,11 @@ def command(
         raise MoerayError(f"the node is not empty after {within:g} s; what it had in flight goes on elsewhere")
 
 
-def chosen_of(status: Mapping[str, Any], actors: Sequence[str], nodes: Sequence[str]) -> list[str]:
-    """The actors by name, and those of the nodes. Raises MoerayError for a name that is not there, as the controller
-    does, but before Ray is told that a node goes."""
+def check_told(status: Mapping[str, Any], actors: Sequence[str]) -> None:
+    """Raises MoerayError where the controller would, but before Ray is told that a node goes: for a name that is not
+    there, and for a system of which it may not be known yet who runs there."""
     from moeray.actors.departures import check_known
 
-    if status["status"] != "ready":  # who runs there may not be known yet
+    if status["status"] != "ready":
         raise MoerayError(f"the system is {status['status']} ({status['detail']}); try again when it is ready")
     check_known(actors, [row["actor"] for row in status["actors"]])
-    there = [row["actor"] for row in status["actors"] if row["node"] in nodes]
-    return [*actors, *(actor for actor in there if actor not in actors)]
-
-
-def _leave(controller: Any, actors: list[str], nodes: list[str], within: float | None, wait: bool) -> bool:
-    """True where it was waited for and the nodes are empty."""
-    from moeray.cluster.ray import ask
-    from moeray.cluster.ray_drain import leave_node, wait_empty
-
-    for node in nodes:
-        if within is not None:
-            leave_node(node, within)
-    ask(controller, "drain", actors, within)
-    return wait and within is not None and all(wait_empty(node, within) for node in nodes)

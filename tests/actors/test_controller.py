@@ -117,9 +117,13 @@ def test_of_several_sizes_or_actors_all_are_taken_or_none(model, tmp_path):
         assert system.controller.status()["wanted"] == {"experts": 2, "router": 1}
         assert not {"scale", "drain"} & {entry["event"] for entry in audit(tmp_path)}
         assert commands.scale({"experts": 3, "router": 2}) == {"experts": 3, "router": 2}
-        commands.drain(["experts-0", "router-0"])
+        assert commands.drain(["experts-0", "router-0"], None, ["elsewhere"]) == ["experts-0", "router-0"]
         gone = {"experts-0", "router-0"}
         until(system.controller, lambda s: settled(s) and not gone & {row["actor"] for row in s["actors"]})
+        here = {row["actor"] for row in system.controller.status()["actors"]}
+        told = commands.drain(["router-1"], None, [NODE])
+        assert (told[0], set(told)) == ("router-1", here)
+        until(system.controller, lambda s: settled(s) and not here & {row["actor"] for row in s["actors"]})
 
 
 def test_a_warm_actor_takes_over_and_the_pool_is_filled_again(model, expected, tmp_path):
