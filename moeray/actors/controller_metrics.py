@@ -113,7 +113,7 @@ class ControllerMetrics:
         for layer, ratio in standing["skew"].items():
             self._recorder.gauge("moeray_layer_skew_ratio", layer=layer).set(ratio)
         self._recorder.gauge("moeray_autoscaling_enabled").set(standing["autoscaling"])
-        if standing["replicas"]:  # before there is a placement, no expert has a spare or lacks one
+        if standing["epoch"]:  # before there is a placement, no expert has a spare or lacks one
             for name, key in _PLACEMENT.items():
                 self._recorder.gauge(name).set(standing[key])
         self._count_states(actors, frozenset(hosting))

@@ -25,8 +25,8 @@ class EngineStats:
     `prefix_hit_tokens` of `prefix_query_tokens` prompt tokens came from the prefix cache. `prompt_tokens` counts
     prompts whose prefill is done, `pending_tokens` those that are still to be computed. `decode_seconds_total` is what
     decoding sequences, all added up, waited for their `decode_tokens`; `prefill_tokens` were computed in steps with
-    prefills, `prefill_seconds_total` long.
-    Durations are in seconds.
+    prefills, `prefill_seconds_total` long. `running` counts those, too, that only wait for a prefix that another one
+    computes. Durations are in seconds.
     """
 
     running: int

@@ -32,14 +32,17 @@ class Occurrences:
     def follow(self, tokens: Sequence[int], device: torch.device) -> None:
         """Count those of `tokens`, all that the sequence has, that came since the last call; tensors go to `device`."""
         new = Counter(tokens[self._counted :])
-        self._counted = len(tokens)
         unseen = [token for token in new if token not in self._places]
-        self._places.update(zip(unseen, range(len(self._places), len(self._places) + len(unseen)), strict=True))
+        added = dict(zip(unseen, range(len(self._places), len(self._places) + len(unseen)), strict=True))
         zeros = torch.zeros(len(unseen), dtype=torch.float64, device=device)
-        self.ids_N = torch.cat([self.ids_N.to(device), torch.tensor(unseen, dtype=torch.int64, device=device)])
-        self.counts_N = torch.cat([self.counts_N.to(device), zeros])
-        places = torch.tensor([self._places[token] for token in new], dtype=torch.int64, device=device)
-        self.counts_N[places] += torch.tensor(list(new.values()), dtype=torch.float64, device=device)
+        ids_N = torch.cat([self.ids_N.to(device), torch.tensor(unseen, dtype=torch.int64, device=device)])
+        counts_N = torch.cat([self.counts_N.to(device), zeros])
+        placed = [added[token] if token in added else self._places[token] for token in new]
+        places = torch.tensor(placed, dtype=torch.int64, device=device)
+        counts_N[places] += torch.tensor(list(new.values()), dtype=torch.float64, device=device)
+        # Only now, that nothing can fail any more: whoever comes again after a failure counts the same.
+        self._counted, self.ids_N, self.counts_N = len(tokens), ids_N, counts_N
+        self._places |= added
 
 
 class Penalties:

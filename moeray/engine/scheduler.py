@@ -70,6 +70,7 @@ class Scheduler:
         self.pace = Pace(config)  # told by its owner how long steps took
         self._max_context = min(max_context, blocks.num_blocks * blocks.block_size)
         self._waiting: deque[Sequence] = deque()
+        self._sharing: set[Sequence] = set()  # of those that wait, whose prefix one that runs computes
         self._running: list[Sequence] = []  # in order of admission
         self._ended: list[TokenOutput] = []  # over before they began; told by `take_ended`
         self._begun: list[str] = []  # admitted for the first time; told by `take_begun`
@@ -91,16 +92,20 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Those that hold blocks, and those that only wait for a prefix that one of these computes: nothing that is
+        missing, places or blocks, would have them run sooner."""
+        return len(self._running) + len(self._sharing)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) - len(self._sharing)
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens of prompts that are still to be computed. Any thread may ask."""
-        return sum(seq.remaining for seq in (*self._running, *self._waiting) if seq.remaining > 1)
+        """Tokens of prompts that are still to be computed; of a prompt whose prefix another computes, none before it is
+        known how much of it is left. Any thread may ask."""
+        known = (*self._running, *(seq for seq in tuple(self._waiting) if seq not in self._sharing))
+        return sum(seq.remaining for seq in known if seq.remaining > 1)
 
     # -- requests come and go -------------------------------------------------------------------------------------
 
@@ -164,11 +169,15 @@ class Scheduler:
         if seq is None:
             return len(self._ended) < before
         if seq.status is Status.WAITING:
-            self._waiting.remove(seq)
+            self._leave_queue(seq)
             self._drop(seq)
         else:
             self._finish(seq, keep_prefix)
         return True
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        self._waiting.remove(seq)
+        self._sharing.discard(seq)
 
     def _finish(self, seq: Sequence, keep_prefix: bool = True) -> None:
         self._running.remove(seq)
@@ -251,7 +260,9 @@ class Scheduler:
             if len(self._running) >= self._config.max_running:
                 return
             if self._blocks.awaits(seq, pending):
+                self._sharing.add(seq)
                 continue
+            self._sharing.discard(seq)
             # A block is left for each sequence that runs, or its next block would preempt the one just admitted.
             if not self._blocks.allocate(seq, spare=len(self._running)):
                 return
@@ -261,7 +272,7 @@ class Scheduler:
             yield seq
 
     def _admit(self, seq: Sequence) -> None:
-        self._waiting.remove(seq)
+        self._leave_queue(seq)
         self._running.append(seq)
         seq.status = Status.RUNNING
         if seq.cached_tokens is None:  # not when it comes back from preemption and finds its own blocks again

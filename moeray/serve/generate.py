@@ -62,6 +62,7 @@ class ChoiceRun:
         marked = None if job.continues_text else vocabulary.markers
         self._channels = None if marked is None else Channels(marked, vocabulary.decode)
         self._part = Part.CONTENT
+        self._ended: set[Part] = set()
         self._detokenizer = partial(
             IncrementalDetokenizer, vocabulary.decode, stop=job.stop, skip=vocabulary.special_ids
         )
@@ -109,14 +110,24 @@ class ChoiceRun:
             self._waiting.append(TokenRecord(token_id, output.logprobs[place], self._text.offset))
         ends = output.finish_reason is FinishReason.STOP and place == len(output.token_ids) - 1
         part = self._part if self._channels is None else self._channels.part_of(token_id)
-        if ends or part is None:
+        if ends:
             return
-        if part is not self._part:
-            self._wait(self._text.finish())
-            if self._text.stopped:
-                return
-            self._part, self._text = part, self._detokenizer()
+        if part is None:
+            self._end_message()
+            return
+        if part in self._ended:  # messages of one part, a line each
+            self._ended.discard(part)
+            self._waiting_text[part].append("\n")
+        self._part = part
         self._wait(self._text.feed(token_id))
+
+    def _end_message(self) -> None:
+        """Nothing of it belongs to what comes: neither half a character nor the beginning of a stop string."""
+        if self._text.offset:
+            self._ended.add(self._part)
+        self._wait(self._text.finish())
+        if not self._text.stopped:
+            self._text = self._detokenizer()
 
     def _finish(self, output: TokenOutput) -> Literal["stop", "length"] | None:
         if self._text.stopped or output.finish_reason is FinishReason.STOP:

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -158,9 +158,10 @@ class RouterPool:
         self._waiting += 1
         self.disturbed.set()
         try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
-        except TimeoutError:
-            return
+            # Not wait_for, which before Python 3.12 loses a cancellation that comes as the event is set.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
         finally:
             self._waiting -= 1
 

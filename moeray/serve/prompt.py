@@ -57,7 +57,7 @@ class PromptEncoder:
                 param="messages",
                 code="no_chat_template",
             )
-        if sum(len(message["content"]) for message in messages) <= _INLINE_CHARACTERS:
+        if sum(len(text) for message in messages for text in message.values()) <= _INLINE_CHARACTERS:
             return self._chat(messages, variables)
         return await asyncio.to_thread(self._chat, messages, variables)
 

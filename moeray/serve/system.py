@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -83,12 +83,13 @@ class SystemBackend:
         return self._model
 
     def configure(self, config: Config) -> None:
-        """Hold a newer config: the model's name and the requests' deadline from now on."""
+        """Hold a newer config: the model's name, the requests' deadline and choices from now on."""
         self._config = config
         self._pool.timeout_s = config.serve.request_timeout_s
         self._pool.disturbed.set()  # the controller may have something new to tell
-        if self._model is not None and self._model.name != config.served_model_name:
-            self._model = replace(self._model, name=config.served_model_name)
+        if self._model is not None:
+            told = replace(self._model, name=config.served_model_name, max_sequences=_most_sequences(config))
+            self._model = self._model if told == self._model else told  # whoever reads its files knows it by identity
 
     def start(self) -> None:
         """Begin to follow the controller; returns at once."""
@@ -98,7 +99,8 @@ class SystemBackend:
     async def ready(self, timeout: float) -> ModelInfo:
         """Wait until the system serves. Raises the MoerayError that stopped its start, or one after `timeout` s."""
         try:
-            await asyncio.wait_for(self._settled.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._settled.wait()
         except TimeoutError:
             raise MoerayError(f"the system is still {self._said.detail} after {timeout:g} s") from None
         if self._model is None:
@@ -126,10 +128,10 @@ class SystemBackend:
         if hurried or self._unanswered:
             await asyncio.sleep(min(RENEW_S, POLL_S * 2.0 ** min(self._unanswered, 10)))
             return
-        try:
-            await asyncio.wait_for(self._pool.disturbed.wait(), RENEW_S)
-        except TimeoutError:
-            return
+        with suppress(TimeoutError):
+            # Not wait_for, which before Python 3.12 loses a cancellation that comes as the event is set.
+            async with asyncio.timeout(RENEW_S):
+                await self._pool.disturbed.wait()
 
     async def _look(self) -> None:
         try:
@@ -181,7 +183,6 @@ class SystemBackend:
 
     async def _describe(self, info: SystemInfo) -> ModelInfo:
         folder = await asyncio.to_thread(lambda: resolve(info.model, info.revision, node=self._node_id).metadata_dir())
-        engine = self._config.engine
         return ModelInfo(
             name=self._config.served_model_name,
             created=int(time.time()),
@@ -190,7 +191,7 @@ class SystemBackend:
             metadata_dir=folder,
             eos_token_ids=info.eos_token_ids,
             sampling_defaults=sampling_defaults(folder),
-            max_sequences=self._config.router.actors_span[1] * (engine.max_running + engine.max_waiting),
+            max_sequences=_most_sequences(self._config),
         )
 
     # -- serving --------------------------------------------------------------------------------------------------
@@ -233,3 +234,8 @@ class SystemBackend:
 def _log_death(follower: asyncio.Task[None]) -> None:
     if not follower.cancelled() and (error := follower.exception()):
         log.error("nobody follows the controller any more", exc_info=error)
+
+
+def _most_sequences(config: Config) -> int:
+    """As many as all routers take at once, when there are as many routers as there may be."""
+    return config.router.actors_span[1] * (config.engine.max_running + config.engine.max_waiting)

@@ -77,7 +77,7 @@ class ControlConfig:
     `start_s` gives a start up that takes longer, the system's or an actor's (another is then tried), the wait for nodes
     and for weights from a hub included; with `check_room` one is refused at once where the cluster, as it is, has no
     room for the actors: switch that off where Ray's autoscaler adds nodes for them. `resources`: custom Ray resources
-    of the node that the controller runs on; by default that is the head, whose loss ends the cluster anyway.
+    of the node that the controller runs on; by default that is the head, which is neither drained nor a spot machine.
     """
 
     report_s: float = 1.0

@@ -187,6 +187,9 @@ def test_nothing_is_said_of_spares_before_there_is_a_placement():
     assert before["moeray_autoscaling_enabled"] == {(): 1}
     metrics.stand(STANDING, [], [])
     assert metrics.reading().values["moeray_experts_without_spare"] == {(): 8}
+    metrics.stand(STANDING | {"epoch": 2, "replicas": 0, "without_replica": 8}, [], [])  # all actors are lost
+    after = metrics.reading().values
+    assert (after["moeray_replicas"], after["moeray_experts_without_replica"]) == ({(): 0}, {(): 8})
 
 
 def test_an_objective_that_is_withdrawn_is_told_no_more():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,8 @@ def url(page, tmp_path_factory):
     """Where a tiny model is served."""
     folder = tmp_path_factory.mktemp("console")
     model = make_tiny("qwen3_moe", folder / "tiny-moe", tokenizer=True, eos_token_id=None)  # it never ends by itself
+    written = model / "tokenizer_config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"eos_token": None}))
     port = free_port()
     log = (folder / "log").open("w+")
     process = moeray(

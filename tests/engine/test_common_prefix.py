@@ -98,7 +98,7 @@ def test_the_same_step_can_be_scheduled_again():
     add(scheduler, A, A, B)
     first, second = scheduler.schedule(), scheduler.schedule()
     assert set(spans(first)) == set(spans(second)) == {"0", "2"}
-    assert scheduler.num_waiting == 1
+    assert {seq.request_id for seq in scheduler.running} == {"0", "2"}
     blocks.check(scheduler.running)
 
 
@@ -109,7 +109,7 @@ def test_whoever_waits_for_one_that_is_aborted_goes_on(computed, keep):
     add(scheduler, A, A, A)
     steps(scheduler, computed)
     scheduler.schedule()
-    assert scheduler.num_running == 1
+    assert [seq.request_id for seq in scheduler.running] == ["0"]
     scheduler.abort("0", keep_prefix=keep)
     start = 8 * computed * keep
     assert steps(scheduler, 2) == [{"1": (start, 8)}, {"1": (start + 8, 8)}]
@@ -128,7 +128,7 @@ def test_whoever_waits_for_one_that_is_preempted_comes_after_it():
     add(scheduler, B[:7], A, A)
     assert [set(taken) for taken in steps(scheduler, 6)] == [{"0", "1"}] * 6
     assert steps(scheduler, 1) == [{"0": (12, 1)}]  # in the block that was the other's
-    assert scheduler.num_waiting == 2
+    assert [seq.request_id for seq in scheduler.running] == ["0"]
     scheduler.abort("0")
     assert steps(scheduler, 3) == [{"1": (20, 9)}, {"1": (29, 9)}, {"1": (38, 2), "2": (36, 4)}]
     blocks.check(scheduler.running)
@@ -188,3 +188,16 @@ def test_choices_of_one_prompt_get_the_tokens_they_get_without(temperature):
         assert engine.stats().prefix_hit_tokens == 7 * 48 * prefix_cache
     assert outputs[0].tokens == outputs[1].tokens
     assert outputs[0].reasons == outputs[1].reasons
+
+
+def test_those_that_only_wait_for_a_prefix_count_as_running_and_their_prompts_as_nothing_to_compute():
+    """Of more actors they would have nothing: who decides how many there are to be does not count them as a queue."""
+    scheduler, _ = scheduler_of(max_batch_tokens=8, prefill_chunk=8)
+    add(scheduler, *[A] * 4)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.pending_tokens) == (0, 4, 160)  # nobody has looked
+    step(scheduler)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.pending_tokens) == (4, 0, 32)
+    scheduler.abort("3")
+    assert (scheduler.num_running, scheduler.num_waiting) == (3, 0)
+    steps(scheduler, 6)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.pending_tokens) == (3, 0, 0)

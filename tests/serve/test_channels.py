@@ -99,6 +99,22 @@ def test_a_stop_string_holds_for_either_part(harmony):
     assert (choice.message.reasoning_content, choice.message.content) == ("They greet 東京.", "Hel")
 
 
+@pytest.mark.parametrize(
+    ("stop", "reasoning", "content"),
+    [
+        (None, "Let me see\nI check it", "Done"),
+        ("seeI", "Let me see\nI check it", "Done"),
+        ("chec", "Let me see\nI ", ""),
+    ],
+)
+def test_messages_of_one_part_are_a_line_each_and_none_goes_on_in_the_next(harmony, stop, reasoning, content):
+    _, ai = harmony
+    said = (("analysis", "Let me see"), ("commentary", "I check it"), ("final", "Done"))
+    text = "<|start|>assistant".join(f"<|channel|>{name}<|message|>{words}" for name, words in said)
+    message = ask(ai, text, stop=stop).choices[0].message
+    assert (message.reasoning_content, message.content) == (reasoning, content)
+
+
 def test_an_answer_may_be_sent_back_with_what_led_to_it(harmony):
     _, ai = harmony
     answer = ask(ai).choices[0].message.model_dump(exclude_none=True)

@@ -60,6 +60,9 @@ def test_nothing_that_goes_wrong_ends_the_follower(tmp_path, caplog):
         backend.start()
         described = await backend.ready(60)
         assert (described.max_context, described.max_sequences) == (512, 14)
+        backend.configure(tiny_config(model, **room | {"router__max_actors": 4}))
+        assert backend.model.max_sequences == 28
+        assert backend.model.name == described.name
         await backend.close()
 
     asyncio.run(follow())
