@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from moeray.dispatch.dispatcher import Dispatcher
+from moeray.engine.batch import Batch
 from moeray.engine.runner import Runner
 from moeray.engine.sampler import Sampler
 from moeray.engine.sampling import SampledToken
-from moeray.engine.scheduler import Batch
 from moeray.engine.sequence import Sequence
 from moeray.model.dispatched import ExpertRows, Sum, summed
 from moeray.model.recording import perform

@@ -6,10 +6,11 @@ import logging
 import time
 from dataclasses import dataclass
 
+from moeray.engine.batch import Batch
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import Runner
 from moeray.engine.sampler import LogitsError, Sampler
-from moeray.engine.scheduler import Batch, Scheduler
+from moeray.engine.scheduler import Scheduler
 from moeray.engine.sequence import Sequence
 from moeray.errors import RequestError
 from moeray.settings.engine import EngineConfig

@@ -15,8 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from moeray.engine.batch import Batch
 from moeray.engine.runner import Runner
-from moeray.engine.scheduler import Batch
 from moeray.engine.trials import Trials
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.model.dispatched import ExpertRows, Sum

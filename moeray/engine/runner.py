@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moeray.engine.scheduler import Batch
+from moeray.engine.batch import Batch
 
 
 class Runner(Protocol):

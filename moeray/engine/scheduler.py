@@ -15,9 +15,9 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Sized
-from dataclasses import dataclass
 from itertools import chain, islice
 
+from moeray.engine.batch import Batch, Entry
 from moeray.engine.blocks import BlockManager
 from moeray.engine.pace import Pace
 from moeray.engine.sampling import SampledToken
@@ -28,37 +28,6 @@ from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, TokenOutput
 
 log = logging.getLogger(REQUESTS)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Compute tokens [start, start + count) of `seq`; `samples` where that reaches its last token."""
-
-    seq: Sequence
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's work: decodes first, then prefill chunks."""
-
-    entries: tuple[Entry, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.count for entry in self.entries)
-
-    @property
-    def num_decodes(self) -> int:
-        """Entries that compute their sequence's newest token alone (and a prompt's last one, where it is one token)."""
-        return sum(entry.samples and entry.count == 1 for entry in self.entries)
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get a token from this step, in the order of the runner's logits."""
-        return [entry.seq for entry in self.entries if entry.samples]
 
 
 class Scheduler:

@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from moeray.engine.batch import Batch
 from moeray.engine.runner import PackedBatch, pack
-from moeray.engine.scheduler import Batch
 from moeray.errors import ConfigError
 from moeray.model.dispatched import Experts, Seconds, unheard
 from moeray.model.paged import Decodes, Span, Step

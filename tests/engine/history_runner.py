@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeray.engine.batch import Batch
 from moeray.engine.engine import Engine
 from moeray.engine.runner import pack
 from moeray.engine.sampler import Sampler
-from moeray.engine.scheduler import Batch
 from moeray.engine.sequence import Sequence
 from moeray.errors import MoerayError
 from moeray.types import FinishReason, GenerationRequest, TokenOutput

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
+from moeray.engine.batch import Batch, Entry
 from moeray.engine.engine import Engine
 from moeray.engine.overlap import OverlapRunner, halves, may_overlap, overlapped
-from moeray.engine.scheduler import Batch, Entry
 from moeray.engine.sequence import Sequence
 from moeray.engine.trials import COUNTED, UNCOUNTED
 from moeray.engine.trunk_runner import TrunkRunner

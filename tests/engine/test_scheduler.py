@@ -2,10 +2,11 @@
 
 import pytest
 
+from moeray.engine.batch import Batch, Entry
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import pack
 from moeray.engine.sampling import SampledToken
-from moeray.engine.scheduler import Batch, Entry, Scheduler
+from moeray.engine.scheduler import Scheduler
 from moeray.engine.sequence import Sequence
 from moeray.errors import QueueFullError, RequestError
 from moeray.settings.engine import EngineConfig
