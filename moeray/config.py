@@ -81,6 +81,11 @@ class Config:
         return self.serve.model_name or Path(self.model).name
 
     @property
+    def most_sequences(self) -> int:
+        """As many as all routers take at once, computed and queued, when there are as many routers as there may be."""
+        return self.router.actors_span[1] * (self.engine.max_running + self.engine.max_waiting)
+
+    @property
     def cache_folder(self) -> Path:
         """`cache_dir`, else `MOERAY_CACHE_DIR`, else `$XDG_CACHE_HOME/moeray`, else `~/.cache/moeray`."""
         if explicit := self.cache_dir or os.environ.get("MOERAY_CACHE_DIR"):

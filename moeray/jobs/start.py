@@ -65,4 +65,4 @@ def queue_of(config: Config) -> int:
 def default_concurrency(config: Config, shared: bool) -> int:
     """As many sequences as the routers take; of a `shared` system only enough to keep their batches full."""
     running = config.router.actors_span[1] * config.engine.max_running
-    return SHARED_BATCHES * running if shared else running + queue_of(config)
+    return SHARED_BATCHES * running if shared else config.most_sequences

@@ -88,7 +88,7 @@ class SystemBackend:
         self._pool.timeout_s = config.serve.request_timeout_s
         self._pool.disturbed.set()  # the controller may have something new to tell
         if self._model is not None:
-            told = replace(self._model, name=config.served_model_name, max_sequences=_most_sequences(config))
+            told = replace(self._model, name=config.served_model_name, max_sequences=config.most_sequences)
             self._model = self._model if told == self._model else told  # whoever reads its files knows it by identity
 
     def start(self) -> None:
@@ -191,7 +191,7 @@ class SystemBackend:
             metadata_dir=folder,
             eos_token_ids=info.eos_token_ids,
             sampling_defaults=sampling_defaults(folder),
-            max_sequences=_most_sequences(self._config),
+            max_sequences=self._config.most_sequences,
         )
 
     # -- serving --------------------------------------------------------------------------------------------------
@@ -234,8 +234,3 @@ class SystemBackend:
 def _log_death(follower: asyncio.Task[None]) -> None:
     if not follower.cancelled() and (error := follower.exception()):
         log.error("nobody follows the controller any more", exc_info=error)
-
-
-def _most_sequences(config: Config) -> int:
-    """As many as all routers take at once, when there are as many routers as there may be."""
-    return config.router.actors_span[1] * (config.engine.max_running + config.engine.max_waiting)
