@@ -19,19 +19,25 @@ from moeray.errors import MoerayError
 from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenOutput
 
 STREAMS = (1, 2, 4, 8, 16)
-PROMPTS = (1, 16, 64, 128, 256, 512, 1024)
+PROMPTS = (1, 16, 64, 128, 256, 512, 1024, 2048)
 CONTEXT, ANSWER = 64, 64
+LEAST_S = 1.0
+"""How long streams decode side by side at the least: the first tokens after a rest take longer, and few of a real
+answer's are such."""
 FAR_STREAMS, FAR_CONTEXT = 2, 1024
 FAR = 8
 """So many times as long as others are, at least, prompts and contexts that tell what attention takes."""
+FEW = 5
+"""Prompts that are longer than a chunk are measured fewer times, but so many."""
 REST_S = 0.3
 """How long the system has nothing to do before a prompt: all its threads sleep by then."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of load. `step_s`: of a client's wait, mean (median for prompts); `hop_s`: mean way of one actor's rows
-    there and back, without what the actor computed; `context`: tokens that each stream attends to, in the mean."""
+    """One kind of load. `step_s`: of a client's wait, mean (of prompts, that of the middle half); `hop_s`: mean way of
+    one actor's rows there and back, without what the actor computed; `context`: tokens that each stream attends to, in
+    the mean."""
 
     count: int
     step_s: float
@@ -57,8 +63,8 @@ class Rhythm:
 
 
 class _SideBySide:
-    """Streams of one run, from the moment at which all have begun until each has had `ANSWER` tokens more, in the
-    same time or nearly so."""
+    """Streams of one run, from the moment at which all have begun until each has had `ANSWER` tokens more and `LEAST_S`
+    have passed, in the same time or nearly so."""
 
     def __init__(self, count: int) -> None:
         self._before, self._since = [0] * count, [0] * count
@@ -74,7 +80,7 @@ class _SideBySide:
             else:
                 self._before[number] += 1
                 self._began = at if all(self._before) else 0.0
-            return min(self._since) >= ANSWER
+            return min(self._since) >= ANSWER and at - self._began >= LEAST_S
 
         return token
 
@@ -113,9 +119,10 @@ class Rhythms:
         for count in STREAMS:
             report(f"{count} streams")
             streams.append(await self._stream_phase(count, CONTEXT))
-        for tokens in (n for n in PROMPTS if n <= self._longest):
+        for tokens in sorted({min(n, self._longest) for n in PROMPTS}):
             report(f"prompts of {tokens} tokens")
-            prompts.append(await self._phase(tokens, self._prompts(tokens, self._repeat)))
+            repeat = min(self._repeat, max(FEW, self._repeat * self._chunk // tokens))
+            prompts.append(await self._phase(tokens, self._prompts(tokens, repeat)))
         report("prompts beside a stream")
         beside_s = await self._beside(1, 2 * self._repeat)
         report("long contexts")
@@ -161,7 +168,7 @@ class Rhythms:
 
     async def _streams(self, count: int, context: int, runs: list[_SideBySide]) -> float:
         """Mean over the time in which all of them decode: a request's time per token is a mean too."""
-        most = min(self._context - context, 64 * ANSWER)
+        most = min(self._context - context, 4 * ANSWER)  # beyond, near contexts would be as long as far ones
         for _ in range(max(1, self._repeat // 5)):
             await asyncio.sleep(REST_S)
             run = _SideBySide(count)
@@ -176,7 +183,7 @@ class Rhythms:
             await asyncio.sleep(REST_S)
             began = time.monotonic()
             waits.append((await self._times(tokens, 1))[0] - began)
-        return statistics.median(waits)
+        return _middle(waits)
 
     async def _beside(self, tokens: int, repeat: int) -> float:
         """Prompts come at any moment of the stream's step."""
@@ -194,7 +201,7 @@ class Rhythms:
             await asyncio.wait({stream})
             if not stream.cancelled():
                 stream.result()
-        return statistics.mean(waits)
+        return _middle(waits)
 
     async def _times(self, prompt: int, answer: int, enough: Callable[[float], bool] = lambda at: False) -> list[float]:
         """When each of a request's tokens came, until it has been `enough`, which is asked for each."""
@@ -212,3 +219,9 @@ class Rhythms:
                 if any(enough(times[-1]) for _ in output.token_ids):
                     break
         return times
+
+
+def _middle(waits: Sequence[float]) -> float:
+    """The mean of the middle half: a pause of the machine's in one of them is not what they take."""
+    quarter = len(waits) // 4
+    return statistics.mean(sorted(waits)[quarter : len(waits) - quarter])

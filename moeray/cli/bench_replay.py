@@ -35,35 +35,46 @@ _DEFAULTS = {
 @click.option("--costs", "costs_file", help="Of `moeray bench calibrate` for this model [default: measured first].")
 @click.option("--from", "from_minute", type=NOT_NEGATIVE, default=0, show_default=True, help="Minute to begin.")
 @click.option("--minutes", type=POSITIVE, default=5, show_default=True)
-@click.option("--scale", type=POSITIVE, default=1, show_default=True,
-              help="Requests per second, times this.")  # fmt: skip
+@click.option("--scale", type=POSITIVE, help="Requests per second, times this [default: so many that the routers "
+              "compute for half of the time].")  # fmt: skip
 @click.option("--shorten", type=Finite(1), default=1, show_default=True, help="Tokens, divided by this.")
 @click.option("--local", is_flag=True, help="All actors in this process, without Ray.")
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @config_options
 def command(
-    model: str | None, trace_file: str, costs_file: str | None, from_minute: float, minutes: float, scale: float,
-    shorten: float, local: bool, output: str, config_file: str | None, **flags: Any,
+    model: str | None, trace_file: str, costs_file: str | None, from_minute: float, minutes: float,
+    scale: float | None, shorten: float, local: bool, output: str, config_file: str | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Replay a part of a trace against a system of its own, and simulate the same with costs measured here.
 
-    The simulation knows this machine's number of cores. Exits 1 when a request was lost.
+    Costs are measured before the replay and after it, and what is between them counts: a machine that others use is not
+    always as fast. Requests are cut to the model's context. The simulation knows this machine's number of cores. Exits
+    1 when a request was lost.
     """
     from moeray.bench.checkpoint import write_small_moe
+    from moeray.bench.sizing import fitting_scale
     from moeray.cli.bench_calibrate import calibrated
+    from moeray.control.cost import load_costs, mean_costs
     from moeray.control.trace import read_trace
 
-    trace = read_trace(trace_file).window(60 * from_minute, 60 * minutes).scaled(scale).shortened(shorten)
+    trace = read_trace(trace_file).window(60 * from_minute, 60 * minutes).shortened(shorten)
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         defaults = _DEFAULTS | {"control__audit_log": str(Path(folder) / "audit.jsonl")}
         config = config_of(model or write_small_moe(Path(folder)), config_file, flags, **defaults)
-        path = Path(costs_file or Path(folder) / "costs.json")
-        if costs_file is None:
+
+        def measured(name: str) -> Path:
+            path = Path(folder) / name
             path.write_text(json.dumps(calibrated(config, local, report=lambda what: report(what, 0, 1))))
-        world = _world(config, trace, path)  # before the replay: a file at fault is told at once
-        live = asyncio.run(_live(config, trace, local, report))
-    simulated = _simulate(world)
-    result = _tree(trace, live, simulated)
+            return path
+
+        before = Path(costs_file) if costs_file else measured("before.json")
+        world = _world(config, trace, before)  # before the replay: a file at fault is told at once
+        scale = scale or fitting_scale(world)
+        trace, live = asyncio.run(_live(config, trace.scaled(scale), local, report))
+        after = before if costs_file else measured("after.json")
+        world = replace(world, trace=trace, costs=mean_costs(world.costs, load_costs(after)))
+        drift = _drift(before, after)
+    result = {"scale": scale} | _tree(trace, live, _simulate(world), drift)
     if output == "json":
         click.echo(json.dumps(result))
     else:
@@ -72,13 +83,15 @@ def command(
         raise SystemExit(1)
 
 
-async def _live(config: Config, trace: Trace, local: bool, report: Report) -> Replayed:
+async def _live(config: Config, trace: Trace, local: bool, report: Report) -> tuple[Trace, Replayed]:
+    """The trace as far as the model's context goes, and what came of it."""
     from moeray.bench.replay import replay
     from moeray.cli.session import apart, local_system, ray_system
 
     async with local_system(config) if local else ray_system(apart(config, "bench")) as backend:
         assert backend.model is not None
-        return await replay(backend, trace, min(backend.model.vocab_size, 32000), report)
+        trace = trace.clipped(backend.model.max_context)
+        return trace, await replay(backend, trace, min(backend.model.vocab_size, 32000), report)
 
 
 def _world(config: Config, trace: Trace, costs_file: Path) -> World:
@@ -99,7 +112,15 @@ def _simulate(world: World) -> Outcome:
     return ElasticRun(world, start).run(Slo(float("inf"), float("inf")), lambda now: None)
 
 
-def _tree(trace: Trace, live: Replayed, simulated: Outcome) -> dict[str, Any]:
+def _drift(before: Path, after: Path) -> float:
+    """How many times as long the trunk took after the replay as before it."""
+    from moeray.control.cost import load_costs
+
+    first_s, last_s = (sum(load_costs(path).trunk_s) for path in (before, after))
+    return last_s / first_s
+
+
+def _tree(trace: Trace, live: Replayed, simulated: Outcome, drift: float) -> dict[str, Any]:
     from moeray.bench.environment import surroundings
 
     figures: dict[str, tuple[float | None, float]] = {}
@@ -112,7 +133,7 @@ def _tree(trace: Trace, live: Replayed, simulated: Outcome) -> dict[str, Any]:
     figures["most_actors"] = max(live.actors, default=0), max(sample.actors for sample in simulated.curve)
     return {
         "requests": len(trace), "tokens": int(trace.prompt.sum() + trace.output.sum()), "duration_s": trace.duration_s,
-        "lost_requests": len(live.errors), "errors": sorted(set(live.errors))[:5],
+        "calibration_drift_ratio": drift, "lost_requests": len(live.errors), "errors": sorted(set(live.errors))[:5],
         "figures": {
             key: {"live": seen, "simulated": said, "ratio": said / seen if seen else None}
             for key, (seen, said) in figures.items()
@@ -124,7 +145,8 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{result['requests']} requests, {result['tokens']} tokens in {result['duration_s']:.0f} s"
+    requests = f"{result['requests']} requests ({result['scale']:g} of the trace's)"
+    title = f"{requests}, {result['tokens']} tokens in {result['duration_s']:.0f} s"
     table = Table("", title=title, title_justify="left")
     for column in ("live", "simulated", "ratio"):
         table.add_column(column, justify="right")
@@ -133,5 +155,6 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(key, *("-" if row[name] is None else format(row[name], form) for name, form in forms))
     console = Console()
     console.print(table)
+    console.print(f"the trunk took {result['calibration_drift_ratio']:.2f} times as long after the replay as before it")
     for error in result["errors"]:
         console.print(f"lost: {error}", highlight=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,18 @@ class Costs:
     start_s: float = 1.5
     map_s: float = 0.1
     cores: int = 0
+
+
+def mean_costs(before: Costs, after: Costs) -> Costs:
+    """Halfway between two measurements of one system, on a machine that is not always as fast."""
+    seconds = [f.name for f in fields(Costs) if f.name.endswith("_s")]
+    return replace(before, **{name: _halfway(getattr(before, name), getattr(after, name)) for name in seconds})
+
+
+def _halfway(before: Any, after: Any) -> Any:
+    if isinstance(before, tuple):
+        return tuple(_halfway(*pair) for pair in zip(before, after, strict=True))
+    return (before + after) / 2
 
 
 def load_costs(path: str | Path) -> Costs:

@@ -89,6 +89,12 @@ class Trace:
         )
         return replace(self, prompt=prompt, output=output)
 
+    def clipped(self, context: int) -> Trace:
+        """The same requests, with no more tokens in and out together than a context of that many has: answers keep half
+        of it at the most, and prompts what is left."""
+        output = np.minimum(self.output, max(1, context // 2))
+        return replace(self, prompt=np.clip(self.prompt, 1, np.maximum(1, context - output)), output=output)
+
     def scaled(self, factor: float) -> Trace:
         """`factor` times as many requests in the same time, evenly thinned or repeated.
 

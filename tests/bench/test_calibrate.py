@@ -9,9 +9,9 @@ import torch
 
 from moeray.bench import calibrate as calibration
 from moeray.bench.checkpoint import Shape, write_random_moe
-from moeray.bench.rhythm import Phase, Rhythm
+from moeray.bench.rhythm import Phase, Rhythm, _SideBySide
 from moeray.cli.bench_calibrate import calibrated
-from moeray.control.cost import Costs, load_costs, load_model
+from moeray.control.cost import Costs, load_costs, load_model, mean_costs
 from moeray.control.popularity import MoeShape
 from tests.systems import tiny_config
 
@@ -87,6 +87,28 @@ def test_a_simulated_step_lasts_as_long_as_the_one_that_was_seen():
         assert found[key] == pytest.approx(getattr(truth, key)), key
     assert found["trunk_tokens"] == [1, 2, 4, 8, 16, 64]
     assert found["trunk_s"] == pytest.approx(np.interp(found["trunk_tokens"], truth.trunk_tokens, truth.trunk_s))
+
+
+def test_two_measurements_are_averaged_and_counts_are_not():
+    before = Costs(trunk_tokens=(1, 8), trunk_s=(0.01, 0.03), trunk_layers=4, hop_s=0.002, cores=2)
+    after = replace(before, trunk_s=(0.02, 0.05), hop_s=0.004, start_s=before.start_s + 1)
+    mean = mean_costs(before, after)
+    assert mean.trunk_s == pytest.approx((0.015, 0.04))
+    assert mean == replace(before, trunk_s=mean.trunk_s, hop_s=pytest.approx(0.003), start_s=before.start_s + 0.5)
+
+
+@pytest.mark.parametrize(("each_ms", "side_by_side"), [(1, 1000), (5, 200), (40, 64)])
+def test_streams_decode_for_a_while_however_fast_they_are(each_ms, side_by_side):
+    """So that what a step takes after a rest is a small part."""
+    run = _SideBySide(2)
+    streams = [run.stream(0), run.stream(1)]
+    came, enough = 0, False
+    while not enough:
+        came += 1
+        enough = streams[0](0.001 * each_ms * came)
+        enough = streams[1](0.001 * each_ms * came) or enough
+    assert came == pytest.approx(side_by_side, abs=2)
+    assert run.period_s == pytest.approx(0.001 * each_ms, rel=0.05)
 
 
 def test_a_running_system_is_measured_and_the_simulator_reads_it(tmp_path):

@@ -73,18 +73,30 @@ def run_of(model, tmp_path, costs, requests, *args):
 
 def test_the_command_holds_a_replay_against_the_simulation(tmp_path):
     model = write_random_moe(SHAPE, tmp_path / "moe", torch.float32)
-    run = run_of(model, tmp_path, COSTS, 8, "--minutes", "0.05", "--shorten", "10", "--output", "json")
+    run = run_of(model, tmp_path, COSTS, 8, "--minutes", "0.05", "--scale", "1", "--shorten", "10", "--output", "json")
     assert run.exit_code == 0, run.output
     result = json.loads(run.stdout.splitlines()[-1])
     assert (result["requests"], result["tokens"], result["lost_requests"]) == (6, 6 * 12, 0)
     assert all(row["live"] > 0 and row["simulated"] > 0 for row in result["figures"].values())
 
 
+def test_requests_are_cut_to_the_context_and_as_many_come_as_keep_the_machine_half_busy(tmp_path):
+    """Of 2 blocks of 16 tokens, and with costs by which a request takes a part of a second."""
+    model = write_random_moe(SHAPE, tmp_path / "moe", torch.float32)
+    slow = COSTS | {"costs": {"trunk_tokens": [1, 64], "trunk_s": [0.025, 0.025], "trunk_layers": 2}}
+    run = run_of(model, tmp_path, slow, 40, "--minutes", "0.05", "--engine-kv-blocks", "2", "--output", "json")
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert (result["lost_requests"], result["tokens"]) == (0, 32 * result["requests"])
+    assert 0.5 < result["scale"] < 2
+    assert result["calibration_drift_ratio"] == 1.0  # the file's costs hold before and after
+
+
 @pytest.mark.parametrize("output", ["json", "table"])
 def test_a_replay_of_which_all_is_refused_has_no_latencies(tmp_path, output):
-    """Requests that are longer than the KV cache of the routers."""
+    """No context holds a prompt and an answer of one token."""
     model = write_random_moe(SHAPE, tmp_path / "moe", torch.float32)
-    run = run_of(model, tmp_path, COSTS, 1, "--engine-kv-blocks", "2", "--output", output)
+    run = run_of(model, tmp_path, COSTS, 1, "--engine-max-context", "1", "--output", output)
     assert (run.exit_code, type(run.exception)) == (1, SystemExit), run.output
     if output == "json":
         result = json.loads(run.stdout.splitlines()[-1])

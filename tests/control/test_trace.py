@@ -149,6 +149,24 @@ def test_windows_speed_and_scale():
 
 
 @pytest.mark.parametrize(
+    ("prompt", "output", "context", "left"),
+    [
+        (60, 40, 100, (60, 40)),
+        (61, 40, 100, (60, 40)),
+        (7000, 40, 100, (60, 40)),
+        (60, 7000, 100, (50, 50)),
+        (10, 7000, 100, (10, 50)),
+        (9, 9, 1, (1, 1)),
+    ],
+)
+def test_a_request_is_cut_to_a_context(prompt, output, context, left):
+    cut = trace_of("t", [(0.0, prompt, output), (1.0, 1, 1)]).clipped(context)
+    assert (cut.prompt[0], cut.output[0]) == left
+    assert (cut.prompt[1], cut.output[1]) == (1, 1)
+    assert cut.arrival_s.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
     ("name", "requests"),
     [
         ("AzureLLMInferenceTrace_conv.csv", 19366),
