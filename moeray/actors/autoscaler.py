@@ -135,7 +135,7 @@ class Autoscaler:
         return PolicyInput(
             time.time(), self._book.idle_s(now), self.load(), self._book.peak(now), experts, routers, placement,
             limits, router_limits, self._config.experts.replicas, self._config.control,
-            self._busiest.within(self._config.control.reserve_s, now), self._config.engine.step_s,
+            self._busiest.within(self._config.control.reserve_s, now),
         )  # fmt: skip
 
     def _limits(self, name: str) -> GroupLimits:

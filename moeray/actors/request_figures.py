@@ -12,7 +12,7 @@ class RequestFigures:
     """Used by the step loop's thread; `ended` and `late` may be read by any.
 
     `ended`: requests that ended with all their tokens, `late`: those of them that missed an objective. `objectives` may
-    be replaced at any time.
+    be replaced between two steps.
     """
 
     def __init__(self, recorder: Recorder, objectives: Objectives) -> None:

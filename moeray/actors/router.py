@@ -72,6 +72,7 @@ class RouterActor(SystemActor):
         self._requests = RequestFigures(self._recorder, Objectives.of(spec.config.control))
         self._identity = spec.identity(node_id)
         self._loop = StepLoop(spec.actor_id, self._recorder, self._requests, self._stop_itself, self._take_cores)
+        self._loop.keep_to(self._requests.objectives)
         self._observers = Observers(self._report)
         self._callers = Callers(self._loop, self._observers, self._heard)
         folder = runtime_dir(node_id, spec.system)
@@ -176,7 +177,7 @@ class RouterActor(SystemActor):
 
     def configure(self, config: Config, since: float) -> None:
         super().configure(config, since)
-        self._requests.objectives = Objectives.of(config.control)
+        self._loop.keep_to(Objectives.of(config.control))
 
     def describe(self) -> dict[str, Any]:
         placement, addresses = self._published

@@ -15,6 +15,7 @@ from moeray.actors.life import Life
 from moeray.actors.messages import error_tree, output_tree, request_from
 from moeray.actors.outbox import Outbox
 from moeray.actors.request_figures import RequestFigures
+from moeray.control.objectives import Objectives
 from moeray.engine.engine import Engine, EngineStats
 from moeray.errors import MoerayError, RouterLostError
 from moeray.recorder import Recorder
@@ -87,6 +88,10 @@ class StepLoop:
     def abandon(self, outbox: Outbox) -> None:
         """The channel has ended: nobody waits for its requests."""
         self._inbox.put(lambda: self._abort_all(lambda request: request.outbox is outbox))
+
+    def keep_to(self, objectives: Objectives) -> None:
+        """Lateness is counted by these from now on, and steps last as long as they say."""
+        self._inbox.put(lambda: self._keep_to(objectives))
 
     def refuse(self) -> None:
         """From now on every SUBMIT is answered by the error `draining`."""
@@ -163,6 +168,11 @@ class StepLoop:
         self._requests[request_id] = _Request(outbox, Life(request, time.monotonic()))
         request_log.taken(request)
         outbox.put(Frame(Op.RESULT, frame.id, meta={"request_id": request_id}))
+
+    def _keep_to(self, objectives: Objectives) -> None:
+        assert self._engine is not None
+        self._figures.objectives = objectives
+        self._engine.keep_to(objectives.step_s)
 
     def _abort_if(
         self, request_id: str, fits: Callable[[_Request], bool], reason: FinishReason = FinishReason.ABORT

@@ -80,8 +80,8 @@ def compare(
     report("best static placement", 0, 1)
     slo = slo or default_slo(runs, slo_factor)
     static = best_static(runs, slo)
-    if world.config.engine.step_s is not None:
-        runs, static = _cheaper(FixedRuns(world), slo, runs, static)
+    if world.config.control.slo_pace is not None:
+        runs, static = _cheaper(FixedRuns(_aware(world, slo)), slo, runs, static)
     report("best static placement", 1, 1)
     oracle = best_oracle(runs, slo, static, interval_s, report)
     actors = max(sample.actors for sample in static.curve)
@@ -95,12 +95,12 @@ def compare(
 
 def _unpaced(world: World) -> World:
     """With prefill chunks that are never cut."""
-    return replace(world, config=replace(world.config, engine=replace(world.config.engine, step_s=None)))
+    return replace(world, config=replace(world.config, control=replace(world.config.control, slo_pace=None)))
 
 
 def _cheaper(paced: FixedRuns, slo: Slo, plain: FixedRuns, static: Outcome) -> tuple[FixedRuns, Outcome]:
-    """The static system that does with fewest actors, its steps cut to `engine.step_s` or not: whatever the elastic one
-    needs, it is measured by the best there is."""
+    """The static system that does with fewest actors, its steps cut to `control.slo_pace` or not: whatever the elastic
+    one needs, it is measured by the best there is."""
     try:
         cut = best_static(paced, slo)
     except SimulationError:  # it misses the SLO with any number of actors

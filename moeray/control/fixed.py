@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeray.control.cost import StepTable
+from moeray.control.objectives import Objectives
 from moeray.control.outcome import ATTAINED, Outcome, Sample, Slo, outcome
 from moeray.control.placement import Placement
 from moeray.control.simulate import Engine
@@ -53,7 +54,8 @@ class FixedRuns:
         """
         world, trace = self.world, self.world.trace
         period = min(schedule.interval_s, world.popularity.period_s, _LOOK_S)
-        engine = Engine(trace, world.config.engine, world.step_costs, self._at(schedule, 0.0)[0], 1)
+        table, objectives = self._at(schedule, 0.0)[0], Objectives.of(world.config.control)
+        engine = Engine(trace, world.config.engine, world.step_costs, table, 1, objectives)
         curve, served, late, checked = [], [], 0, 0
         while not engine.done:
             table, replicas = self._at(schedule, engine.now)

@@ -34,7 +34,7 @@ def latency(seen: PolicyInput) -> Wish:
     Prompt tokens that routers have still to compute are done at the pace that their prefills have now; a decoding
     sequence waits for its next token as it did for the last ones. Since load comes unevenly, both waits are aimed at a
     part of what is allowed: `slo_aim`, more while fewer requests are late than may be, less while more are. (Where
-    routers cut prompts short to keep steps to `engine.step_s`, that is the wait between tokens aimed at.) Where prompts
+    routers cut prompts short to keep to `slo_pace`, that is the wait between tokens aimed at.) Where prompts
     come faster than they are computed, the wait for them is aimed at before it is there. Of all this, only what waits
     for expert actors changes with their number, at best in inverse proportion: that part has to fit into what the trunk
     leaves. A growth that was too small is seen at the next decision; a shrink stops where those who stay would be busy
@@ -89,7 +89,7 @@ def _tokens(seen: PolicyInput) -> Iterator[tuple[float, str]]:
         running = sum(load.running for load in loads)
         tpot_s = sum(load.running * load.tpot_s for load in loads) / running
         experts_s = sum(load.running * load.tpot_s * load.expert_part for load in loads) / running
-        aim_s = _aim(seen) * slo if seen.step_s is None else min(seen.step_s, slo)
+        aim_s = (_aim(seen) if seen.settings.slo_pace is None else seen.settings.slo_pace) * slo
         yield _fit(tpot_s, experts_s / tpot_s, aim_s), f"{tpot_s:.3f} s between tokens"
 
 

@@ -52,8 +52,7 @@ class PolicyInput:
     `now`: unix seconds, for schedules; `idle_s`: how long no row was served. `load`: rows per second of each expert
     (the exponential window; experts without load may be absent); `peak`: the same from the sliding window's busiest
     second. `groups`: the expert groups by name; `base_replicas`: how many replicas each expert has at the least.
-    `busiest`: of each group the most actors that were busy at once in the last `settings.reserve_s`. `step_s`: as in
-    the engine's config.
+    `busiest`: of each group the most actors that were busy at once in the last `settings.reserve_s`.
     """
 
     now: float
@@ -68,7 +67,6 @@ class PolicyInput:
     base_replicas: int
     settings: ControlConfig
     busiest: Mapping[str, float] = field(default_factory=dict)
-    step_s: float | None = None
 
 
 @dataclass(frozen=True)

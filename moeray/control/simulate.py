@@ -53,7 +53,7 @@ class Engine:
         routers: int,
         objectives: Objectives = Objectives(),  # noqa: B008 - frozen
     ) -> None:
-        """`objectives`: what reports count lateness by."""
+        """`objectives`: what reports count lateness by, and how long steps may last."""
         self._settings, self._costs, self._objectives = settings, costs, objectives
         self._arrival: list[float] = trace.arrival_s.tolist()
         self._prompt: list[int] = trace.prompt.tolist()
@@ -239,7 +239,7 @@ class Engine:
 
     def _chunk(self, router: SimRouter, decodes: int, most: int) -> int:
         """Prefill tokens beside decoding sequences: those at which `engine.pace` settles."""
-        step_s, chunk = self._settings.step_s, min(most, self._settings.prefill_chunk)
+        step_s, chunk = self._objectives.step_s, min(most, self._settings.prefill_chunk)
 
         def lasts_s(chunk: int) -> float:
             return self._step_s(router, decodes, decodes + chunk, self._attention_s(router, [chunk], 1))[0]

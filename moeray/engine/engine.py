@@ -75,6 +75,10 @@ class Engine:
         self._check_ids(request)
         self._scheduler.add(Sequence(request, self._runner.eos_token_ids))
 
+    def keep_to(self, step_s: float | None) -> None:
+        """From now on, prompts take fewer tokens of steps beside decodes that would last longer; None: never."""
+        self._scheduler.pace.keep_to(step_s)
+
     def abort(self, request_id: str) -> bool:
         """End a request and free its blocks now; False when it is not here."""
         return self._scheduler.abort(request_id)

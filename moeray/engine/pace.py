@@ -6,18 +6,24 @@ step that was too long, doubled again after one that was so short that twice as 
 
 from __future__ import annotations
 
-from moeray.settings.engine import LEAST_CHUNK, EngineConfig
+from moeray.settings.engine import LEAST_CHUNK
 
 _SHORT = 0.6
-"""A step within this part of `step_s` would about keep to it with twice the chunk, since some of its time is fixed."""
+"""A step within this part of what it may last would about keep to that with twice the chunk: some of it is fixed."""
 
 
 class Pace:
-    """`chunk`: prefill tokens of the next step beside decodes; always `prefill_chunk` where `step_s` is None."""
+    """`chunk`: prefill tokens of the next step beside decodes; `most`, until it is to keep steps to some seconds."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._step_s = config.step_s
-        self._most = self.chunk = config.prefill_chunk
+    def __init__(self, most: int) -> None:
+        self._most = self.chunk = most
+        self._step_s: float | None = None
+
+    def keep_to(self, step_s: float | None) -> None:
+        """Steps are to last no longer from now on; as long as they like with None."""
+        self._step_s = step_s
+        if step_s is None:
+            self.chunk = self._most
 
     def note(self, decodes: int, prefilled: int, seconds: float) -> None:
         """Take note of a step. Those without decodes keep nobody waiting, those without prefills tell nothing."""

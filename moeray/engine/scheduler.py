@@ -36,7 +36,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, blocks: BlockManager, max_context: int) -> None:
         self._config = config
         self._blocks = blocks
-        self.pace = Pace(config)  # told by its owner how long steps took
+        self.pace = Pace(config.prefill_chunk)  # told by its owner how long steps took
         self._max_context = min(max_context, blocks.num_blocks * blocks.block_size)
         self._waiting: deque[Sequence] = deque()
         self._sharing: set[Sequence] = set()  # of those that wait, whose prefix one that runs computes

@@ -63,7 +63,9 @@ class ControlConfig:
     aimed at, `slo_queue_wait_s` the p99 wait of rows at an actor, `idle_s` how long without load until the minimum;
     `slo_ttft_s` (to the first token) and `slo_tpot_s` (between tokens) are what the policy `latency` keeps to, by
     aiming at `slo_aim` of them (without them it has no opinion), and at more or less of them while more or fewer than
-    `slo_attainment` of the requests keep to both.
+    `slo_attainment` of the requests keep to both. `slo_pace`: while a router's steps last longer than this part of
+    `slo_tpot_s`, prompts take fewer tokens of them: what decodes keeps its pace, and prompts wait, which is right where
+    the first token may come late and actors are on their way (None: they are never fewer).
     `reserve` is the part of the actors that were busy at once in the last `reserve_s` to be kept for the next burst.
     `replica_budget` bounds the replicas of hot experts beyond `experts.replicas`, as a part of all experts;
     `max_skew` is the max/mean load per actor of a layer above which experts are moved or replicated, and
@@ -94,6 +96,7 @@ class ControlConfig:
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     slo_aim: float = 0.7
+    slo_pace: float | None = None
     slo_attainment: float = 0.99
     reserve: float = 0.0
     reserve_s: float = 600.0
@@ -120,6 +123,7 @@ class ControlConfig:
         for key in ("slo_ttft_s", "slo_tpot_s"):
             require(getattr(self, key) is None or getattr(self, key) > 0, f"control.{key}", "must be above 0 seconds")
         require(0 < self.slo_aim <= 1, "control.slo_aim", "must be above 0 and at most 1")
+        require(self.slo_pace is None or 0 < self.slo_pace <= 1, "control.slo_pace", "must be above 0 and at most 1")
         require(0 < self.slo_attainment < 1, "control.slo_attainment", "must be above 0 and below 1")
         require(0.01 <= self.target_utilisation <= 1, "control.target_utilisation", "must be 0.01 to 1")
         require(0 <= self.reserve <= 1, "control.reserve", f"must be 0 to 1, got {self.reserve}")

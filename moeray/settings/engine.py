@@ -20,9 +20,8 @@ class EngineConfig:
     """Batching and the KV cache.
 
     `max_batch_tokens` is the token budget of a step (prefill chunks + one token per running sequence).
-    `prefill_chunk` bounds the prefill tokens of one step while sequences are decoding. `step_s` makes them fewer, down
-    to `LEAST_CHUNK`, while such steps last longer: what decodes keeps its pace, and prompts wait, which is right where
-    the first token may come late and actors are on their way (None: they are never fewer).
+    `prefill_chunk` bounds the prefill tokens of one step while sequences are decoding; `control.slo_pace` makes them
+    fewer.
     `kv_blocks` 0 means as many as `kv_cache_fraction` of the free memory at start holds, at most `kv_cache_bytes`; on a
     CPU, memory is taken as blocks are first used.
 
@@ -41,7 +40,6 @@ class EngineConfig:
     max_waiting: int = 1024
     max_batch_tokens: int = 2048
     prefill_chunk: int = 256
-    step_s: float | None = None
     block_size: int = 16
     kv_blocks: int = 0
     kv_cache_fraction: float = 0.2
@@ -55,7 +53,6 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for key in ("max_running", "max_waiting", "max_batch_tokens", "prefill_chunk", "block_size"):
             require(getattr(self, key) >= 1, f"engine.{key}", f"must be at least 1, got {getattr(self, key)}")
-        require(self.step_s is None or self.step_s > 0, "engine.step_s", "must be above 0 seconds")
         require(self.max_context >= 0, "engine.max_context", "must be 0 (the model's own) or more")
         require(self.kv_blocks >= 0, "engine.kv_blocks", "must be 0 (chosen from free memory) or more")
         require(0 < self.kv_cache_fraction <= 0.9, "engine.kv_cache_fraction", "must be above 0 and at most 0.9")

@@ -11,9 +11,11 @@ import pytest
 from moeray.actors.client import RouterClient
 from moeray.actors.messages import error_from, output_from, request_tree
 from moeray.actors.router import RouterActor
+from moeray.config import overlay
 from moeray.control.placement import Placement
 from moeray.control.reports import RouterReport, report_from
 from moeray.errors import ChannelClosedError, MoerayError, RouterLostError
+from moeray.settings.engine import LEAST_CHUNK
 from moeray.types import FinishReason, GenerationRequest, Lifecycle, SamplingParams, TokenOutput
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
@@ -112,6 +114,21 @@ def test_a_report_counts_the_requests_that_missed_an_objective(model):
         assert (after.requests, after.late) == (3, 3)  # "b", which its client gave up, says nothing
         ends = after.metrics["moeray_request_success_total"]
         assert {key[-1]: count for key, count in ends.items() if count} == {"length": 2, "abort": 1, "stop": 1}
+
+
+def test_a_pace_holds_from_the_next_step_on(model):
+    """By so short an objective that a prompt takes as little of each step as it ever does."""
+    with Fleet(model, engine__prefill_chunk=64) as fleet:
+        router = fleet.add_router()
+        router.configure(overlay(fleet.config, {"control": {"slo_tpot_s": 1e-6, "slo_pace": 0.5}}), 1.0)
+        channel = fleet.connect(router)
+        submit(channel, request("stream", max_tokens=400))
+        next(outputs(channel))
+        before = stats(channel).steps
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        submit(channel, GenerationRequest("long", tuple(5 + i % 50 for i in range(400)), params))
+        next(output for output in outputs(channel) if output.request_id == "long")
+        assert stats(channel).steps - before >= (400 - 64 - 32) // LEAST_CHUNK
 
 
 def test_a_report_does_not_wait_for_the_step_that_waits_for_an_expert(fleet):

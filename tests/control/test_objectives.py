@@ -22,3 +22,5 @@ def test_a_request_is_late_by_either_objective(objectives, first_s, last_s, toke
 
 def test_they_come_from_the_config():
     assert Objectives.of(ControlConfig(slo_ttft_s=3.0)) == Objectives(3.0, None)
+    assert Objectives.of(ControlConfig(slo_tpot_s=0.2, slo_pace=0.5)) == Objectives(None, 0.2, 0.1)
+    assert Objectives.of(ControlConfig(slo_pace=0.5)) == Objectives()  # a part of nothing

@@ -176,12 +176,12 @@ def test_latency_aims_lower_while_too_many_requests_are_late(requests, late, wan
     assert latency(input_).actors == {"experts": wanted}
 
 
-@pytest.mark.parametrize(("step_s", "wanted"), [(None, 5), (0.15, 4), (0.5, 3)])
-def test_latency_aims_at_the_pace_that_routers_keep(step_s, wanted):
-    """With `engine.step_s` the wait between tokens is that, and no longer than allowed, whatever `slo_aim` is."""
+@pytest.mark.parametrize(("pace", "wanted"), [(None, 5), (0.75, 4), (1.0, 3)])
+def test_latency_aims_at_the_pace_that_routers_keep(pace, wanted):
+    """With `slo_pace` the wait between tokens is that part of what is allowed, whatever `slo_aim` is."""
     routers = (RouterView("r", "n0", RouterLoad(running=4.0, tpot_s=0.15, expert_part=1.0)),)
-    settings = ControlConfig(slo_tpot_s=0.2, slo_aim=0.6)
-    input_ = replace(seen((0.1,) * 4, settings=settings), routers=routers, step_s=step_s)
+    settings = ControlConfig(slo_tpot_s=0.2, slo_aim=0.6, slo_pace=pace)
+    input_ = replace(seen((0.1,) * 4, settings=settings), routers=routers)
     assert latency(input_).actors == {"experts": wanted}
 
 

@@ -14,6 +14,7 @@ from moeray.control.cost import Costs, StepCosts, load_costs
 from moeray.control.elastic import ElasticRun
 from moeray.control.fixed import FixedRuns, best_static
 from moeray.control.members import Members
+from moeray.control.objectives import Objectives
 from moeray.control.outcome import Slo
 from moeray.control.popularity import MoeShape, PopularityModel, inclusion
 from moeray.control.simulate import Engine
@@ -49,6 +50,20 @@ def world(trace=None, *, most=24, routers=3, skew="uniform", **control):
         }
     )
     return World(waves() if trace is None else trace, config, COSTS, SHAPE, PopularityModel(skew, SHAPE, 0))
+
+
+def test_a_pace_is_kept_to_the_objective_that_the_run_is_judged_by():
+    """Bursts of short answers, whose first token may be late."""
+    rows = [(60.0 * burst + 0.02 * i, 300, 12) for burst in range(4) for i in range(60)]
+    slo = Slo(30.0, 0.06)
+    plain, paced = world(trace_of("bursts", rows)), world(trace_of("bursts", rows), slo_pace=0.85)
+    found = [
+        compare(it, slo, slo_factor=2, warm_start=True, interval_s=30, seed=0, report=lambda *progress: None)
+        for it in (plain, paced)
+    ]
+    assert found[0].slo == found[1].slo == slo
+    assert found[1].elastic.p99.tpot_s < found[0].elastic.p99.tpot_s
+    assert found[1].static.actor_hours <= found[0].static.actor_hours  # the best with and without
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +278,7 @@ def test_steps_beside_decodes_are_cut_to_last_no_longer():
     table = it_table(costs, it, it.settled_placement(it.hosts(2), it.hindsight.load))
     longest, ends = {}, {}
     for step_s in (None, 0.05):
-        engine = Engine(trace, EngineConfig(max_batch_tokens=256, step_s=step_s), costs, table, 1)
+        engine = Engine(trace, EngineConfig(max_batch_tokens=256), costs, table, 1, Objectives(step_s=step_s))
         longest[step_s] = 0.0
         while not engine.done:
             engine.advance(engine.now + 0.01)

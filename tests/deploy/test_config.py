@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import yaml
@@ -80,6 +81,14 @@ def test_every_actor_fits_into_a_pod_and_the_most_of_them_into_the_most_pods(nam
         assert max(room.values()) >= most, f"{request} up to {most} times, but there is room for {room}"
         if request.device == "cuda":
             assert request.num_gpus
+
+
+def test_the_config_for_bursts_is_the_one_whose_figures_are_told():
+    path = ROOT / "deploy" / "bursts.yaml"
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "moeray" / "control" / "README.md").read_text(), re.DOTALL)
+    (told,) = (block for block in blocks if path.name in block)
+    assert yaml.safe_load(told) == yaml.safe_load(path.read_text())
+    assert load_config(path).control.slo_pace is not None
 
 
 @pytest.mark.parametrize("name", ["service", "kind"])

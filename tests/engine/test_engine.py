@@ -8,7 +8,7 @@ import pytest
 
 from moeray.engine.engine import Engine
 from moeray.errors import MoerayError, QueueFullError, RequestError
-from moeray.settings.engine import EngineConfig
+from moeray.settings.engine import LEAST_CHUNK, EngineConfig
 from moeray.types import FinishReason, GenerationRequest, SamplingParams
 from tests.engine.history_runner import VOCAB, HistoryRunner
 
@@ -72,6 +72,19 @@ def test_a_long_prompt_does_not_stall_running_streams():
         outputs = engine.step()
         assert sum(len(o.token_ids) for o in outputs if o.request_id != "long") == 4
     assert max(prefills(runner)) <= 64
+
+
+def test_prompts_take_less_of_steps_that_are_to_last_no_longer():
+    """No step is that short, so they take as little as they ever do, while anything decodes."""
+    engine, runner = engine_of(num_blocks=512, max_batch_tokens=256, prefill_chunk=64, prefix_cache=False)
+    engine.keep_to(1e-9)
+    engine.submit(GenerationRequest("short", (1, 2, 3), replace(GREEDY, max_tokens=40)))
+    engine.step()
+    engine.submit(GenerationRequest("long", tuple(i % VOCAB for i in range(300)), GREEDY))
+    tokens, _ = finish(engine)
+    beside = [sum(e.count for e in batch.entries if e.count > 1) for batch in runner.batches[1:] if batch.num_decodes]
+    assert beside[:4] == [64, 32, LEAST_CHUNK, LEAST_CHUNK]
+    assert tokens["long"] == alone(GenerationRequest("long", tuple(i % VOCAB for i in range(300)), GREEDY))
 
 
 def test_what_is_pending_and_what_was_waited_for_is_counted():

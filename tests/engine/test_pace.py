@@ -1,7 +1,8 @@
+"""How many prompt tokens a step takes so that what decodes keeps its pace."""
+
 import pytest
 
 from moeray.engine.pace import Pace
-from moeray.settings.engine import EngineConfig
 
 
 @pytest.mark.parametrize(
@@ -19,14 +20,28 @@ from moeray.settings.engine import EngineConfig
     ],
 )
 def test_the_chunk_follows_how_long_steps_last(steps, chunk):
-    pace = Pace(EngineConfig(step_s=0.2))
+    pace = Pace(256)
+    pace.keep_to(0.2)
     for step in steps:
         pace.note(*step)
     assert pace.chunk == chunk
 
 
-@pytest.mark.parametrize(("config", "chunk"), [({}, 256), ({"step_s": 0.2, "prefill_chunk": 8}, 8)])
-def test_nothing_is_cut_without_a_limit_or_below_the_least(config, chunk):
-    pace = Pace(EngineConfig(**config))
+@pytest.mark.parametrize(("most", "step_s"), [(256, None), (8, 0.2)])
+def test_nothing_is_cut_without_a_limit_or_below_the_least(most, step_s):
+    pace = Pace(most)
+    pace.keep_to(step_s)
     pace.note(4, 256, 9.0)
-    assert pace.chunk == chunk
+    assert pace.chunk == most
+
+
+def test_a_limit_that_is_lifted_gives_back_the_whole_chunk():
+    pace = Pace(256)
+    pace.keep_to(0.2)
+    pace.note(4, 256, 9.0)
+    pace.keep_to(1.0)
+    assert pace.chunk == 128
+    pace.keep_to(None)
+    assert pace.chunk == 256
+    pace.note(4, 256, 9.0)
+    assert pace.chunk == 256
