@@ -158,3 +158,6 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store),
 #undef DOT_NAMES
 #undef UNPACK
 #undef UNPACK_NAME
+#undef STREAM
+#undef STREAMS
+#undef STREAM_NAMES

@@ -119,6 +119,9 @@ enum {
     NEAR = 5 << 18,  /* bytes of such a cache that they and the weights of three tiles may take */
     PANEL_ROWS = 256, /* for so many at least weights are copied to where tiles read them fastest */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
+    STREAMED = 4,    /* rows of inputs at most that are multiplied in the order of memory, */
+    INPUTS = 16384,  /* their bytes, which stay in the nearest cache beside the weights that pass by, */
+    DISTANCE = 8192, /* and bytes from what is multiplied to what is fetched */
     MEANWHILE = 512, /* bytes of a weight row that are fetched while outputs are finished */
     READ = 32768,    /* bytes that four streams read at a time */
     FILLER = 64 + 4, /* bytes of the largest block and its scales */
@@ -155,6 +158,11 @@ INLINE int scales_sums(int64_t format) { return format == FP8_PAIRS || format ==
 INLINE int in_fp8(int64_t format) { return format == FP8 || scales_sums(format); }
 
 INLINE int in_fp4(int64_t format) { return format == MXFP4 || format == MXFP4_PAIRS; }
+
+/* Whether so many rows of inputs are multiplied with weights in the order in which these lie in memory (stream.h). */
+INLINE int streams(const Matrix *m, int64_t rows) {
+    return (m->format == PAIRS || in_digits(m->format)) && rows <= STREAMED && rows * 2 * m->in <= INPUTS;
+}
 
 /* Whole bytes are multiplied without a shift back, so that they can be part of an address. */
 INLINE int64_t bytes_of(int64_t format, int64_t inputs) {

@@ -64,6 +64,19 @@ MULTIPLIED(DOTS)
 #define DOT_NAMES(format) [format] = {UP_TO_MOST(DOT_NAME, format)},
 static const FN(Dot) FN(dot_of)[][MOST] = {MULTIPLIED(DOT_NAMES)};
 
+#include "stream.h"
+
+/* Those for so many rows. */
+static const FN(Dot) *FN(dots_for)(const Matrix *m, int64_t rows) {
+#if HAS_PAIRS
+    if (streams(m, rows) && m->format == PAIRS) return FN(streamed_pairs);
+#endif
+#if HAS_DIGITS
+    if (streams(m, rows) && m->format == INT8_DIGITS) return FN(streamed_digits);
+#endif
+    return FN(dot_of)[m->format];
+}
+
 /* A row's weights of inputs [from, to), decoded; `from` begins a block. */
 typedef void (*FN(Unpack))(const Matrix *m, Row w, int64_t from, int64_t to, char *decoded);
 #define UNPACK(format)                                                                                                 \
@@ -104,11 +117,12 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
         m = &dense, w = rows;
     }
     const int64_t groups = FN(groups_for)(count);
+    const FN(Dot) *dots = FN(dots_for)(m, count);
     ahead.near = LANES == 16 && groups == 1 && m != &dense;
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
-        FN(dot_of)[m->format][few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), folds);
-        if (ahead.near && ahead.count) FN(fetch_meanwhile)(ahead);
+        dots[few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), folds);
+        if (ahead.near && ahead.count && !streams(m, few)) FN(fetch_meanwhile)(ahead);
         for (int64_t r = 0; r < few; r++) {
             FN(vec) sums[PARTS];
             for (int p = 0; p < PARTS; p++) sums[p] = FN(unite)(folds + r * (TILE / OUTS) + p * APIECE);
