@@ -92,6 +92,17 @@ static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packe
     }
 }
 
+/* The first `lanes` of each of `count` rows to outputs (F32 or BF16), `step` bytes from one row's to the next's. */
+static void FN(store_rows)(int64_t format, char *y, int64_t step, const f32x16 *rows, int64_t lanes, int64_t count) {
+    if (format == BF16 && lanes == TILE) { /* whole vectors, without a call for each */
+        for (int64_t r = 0; r < count; r++) FN(store)(BF16, y + r * step, 0, rows + r, TILE);
+    } else if (format == BF16 && lanes == TILE / 2) {
+        for (int64_t r = 0; r < count; r++) FN(store)(BF16, y + r * step, 0, rows + r, TILE / 2);
+    } else {
+        for (int64_t r = 0; r < count; r++) FN(store)(format, y + r * step, 0, rows + r, lanes);
+    }
+}
+
 /* -- ceilings ------------------------------------------------------------------------------------------------------ */
 
 /* Reads all of `size` bytes, a multiple of READ, as fast as can be: four streams, fetched ahead, since one alone does
@@ -134,7 +145,7 @@ static int64_t FN(multiply)(int64_t times) {
     return times * MOST * OUTS * (HAS_PAIRS ? 4 : 2) * LANES;
 }
 
-static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store), FN(read), FN(multiply)};
+static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store_rows), FN(read), FN(multiply)};
 
 #undef PARTS
 #undef FN

@@ -184,11 +184,14 @@ INLINE int64_t padded(int64_t format, int64_t inputs) {
     return (inputs + block - 1) / block * block;
 }
 
+/* Whether inputs lie in scratch as they come, two bytes each. */
+INLINE int in_order(int64_t format) { return format == PAIRS || format == SCALED_PAIRS || in_digits(format); }
+
 /* Where input k lies among a row's, which is the order in which decoding yields weights. Of n vectors, number j holds a
    block's inputs j, j + n, j + 2n, ...; in pairs, bytes are unpacked in runs of 8, even ones before odd ones, and of 8
    words with 4 numbers each come all words' first ones, then all second ones, ... */
 INLINE int64_t place_of(int64_t format, int64_t k) {
-    if (format == PAIRS || format == SCALED_PAIRS || in_digits(format)) return k;
+    if (in_order(format)) return k;
     if (format == MXFP4_PAIRS) return (k & ~31) | (k & 3) << 3 | (k & 28) >> 2;
     if (in_pairs(format)) return (k & ~63) | (k & 8) << 2 | (k & 48) >> 1 | (k & 7);
     const int64_t n = vectors_of(format), within = k % forms[format].block;

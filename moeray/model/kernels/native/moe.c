@@ -22,7 +22,7 @@ typedef struct {
                  Ahead ahead, f32x16 *out, char *decoded);
     void (*activate)(const Activation *, int gated, f32x16 *rows, int64_t count);
     void (*pack)(int64_t format, const void *x, const Matrix *m, char *packed);
-    void (*store)(int64_t format, void *y, int64_t at, const f32x16 *v, int64_t count);
+    void (*store)(int64_t format, char *y, int64_t step, const f32x16 *rows, int64_t lanes, int64_t count);
     void (*read)(const char *data, int64_t size);
     int64_t (*multiply)(int64_t times);
 } Kernels;
@@ -119,26 +119,24 @@ static const Kernels *kernels_of(int64_t instructions) {
 
 /* Activated outputs of `up` to where `down` finds them. */
 static void put_up(const Kernels *k, const Work *w, const Tile *t, int64_t lanes, const f32x16 *out) {
-    const int64_t format = w->layer.down.format, step = step_of(&w->layer.down);
+    const int64_t format = w->layer.down.format, step = step_of(&w->layer.down), count = t->chunk->count;
+    char *to = w->scratch.hs + t->chunk->at * step;
+    if (in_order(format)) return k->store(BF16, to + 2 * t->from, step, out, lanes, count);
+    uint16_t rounded[CHUNK][TILE];
     int64_t place[TILE];
     for (int64_t n = 0; n < lanes; n++) place[n] = place_of(format, t->from + n);
-    for (int64_t r = 0; r < t->chunk->count; r++) {
-        char *to = w->scratch.hs + (t->chunk->at + r) * step;
-        if (input_bytes(format) == 2) {
-            uint16_t rounded[TILE];
-            k->store(BF16, rounded, 0, out + r, TILE);
-            for (int64_t n = 0; n < lanes; n++) ((uint16_t *)to)[place[n]] = rounded[n];
-        } else {
+    if (input_bytes(format) == 2) k->store(BF16, (char *)rounded, sizeof rounded[0], out, TILE, count);
+    for (int64_t r = 0; r < count; r++, to += step) {
+        if (input_bytes(format) == 2)
+            for (int64_t n = 0; n < lanes; n++) ((uint16_t *)to)[place[n]] = rounded[r][n];
+        else
             for (int64_t n = 0; n < lanes; n++) ((float *)to)[place[n]] = ((const float *)(out + r))[n];
-        }
     }
 }
 
 static void put_down(const Kernels *k, const Work *w, const Stage *s, const Tile *t, const f32x16 *out) {
-    for (int64_t r = 0; r < t->chunk->count; r++) {
-        const int64_t at = (t->chunk->first + r) * s->width + t->from;
-        k->store(w->call->y_format, w->call->y, at, out + r, left_of(s, t));
-    }
+    const int64_t size = bytes_of(w->call->y_format, 1), at = t->chunk->first * s->width + t->from;
+    k->store(w->call->y_format, (char *)w->call->y + at * size, s->width * size, out, left_of(s, t), t->chunk->count);
 }
 
 static void compute_tile(const Kernels *k, const Work *w, const Stage *s, const Tile *t, Ahead ahead, char *decoded) {
