@@ -20,7 +20,14 @@ from moeray.errors import CheckpointError, UnsupportedModelError
 from moeray.model.checkpoint import Checkpoint, dtype_of
 from moeray.model.conversion import Conversion, OneExpertModel, Recipe
 from moeray.model.formats import Plain, StoredWeight
-from moeray.model.stored import StoredKeys, estimated_bytes, logical_weights, read_stored, stored_shape
+from moeray.model.stored import (
+    StoredKeys,
+    check_floating,
+    estimated_bytes,
+    logical_weights,
+    read_stored,
+    stored_shape,
+)
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +115,7 @@ class WeightMap:
     ) -> None:
         self._checkpoint = checkpoint
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._floating = {name for name, value in model.state_dict().items() if value.is_floating_point()}
         self._buffers = {name for name, _ in model.named_buffers()}
         self._stored = stored
         self._trunk = trunk
@@ -170,10 +178,10 @@ class WeightMap:
         row = None if recipe.merges else expert
         if row is not None:
             self._check_rows(recipe, name)
-        weights = {
-            pattern: read_stored(self._checkpoint, self._stored[keys[expert] if recipe.merges else keys[0]], row)
-            for pattern, keys in recipe.sources.items()
-        }
+        stored = {p: self._stored[keys[expert] if recipe.merges else keys[0]] for p, keys in recipe.sources.items()}
+        for of_pattern in stored.values():
+            check_floating(self._checkpoint, of_pattern)
+        weights = {pattern: read_stored(self._checkpoint, keys, row) for pattern, keys in stored.items()}
         cat_dim = recipe.cat_dim
         if cat_dim is not None:
             tensor = ExpertTensor(tuple(weights.values()), cat_dim)
@@ -235,6 +243,9 @@ class WeightMap:
                 f"tensor {key} {list(next(iter(shapes.values()))[0])} in file {file} does not fit the config "
                 f"({' '.join(str(error).split())[:160]}); use the config.json that belongs to the checkpoint"
             ) from error
+        if made.keys() & self._floating:
+            for name in recipe.tensors:
+                check_floating(self._checkpoint, self._stored[name])
         for target, shape in made.items():
             if target in self._shapes and shape != self._shapes[target]:
                 raise CheckpointError(

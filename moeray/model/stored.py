@@ -78,6 +78,17 @@ def stored_shape(checkpoint: Checkpoint, stored: StoredKeys) -> tuple[int, ...]:
     return shape
 
 
+def check_floating(checkpoint: Checkpoint, stored: StoredKeys) -> None:
+    """Raises CheckpointError for whole numbers that are no weights without scales, which nothing here says where to
+    find."""
+    dtype = checkpoint.info(stored.weight).dtype
+    if stored.scale is None and not dtype.is_floating_point:
+        raise CheckpointError(
+            f"tensor {stored.weight} in file {checkpoint.file_of(stored.weight)} is {dtype}, quantised in a way that "
+            "config.json does not name; use a bf16, fp16, fp32, FP8 block or MXFP4 checkpoint of the model"
+        )
+
+
 def read_stored(checkpoint: Checkpoint, stored: StoredKeys, row: int | None = None) -> StoredWeight:
     """The weight, or its row `row` of dimension 0, as views of the memory map. Raises CheckpointError."""
     stored_shape(checkpoint, stored)

@@ -239,6 +239,18 @@ def test_fp8_without_its_scales(tmp_path: Path) -> None:
     assert "model.safetensors" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.block_sparse_moe.experts.3.w2.weight", "model.layers.0.self_attn.q_proj.weight"]
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_without_a_quantization_config(mixtral: Path, name: str, dtype: torch.dtype) -> None:
+    """Such as bitsandbytes' or GPTQ's behind a config.json of the model that was quantised."""
+    edit(mixtral, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    message = refused(mixtral)
+    assert f"tensor {name} in file model.safetensors is {dtype}" in message
+    assert "use a bf16" in message
+
+
 def test_fp8_with_scales_of_another_block_size(tmp_path: Path) -> None:
     path, _ = make_fp8(make_tiny("qwen3_moe", tmp_path / "plain", num_hidden_layers=2), tmp_path, block=(32, 32))
     configure(path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
