@@ -57,10 +57,7 @@ class SelfCheck:
         finally:
             trunk.attend_with(attention.NAME)
         if not reference.isfinite().all():
-            raise CheckpointError(
-                "the trunk's own logits are not finite: its weights or the dtype overflow; check the checkpoint, or "
-                "set dtype to bfloat16 or float32"
-            )
+            raise CheckpointError(self._what_is_not_finite())
         use_linear(trunk.model, linear)
         if linear != "torch" and trunk.device.type == "cpu":
             fuse(trunk.model, trunk.dtype)
@@ -74,6 +71,16 @@ class SelfCheck:
             )
         packed = self._trial([(self._second, 6, 3), (self._first, 11, 1)], self._filled())
         self._compare(packed[-1:], reference[-1:], "its tokens depend on their neighbours in a packed batch")
+
+    def _what_is_not_finite(self) -> str:
+        trunk = self._trunk
+        for name, weight in trunk.model.state_dict().items():
+            if not weight.isfinite().all():
+                return (
+                    f"tensor {name} of the trunk is not finite in {trunk.dtype}; fetch the checkpoint again, or set "
+                    "dtype to bfloat16 or float32"
+                )
+        return f"the trunk's logits are not finite: {trunk.dtype} overflows; set dtype to bfloat16 or float32"
 
     def _first_trial(self, whole: list[_Tokens]) -> None:
         try:

@@ -72,8 +72,18 @@ def test_weights_that_are_not_finite(tensor, tmp_path):
     model.state_dict()[tensor].view(-1)[3] = float("nan")
     model.save_pretrained(tmp_path)
     files = open_model(str(tmp_path), None, node="here")
-    with pytest.raises(CheckpointError, match="not finite"):
+    with pytest.raises(CheckpointError, match=rf"tensor {tensor} of the trunk is not finite.*fetch"):
         Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, torch.device("cpu"))
+
+
+def test_a_dtype_that_overflows(tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**SMALL, num_local_experts=4))
+    for tensor in ("lm_head.weight", "model.norm.weight"):
+        model.state_dict()[tensor].mul_(6e3)
+    model.save_pretrained(tmp_path)
+    files = open_model(str(tmp_path), None, node="here")
+    with pytest.raises(CheckpointError, match=r"float16 overflows; set dtype to bfloat16"):
+        Trunk.load(files.checkpoint, files.family, files.weights, torch.float16, torch.device("cpu"))
 
 
 def test_a_dense_model(tmp_path):
