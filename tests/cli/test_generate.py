@@ -27,6 +27,20 @@ def test_wrong_ids_are_refused_before_the_model_is_looked_for(ids, words, tmp_pa
     assert words in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("option", "number", "words"),
+    [
+        ("--seed", 2**64, "seed must be a number of 64 bits"),
+        ("--seed", -(2**63) - 1, "seed must be a number of 64 bits"),
+        ("--top-k", 2**64, "top_k must be 0 (off) or more, and below 2**31"),
+    ],
+)
+def test_numbers_that_no_request_can_carry_are_refused_at_once(option, number, words, tmp_path):
+    result = generate(str(tmp_path / "nowhere"), "--prompt-ids", "1", option, str(number))
+    assert result.exit_code != 0
+    assert words in str(result.exception)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(make_tiny("granitemoe", tmp_path_factory.mktemp("generate") / "m"))
