@@ -23,7 +23,7 @@ __all__ = ["Checkpoint", "Quantization", "Scheme", "Source", "TensorInfo", "reso
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_OTHER_FORMS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf")
 
 
 class Scheme(StrEnum):
@@ -201,12 +201,18 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _single_file(source: Source) -> Path:
+    """The only weight file. Raises CheckpointError, which names what a local folder holds in its place."""
     if source.folder is not None and not (source.folder / SINGLE).is_file():
-        unsafe = sorted(path.name for path in source.folder.iterdir() if path.suffix in _UNSAFE)
-        if unsafe:
+        files = sorted(path for path in source.folder.iterdir() if path.is_file())
+        if parts := [path.name for path in files if path.suffix == ".safetensors"]:
             raise CheckpointError(
-                f"folder {source.folder} holds {unsafe[0]} but no safetensors; moeray never unpickles weights: convert "
-                "it to safetensors (load it with transformers and call save_pretrained)"
+                f"folder {source.folder} holds {parts[0]} but neither {SINGLE} nor {INDEX}; fetch what is missing, or "
+                "convert it to transformers' format"
+            )
+        if others := [path.name for path in files if path.suffix in _OTHER_FORMS]:
+            raise CheckpointError(
+                f"folder {source.folder} holds {others[0]} but no safetensors; moeray reads no other form and never "
+                "unpickles weights: convert it to safetensors (load it with transformers and call save_pretrained)"
             )
     return source.path_of(SINGLE)
 

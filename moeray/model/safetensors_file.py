@@ -18,6 +18,8 @@ from torch import Tensor
 from moeray.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100 << 20
+_LFS_POINTER = b"version "
+"""What these begin with."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -90,6 +92,10 @@ class SafetensorsFile:
 
 
 def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> dict[str, TensorInfo]:
+    if prefix == _LFS_POINTER:
+        raise CheckpointError(
+            f"file {path} is a Git LFS pointer in the place of weights; run git lfs pull in its folder"
+        )
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= _MAX_HEADER_BYTES:
         raise CheckpointError(f"file {path} is not safetensors (no valid header length); fetch it again or convert it")

@@ -90,7 +90,7 @@ def _with_header(header: bytes, data: bytes = b"\0" * 64) -> bytes:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "no valid header length"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "run git lfs pull"),
         (struct.pack("<Q", 1 << 62), "no valid header length"),
         (_with_header(b"not json at all"), "not JSON"),
         (_with_header(b"\xff\xfe\xff\xfe"), "not JSON"),
@@ -268,11 +268,25 @@ def test_mxfp4_with_scales_that_do_not_fit(tmp_path: Path) -> None:
     assert "tensor model.layers.1.mlp.experts.down_proj_scales in file" in refused(path)
 
 
-def test_bin_only_folder(mixtral: Path) -> None:
-    (mixtral / "model.safetensors").rename(mixtral / "pytorch_model.bin")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-q4.gguf"])
+def test_folder_of_another_form(mixtral: Path, name: str) -> None:
+    (mixtral / "model.safetensors").rename(mixtral / name)
     message = refused(mixtral)
-    assert "pytorch_model.bin" in message
+    assert f"holds {name} but no safetensors" in message
     assert "convert it to safetensors" in message
+
+
+def test_shards_without_their_index(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    first = min(path.name for path in sharded.glob("*.safetensors"))
+    message = refused(sharded)
+    assert f"holds {first} but neither model.safetensors nor model.safetensors.index.json; fetch" in message
+
+
+def test_link_to_weights_that_are_not_there(mixtral: Path) -> None:
+    (mixtral / "model.safetensors").rename(mixtral / "weights")
+    (mixtral / "model.safetensors").symlink_to("nowhere")
+    assert f"file {mixtral / 'model.safetensors'} is not there" in refused(mixtral)
 
 
 def test_index_of_unsafe_files(sharded: Path) -> None:
