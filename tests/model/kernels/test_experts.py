@@ -22,7 +22,7 @@ from tests.quantize import make_fp8, make_mxfp4
 pytestmark = pytest.mark.skipif(not available(), reason="the kernels were not compiled on this machine")
 CPU = torch.device("cpu")
 COUNTS = [1, 2, 3, 6, 7, 13, 40, 130]
-TRANSPOSED = {"gpt_oss"}
+TRANSPOSED = {"gpt_oss", "aria_text"}
 
 
 def bank_of(path, dtype, kernel, int8=False, cache=None):
