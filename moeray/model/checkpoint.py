@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from moeray.errors import CheckpointError, UnsupportedModelError, in_a_line
 from moeray.model.safetensors_file import SafetensorsFile, TensorInfo
@@ -153,6 +153,12 @@ def _read_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"file {folder / 'config.json'} has no model_type; give a model in transformers' format")
+    if "auto_map" in raw and model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} of {folder / 'config.json'} is code of the checkpoint's own (auto_map), which "
+            "moeray never runs; give a model of a family that transformers has, or, if this one computes what such a "
+            "family does, set model_type to that"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises for values that it did not expect

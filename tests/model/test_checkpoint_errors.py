@@ -323,6 +323,17 @@ def test_unknown_model_type(mixtral: Path) -> None:
     assert "'no_such_family'" in refused(mixtral, UnsupportedModelError)
 
 
+def test_code_of_the_checkpoints_own(mixtral: Path) -> None:
+    """It is never run, and not needed where transformers has the family itself."""
+    configure(mixtral, auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    read_all(mixtral)
+    configure(mixtral, model_type="own_moe")
+    message = refused(mixtral, UnsupportedModelError)
+    assert "'own_moe'" in message
+    assert "auto_map" in message
+    assert "set model_type" in message
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", None])
 def test_unknown_quantisation(mixtral: Path, method: str | None) -> None:
     configure(mixtral, quantization_config={"quant_method": method, "bits": 4})
