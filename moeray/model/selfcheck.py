@@ -49,7 +49,7 @@ class SelfCheck:
         compute with `linear`. Raises UnsupportedModelError.
         """
         trunk, whole = self._trunk, [(self._first, 0, 12)]
-        self._first_trial(whole)  # first of all, since a family that is refused may fail otherwise
+        self._trial(whole, trunk.cache)  # first of all, since a family that is refused may fail otherwise
         trunk.attend_with("eager")
         try:
             with dispatching(_stand_in):
@@ -58,6 +58,7 @@ class SelfCheck:
             trunk.attend_with(attention.NAME)
         if not reference.isfinite().all():
             raise CheckpointError(self._what_is_not_finite())
+        self._check_biases()
         use_linear(trunk.model, linear)
         if linear != "torch" and trunk.device.type == "cpu":
             fuse(trunk.model, trunk.dtype)
@@ -72,6 +73,12 @@ class SelfCheck:
         packed = self._trial([(self._second, 6, 3), (self._first, 11, 1)], self._filled())
         self._compare(packed[-1:], reference[-1:], "its tokens depend on their neighbours in a packed batch")
 
+    def _check_biases(self) -> None:
+        """NaN in a gate's bias sways which experts it chooses, and shows in no logits. Raises CheckpointError."""
+        for name, weight in self._trunk.model.state_dict().items():
+            if weight.dim() < 2 and weight.isnan().any():
+                raise CheckpointError(f"tensor {name} of the trunk holds NaN; fetch the checkpoint again")
+
     def _what_is_not_finite(self) -> str:
         trunk = self._trunk
         for name, weight in trunk.model.state_dict().items():
@@ -81,18 +88,6 @@ class SelfCheck:
                     "dtype to bfloat16 or float32"
                 )
         return f"the trunk's logits are not finite: {trunk.dtype} overflows; set dtype to bfloat16 or float32"
-
-    def _first_trial(self, whole: list[_Tokens]) -> None:
-        try:
-            self._trial(whole, self._trunk.cache)
-        except (MoerayError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a family's modules raise that want another cache, mask or shape
-            kind = self._trunk.family.config.model_type
-            raise UnsupportedModelError(
-                f"model type {kind!r} does not run on moeray's cache and attention (or config.json does not fit it): "
-                f"{in_a_line(error)}"
-            ) from error
 
     @torch.inference_mode()
     def repeats(self) -> bool:
@@ -125,8 +120,17 @@ class SelfCheck:
         return cache
 
     def _trial(self, spans: list[_Tokens], cache: PagedCache) -> Tensor:
-        """Logits [T, V]."""
-        return self._trunk.forward(*self._inputs(spans, cache), _stand_in)
+        """Logits [T, V]. Raises UnsupportedModelError."""
+        try:
+            return self._trunk.forward(*self._inputs(spans, cache), _stand_in)
+        except (MoerayError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a family's modules raise that want another cache, mask or shape
+            kind = self._trunk.family.config.model_type
+            raise UnsupportedModelError(
+                f"model type {kind!r} does not run on moeray's cache and attention (or config.json does not fit it): "
+                f"{in_a_line(error)}"
+            ) from error
 
     def _inputs(self, spans: list[_Tokens], cache: PagedCache) -> tuple[Tensor, Tensor, Step, Tensor]:
         """A step over these tokens; sequence i owns slots 32 * i and on."""

@@ -66,6 +66,23 @@ def test_more_experts_a_token_than_there_are(tmp_path):
         load(config, tmp_path)
 
 
+def test_routing_groups_that_the_experts_do_not_fill(tmp_path):
+    """Whose gate computes for some numbers of tokens."""
+    config = CONFIG_MAPPING["deepseek_v3"](**SMALL | SPARSE | {"n_routed_experts": 8, "n_group": 3, "topk_group": 2})
+    with pytest.raises(UnsupportedModelError, match=r"config.json does not fit it.*shape"):
+        load(config, tmp_path)
+
+
+def test_a_gate_whose_bias_is_no_number(tmp_path):
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v3"](**SMALL | SPARSE))
+    tensor = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model.state_dict()[tensor][2] = float("nan")
+    model.save_pretrained(tmp_path)
+    files = open_model(str(tmp_path), None, node="here")
+    with pytest.raises(CheckpointError, match=f"tensor {tensor} of the trunk holds NaN; fetch"):
+        Trunk.load(files.checkpoint, files.family, files.weights, torch.float32, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("tensor", ["lm_head.weight", "model.norm.weight"])
 def test_weights_that_are_not_finite(tensor, tmp_path):
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**SMALL, num_local_experts=4))
