@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "Quantization", "Scheme", "Source", "TensorInfo", "reso
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OTHER_FORMS = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf")
 
 
@@ -45,7 +46,8 @@ class Quantization:
 class Checkpoint:
     """Thread-safe. Opens a weight file when one of its tensors is first asked for, and no sooner.
 
-    `config` never carries a `quantization_config`: it is split off into `quantization`.
+    `config` never carries a `quantization_config`: it is split off into `quantization`. A `dtype` that it does not name
+    is that of the weights, for which a file of theirs is opened at once.
     """
 
     def __init__(
@@ -83,7 +85,14 @@ class Checkpoint:
         sizes = None if index.is_file() and not whole else files
         checkpoint = cls(source, config, quantization, files, _fingerprint(source, folder, sizes))
         checkpoint._open = opened
+        if config.dtype is None:
+            config.dtype = checkpoint._dtype_of_weights()
         return checkpoint
+
+    def _dtype_of_weights(self) -> torch.dtype | None:
+        """That of the first tensor, by name, which is of one to compute in."""
+        dtypes = (self.info(key).dtype for key in sorted(self._files))
+        return next((dtype for dtype in dtypes if dtype in _DTYPES), None)
 
     def keys(self) -> Iterable[str]:
         """Names of all tensors, as the index or the only file lists them."""
@@ -238,6 +247,6 @@ def _fingerprint(source: Source, folder: Path, files: dict[str, str] | None) -> 
 
 
 def dtype_of(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that the config names for the weights; bfloat16 where it names none."""
+    """The weights' dtype by the config; bfloat16 where it has none."""
     found = getattr(config, "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16

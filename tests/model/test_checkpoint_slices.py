@@ -17,6 +17,7 @@ from moeray.errors import UnsupportedModelError
 from moeray.model.checkpoint import Checkpoint, resolve
 from moeray.model.family import load_family, model_class, without_experts
 from moeray.model.formats import Fp8Block, Mxfp4, Plain
+from moeray.model.loading import open_model
 from moeray.model.slices import WeightMap
 from tests.checkpoints import EXPERTS, FAMILIES, FURTHER_FAMILIES, make_tiny
 from tests.quantize import make_fp8, make_mxfp4
@@ -58,6 +59,18 @@ def assert_same(path: Path, dense: Path) -> None:
 def test_family(family: str, tmp_path: Path) -> None:
     path = make_tiny(family, tmp_path)
     assert_same(path, path)
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 60_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_dtype_that_the_config_does_not_name_is_the_weights_own(
+    dtype: torch.dtype, shard_bytes: int | None, tmp_path: Path
+) -> None:
+    path = make_tiny("mixtral", tmp_path, dtype=dtype, shard_bytes=shard_bytes)
+    config = json.loads((path / "config.json").read_text())
+    del config["dtype"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert open_model(str(path), None, node="here").dtype("auto") is dtype
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe"])
