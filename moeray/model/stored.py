@@ -79,14 +79,16 @@ def stored_shape(checkpoint: Checkpoint, stored: StoredKeys) -> tuple[int, ...]:
 
 
 def check_floating(checkpoint: Checkpoint, stored: StoredKeys) -> None:
-    """Raises CheckpointError for whole numbers that are no weights without scales, which nothing here says where to
-    find."""
-    dtype = checkpoint.info(stored.weight).dtype
-    if stored.scale is None and not dtype.is_floating_point:
-        raise CheckpointError(
-            f"tensor {stored.weight} in file {checkpoint.file_of(stored.weight)} is {dtype}, quantised in a way that "
-            "config.json does not name; use a bf16, fp16, fp32, FP8 block or MXFP4 checkpoint of the model"
-        )
+    """Raises CheckpointError for whole numbers in a weight or its scales, unless the scheme says what they mean."""
+    if stored.scheme is Scheme.MXFP4:
+        return
+    for key in stored.keys:
+        dtype = checkpoint.info(key).dtype
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"tensor {key} in file {checkpoint.file_of(key)} is {dtype}, quantised in a way that config.json does "
+                "not name; use a bf16, fp16, fp32, FP8 block or MXFP4 checkpoint of the model"
+            )
 
 
 def read_stored(checkpoint: Checkpoint, stored: StoredKeys, row: int | None = None) -> StoredWeight:

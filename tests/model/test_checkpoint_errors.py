@@ -251,6 +251,18 @@ def test_whole_numbers_without_a_quantization_config(mixtral: Path, name: str, d
     assert "use a bf16" in message
 
 
+@pytest.mark.parametrize(
+    "weight", ["model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+)
+@pytest.mark.parametrize("part", ["", "_scale_inv"])
+def test_fp8_or_its_scales_as_bytes(weight: str, part: str, tmp_path: Path) -> None:
+    """As tools store them that know no such dtype."""
+    path, _ = make_fp8(make_tiny("qwen3_moe", tmp_path / "plain", num_hidden_layers=2), tmp_path, block=(32, 32))
+    name = weight + part
+    edit(path, lambda tensors: tensors.update({name: tensors[name].to(torch.uint8)}))
+    assert f"tensor {name} in file model.safetensors is torch.uint8" in refused(path)
+
+
 def test_fp8_with_scales_of_another_block_size(tmp_path: Path) -> None:
     path, _ = make_fp8(make_tiny("qwen3_moe", tmp_path / "plain", num_hidden_layers=2), tmp_path, block=(32, 32))
     configure(path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
