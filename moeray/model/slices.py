@@ -140,9 +140,11 @@ class WeightMap:
             experts.update(dict.fromkeys(targets, recipe))
         missing = conversion.missing(recipes)
         if missing:
+            more = f" (nor are {len(missing) - 1} more)" if len(missing) > 1 else ""
+            others = f", or one with transformers' names: this holds {unexpected[0]}" if unexpected else ""
             raise CheckpointError(
-                f"tensor {missing[0]} is not in {checkpoint.index_name} of model {checkpoint.source.model}"
-                f"{f' (nor are {len(missing) - 1} more)' if len(missing) > 1 else ''}; fetch the checkpoint again"
+                f"tensor {missing[0]} is not in {checkpoint.index_name} of model {checkpoint.source.model}{more}; "
+                f"fetch the checkpoint again{others}"
             )
         for name, recipe in experts.items():
             conversion.check_experts(recipe, expert_params[name], checkpoint)

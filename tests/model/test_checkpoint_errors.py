@@ -151,6 +151,17 @@ def test_missing_tensor(mixtral: Path, name: str) -> None:
     assert "fetch the checkpoint again" in message
 
 
+def test_names_of_another_tool(mixtral: Path) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"module.{name}"] = tensors.pop(name)
+
+    edit(mixtral, wrap)
+    message = refused(mixtral)
+    assert "tensor model.embed_tokens.weight is not in model.safetensors" in message
+    assert "this holds module.lm_head.weight" in message
+
+
 def test_all_tensors_of_one_kind_missing(mixtral: Path) -> None:
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("model.layers.1.") and ".w3." in name]:
