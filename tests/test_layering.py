@@ -14,7 +14,7 @@ ROOT = Path(moeray.__file__).parent
 # Each room may import the rooms named, and always the leaves.
 LEAVES = {
     "buffers", "compiled", "config", "settings", "tree", "types", "errors", "metrics", "recorder", "exposition", "logs",
-    "threads",
+    "threads", "machine",
 }  # fmt: skip
 ALLOWED = {
     "settings": set(),

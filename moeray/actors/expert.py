@@ -14,12 +14,13 @@ import torch
 from moeray.actors.cores import Cores, claim
 from moeray.actors.expert_figures import ExpertFigures
 from moeray.actors.expert_load import EXPERT_LOAD, by_expert
-from moeray.actors.folders import machine_dir, runtime_dir
+from moeray.actors.folders import runtime_dir
 from moeray.actors.rows import RowServer
 from moeray.actors.spec import ActorReport, ActorSpec
 from moeray.actors.system_actor import SystemActor
 from moeray.control.reports import ExpertReport, report_tree
 from moeray.errors import ChannelClosedError, PlacementError, WireError
+from moeray.machine import machine_dir
 from moeray.model.experts import ExpertBank
 from moeray.model.loading import open_bank, open_model
 from moeray.recorder import Reading, Recorder, Snapshot
@@ -68,7 +69,7 @@ class ExpertActor(SystemActor):
 
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is and how many bytes are free for weights."""
-        return self._listening(self._listener.start(), _free_bytes(self._device), self._orphaned)
+        return self._listen(_free_bytes(self._device), self._orphaned)
 
     def prepare(self, revision: str | None = None) -> None:
         """Open the model, so that hosting later only maps weights. Ready from then on, also without an expert.

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from moeray.errors import ConfigError
+from moeray.machine import machine_dir
 from moeray.wire.unix_dial import is_listened_at
 
 FORGOTTEN_S = 600.0
 """Actors of another system look through a folder once nothing has come or gone there for so long."""
 BINDING_S = 5.0
 """A socket so young may be one that is not listened at yet."""
-
-
-def machine_dir() -> Path:
-    """This user's folder for what all actors of the machine share."""
-    base = Path(os.environ.get("MOERAY_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    return base / f"moeray-{os.getuid()}"
 
 
 def runtime_dir(node_id: str, system: str) -> Path:

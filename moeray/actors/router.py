@@ -93,9 +93,7 @@ class RouterActor(SystemActor):
 
     def start(self) -> tuple[ActorReport, Address]:
         """Listen, and say where this actor is."""
-        return self._listening(
-            self._listener.start(), int(psutil.virtual_memory().available), orphaned=self._stop_itself
-        )
+        return self._listen(int(psutil.virtual_memory().available), self._stop_itself)
 
     def load_trunk(self, revision: str | None = None) -> dict[str, Any]:
         """Load the trunk, allocate the KV cache, start the step loop.

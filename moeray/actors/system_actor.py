@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -15,19 +16,24 @@ from moeray.actors.spec import ActorReport, ActorSpec, DatedConfig
 from moeray.actors.vigil import Vigil, new_incarnation
 from moeray.config import Config
 from moeray.control.ledger import Books, newer
+from moeray.errors import WireError
 from moeray.model.loading import pick_device
 from moeray.tree import to_tree
 from moeray.types import Address, Lifecycle
+from moeray.wire.channel import Listener
+
+log = logging.getLogger(__name__)
 
 
 class SystemActor:
     """Control methods are thread-safe; whoever calls one is a controller, of which an actor has to hear now and then.
 
-    What it computes and how it ends are the subclass's, which calls `_listening` at its start and `_leave_place` at its
-    end.
+    What it computes, who answers at its `_listener` and how it ends are the subclass's, which calls `_listen` at its
+    start and `_leave_place` at its end.
     """
 
     KIND: ClassVar[str]
+    _listener: Listener
 
     def __init__(self, spec: ActorSpec, node_id: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._spec = spec
@@ -46,18 +52,24 @@ class SystemActor:
         self._books: Books | None = None
         self._orders: Orders | None = None
 
-    def _listening(
-        self, address: Address, free_bytes: int, orphaned: Callable[[], None]
-    ) -> tuple[ActorReport, Address]:
+    def _listen(self, free_bytes: int, orphaned: Callable[[], None]) -> tuple[ActorReport, Address]:
         """From now on it hears of a controller, or `orphaned` is called. What `start` answers."""
-        self._address, self._free_bytes = address, free_bytes
+        self._address = address = self._listener.start()
+        self._free_bytes = free_bytes
         self._vigil = Vigil(self._spec.config.control.orphan_s, orphaned, self._clock)
         report = ActorReport(self._spec.actor_id, self._node_id, os.getpid(), str(self._device), free_bytes)
         return report, address
 
     def _heard(self) -> None:
+        """A controller speaks, and counts on whoever can be reached at an actor's address."""
         if self._vigil:
             self._vigil.heard()
+            try:
+                self._listener.renew()
+            except WireError as error:  # such as of XDG_RUNTIME_DIR after the user's last logout
+                if not self._leaving:
+                    log.error("%s; another actor takes the place of this one", error)
+                    self.leave()
 
     def _end_vigil(self) -> None:
         if self._vigil:

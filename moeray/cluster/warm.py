@@ -18,9 +18,9 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from moeray.machine import machine_dir
 from moeray.threads import wait_passively
 
 FORK_S = 120.0
@@ -34,8 +34,7 @@ _LENGTH = 4
 
 def folder() -> Path:
     """The private folder (0700) of the zygotes of this user. Raises OSError where it is not private."""
-    base = os.environ.get("MOERAY_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    path = Path(base) / f"moeray-{os.getuid()}" / "zygote"
+    path = machine_dir() / "zygote"
     for part in (path.parent, path):
         part.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = part.stat()

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+RENEW_S = 1.0
+
 
 class Listener:
     """Runs `handler(channel)` in a thread of its own for each peer that has proven itself; the channel ends with it."""
@@ -42,7 +45,8 @@ class Listener:
         self._path = Path(socket_dir) / (re.sub(r"[^A-Za-z0-9._-]", "_", identity.actor_id) + ".sock")
         self._guests = Guests(handler, wire.max_channels)
         self._inode = 0
-        self._doors: list[Door] = []
+        self._doors: list[Door] = []  # the unix socket's first
+        self._renewing = threading.Lock()  # guards the doors and the socket's file
         self._grpc: GrpcServer | None = None
 
     def start(self) -> Address:
@@ -51,8 +55,7 @@ class Listener:
         _check_folder(self._path.parent)
         _clear_stale(self._path)
         me, remotes, tcp, grpc = self._identity, self._wire.remotes, None, None
-        listening = [(_bind(self._path), UNIX)]
-        self._inode = self._path.stat().st_ino
+        listening = [(self._bind(), UNIX)]
         try:
             if "tcp" in remotes:
                 sock, tcp = listen_tcp(self._wire.host)
@@ -66,6 +69,23 @@ class Listener:
             raise
         self._doors = [self._door(sock, carrier) for sock, carrier in listening]
         return Address(me.actor_id, me.node_id, str(self._path), tcp, grpc)
+
+    def renew(self) -> None:
+        """Listen again where the socket's file is gone: somebody has removed it, or the whole folder. Open channels do
+        not notice, and there would never be another one. Raises WireError where that cannot be.
+        """
+        with self._renewing:
+            if not self._doors or os.path.lexists(self._path):
+                return
+            _check_folder(self._path.parent)
+            gone, self._doors[0] = self._doors[0], self._door(self._bind(), UNIX)
+            gone.close(monotonic() + RENEW_S)
+        _log.warning("somebody had removed %s; listening there again", self._path)
+
+    def _bind(self) -> socket.socket:
+        sock = _bind(self._path)
+        self._inode = self._path.stat().st_ino
+        return sock
 
     def _door(self, listening: socket.socket, carrier: Kernel) -> Door:
         name = f"wire-accept-{carrier.kind}-{self._identity.actor_id}"
@@ -105,13 +125,14 @@ class Listener:
 
     def close(self, timeout: float) -> None:
         """Stop listening, end all channels, join all threads. Raises WireError that names what still runs after it."""
-        if not self._doors:
-            return
         deadline = monotonic() + timeout
-        self._unlink()
-        for door in self._doors:
+        with self._renewing:
+            doors, self._doors = self._doors, []
+            if not doors:
+                return
+            self._unlink()
+        for door in doors:
             door.close(deadline)
-        self._doors = []
         left = self._guests.close(deadline)
         if self._grpc is not None:
             left += self._grpc.close(deadline)
@@ -123,12 +144,16 @@ class Listener:
         try:
             if self._path.stat().st_ino == self._inode:
                 self._path.unlink()
-        except FileNotFoundError:
+        except OSError:  # somebody has removed it, or closed the folder
             return
 
 
 def _check_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
+            missing.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise WireError(f"no socket folder {folder} can be made ({error.strerror}); choose another") from error
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise WireError(f"socket folder {folder} is not a folder; choose another")

@@ -2,12 +2,15 @@
 
 import os
 import socket
+import tempfile
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from moeray.actors import folders
+from moeray.machine import machine_dir
 
 NODE, OURS, OTHERS = "0123456789ab", "0000aaaa", "0000bbbb"
 
@@ -17,7 +20,7 @@ def machine(tmp_path_factory, monkeypatch):
     # sockets want a short path
     base = tmp_path_factory.mktemp("f")
     monkeypatch.setenv("MOERAY_RUNTIME_DIR", str(base))
-    return folders.machine_dir()
+    return machine_dir()
 
 
 @pytest.fixture
@@ -83,3 +86,12 @@ def test_a_folder_in_use_is_not_forgotten():
     folders.runtime_dir(NODE, OURS)
     folders.remove_runtime_dir(NODE, OTHERS)
     assert folder.exists()
+
+
+def test_where_the_session_of_the_user_has_ended(monkeypatch, tmp_path):
+    """Its last logout removes XDG_RUNTIME_DIR, while what runs in the background stays."""
+    monkeypatch.delenv("MOERAY_RUNTIME_DIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert machine_dir().parent == tmp_path
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))
+    assert machine_dir().parent == Path(tempfile.gettempdir())

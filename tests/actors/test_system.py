@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -63,6 +67,41 @@ def test_experts_without_a_replica_come_back_on_another_actor(model, expected):
         system.handle("experts-0").call("stop").result(10)
         outputs = system.generate(PROMPTS, GREEDY24)
     assert [tokens_of(o) for o in outputs] == expected
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """A folder for sockets, which want a short path."""
+    with TemporaryDirectory(prefix="moeray-") as base:
+        monkeypatch.setenv("MOERAY_RUNTIME_DIR", base)
+        yield Path(base)
+
+
+def test_actors_can_be_reached_again_after_somebody_removed_their_sockets(model, expected, runtime):
+    with LocalSystem(tiny_config(model, experts__actors=2)) as system:
+        shutil.rmtree(runtime)
+        system.handle("experts-0").call("stop").result(10)
+        system.controller.status()
+        assert [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)] == expected
+    assert not list(runtime.rglob("*.sock"))
+
+
+def test_actors_whose_sockets_are_gone_for_good_are_replaced(model, expected, runtime, monkeypatch):
+    """As after the last logout of a user whose session's folder they were in."""
+    with LocalSystem(tiny_config(model, experts__actors=2)) as system:
+        before = {handle.actor_id for handle in system.cluster.find()}
+        shutil.rmtree(runtime)
+        runtime.write_text("nobody makes a folder here")
+        with TemporaryDirectory(prefix="moeray-") as another:
+            monkeypatch.setenv("MOERAY_RUNTIME_DIR", another)
+            end = time.monotonic() + 60.0
+            while before & {row["actor"] for row in system.controller.status()["actors"]}:
+                assert time.monotonic() < end
+            system.info = system.controller.state()["info"]
+            assert [tokens_of(outputs) for outputs in system.generate(PROMPTS, GREEDY24)] == expected
+            system.controller.stop()
+        runtime.unlink()
+        runtime.mkdir()
 
 
 def test_a_request_that_cannot_be_served_is_refused_and_others_go_on(model, expected):

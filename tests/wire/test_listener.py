@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -124,6 +125,38 @@ def test_a_successors_socket_is_left_alone(folder):
     first.close(5.0)
     connect(address, identity("router-0"), UNIX_ONLY, timeout=5.0).close()
     second.close(5.0)
+
+
+@pytest.mark.parametrize("removed", [".", "run", "run/expert-0.sock"])
+def test_a_socket_that_somebody_removed_is_there_again(folder, removed):
+    mine = listener(folder / "base" / "run")
+    address = mine.start()
+    first = connect(address, identity("router-0"), UNIX_ONLY, timeout=5.0)
+    mine.renew()
+    path = folder / "base" / removed
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ChannelClosedError):
+        connect(address, identity("router-1"), UNIX_ONLY, timeout=5.0)
+    mine.renew()
+    second = connect(address, identity("router-1"), UNIX_ONLY, timeout=5.0)
+    assert stat.S_IMODE((folder / "base").stat().st_mode) == 0o700
+    for channel in (first, second):
+        channel.send(Frame(Op.PING, 3))
+        assert channel.recv(5.0).id == 3
+        channel.close()
+    mine.close(5.0)
+    mine.renew()
+    assert not list((folder / "base" / "run").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_again_is_named(folder):
+    mine = listener(folder / "run")
+    mine.start()
+    shutil.rmtree(folder / "run")
+    (folder / "run").write_text("in the way")
+    with pytest.raises(WireError, match="is not a folder"):
+        mine.renew()
+    mine.close(5.0)
 
 
 def test_a_handler_that_fails_ends_only_its_channel(folder, kind, caplog):

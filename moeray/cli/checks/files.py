@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from moeray.actors.folders import machine_dir, remove_runtime_dir, runtime_dir
+from moeray.actors.folders import remove_runtime_dir, runtime_dir
 from moeray.cli.checks.finding import Finding, fail, failed_by, ok, skipped, warn
 from moeray.errors import MoerayError
+from moeray.machine import machine_dir
 from moeray.wire.unix_dial import check_path
 
 _NODE, _SYSTEM = "doctor000000", "doctor00"
