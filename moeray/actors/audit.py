@@ -19,22 +19,22 @@ KEPT = 100
 
 
 class Audit:
-    """Owned by the controller's loop. `recent` holds the newest entries, for people who ask.
-
-    Raises ConfigError where there can be no folder for the file.
-    """
+    """Owned by the controller's loop. `recent` holds the newest entries, for people who ask."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.recent: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        if path is None:
+
+    def check(self) -> None:
+        """For a system that does not run yet. Raises ConfigError where there can be no folder for the file."""
+        if self.path is None:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"no audit log can be kept in {path.parent} ({error.strerror}); set cache_dir (or MOERAY_CACHE_DIR) "
-                "to a folder that this user may write, or control.audit_log"
+                f"no audit log can be kept in {self.path.parent} ({error.strerror}); set cache_dir (or "
+                "MOERAY_CACHE_DIR) to a folder that this user may write, or control.audit_log"
             ) from error
 
     def write(self, event: str, **fields: Any) -> None:
@@ -44,6 +44,7 @@ class Audit:
         if self.path is None:
             return
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it since
             with self.path.open("ab+") as file:
                 end = b"\n" if _is_torn(file) else b""
                 file.write(end + json.dumps(entry, default=str).encode() + b"\n")

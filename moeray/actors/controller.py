@@ -113,9 +113,11 @@ class Controller:
         config = self._first.config
         found = adopt(self._cluster.find(), self._first)
         self._alone = found is None
-        if found is None and config.control.check_room:
-            self._cluster.check(config.experts.resolved(), config.router)
-        elif found is not None:
+        if found is None:
+            self._audit.check()
+            if config.control.check_room:
+                self._cluster.check(config.experts.resolved(), config.router)
+        else:
             self._token, self._system = found.token, found.system
             self._autoscaler.configure(found.dated.config)
             self._metrics.configure(found.dated.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,21 @@ def test_pausing_is_kept_by_the_next_controller_which_takes_everything_over(mode
         until(system.controller, settled)
     left = {thread.name for thread in threading.enumerate()}
     assert not {name for name in left if name.startswith(("controller", "watch-", "vigil", "step-loop"))}
+
+
+def test_a_running_system_is_taken_over_where_no_audit_log_can_be_kept(model, expected, tmp_path):
+    folder = tmp_path / "audit"
+    with LocalSystem(config_of(model, folder, experts__actors=2)) as system:
+        system.controller.abandon()
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        system.take_over()
+        system.handle("experts-1").call("stop").result(10)
+        assert tokens(system) == expected
+        assert until(system.controller, settled)["decisions"]
+    refused = LocalSystem(system.config)
+    with pytest.raises(ConfigError, match="no audit log can be kept"):
+        refused.controller.start()
 
 
 def test_what_the_config_says_of_autoscaling_holds_for_the_next_controller(model, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import shutil
 import threading
 from concurrent.futures import Future
 
@@ -168,6 +169,15 @@ def test_the_audit_log_is_appended_to(tmp_path):
     assert [line["event"] for line in lines] == ["pause", "decision", "resume"]
     assert lines[1]["actors"] == {"a": 2}
     assert [entry["event"] for entry in again.recent] == ["resume"]
+
+
+def test_the_folder_of_the_audit_log_is_made_again(tmp_path):
+    path = tmp_path / "deep" / "audit.jsonl"
+    audit = Audit(path)
+    audit.write("pause", by="hand")
+    shutil.rmtree(path.parent)
+    audit.write("resume", by="hand")
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["resume"]
 
 
 def test_a_torn_line_of_the_audit_log_spoils_no_other(tmp_path):
