@@ -21,7 +21,7 @@ from moeray.config import Config, load_config, overlay
 from moeray.errors import ConfigError, MoerayError, one_line
 from moeray.logs import change_logging, setup_logging
 from moeray.recorder import Reading, Recorder
-from moeray.serve.errors import ControllerLostError
+from moeray.serve.errors import ControllerLostError, ControllerSilentError
 from moeray.serve.openai import create_app
 from moeray.serve.prompt import import_tokenizers, read_template
 from moeray.serve.system import SystemBackend
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 3600.0
 RENEW_TIMEOUT_S = 15.0
 CALL_TIMEOUT_S = 60.0
+HUNG_RENEWALS = 2
+"""A controller that has answered once, and then so many renewals in a row not at all, hangs."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class RayPort:
     `since`: when the config was laid down; a running system follows the newest, and never one of 0.
 
     The handle is kept for as long as the actor lives (restarts included): a call over it goes from process to process,
-    while a lookup asks Ray's GCS, which may be away.
+    while a lookup asks Ray's GCS, which may be away. A controller that hangs, which Ray never notices, is ended.
     """
 
     def __init__(self, config: Config, since: float = 0.0) -> None:
         self._offer = _Offer(config, since)
         self._lookup: asyncio.Future[Any] | None = None
+        self._silences: int | None = None  # renewals in a row; None while it may not have started yet
 
     async def configure(self, config: Config, since: float, reading: Reading) -> None:
         """Ask for the system by a newer config from now on. Raises MoerayError, and keeps the one before, where the
@@ -73,12 +76,18 @@ class RayPort:
         offer = self._offer  # while it is asked about, there may come a newer one
         try:
             state = dict(await self._ask("renew", offer.config, offer.since, reading, timeout=RENEW_TIMEOUT_S))
+        except ControllerSilentError:
+            await self._note_silence()
+            raise
         except ControllerLostError:
+            self._silences = None
             raise
         except MoerayError:
+            self._silences = 0
             if self._offer.same(offer) and self._offer.before is not None:
                 self._offer = self._offer.before
             raise
+        self._silences = 0
         taken = replace(offer, before=None)
         self._offer = taken if self._offer.same(offer) else replace(self._offer, before=taken)
         return await self._replace(state["detail"]) if state["status"] == "gone" else state
@@ -103,9 +112,22 @@ class RayPort:
             why = said[-300:] if "creation task" in said else said[:300]
             raise ControllerLostError(f"the controller is gone: {why}") from error
         except TimeoutError as error:
-            raise ControllerLostError(f"the controller has not answered for {timeout:g} s") from error
+            raise ControllerSilentError(f"the controller has not answered for {timeout:g} s") from error
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise ControllerLostError(f"the controller does not answer: {one_line(error)[:300]}") from error
+
+    async def _note_silence(self) -> None:
+        if self._silences is None:
+            return
+        self._silences += 1
+        if self._silences == HUNG_RENEWALS:
+            self._silences = None
+            await self._restart()
+
+    async def _restart(self) -> None:
+        """End a controller that hangs: Ray starts another, which takes everything over."""
+        log.error("the controller hangs; another one takes its place")
+        await asyncio.to_thread(ray.kill, await self._actor(), no_restart=False)
 
     async def _replace(self, failure: str) -> dict[str, Any]:
         """End a system that failed with another config, so that the next look-up starts one with ours."""
@@ -125,6 +147,9 @@ class RayPort:
 
 class AttachedPort(RayPort):
     """The same for a system of others, whose config this is: it is never started here, nor replaced."""
+
+    async def _restart(self) -> None:
+        log.error("the controller hangs; whoever owns the system ends it")
 
     async def _replace(self, failure: str) -> dict[str, Any]:
         return {"status": "failed", "detail": failure, "info": None}

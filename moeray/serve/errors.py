@@ -53,6 +53,10 @@ class ControllerLostError(MoerayError):
     """The controller does not answer at present; another attempt may find it, or a new one."""
 
 
+class ControllerSilentError(ControllerLostError):
+    """Its process may be there; it has just not answered in time."""
+
+
 class ClientGoneError(MoerayError):
     """The client hung up; nobody is there to answer."""
 

@@ -17,6 +17,7 @@ import ray
 import torch
 
 from moeray.bench.checkpoint import Shape, write_random_moe
+from moeray.serve import app
 from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.scraping import samples, total
 from tests.systems import tiny_config
@@ -126,6 +127,18 @@ def test_the_death_of_the_controller(running):
     assert after["epoch"] >= before["epoch"]
     victim = run(live.rows("expert"))[0]
     run(survives(live, calm, lambda: kill(victim)))  # and it mends as the first one did
+
+
+def test_a_controller_that_hangs(running, monkeypatch):
+    """Ray never notices: the endpoint has it ended, and what died meanwhile is mended."""
+    run, live, calm = running
+    monkeypatch.setattr(app, "RENEW_TIMEOUT_S", 1.0)
+    before = run(live.whole())
+    victim = run(live.rows("expert"))[0]
+    run(survives(live, calm, lambda: (os.kill(before["controller"]["pid"], signal.SIGSTOP), kill(victim))))
+    after = run(live.whole())
+    assert after["controller"]["pid"] != before["controller"]["pid"]
+    assert after["wanted"] == before["wanted"]
 
 
 def test_deaths_of_every_kind_at_once(running):
