@@ -202,6 +202,9 @@ class StepLoop:
         began = time.monotonic()
         try:
             outputs = self._engine.step()
+        except MoerayError as error:
+            log.error("the step failed, and its requests with it: %s", error)
+            return self._fail_all(str(error))
         except Exception as error:  # a request that no engine can compute must not end one router after the other
             log.exception("the step failed; its requests end with an error")
             return self._fail_all(str(error))

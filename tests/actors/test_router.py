@@ -280,7 +280,7 @@ def test_a_newer_attempt_takes_the_request_over(fleet):
     assert not router.drain(0.0, True)
 
 
-def test_the_error_of_a_failed_step_carries_the_attempt(model):
+def test_the_error_of_a_failed_step_carries_the_attempt(model, caplog):
     with Fleet(model, wire__deadline_s=0.3) as fleet:
         router = fleet.add_router()
         channel = fleet.connect(router)
@@ -288,6 +288,8 @@ def test_the_error_of_a_failed_step_carries_the_attempt(model):
         submit(channel, request("a", attempt=4))
         end = until_end(channel)[-1]
         assert (end.attempt, end.finish_reason) == (4, FinishReason.ERROR)
+        assert f"the step failed, and its requests with it: {end.error}" in caplog.text
+        assert "Traceback" not in caplog.text
         assert "experts-0" in end.error or "no replica" in end.error
 
 
