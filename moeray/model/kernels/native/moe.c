@@ -149,17 +149,27 @@ static void compute_tile(const Kernels *k, const Work *w, const Stage *s, const 
     put_up(k, w, t, left_of(s, t), out);
 }
 
-static int64_t claim(int64_t *taken) { return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED); }
+/* One of the stage's tiles that nobody has, or its `count`. Each thread has a part of its own, whose weights follow one
+   another in memory: what CPUs fetch ahead by themselves is then of use. Who is done helps the next ones. */
+static int64_t claim(const Work *w, const Stage *s, int64_t me) {
+    const int64_t threads = w->call->threads;
+    for (int64_t i = 0; i < threads; i++) {
+        const int64_t owner = (me + i) % threads, end = s->count * (owner + 1) / threads;
+        const int64_t item = s->count * owner / threads + __atomic_fetch_add(&s->taken[owner].tiles, 1, __ATOMIC_RELAXED);
+        if (item < end) return item;
+    }
+    return s->count;
+}
 
 /* Tiles until all of the stage's are taken. The next one is claimed before one is computed, so that its weights can be
    fetched meanwhile. */
-static void compute_stage(const Kernels *k, const Work *w, const Stage *s, int64_t *taken, char *decoded) {
+static void compute_stage(const Kernels *k, const Work *w, const Stage *s, int64_t me, char *decoded) {
     Tile tiles[2];
-    int64_t item = claim(taken), shaped = 0;
+    int64_t item = claim(w, s, me), shaped = 0;
     if (item < s->count) find_tile(s, item, tiles);
     for (int now = 0; item < s->count; now = !now) {
         Ahead ahead = {tiles[!now].w, lanes_of(w), 1, s->m->row_bytes, bytes_of(s->m->format, 16), 0};
-        item = claim(taken);
+        item = claim(w, s, me);
         if (item < s->count)
             find_tile(s, item, tiles + !now);
         else
@@ -226,19 +236,20 @@ void moeray_forward(const Layer *layer, const Expert *const *experts, const int6
                     const Call *call) {
     const Kernels *k = kernels_of(call->instructions);
     Work w = work_of(layer, call);
-    int64_t rows = 0, taken[2] = {0, 0};
+    int64_t rows = 0;
     for (int64_t e = 0; e < count; e++) rows += counts[e];
     lay_out(&w, rows, count, call->scratch);
     const int64_t chunks = chunk_up(&w, experts, counts, count);
     const Stage up = stage_of(&w, 1, chunks), down = stage_of(&w, 0, chunks);
 #pragma omp parallel num_threads(call->threads) if (call->threads > 1)
     {
-        char *decoded = w.scratch.decoded + omp_get_thread_num() * decoded_bytes(&w, rows);
+        const int64_t me = omp_get_thread_num();
+        char *decoded = w.scratch.decoded + me * decoded_bytes(&w, rows);
         pack(k, &w, rows, chunks);
-        if (layer->up.out) compute_stage(k, &w, &up, taken, decoded);
+        if (layer->up.out) compute_stage(k, &w, &up, me, decoded);
 #pragma omp barrier
         if (layer->up.out && in_digits(w.layer.down.format)) into_digits(k, &w, rows);
-        compute_stage(k, &w, &down, taken + 1, decoded);
+        compute_stage(k, &w, &down, me, decoded);
     }
 }
 

@@ -10,10 +10,16 @@ typedef struct {
     int64_t first, count, at;
 } Chunk;
 
+/* How many tiles of a thread's part are taken. */
+typedef struct {
+    int64_t tiles;
+} __attribute__((aligned(64))) Taken;
+
 /* One of a layer's two matrices, and its work: `tiles` tiles of `lanes` outputs for each chunk. */
 typedef struct {
     const Matrix *m;
     const Chunk *chunks;
+    Taken *taken; /* of each thread */
     int64_t is_up, gated, width, lanes, tiles, count;
 } Stage;
 
@@ -25,9 +31,11 @@ typedef struct {
     Row w[MOST_LANES];
 } Tile;
 
-/* Scratch: inputs and intermediate values in the order of blocks, chunks, and what each thread decodes. */
+/* Scratch: inputs and intermediate values in the order of blocks, what each thread decodes, what is taken of both stages,
+   and chunks. */
 typedef struct {
     char *xs, *hs, *decoded;
+    Taken *taken;
     Chunk *chunks;
 } Scratch;
 
@@ -97,7 +105,8 @@ static char *lay_out(Work *w, int64_t rows, int64_t experts, char *at) {
     s->xs = at;
     s->hs = s->xs + (layer->up.out ? held * step_of(&layer->up) : 0);
     s->decoded = s->hs + held * step_of(&layer->down);
-    s->chunks = (Chunk *)(s->decoded + w->call->threads * decoded_bytes(w, rows));
+    s->taken = (Taken *)(s->decoded + w->call->threads * decoded_bytes(w, rows));
+    s->chunks = (Chunk *)(s->taken + 2 * w->call->threads);
     return (char *)(s->chunks + chunks);
 }
 
@@ -122,7 +131,8 @@ static Stage stage_of(const Work *w, int is_up, int64_t chunks) {
     const int64_t gated = is_up && layer->gated, lanes = gated ? lanes_of(w) / 2 : lanes_of(w);
     const int64_t width = is_up ? layer->down.in : layer->down.out, tiles = (width + lanes - 1) / lanes;
     const Matrix *m = is_up ? &layer->up : &layer->down;
-    return (Stage){m, w->scratch.chunks, is_up, gated, width, lanes, tiles, chunks * tiles};
+    Taken *taken = memset(w->scratch.taken + (is_up ? 0 : w->call->threads), 0, w->call->threads * sizeof(Taken));
+    return (Stage){m, w->scratch.chunks, taken, is_up, gated, width, lanes, tiles, chunks * tiles};
 }
 
 /* Outputs from `from` on into lanes from `lane` on; where there are no more, the last one again. */
