@@ -69,7 +69,7 @@ async def ray_system(config: Config, show: Show | None = None) -> AsyncIterator[
     import ray
 
     from moeray.cluster.ray import start_controller, stop_controller
-    from moeray.serve.app import RayPort
+    from moeray.serve.ray_port import RayPort
 
     connect_ray(config)
     backend = SystemBackend(config, RayPort(config), ray.get_runtime_context().get_node_id())
@@ -91,7 +91,7 @@ async def attached_system(config: Config, patience_s: float) -> AsyncIterator[Sy
     """
     import ray
 
-    from moeray.serve.app import AttachedPort
+    from moeray.serve.ray_port import AttachedPort
 
     patient = replace(config, serve=replace(config.serve, request_timeout_s=patience_s))
     backend = SystemBackend(patient, AttachedPort(config), ray.get_runtime_context().get_node_id())

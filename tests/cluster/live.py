@@ -16,8 +16,8 @@ import ray
 from moeray.cluster.ray import start_controller, stop_controller
 from moeray.config import Config
 from moeray.errors import MoerayError
-from moeray.serve.app import RayPort
 from moeray.serve.errors import ControllerLostError
+from moeray.serve.ray_port import RayPort
 from moeray.serve.system import SystemBackend
 from moeray.types import GenerationRequest, SamplingParams
 from tests.scraping import Sample, fallen, lasting, samples

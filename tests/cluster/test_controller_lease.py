@@ -14,7 +14,7 @@ from moeray.cluster.local import LocalCluster
 from moeray.cluster.ray import find_controller
 from moeray.cluster.ray_controller import ControllerProcess
 from moeray.errors import MoerayError
-from moeray.serve.app import RayPort
+from moeray.serve.ray_port import RayPort
 from moeray.serve.system import SystemBackend
 from tests.checkpoints import make_tiny
 from tests.systems import LocalSystem, tiny_config

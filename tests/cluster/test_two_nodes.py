@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from moeray.actors.folders import runtime_dir
 from moeray.cluster.ray import ask, start_controller
-from moeray.serve.app import RayPort
+from moeray.serve.ray_port import RayPort
 from moeray.serve.system import SystemBackend
 from moeray.types import GenerationRequest
 from tests.checkpoints import make_tiny

@@ -10,7 +10,7 @@ from moeray.actors.spec import SystemInfo
 from moeray.config import load_config
 from moeray.errors import ConfigError, MoerayError
 from moeray.serve import system
-from moeray.serve.app import RayPort
+from moeray.serve.ray_port import RayPort
 from moeray.serve.system import SystemBackend
 from tests.checkpoints import make_tiny
 from tests.systems import tiny_config
