@@ -25,7 +25,7 @@ COUNTS = [1, 2, 3, 6, 7, 13, 40, 130]
 TRANSPOSED = {"gpt_oss", "aria_text"}
 
 
-def bank_of(path, dtype, kernel, int8=False, cache=None):
+def bank_of(path, dtype, kernel, cache=None):
     files = open_model(str(path), None, node="here")
     bank = ExpertBank(
         files.family, files.weights, dtype, CPU, kernel, Int8Cache.of(files.checkpoint, cache) if cache else None
@@ -57,6 +57,20 @@ def assert_near(path, dense, counts=COUNTS, rounding=3e-3):
 def test_every_family(family, tmp_path):
     path = make_tiny(family, tmp_path / family, dtype=torch.bfloat16)
     assert_near(path, path)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("hidden", "width"), [(96, 64), (104, 72)])
+def test_a_row_has_the_same_bits_alone_and_beside_others(int8, hidden, width, tmp_path):
+    """However its products with the weights are ordered, which goes by how many rows there are."""
+    path = make_tiny(
+        "mixtral", tmp_path / "model", dtype=torch.bfloat16, hidden_size=hidden, intermediate_size=width, head_dim=16
+    )
+    bank, layer, _ = bank_of(path, torch.bfloat16, "native", cache=tmp_path / "cache" if int8 else None)
+    x = rows_for(hidden, 12)
+    together = bank.forward(layer, x, [1], [12])
+    for count in range(1, 9):
+        assert torch.equal(bank.forward(layer, x[:count], [1], [count]), together[:count]), count
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -42,16 +42,17 @@ def test_it_is_the_product(outputs, inputs, weight_dtype, instructions):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("instructions", SETS)
-def test_a_row_does_not_depend_on_others_or_on_threads(instructions, dtype):
-    layer, x = NativeLinear(random(100, 300, dtype=torch.bfloat16)), random(140, 300, dtype=dtype, seed=1)
+@pytest.mark.parametrize("size", [300, 320, 4096])
+def test_a_row_does_not_depend_on_others_or_on_threads(instructions, dtype, size):
+    layer, x = NativeLinear(random(100, size, dtype=torch.bfloat16)), random(140, size, dtype=dtype, seed=1)
     together = layer(x, instructions)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 40):  # the last are more than there are tiles
             torch.set_num_threads(threads)
             assert torch.equal(layer(x, instructions), together)
             assert all(torch.equal(layer(x[r : r + 1], instructions)[0], together[r]) for r in range(0, 140, 9))
-            assert torch.equal(layer(x[5:16], instructions), together[5:16])
+            assert all(torch.equal(layer(x[5 : 5 + n], instructions), together[5 : 5 + n]) for n in (2, 3, 4, 5, 11))
     finally:
         torch.set_num_threads(before)
 
