@@ -133,12 +133,16 @@ def token_bound(trace: Trace, interval_s: float) -> float:
 
 
 def routers_for(trace: Trace, config: Config, costs: Costs, shape: MoeShape) -> int:
-    """How many routers a trace needs so that trunks and hops are busy for half of the time in its busiest minute."""
+    """How many routers a trace needs so that they are busy for half of the time in its busiest minute: with trunks,
+    hops and attention, and with what they wait for experts at the least."""
     edges = np.arange(math.floor(trace.duration_s / 60) + 2) * 60.0
-    tokens = np.histogram(trace.arrival_s, edges, weights=(trace.prompt + trace.output).astype(np.float64))[0]
     chunk = min(config.engine.prefill_chunk, config.engine.max_batch_tokens)
-    trunk = float(np.interp(chunk, costs.trunk_tokens, costs.trunk_s)) * shape.layers / costs.trunk_layers
+    copies = shape.layers / costs.trunk_layers
+    trunk = float(np.interp(chunk, costs.trunk_tokens, costs.trunk_s)) * copies
     forward = costs.forward_s + costs.expert_s + costs.row_s * chunk * shape.top_k / shape.experts
     step = trunk + shape.layers * (costs.hop_s + costs.hop_row_s * chunk * shape.top_k + forward)
+    prompt, output = trace.prompt.astype(np.float64), trace.output.astype(np.float64)
+    seen = costs.prefill_context_s * prompt**2 / 2 + costs.decode_context_s * output * (prompt + output / 2)
+    busy = np.histogram(trace.arrival_s, edges, weights=(prompt + output) * step / chunk + copies * seen)[0]
     seconds = min(60.0, max(trace.duration_s, 1.0))
-    return max(1, math.ceil(2 * float(tokens.max()) / seconds * step / chunk))
+    return max(1, math.ceil(2 * float(busy.max()) / seconds - 1e-9))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeray.config import config_from
-from moeray.control.comparison import compare, token_bound
+from moeray.control.comparison import compare, routers_for, token_bound
 from moeray.control.cost import Costs, StepCosts, load_costs
 from moeray.control.elastic import ElasticRun
 from moeray.control.fixed import FixedRuns, best_static
@@ -64,6 +64,20 @@ def test_a_pace_is_kept_to_the_objective_that_the_run_is_judged_by():
     assert found[0].slo == found[1].slo == slo
     assert found[1].elastic.p99.tpot_s < found[0].elastic.p99.tpot_s
     assert found[1].static.actor_hours <= found[0].static.actor_hours  # the best with and without
+
+
+def test_as_many_routers_as_what_they_compute_keeps_half_busy():
+    """Twice the load needs twice as many, and attention to long prompts more than their tokens alone."""
+    config, costs = config_from({}), replace(COSTS, trunk_s=(0.02, 0.2))
+    rows = [(0.1 * i, 3000, 50) for i in range(600)]
+    needed = routers_for(trace_of("t", rows), config, costs, SHAPE)
+    twice = routers_for(trace_of("t", [row for row in rows for _ in range(2)]), config, costs, SHAPE)
+    seeing = replace(costs, prefill_context_s=1e-6)
+    assert needed > 4
+    assert abs(twice - 2 * needed) <= 1
+    more = 2 * 600 * (seeing.prefill_context_s * 3000**2 / 2) / 60
+    assert routers_for(trace_of("t", rows), config, seeing, SHAPE) == pytest.approx(needed + more, abs=1)
+    assert routers_for(trace_of("t", [(0.0, 1, 1)]), config, costs, SHAPE) == 1
 
 
 @pytest.fixture(scope="module")
