@@ -17,7 +17,7 @@ import ray
 import torch
 
 from moeray.bench.checkpoint import Shape, write_random_moe
-from moeray.serve import app
+from moeray.serve import ray_port
 from tests.cluster.live import Live, is_whole, kill, live_system
 from tests.scraping import samples, total
 from tests.systems import tiny_config
@@ -88,6 +88,8 @@ def test_a_scrape_does_not_wait_for_an_actor_that_hangs(running):
     victim = run(live.rows("expert"))[0]
 
     async def scrape_twice():
+        while not total(await live.scrape(), "moeray_expert_rows_total", actor=victim["actor"]):
+            pass  # what it has done was not told yet
         kill(victim, signal.SIGSTOP)
         began = time.monotonic()
         for _ in range(2):
@@ -132,7 +134,7 @@ def test_the_death_of_the_controller(running):
 def test_a_controller_that_hangs(running, monkeypatch):
     """Ray never notices: the endpoint has it ended, and what died meanwhile is mended."""
     run, live, calm = running
-    monkeypatch.setattr(app, "RENEW_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(ray_port, "RENEW_TIMEOUT_S", 1.0)
     before = run(live.whole())
     victim = run(live.rows("expert"))[0]
     run(survives(live, calm, lambda: (os.kill(before["controller"]["pid"], signal.SIGSTOP), kill(victim))))
