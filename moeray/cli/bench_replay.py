@@ -67,13 +67,14 @@ def command(
             path.write_text(json.dumps(calibrated(config, local, report=lambda what: report(what, 0, 1))))
             return path
 
-        before = Path(costs_file) if costs_file else measured("before.json")
-        world = _world(config, trace, before)  # before the replay: a file at fault is told at once
+        path = Path(costs_file) if costs_file else measured("before.json")
+        world = _world(config, trace, path)  # before the replay: a file at fault is told at once
         scale = scale or fitting_scale(world)
         trace, live = asyncio.run(_live(config, trace.scaled(scale), local, report))
-        after = before if costs_file else measured("after.json")
-        world = replace(world, trace=trace, costs=mean_costs(world.costs, load_costs(after)))
-        drift = _drift(before, after)
+        began = world.costs
+        ended = began if costs_file else load_costs(measured("after.json"))
+    drift = 1.0 if costs_file else sum(ended.trunk_s) / sum(began.trunk_s)
+    world = replace(world, trace=trace, costs=mean_costs(began, ended))
     result = {"scale": scale} | _tree(trace, live, _simulate(world), drift)
     if output == "json":
         click.echo(json.dumps(result))
@@ -110,14 +111,6 @@ def _simulate(world: World) -> Outcome:
 
     start = {name: group.actors for name, group in world.groups.items()}
     return ElasticRun(world, start).run(Slo(float("inf"), float("inf")), lambda now: None)
-
-
-def _drift(before: Path, after: Path) -> float:
-    """How many times as long the trunk took after the replay as before it."""
-    from moeray.control.cost import load_costs
-
-    first_s, last_s = (sum(load_costs(path).trunk_s) for path in (before, after))
-    return last_s / first_s
 
 
 def _tree(trace: Trace, live: Replayed, simulated: Outcome, drift: float) -> dict[str, Any]:

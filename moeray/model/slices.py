@@ -114,8 +114,9 @@ class WeightMap:
         counts: Mapping[str, int],
     ) -> None:
         self._checkpoint = checkpoint
-        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        self._floating = {name for name, value in model.state_dict().items() if value.is_floating_point()}
+        state = model.state_dict()
+        self._shapes = {name: tuple(value.shape) for name, value in state.items()}
+        self._floating = {name for name, value in state.items() if value.is_floating_point()}
         self._buffers = {name for name, _ in model.named_buffers()}
         self._stored = stored
         self._trunk = trunk

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeray.bench.sizing import HALF_BUSY, busy_part, fitting_scale
+from moeray.bench.sizing import HALF_BUSY, busy_part, fitting_scale, starting_table
 from moeray.config import config_from
 from moeray.control.cost import Costs
 from moeray.control.popularity import MoeShape, PopularityModel
@@ -25,7 +25,7 @@ def world(requests, each_s, *, routers=1, slower=1.0):
     ids=["now and then", "seldom", "many", "three routers", "slow"],
 )
 def test_the_routers_compute_for_half_of_the_time(it):
-    assert busy_part(it, fitting_scale(it)) == pytest.approx(HALF_BUSY, abs=0.07)
+    assert busy_part(it, starting_table(it), fitting_scale(it)) == pytest.approx(HALF_BUSY, abs=0.07)
 
 
 def test_a_machine_that_is_slower_gets_fewer_requests():
