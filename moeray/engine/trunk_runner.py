@@ -90,11 +90,11 @@ class TrunkRunner:
 
     def _decodes(self, packed: PackedBatch, entries: list[int]) -> Decodes:
         tables = [packed.block_tables[i] for i in entries]
-        longest = max(map(len, tables))
+        longest, device = max(map(len, tables)), self._trunk.device
         return Decodes(
-            torch.tensor([packed.query_starts[i] for i in entries], device=self._trunk.device),
-            torch.tensor([packed.context_lens[i] for i in entries]),
-            torch.tensor([table + [0] * (longest - len(table)) for table in tables]),
+            torch.tensor([packed.query_starts[i] for i in entries], device=device),
+            torch.tensor([packed.context_lens[i] for i in entries], device=device),
+            torch.tensor([table + [0] * (longest - len(table)) for table in tables], device=device),
             self._block_size,
         )
 

@@ -8,6 +8,7 @@ Shapes: T tokens of the step, H query heads, G key/value heads, D head size, L c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from moeray.errors import UnsupportedModelError
 from moeray.model.kernels import keep
 from moeray.model.kernels.attention import decode
+from moeray.model.kernels.cuda_attention import decode_on_gpu
 from moeray.model.latent import Latent
 from moeray.model.paged import Decodes, LayerCache, Slot, Span, Step, current_step
 from moeray.model.patterns import Pattern, draw
 
 NAME = "moeray_paged"
+
+_KERNELS = {"native": decode, "triton": decode_on_gpu}
 
 # Arguments that attention modules pass beside q, k, v and that change nothing here: no dropout at inference, the mask
 # pattern already holds the window, and positions are the step's own.
@@ -122,13 +126,18 @@ def _decode(
 ) -> Tensor:
     if latent is not None:
         q_BHD = latent.absorb(q_BHD)
-    attend = _decode_native if step.cache.native else _decode_torch
-    out_BHD = attend(q_BHD, pool, decodes, pattern, extra)
+    kernel = _KERNELS.get(step.cache.kernel)
+    if kernel is None:
+        out_BHD = _decode_torch(q_BHD, pool, decodes, pattern, extra)
+    else:
+        out_BHD = _decode_by(kernel, q_BHD, pool, decodes, pattern, extra)
     return out_BHD if latent is None else latent.values(out_BHD)
 
 
-def _decode_native(q_BHD: Tensor, pool: LayerCache, decodes: Decodes, pattern: Pattern, extra: _Extra) -> Tensor:
-    return decode(
+def _decode_by(
+    kernel: Callable[..., Tensor], q_BHD: Tensor, pool: LayerCache, decodes: Decodes, pattern: Pattern, extra: _Extra
+) -> Tensor:
+    return kernel(
         q_BHD,
         pool.k,
         pool.v,

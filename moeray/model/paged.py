@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from moeray.errors import UnsupportedModelError
 from moeray.model.pages import zeros_on_demand
 from moeray.model.patterns import Pattern
+from moeray.settings.engine import AttentionKernel
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class LayerCache:
 class PagedCache:
     """The pools of every layer; allocated by `allocate` once a trial step has shown what each layer keeps.
 
-    `native`: whether decoding sequences attend with the kernel in C (fp32 and bf16 on the CPU) or with torch.
+    `kernel`: what decoding sequences attend with.
     """
 
-    native: bool = False
+    kernel: AttentionKernel = "torch"
     kept: dict[int, Slot] = field(default_factory=dict)
     layers: dict[int, LayerCache] = field(default_factory=dict)
 
@@ -112,10 +113,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Decodes:
-    """One token of each of B sequences: row `rows_B` (int64) of the step, the last of `contexts_B` tokens (int64,
-    on the CPU).
+    """One token of each of B sequences: row `rows_B` of the step, the last of `contexts_B` tokens.
 
-    Token i of a sequence is in slot `tables_BW[b, i // block_size] * block_size + i % block_size` (int64, on the CPU).
+    Token i of a sequence is in slot `tables_BW[b, i // block_size] * block_size + i % block_size`. All int64, on the
+    trunk's device.
     """
 
     rows_B: Tensor
@@ -132,15 +133,15 @@ class Decodes:
         return self._known[key]
 
     def gathered(self, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """The slots of these keys, [B, L], and which of them are there, bool [B, L], on the device of `rows_B`."""
+        """The slots of these keys, [B, L], and which of them are there, bool [B, L]."""
         key = "gathered", pattern
         if key not in self._known:
             first_B, end_B = self.bounds(pattern)
-            at_BL = first_B[:, None] + torch.arange(int((end_B - first_B).max()))
+            at_BL = first_B[:, None] + torch.arange(int((end_B - first_B).max()), device=first_B.device)
             seen_BL = at_BL < end_B[:, None]
             at_BL = torch.where(seen_BL, at_BL, first_B[:, None])
             slots_BL = self.tables_BW.gather(1, at_BL // self.block_size) * self.block_size + at_BL % self.block_size
-            self._known[key] = slots_BL.to(self.rows_B.device), seen_BL.to(self.rows_B.device)
+            self._known[key] = slots_BL, seen_BL
         return self._known[key]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moeray.model.paged import Decodes, Step
-from moeray.model.recording import Memory, Recording, UnrepeatableError, record
+from moeray.model.recording import Record, Recording, UnrepeatableError
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,10 @@ class _Inputs:
     tables_TW: Tensor
 
     @classmethod
-    def allocate(cls, count: int, width: int) -> _Inputs:
-        numbers_T = torch.zeros(4, count, dtype=torch.int64)
-        return cls(numbers_T[0], numbers_T[1], numbers_T[2], numbers_T[3], torch.zeros(count, width, dtype=torch.int64))
+    def allocate(cls, count: int, width: int, device: torch.device) -> _Inputs:
+        numbers_T = torch.zeros(4, count, dtype=torch.int64, device=device)
+        tables_TW = torch.zeros(count, width, dtype=torch.int64, device=device)
+        return cls(numbers_T[0], numbers_T[1], numbers_T[2], numbers_T[3], tables_TW)
 
     def write(self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, decodes: Decodes) -> None:
         self.token_ids_T.copy_(token_ids_T)
@@ -52,12 +53,12 @@ class _Inputs:
 
 
 class RecordedSteps:
-    """Computes logits with `compute`, or by repeating what it did in a like step. For one cache, on the CPU, for one
-    thread at a time. `is_on`: until a step is found that cannot be repeated."""
+    """Computes logits with `compute`, or by repeating what it did in a like step, noted by `record`. For one cache, for
+    one thread at a time. `is_on`: until a step is found that cannot be repeated."""
 
-    def __init__(self, compute: Logits) -> None:
+    def __init__(self, compute: Logits, record: Record) -> None:
         self._compute = compute
-        self._memory = Memory()
+        self._record = record
         self._known: OrderedDict[int, tuple[_Inputs, Recording]] = OrderedDict()
         self._last = 0
         self.is_on = True
@@ -82,14 +83,12 @@ class RecordedSteps:
 
     def _recorded(self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, decodes: Decodes) -> Tensor:
         blocks = max(len(layer.k) for layer in step.cache.layers.values()) // decodes.block_size
-        inputs = _Inputs.allocate(len(token_ids_T), blocks)
+        inputs = _Inputs.allocate(len(token_ids_T), blocks, token_ids_T.device)
         inputs.write(token_ids_T, position_ids_T, step, decodes)
-        rows_T = torch.arange(len(token_ids_T))
+        rows_T = torch.arange(len(token_ids_T), device=token_ids_T.device)
         kept = inputs.step(step, rows_T, decodes.block_size)
         try:
-            recording = record(
-                lambda: self._compute(inputs.token_ids_T, inputs.position_ids_T, kept, rows_T), self._memory
-            )
+            recording = self._record(lambda: self._compute(inputs.token_ids_T, inputs.position_ids_T, kept, rows_T))
         except UnrepeatableError as error:
             log.warning("decode steps are computed anew each time, slower: %s", error)
             self.is_on = False

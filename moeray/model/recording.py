@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ _COPIES = {_aten.clone.default, _aten._to_copy.default}
 _ROUNDED = 64
 
 Node = Callable[[], Any]
+Record = Callable[[Callable[[], Tensor]], "Recording"]
+"""Runs a function and notes what it does. Raises UnrepeatableError, and what it raises."""
 
 
 class UnrepeatableError(Exception):
@@ -103,12 +105,19 @@ class _Buffer:
 def record(function: Callable[[], Tensor], memory: Memory) -> Recording:
     """Run the function, on the CPU, and note what it does. Raises UnrepeatableError, and what it raises."""
     recorder = _Recorder(memory)
-    with recorder, _heard_by(recorder):
+    with recorder, heard_by(recorder):
         result = function()
     return Recording(recorder.nodes, memory.owned(result))
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("moeray_recorder", default=None)
+class Recorder(Protocol):
+    """Hears of what torch does not see."""
+
+    def perform(self, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Call it, and note it down."""
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("moeray_recorder", default=None)
 
 
 def perform(call: Callable[..., Any], *args: Any) -> None:
@@ -126,12 +135,13 @@ def perform(call: Callable[..., Any], *args: Any) -> None:
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Within the block, nothing is recorded: a repetition takes for granted what comes of it."""
-    with _heard_by(None), _disable_current_modes():
+    with heard_by(None), _disable_current_modes():
         yield
 
 
 @contextmanager
-def _heard_by(recorder: _Recorder | None) -> Iterator[None]:
+def heard_by(recorder: Recorder | None) -> Iterator[None]:
+    """Within the block, this one hears what is performed."""
     token = _recorder.set(recorder)
     try:
         yield

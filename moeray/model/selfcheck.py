@@ -21,6 +21,7 @@ from moeray.model.fusing import fuse
 from moeray.model.linears import use_linear
 from moeray.model.paged import Decodes, PagedCache, Span, Step
 from moeray.model.recorded_steps import RecordedSteps
+from moeray.model.recording import Record
 from moeray.settings.engine import LinearKernel
 
 if TYPE_CHECKING:
@@ -90,15 +91,15 @@ class SelfCheck:
         return f"the trunk's logits are not finite: {trunk.dtype} overflows; set dtype to bfloat16 or float32"
 
     @torch.inference_mode()
-    def repeats(self) -> bool:
-        """Whether decode steps that are repeated give the bits of those that are computed anew."""
+    def repeats(self, record: Record) -> bool:
+        """Whether decode steps that `record` has noted give the bits of those that are computed anew."""
         cache = self._filled()
         late, early = ([(self._second, i, 1), (self._first, i, 1)] for i in (8, 5))
         self._trial(late, cache)
         theirs = {"early": self._trial(early, cache), "late": self._trial(late, cache)}
         # By now the cache holds what these steps write to it.
         again = [("early", early), ("late", late), ("late", late), ("early", early), ("late", late)]
-        steps = RecordedSteps(self._trunk.compute)
+        steps = RecordedSteps(self._trunk.compute, record)
         try:
             with dispatching(_stand_in):
                 ours = [(name, steps.run(*self._inputs(spans, cache))) for name, spans in again]
@@ -113,7 +114,7 @@ class SelfCheck:
     def _filled(self) -> PagedCache:
         """A cache of its own that holds both sequences up to their last tokens, two decode steps in between."""
         trunk = self._trunk
-        cache = PagedCache(trunk.cache.native, dict(trunk.cache.kept))
+        cache = PagedCache(trunk.cache.kernel, dict(trunk.cache.kept))
         cache.allocate(64, trunk.dtype, trunk.device)
         self._trial([(self._second, 0, 5), (self._first, 0, 7)], cache)
         self._trial([(self._second, 5, 1), (self._first, 7, 4)], cache)
@@ -146,8 +147,8 @@ class SelfCheck:
         single = [i for i, span in enumerate(parts) if span.count == 1]
         decodes = Decodes(
             torch.tensor([parts[i].start for i in single], device=device),
-            torch.tensor([parts[i].context for i in single]),
-            torch.tensor(single)[:, None],
+            torch.tensor([parts[i].context for i in single], device=device),
+            torch.tensor(single, device=device)[:, None],
             32,
         )
         prefills = tuple(span for span in parts if span.count > 1)

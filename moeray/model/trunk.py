@@ -5,41 +5,33 @@ Shapes: T tokens of a step (several sequences packed), D hidden size, K experts 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moeray.errors import CheckpointError, ConfigError
-from moeray.model import attention, dispatched, kernels
+from moeray.errors import CheckpointError
+from moeray.model import attention, dispatched
+from moeray.model.attention_kernels import choose_attention
 from moeray.model.bars import without_bars
 from moeray.model.building import BUILDING
 from moeray.model.checkpoint import Checkpoint
 from moeray.model.dispatched import Experts, Seconds, dispatching, unheard
 from moeray.model.family import Family, is_experts, model_class, without_experts
-from moeray.model.kernels.attention import DTYPES as NATIVE_DTYPES
+from moeray.model.graphs import capturing
 from moeray.model.latent import is_latent, keep_latents
 from moeray.model.linears import choose_linear
 from moeray.model.paged import PagedCache, PassThroughCache, Step, attending
 from moeray.model.recorded_steps import RecordedSteps
+from moeray.model.recording import Memory, Record, record
 from moeray.model.selfcheck import SelfCheck
 from moeray.model.slices import WeightMap
-from moeray.settings.engine import EngineConfig, Kernel
+from moeray.settings.engine import EngineConfig
 
 HALVES = 2
 """So many steps may be computed at the same time."""
-
-
-def attends_natively(asked: Kernel, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether decoding sequences attend with the kernel in C. Raises ConfigError where it was asked for in vain."""
-    can = device.type == "cpu" and dtype in NATIVE_DTYPES and kernels.available()
-    if asked == "native" and not can:
-        raise ConfigError(
-            f"config key engine.attention: the native kernel was asked for, which computes fp32 and bf16 on the CPU "
-            f"where it was compiled, but this is {dtype} on {device}; set it to auto"
-        )
-    return can and asked != "torch"
 
 
 class Trunk:
@@ -77,7 +69,7 @@ class Trunk:
         cls, checkpoint: Checkpoint, family: Family, weights: WeightMap, dtype: torch.dtype, device: torch.device,
         engine: EngineConfig,
     ) -> Trunk:  # fmt: skip
-        native = attends_natively(engine.attention, dtype, device)
+        kernel = choose_attention(engine.attention, dtype, device)
         linear = choose_linear(engine.linear, dtype, device)
         trunk_class = without_experts(model_class(checkpoint.config))
         with without_bars():
@@ -102,12 +94,13 @@ class Trunk:
             if is_latent(module):
                 keep_latents(module, attention.NAME)
         trunk = cls(model.eval().requires_grad_(False), family, dtype, device)
-        trunk.cache.native = native
+        trunk.cache.kernel = kernel
         trunk.attend_with(attention.NAME)
         check = SelfCheck(trunk)
         check.verify(linear)
-        if native and not engine.eager and check.repeats():
-            trunk._decoding = [RecordedSteps(trunk.compute) for _ in range(HALVES)]
+        can_record = kernel == ("native" if device.type == "cpu" else "triton")
+        if can_record and not engine.eager and check.repeats(_recording(device)):
+            trunk._decoding = [RecordedSteps(trunk.compute, _recording(device)) for _ in range(HALVES)]
         return trunk
 
     @torch.inference_mode()
@@ -142,6 +135,10 @@ class Trunk:
             if isinstance(config, PreTrainedConfig):
                 config._attn_implementation = name
                 config._experts_implementation = dispatched.NAME
+
+
+def _recording(device: torch.device) -> Record:
+    return partial(record, memory=Memory()) if device.type == "cpu" else capturing(device)
 
 
 def max_context(config: PreTrainedConfig) -> int:

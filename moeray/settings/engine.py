@@ -7,7 +7,7 @@ from typing import Literal
 
 from moeray.tree import require
 
-Kernel = Literal["auto", "native", "torch"]
+AttentionKernel = Literal["auto", "native", "triton", "torch"]
 LinearKernel = Literal["auto", "native", "onednn", "torch"]
 Overlap = Literal["auto", "on", "off"]
 
@@ -26,10 +26,11 @@ class EngineConfig:
     CPU, memory is taken as blocks are first used.
 
     `attention`: what computes the attention of decoding sequences: `native`, moeray's kernel in C (fp32 and bf16 on the
-    CPU), `torch`, or `auto`, the kernel where it can. `linear`: what computes the trunk's linear layers: `native`,
-    `onednn` (packed weights, bf16 on the CPU), `torch`, or `auto`, which goes by dtype, device and CPU.
-    `eager`: each step is computed anew by the modules; else, where the native kernel attends, steps that do nothing but
-    decode are recorded and repeated, with the same results.
+    CPU), `triton`, the one for GPUs, `torch`, or `auto`, the device's kernel where it can be had. `linear`: what
+    computes the trunk's linear layers: `native`, `onednn` (packed weights, bf16 on the CPU), `torch`, or `auto`, which
+    goes by dtype, device and CPU.
+    `eager`: each step is computed anew by the modules; else, where a kernel attends, steps that do nothing but decode
+    are recorded (on a GPU as CUDA graphs) and repeated, with the same results.
     `overlap`: whether a step's batch is computed as two halves, the trunk of one beside the experts of the other: `on`,
     `off`, or `auto`, where that measures faster (tried only where an expert actor is on another node than the router,
     or the router on a GPU: else both would compute on the same cores).
@@ -45,7 +46,7 @@ class EngineConfig:
     kv_cache_fraction: float = 0.2
     kv_cache_bytes: int = 4 << 30
     prefix_cache: bool = True
-    attention: Kernel = "auto"
+    attention: AttentionKernel = "auto"
     linear: LinearKernel = "auto"
     eager: bool = False
     overlap: Overlap = "auto"

@@ -55,7 +55,7 @@ def test_absorbed_is_expanded(family, attention, tmp_path):
         return trunk.forward(ids[start:], rows[start:], step, torch.tensor([39 - start]), experts)
 
     def cache():
-        own = PagedCache(trunk.cache.native, dict(trunk.cache.kept))
+        own = PagedCache(trunk.cache.kernel, dict(trunk.cache.kept))
         own.allocate(48, torch.float32, CPU)
         return own
 

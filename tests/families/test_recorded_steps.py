@@ -8,49 +8,11 @@ import pytest
 import torch
 
 from moeray.model import kernels
-from moeray.model.dispatched import dispatching, summed
-from moeray.model.loading import open_model
-from moeray.model.paged import Decodes, Step
-from moeray.model.trunk import Trunk
-from moeray.settings.engine import EngineConfig
+from moeray.model.dispatched import dispatching
 from tests.checkpoints import FAMILIES, FURTHER_FAMILIES, make_tiny
+from tests.families.decode_steps import decode_step, experts, load
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the kernels were not compiled")
-
-CPU = torch.device("cpu")
-BLOCK, BLOCKS, VOCAB = 4, 60, 300
-
-
-def load(path, dtype=torch.bfloat16, **engine):
-    files = open_model(str(path), None, node="here")
-    trunk = Trunk.load(files.checkpoint, files.family, files.weights, dtype, CPU, EngineConfig(**engine))
-    trunk.cache.allocate(BLOCKS * BLOCK, dtype, CPU)
-    generator = torch.Generator().manual_seed(0)
-    for layer in trunk.cache.layers.values():
-        layer.k.normal_(generator=generator)
-        layer.v.normal_(generator=generator)
-    return trunk
-
-
-def decode_step(trunk, count, rng):
-    """`count` sequences of any lengths, their blocks anywhere."""
-    blocks = rng.sample(range(BLOCKS), BLOCKS)
-    contexts = [rng.randint(1, BLOCK * (BLOCKS // count)) for _ in range(count)]
-    tables = [[blocks.pop() for _ in range(-(-context // BLOCK))] for context in contexts]
-    width = max(map(len, tables))
-    slots = [table[-1] * BLOCK + (context - 1) % BLOCK for table, context in zip(tables, contexts, strict=True)]
-    decodes = Decodes(
-        torch.arange(count), torch.tensor(contexts), torch.tensor([t + [0] * (width - len(t)) for t in tables]), BLOCK
-    )
-    step = Step(trunk.cache, torch.tensor(slots), decodes, ())
-    ids = torch.tensor([rng.randrange(3, VOCAB) for _ in range(count)])
-    return ids, torch.tensor(contexts) - 1, step, torch.arange(count)
-
-
-@summed
-def experts(layer, x_TD, ids_TK):
-    """Each of them another function."""
-    return x_TD.unsqueeze(1) * (1 + ids_TK.unsqueeze(-1) / 8).to(x_TD.dtype)
 
 
 def modules_called(trunk):
