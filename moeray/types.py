@@ -53,6 +53,8 @@ class SamplingParams:
 
     `logprobs`: None for none, else how many alternatives (0 to 20) to report beside the chosen token.
     `stop_token_ids` end the sequence; stop strings are the ingress's business, which sees text.
+    `prompt_logprobs`: the same of the prompt's tokens from the second on, given the tokens before them.
+    `min_tokens`: so many output tokens come before one that ends the sequence.
     `seed`: draws are keyed by (seed, position), so a resumed request draws the same tokens.
     """
 
@@ -69,6 +71,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, span: str) -> None:
@@ -76,12 +80,16 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {span}, got {getattr(self, name)!r}", param=name)
 
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(
+            0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"between 0 and max_tokens, here {self.max_tokens}"
+        )
         check(0.0 <= self.temperature <= 2.0, "temperature", "between 0 and 2")
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         check(0 <= self.top_k < 2**31, "top_k", "0 (off) or more, and below 2**31")
         check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         check(-(2**63) <= self.seed < 2**64, "seed", "a number of 64 bits")
-        check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            check(getattr(self, name) is None or 0 <= getattr(self, name) <= 20, name, "between 0 and 20")
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         check(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "above 0 and at most 10")
@@ -92,8 +100,9 @@ class GenerationRequest:
     """One sequence to generate: what the ingress submits to a router.
 
     `output_ids` holds tokens that an earlier attempt generated; generation goes on behind them and
-    positions, penalties and `max_tokens` count them. `origin` names what the client knows, the HTTP request for one;
-    logs say it.
+    positions, penalties and `max_tokens` count them. `prompt_scored`: log probabilities of the prompt's tokens, in
+    order, that earlier attempts reported; those behind them are still wanted, unless there are output tokens.
+    `origin` names what the client knows, the HTTP request for one; logs say it.
     """
 
     request_id: str
@@ -102,6 +111,7 @@ class GenerationRequest:
     output_ids: tuple[int, ...] = ()
     attempt: int = 0
     origin: str = ""
+    prompt_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +126,8 @@ class TokenLogprobs:
 class TokenOutput:
     """What one engine step produced for one request.
 
-    `token_ids` is empty only when the request ended without a token (abort, error).
+    `token_ids` is empty when the request ended without a token (abort, error), and where a part of the prompt was
+    computed: `prompt_logprobs` are of its tokens, behind those of earlier outputs; the first is the prompt's second.
     `cached_tokens` counts prompt tokens whose KV came from the prefix cache.
     """
 
@@ -127,6 +138,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from moeray.types import FinishReason, GenerationRequest, SamplingParams, TokenL
 _ID = np.dtype("<i4")
 """Token ids go as their bytes: as plain numbers a long prompt would be larger, and hold up an ingress's event loop."""
 _MOST = 2**31 - 1
+PROMPT_PART = 128
+"""Log probabilities of so many of a prompt's tokens go in one output: 40 KiB at the most."""
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -22,6 +24,7 @@ def request_tree(request: GenerationRequest) -> dict[str, Any]:
     return {
         "request_id": request.request_id, "attempt": request.attempt, "origin": request.origin,
         "prompt_ids": _packed(request.prompt_ids), "output_ids": _packed(request.output_ids),
+        "prompt_scored": request.prompt_scored,
         "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING},
     }  # fmt: skip
 
@@ -39,6 +42,7 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
             _unpacked(tree["output_ids"]),
             int(tree["attempt"]),
             str(tree["origin"]),
+            max(0, int(tree["prompt_scored"])),
         )
     except RequestError:
         raise
@@ -56,20 +60,40 @@ def _unpacked(data: bytes) -> tuple[int, ...]:
     return tuple(np.frombuffer(data, _ID).tolist())
 
 
+def split(output: TokenOutput) -> list[TokenOutput]:
+    """The same in parts, each of which a frame can hold however long the prompt's part of it is; most are whole."""
+    scores = output.prompt_logprobs
+    if len(scores) <= PROMPT_PART:
+        return [output]
+    starts = range(0, len(scores), PROMPT_PART)
+    parts = [
+        TokenOutput(output.request_id, output.attempt, (), prompt_logprobs=scores[i : i + PROMPT_PART]) for i in starts
+    ]
+    return [*parts[:-1], replace(output, prompt_logprobs=parts[-1].prompt_logprobs)]
+
+
 def output_tree(output: TokenOutput) -> list[Any]:
-    logprobs = [[entry.logprob, entry.top] for entry in output.logprobs]
     finish = output.finish_reason.value if output.finish_reason else None
     return [
-        output.request_id, output.attempt, output.token_ids, logprobs, finish, output.cached_tokens, output.error
+        output.request_id, output.attempt, output.token_ids, _logprobs_tree(output.logprobs), finish,
+        output.cached_tokens, output.error, _logprobs_tree(output.prompt_logprobs),
     ]  # fmt: skip
 
 
 def output_from(tree: Sequence[Any]) -> TokenOutput:
-    request_id, attempt, token_ids, logprobs, finish, cached, error = tree
-    entries = tuple(TokenLogprobs(value, tuple((int(t), float(lp)) for t, lp in top)) for value, top in logprobs)
+    request_id, attempt, token_ids, logprobs, finish, cached, error, of_prompt = tree
     return TokenOutput(
-        request_id, attempt, tuple(token_ids), entries, FinishReason(finish) if finish else None, cached, error
-    )
+        request_id, attempt, tuple(token_ids), _logprobs_from(logprobs), FinishReason(finish) if finish else None,
+        cached, error, _logprobs_from(of_prompt),
+    )  # fmt: skip
+
+
+def _logprobs_tree(entries: Sequence[TokenLogprobs]) -> list[Any]:
+    return [[entry.logprob, entry.top] for entry in entries]
+
+
+def _logprobs_from(tree: Sequence[Any]) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(value, tuple((int(t), float(lp)) for t, lp in top)) for value, top in tree)
 
 
 def error_tree(request_id: str, attempt: int, error: MoerayError) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moeray.actors import request_log
 from moeray.actors.life import Life
-from moeray.actors.messages import error_tree, output_tree, request_from
+from moeray.actors.messages import error_tree, output_tree, request_from, split
 from moeray.actors.outbox import Outbox
 from moeray.actors.request_figures import RequestFigures
 from moeray.control.objectives import Objectives
@@ -220,7 +220,7 @@ class StepLoop:
         return [TokenOutput(*key, (), finish_reason=FinishReason.ERROR, error=message) for key in failed]
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
-        """One STEP frame per ingress with all its requests' tokens."""
+        """One STEP frame per ingress with all its requests' tokens, after those for long parts of prompts."""
         now = time.monotonic()
         by_outbox: dict[Outbox, list[Any]] = {}
         ended = []
@@ -228,7 +228,10 @@ class StepLoop:
             request = self._requests.get(output.request_id)
             if request is None or request.attempt != output.attempt:
                 continue
-            by_outbox.setdefault(request.outbox, []).append(output_tree(output))
+            *first, last = split(output)
+            for part in first:
+                request.outbox.put(Frame(Op.STEP, meta={"outputs": [output_tree(part)]}))
+            by_outbox.setdefault(request.outbox, []).append(output_tree(last))
             if output.token_ids:
                 request.life.cached_tokens = output.cached_tokens
                 self._figures.token(request.life, len(output.token_ids), now)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeray.dispatch.dispatcher import Dispatcher
 from moeray.engine.batch import Batch
-from moeray.engine.runner import Runner
+from moeray.engine.runner import Computed, Runner
 from moeray.engine.sampler import Sampler
 from moeray.engine.sampling import SampledToken
 from moeray.engine.sequence import Sequence
@@ -117,14 +117,14 @@ class TimedRunner:
             experts.register_forward_pre_hook(lambda *_: perform(self._enter_experts))
             experts.register_forward_hook(lambda *_: perform(self._leave_experts))
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch) -> Computed:
         """As `Runner.run`."""
         self.decodes = batch.num_decodes if batch.num_decodes == batch.num_tokens else 0
         budget, self._moe_s = self._budget(), 0.0
         began = _now()
-        logits = self._runner.run(batch)
+        computed = self._runner.run(batch)
         budget.trunk = _now() - began - self._moe_s
-        return logits
+        return computed
 
     def _enter_block(self) -> None:
         self._block_began = _now()

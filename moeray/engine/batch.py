@@ -16,6 +16,12 @@ class Entry:
     count: int
     samples: bool
 
+    @property
+    def scored(self) -> range:
+        """Places of its tokens that are to be told how likely they make the next one of the prompt."""
+        first, end = self.seq.num_scored, self.seq.num_prompt - 1
+        return range(max(self.start, first), min(self.start + self.count, end))
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -26,6 +32,11 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(entry.count for entry in self.entries)
+
+    @property
+    def num_scored(self) -> int:
+        """Rows of prompts whose logits say how likely the prompt's next token is, and were asked for."""
+        return sum(len(entry.scored) for entry in self.entries)
 
     @property
     def num_decodes(self) -> int:

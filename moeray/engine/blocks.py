@@ -143,8 +143,8 @@ class BlockManager:
         return hashes[place]
 
     def _shareable(self, seq: Sequence) -> int:
-        """How many of its blocks it can take from others: its last token is always computed."""
-        return (seq.num_tokens - 1) // self.block_size
+        """How many of its blocks it can take from others."""
+        return seq.reusable // self.block_size
 
     def _match(self, seq: Sequence, end: int) -> list[_Sealed]:
         """The sealed blocks that hold its tokens behind those of its prefix, before place `end`."""

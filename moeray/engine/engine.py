@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moeray.engine.batch import Batch
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import Runner
-from moeray.engine.sampler import LogitsError, Sampler
+from moeray.engine.sampler import LogitsError, Sampler, check_scores
 from moeray.engine.scheduler import Scheduler
 from moeray.engine.sequence import Sequence
 from moeray.errors import RequestError
@@ -99,12 +99,13 @@ class Engine:
         if batch is None:
             return []
         began = time.perf_counter()
-        logits = self._runner.run(batch)
+        logits, scores = self._runner.run(batch)
         try:
+            check_scores(batch, scores)
             tokens = self._sampler.sample(logits, batch.sampled)
         except LogitsError as error:
-            return self._fail(error, batch.sampled)
-        outputs = self._scheduler.postprocess(batch, tokens)
+            return self._fail(error, [entry.seq for entry in batch.entries])
+        outputs = self._scheduler.postprocess(batch, tokens, scores)
         self._time(batch, time.perf_counter() - began)
         return outputs
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moeray.engine.batch import Batch
-from moeray.engine.runner import Runner
+from moeray.engine.runner import Computed, Runner
 from moeray.engine.trials import Trials
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.model.dispatched import ExpertRows, Sum
@@ -66,7 +66,7 @@ class OverlapRunner:
         self.vocab_size = whole.vocab_size
         self.num_blocks = whole.num_blocks
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch) -> Computed:
         """As `Runner.run`."""
         parts = halves(batch)
         if parts is None:
@@ -75,22 +75,23 @@ class OverlapRunner:
             return self._both(*parts)
         return self._faster(batch, parts) if self._may_pay() else self._whole.run(batch)
 
-    def _faster(self, batch: Batch, parts: tuple[Batch, Batch]) -> Tensor:
+    def _faster(self, batch: Batch, parts: tuple[Batch, Batch]) -> Computed:
         tokens = batch.num_tokens
         kind = batch.num_decodes == tokens, tokens.bit_length()
         overlap, began = self._trials.next(kind), time.perf_counter()
-        logits = self._both(*parts) if overlap else self._whole.run(batch)
+        computed = self._both(*parts) if overlap else self._whole.run(batch)
         self._trials.note(kind, overlap, (time.perf_counter() - began) / tokens)
-        return logits
+        return computed
 
-    def _both(self, first: Batch, second: Batch) -> Tensor:
+    def _both(self, first: Batch, second: Batch) -> Computed:
         trunk = threading.Lock()
         with ThreadPoolExecutor(1, thread_name_prefix="second-half") as other:
             later = other.submit(self._half, second, 1, trunk)
-            logits = self._half(first, 0, trunk)
-            return torch.cat([logits, later.result()])
+            logits, scores = self._half(first, 0, trunk)
+            more_logits, more_scores = later.result()
+            return Computed(torch.cat([logits, more_logits]), scores + more_scores)
 
-    def _half(self, batch: Batch, half: int, trunk: threading.Lock) -> Tensor:
+    def _half(self, batch: Batch, half: int, trunk: threading.Lock) -> Computed:
         expert_rows = self._rows[half]
 
         def experts(layer: int, x_TD: Tensor, ids_TK: Tensor, total: Sum) -> None:

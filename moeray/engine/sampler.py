@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from itertools import islice
+
 import torch
 from torch import Tensor
 
+from moeray.engine.batch import Batch
 from moeray.engine.sampling import SampledToken, draw, keyed_uniform, likeliest, report_logprobs
 from moeray.engine.sequence import Sequence
 from moeray.errors import MoerayError
@@ -30,8 +34,8 @@ class Sampler:
     def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
         """Draw a token for each row of `logits` [B, V] (any float dtype), row i being the sequence `seqs[i]`.
 
-        Order: logit bias, penalties, then the maximum at temperature 0, else temperature, top-k, top-p, min-p.
-        -inf is an impossible token; NaN, inf or a row of -inf raises LogitsError.
+        Order: logit bias, penalties, `min_tokens`, then the maximum at temperature 0, else temperature, top-k, top-p,
+        min-p. -inf is an impossible token; NaN, inf or a row of -inf raises LogitsError.
         """
         if not seqs:
             return []
@@ -46,10 +50,13 @@ class Sampler:
             raise LogitsError(tuple(seq.request_id for seq, ok in zip(seqs, finite.tolist(), strict=True) if not ok))
 
     def _draw(self, logits_BV: Tensor, seqs: list[Sequence]) -> list[int]:
-        if penalized := [(row, seq.penalties) for row, seq in enumerate(seqs) if seq.penalties is not None]:
+        if any(seq.penalties is not None or seq.barred for seq in seqs):
             logits_BV = logits_BV.clone()
-            for row, penalties in penalized:
-                penalties.apply(logits_BV[row], seqs[row].tokens)
+            for logits_V, seq in zip(logits_BV, seqs, strict=True):
+                if seq.penalties is not None:
+                    seq.penalties.apply(logits_V, seq.tokens)
+                if barred := seq.barred:
+                    logits_V[torch.tensor(sorted(barred), device=logits_V.device)] = -math.inf
         greedy = [row for row, seq in enumerate(seqs) if _greedy(seq.sampling)]
         drawn = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
         tokens = [0] * len(seqs)
@@ -70,6 +77,14 @@ class Sampler:
         rows = list(wanted)
         reports = report_logprobs(_rows(logits_BV, rows), [tokens[row] for row in rows], list(wanted.values()))
         return dict(zip(rows, reports, strict=True))
+
+
+def check_scores(batch: Batch, scores: list[TokenLogprobs]) -> None:
+    """Raises LogitsError for the requests whose scored rows have logits that are not numbers."""
+    each = iter(scores)
+    of_seq = [(entry.seq, list(islice(each, len(entry.scored)))) for entry in batch.entries]
+    if failed := [seq.request_id for seq, told in of_seq if any(math.isnan(entry.logprob) for entry in told)]:
+        raise LogitsError(tuple(failed))
 
 
 def _greedy(params: SamplingParams) -> bool:

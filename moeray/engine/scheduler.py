@@ -25,7 +25,7 @@ from moeray.engine.sequence import Sequence, Status
 from moeray.errors import QueueFullError, RequestError
 from moeray.logs import REQUESTS, log_names
 from moeray.settings.engine import EngineConfig
-from moeray.types import FinishReason, TokenOutput
+from moeray.types import TokenLogprobs, TokenOutput
 
 log = logging.getLogger(REQUESTS)
 
@@ -252,19 +252,27 @@ class Scheduler:
 
     # -- after the step -------------------------------------------------------------------------------------------
 
-    def postprocess(self, batch: Batch, tokens: Sized[SampledToken]) -> list[TokenOutput]:
-        """Take note of what the step computed and drew: one token for each of `batch.sampled`, in order."""
-        drawn = iter(tokens)
+    def postprocess(
+        self, batch: Batch, tokens: Sized[SampledToken], scores: Sized[TokenLogprobs] = ()
+    ) -> list[TokenOutput]:
+        """Take note of what the step computed and drew: one token for each of `batch.sampled`, in order, and `scores`
+        for each row that is scored."""
+        drawn, scored = iter(tokens), iter(scores)
         outputs = []
         for entry in batch.entries:
+            told = tuple(islice(scored, len(entry.scored)))
+            entry.seq.num_scored += len(told)
             entry.seq.num_computed += entry.count
             self._blocks.seal(entry.seq)
             if entry.samples:
-                outputs.append(self._take_token(entry.seq, next(drawn)))
+                outputs.append(self._take_token(entry.seq, next(drawn), told))
+            elif told:
+                outputs.append(TokenOutput(entry.seq.request_id, entry.seq.attempt, (), prompt_logprobs=told))
         assert next(drawn, None) is None, "more tokens than sampled entries"
+        assert next(scored, None) is None, "more scores than scored rows"
         return outputs
 
-    def _take_token(self, seq: Sequence, drawn: SampledToken) -> TokenOutput:
+    def _take_token(self, seq: Sequence, drawn: SampledToken, told: tuple[TokenLogprobs, ...]) -> TokenOutput:
         if seq.num_tokens == seq.num_given:
             self.prompt_tokens += seq.num_prompt
         seq.append(drawn.token_id)
@@ -272,10 +280,8 @@ class Scheduler:
         reason = seq.ended(self._max_context)
         if reason is not None:
             self._finish(seq)
-        return self._output(seq, drawn, reason)
-
-    def _output(self, seq: Sequence, drawn: SampledToken, reason: FinishReason | None) -> TokenOutput:
         logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
         return TokenOutput(
-            seq.request_id, seq.attempt, (drawn.token_id,), logprobs, reason, cached_tokens=seq.cached_tokens or 0
-        )
+            seq.request_id, seq.attempt, (drawn.token_id,), logprobs, reason, cached_tokens=seq.cached_tokens or 0,
+            prompt_logprobs=told,
+        )  # fmt: skip

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from moeray.engine.batch import Batch
-from moeray.engine.runner import PackedBatch, pack
+from moeray.engine.runner import Computed, PackedBatch, pack
+from moeray.engine.sampling import report_logprobs
 from moeray.errors import ConfigError
 from moeray.model.dispatched import Experts, Seconds, unheard
 from moeray.model.paged import Decodes, Span, Step
+from moeray.model.scoring import Scored
 from moeray.model.trunk import Trunk
 from moeray.settings.engine import EngineConfig
+from moeray.types import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +62,21 @@ class TrunkRunner:
             return int(torch.cuda.mem_get_info(self._trunk.device)[0])
         return int(psutil.virtual_memory().available)
 
-    def run(self, batch: Batch) -> Tensor:
-        """Logits [S, V] of the sampled entries, in the batch's order."""
+    def run(self, batch: Batch) -> Computed:
+        """As `Runner.run`."""
         return self.compute(batch, self._experts)
 
-    def compute(self, batch: Batch, experts: Experts, half: int = 0) -> Tensor:
+    def compute(self, batch: Batch, experts: Experts, half: int = 0) -> Computed:
         """The same, with these experts. `half`: see `Trunk.forward`."""
         packed = pack(batch, self._block_size)
         device = self._trunk.device
-        return self._trunk.forward(
+        scores: list[TokenLogprobs] = []
+
+        def take(first: int, logits_RV: Tensor) -> None:
+            part = slice(first, first + len(logits_RV))
+            scores.extend(report_logprobs(logits_RV.float(), packed.next_tokens[part], packed.counts[part]))
+
+        logits = self._trunk.forward(
             packed.token_ids_T.to(device),
             packed.position_ids_T.to(device),
             self._step(packed),
@@ -75,7 +84,9 @@ class TrunkRunner:
             experts,
             self._on_combine,
             half,
+            Scored(packed.scored_P.to(device), take) if packed.next_tokens else None,
         )
+        return Computed(logits, scores)
 
     def _step(self, packed: PackedBatch) -> Step:
         starts, device = packed.query_starts, self._trunk.device

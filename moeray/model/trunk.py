@@ -26,6 +26,7 @@ from moeray.model.linears import choose_linear
 from moeray.model.paged import PagedCache, PassThroughCache, Step, attending
 from moeray.model.recorded_steps import RecordedSteps
 from moeray.model.recording import Memory, Record, record
+from moeray.model.scoring import Scored, computed_once, keep_output
 from moeray.model.selfcheck import SelfCheck
 from moeray.model.slices import WeightMap
 from moeray.settings.engine import EngineConfig
@@ -93,6 +94,7 @@ class Trunk:
                 module.moeray_layer = names[name]
             if is_latent(module):
                 keep_latents(module, attention.NAME)
+        keep_output(model)
         trunk = cls(model.eval().requires_grad_(False), family, dtype, device)
         trunk.cache.kernel = kernel
         trunk.attend_with(attention.NAME)
@@ -106,11 +108,14 @@ class Trunk:
     @torch.inference_mode()
     def forward(
         self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, experts: Experts,
-        on_combine: Seconds = unheard, half: int = 0,
+        on_combine: Seconds = unheard, half: int = 0, scored: Scored | None = None,
     ) -> Tensor:  # fmt: skip
         """One step over packed sequences: logits [S, V] of the rows `sample_index_S`, in the trunk's dtype or
-        fp32. Of steps that are computed at the same time, by two threads, each is another `half`, 0 or 1."""
+        fp32. Those of the rows of `scored` go to its `take`, before this returns. Of steps that are computed at the
+        same time, by two threads, each is another `half`, 0 or 1."""
         with dispatching(experts, on_combine):
+            if scored is not None:
+                return self._scored(token_ids_T, position_ids_T, step, sample_index_S, scored)
             if self._decoding and step.cache is self.cache:
                 return self._decoding[half].run(token_ids_T, position_ids_T, step, sample_index_S)
             return self.compute(token_ids_T, position_ids_T, step, sample_index_S)
@@ -127,6 +132,15 @@ class Trunk:
             )
         logits: Tensor = out.logits[0]
         return logits if logits.shape[0] == sample_index_S.shape[0] else logits[sample_index_S]
+
+    def _scored(
+        self, token_ids_T: Tensor, position_ids_T: Tensor, step: Step, sample_index_S: Tensor, scored: Scored
+    ) -> Tensor:
+        with computed_once():
+            logits = self.compute(token_ids_T, position_ids_T, step, sample_index_S)
+            for first, rows_R in scored.pieces(self.vocab_size):
+                scored.take(first, self.compute(token_ids_T, position_ids_T, step, rows_R))
+        return logits
 
     def attend_with(self, name: str) -> None:
         """Have the modules call the attention of this name, and the experts that are dispatched."""

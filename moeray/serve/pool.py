@@ -110,7 +110,7 @@ class RouterPool:
                 async with aclosing(router.client.generate(request)) as stream:
                     async for output in stream:
                         cached = output.cached_tokens if cached is None else cached
-                        request = replace(request, output_ids=request.output_ids + output.token_ids)
+                        request = _with(request, output)
                         router.failures = 0
                         yield replace(output, cached_tokens=cached)
                 return
@@ -227,6 +227,15 @@ class RouterPool:
         self.follow(())
         self._wake()
         await asyncio.gather(*self._leaving.values(), *(router.client.close() for router in self._staying))
+
+
+def _with(request: GenerationRequest, output: TokenOutput) -> GenerationRequest:
+    """What another router is asked for, now that this output is there."""
+    return replace(
+        request,
+        output_ids=request.output_ids + output.token_ids,
+        prompt_scored=request.prompt_scored + len(output.prompt_logprobs),
+    )
 
 
 def _log_move(request: GenerationRequest, error: RouterLostError) -> None:

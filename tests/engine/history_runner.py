@@ -6,16 +6,19 @@ context, gathered slot by slot. A wrong slot, a stale block, a wrong position or
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from moeray.engine.batch import Batch
 from moeray.engine.engine import Engine
-from moeray.engine.runner import pack
+from moeray.engine.runner import Computed, pack
 from moeray.engine.sampler import Sampler
+from moeray.engine.sampling import report_logprobs
 from moeray.engine.sequence import Sequence
 from moeray.errors import MoerayError
-from moeray.types import FinishReason, GenerationRequest, TokenOutput
+from moeray.types import FinishReason, GenerationRequest, TokenLogprobs, TokenOutput
 
 VOCAB = 29
 EOS = 0
@@ -63,12 +66,12 @@ class HistoryRunner:
         self._fail_at = fail_at
         self._poison = poison
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch) -> Computed:
         packed = pack(batch, self._block_size)
         self.batches.append(batch)
         ids, positions, slots = (x.tolist() for x in (packed.token_ids_T, packed.position_ids_T, packed.slots_T))
         fails = len(self.batches) in self._fail_at
-        contexts = []
+        contexts, scores = [], []
         for i, context_len in enumerate(packed.context_lens):
             table = packed.block_tables[i]
             for row in range(packed.query_starts[i], packed.query_starts[i + 1]):
@@ -77,8 +80,13 @@ class HistoryRunner:
                 if fails:
                     raise MoerayError("the expert actors are gone; start them again")
             contexts.append([self._kv[self._slot(table, p)] for p in range(context_len)])
+            entry = batch.entries[i]
+            for place in entry.scored:
+                logits = self._row(entry.seq, contexts[i][: place + 1])
+                count = entry.seq.sampling.prompt_logprobs
+                scores += report_logprobs(logits[None], [entry.seq.tokens[place + 1]], [count])
         rows = [self._row(entry.seq, c) for entry, c in zip(batch.entries, contexts, strict=True) if entry.samples]
-        return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+        return Computed(torch.stack(rows) if rows else torch.empty(0, VOCAB), scores)
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self._block_size] * self._block_size + position % self._block_size
@@ -98,10 +106,21 @@ def alone(request: GenerationRequest, max_context: int) -> tuple[list[int], Fini
     return seq.output_ids[len(request.output_ids) :], reason
 
 
+def scores_alone(request: GenerationRequest) -> list[TokenLogprobs]:
+    """The log probabilities of a prompt's tokens with no engine, no batch and no cache."""
+    context: list[int] = []
+    scores = []
+    for position, (token, following) in enumerate(pairwise(request.prompt_ids)):
+        context.append(_kv(context[-1] if context else 0, token, position))
+        scores += report_logprobs(_logits(context)[None], [following], [request.sampling.prompt_logprobs or 0])
+    return scores
+
+
 class Collected:
     """The outputs of an engine, by request."""
 
     def __init__(self) -> None:
+        self.scores: dict[str, list[TokenLogprobs]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, FinishReason] = {}
 
@@ -109,6 +128,7 @@ class Collected:
         for output in outputs:
             assert output.request_id not in self.reasons, f"{output.request_id} goes on after its end"
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            self.scores.setdefault(output.request_id, []).extend(output.prompt_logprobs)
             if output.finish_reason is not None:
                 self.reasons[output.request_id] = output.finish_reason
 

@@ -6,7 +6,7 @@ from moeray.engine.engine import Engine
 from moeray.errors import RequestError
 from moeray.settings.engine import EngineConfig
 from moeray.types import FinishReason, GenerationRequest, SamplingParams
-from tests.engine.history_runner import VOCAB, HistoryRunner, alone, drain
+from tests.engine.history_runner import VOCAB, HistoryRunner, alone, drain, scores_alone
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
@@ -28,6 +28,20 @@ def test_logits_that_are_no_numbers_end_their_request_alone():
     rest = drain(engine)
     assert rest.tokens["good"] == alone(good, 100)[0][-len(rest.tokens["good"]) :]
     assert engine.stats().generation_tokens == 6
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_a_prompt_whose_scores_are_no_numbers_ends_alone():
+    """In the middle of it, and with its blocks forgotten."""
+    engine = engine_of(poison=VOCAB - 1)
+    scored = SamplingParams(max_tokens=6, temperature=0.0, prompt_logprobs=1)
+    good = GenerationRequest("good", (1, 2, 3), scored)
+    engine.submit(good)
+    engine.submit(GenerationRequest("bad", (*range(1, 28), VOCAB - 1, *range(1, 28)), scored))
+    rest = drain(engine)
+    assert rest.reasons == {"good": FinishReason.LENGTH, "bad": FinishReason.ERROR}
+    assert rest.scores == {"good": scores_alone(good), "bad": []}
+    assert rest.tokens["good"] == alone(good, 100)[0]
     assert engine.stats().kv_blocks_used == 0
 
 

@@ -11,7 +11,7 @@ from moeray.engine.engine import Engine
 from moeray.errors import MoerayError, QueueFullError
 from moeray.settings.engine import EngineConfig
 from moeray.types import GenerationRequest, SamplingParams
-from tests.engine.history_runner import VOCAB, Collected, HistoryRunner, alone
+from tests.engine.history_runner import VOCAB, Collected, HistoryRunner, alone, scores_alone
 
 MAX_CONTEXT = 60
 
@@ -30,14 +30,18 @@ def _sampling(rng: random.Random) -> SamplingParams:
         logprobs=rng.choice([None, 2]),
         stop_token_ids=rng.choice([(), (7,)]),
         ignore_eos=rng.random() < 0.5,
+        prompt_logprobs=rng.choice([None, None, 0, 2]),
     )
 
 
 def _request(rng: random.Random, number: int, prefixes: list[tuple[int, ...]], limit: int) -> GenerationRequest:
-    """A prompt that may share a prefix with others; one in four resumes an earlier attempt in its middle."""
+    """A prompt that may share a prefix with others; one in four resumes an earlier attempt in its middle, or in that of
+    its prompt, where this is scored."""
     tail = tuple(rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12)))
     prompt = ((rng.choice(prefixes) if rng.random() < 0.7 else ()) + tail)[: limit - 1]
     request = GenerationRequest(f"r{number}", prompt, _sampling(rng))
+    if request.sampling.prompt_logprobs is not None and rng.random() < 0.25:
+        return replace(request, prompt_scored=rng.randrange(len(prompt)), attempt=1)
     if rng.random() < 0.25:
         generated, _ = alone(request, limit)
         done = tuple(generated[: rng.randint(0, len(generated))])
@@ -93,6 +97,7 @@ class World:
             assert not self.engine.abort(victim)
             del self.live[victim]
             self.collected.tokens.pop(victim, None)
+            self.collected.scores.pop(victim, None)
 
     def step(self) -> None:
         before, preemptions = len(self.runner.batches), self.engine.stats().preemptions
@@ -108,7 +113,7 @@ class World:
         for batch in self.runner.batches[before:]:
             self.check_budget(batch, self.engine.stats().preemptions - preemptions)
             self.check_common(batch)
-        self.streaming = {output.request_id for output in outputs if output.finish_reason is None}
+        self.streaming = {output.request_id for output in outputs if output.token_ids and not output.finish_reason}
 
     def check_budget(self, batch, preemptions: int) -> None:
         """While a sequence streams (it got a token from the step before), prefills stay within their chunk. One that
@@ -126,6 +131,8 @@ class World:
         size, computed = self.config.block_size, []
         for entry in batch.entries:
             end = (entry.start // size + 1) * size
+            if entry.seq.sampling.prompt_logprobs is not None:
+                continue  # it needs the logits of each row
             if self.config.prefix_cache and end < entry.seq.num_tokens - entry.samples:
                 computed.append(tuple(entry.seq.tokens[:end]))
         assert len(set(computed)) == len(computed)
@@ -152,6 +159,8 @@ class World:
             tokens, reason = alone(request, self.limit)
             assert self.collected.tokens[key] == tokens, key
             assert self.collected.reasons[key] is reason, key
+            wanted = request.sampling.prompt_logprobs is not None and not request.output_ids
+            assert self.collected.scores[key] == (scores_alone(request)[request.prompt_scored :] if wanted else []), key
 
 
 @settings(max_examples=60, deadline=None, derandomize=False)

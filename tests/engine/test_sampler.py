@@ -78,6 +78,29 @@ def test_no_penalty_makes_a_row_that_nothing_can_be_drawn_from(temperature, pena
     assert all(0 <= token.token_id < 3 for token in Sampler().sample(logits, seqs))
 
 
+@pytest.mark.parametrize(
+    ("output", "min_tokens", "options", "expected"),
+    [
+        (1, 2, {}, 2),  # too short for the model's end, the likeliest, and the request's, the next
+        (2, 2, {}, 0),
+        (1, 0, {}, 0),
+        (1, 2, {"stop_token_ids": ()}, 1),
+        (1, 2, {"ignore_eos": True}, 2),
+        (1, 2, {"logit_bias": ((0, 50.0),)}, 2),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_nothing_ends_a_sequence_before_its_least_number_of_tokens(temperature, output, min_tokens, options, expected):
+    logits = torch.tensor([[9.0, 7.0, 5.0, 3.0]] * 2)
+    fields = {"max_tokens": 9, "min_tokens": min_tokens, "temperature": temperature, "stop_token_ids": (1,)} | options
+    seqs = [
+        Sequence(GenerationRequest("x", (0, 0, 0), SamplingParams(**fields), (3,) * output), (0,)),
+        Sequence(GenerationRequest("beside it", (0,), SamplingParams(temperature=temperature)), (0,)),
+    ]
+    assert [token.token_id for token in Sampler().sample(logits, seqs)] == [expected, 0]
+    assert logits.tolist() == [[9.0, 7.0, 5.0, 3.0]] * 2
+
+
 def test_logprobs_are_of_the_raw_distribution():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     sampling = SamplingParams(temperature=0, logprobs=2, logit_bias=((0, 9.0),))
