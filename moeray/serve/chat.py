@@ -109,6 +109,7 @@ def _logprobs(job: Job, vocabulary: Vocabulary, tokens: Sequence[TokenRecord]) -
 
 
 def _token(vocabulary: Vocabulary, token: TokenRecord) -> ChatTokenLogprob:
+    assert token.logprobs is not None, "a chat's answer repeats no prompt"
     shown = _top(vocabulary, token.token_id, token.logprobs.logprob)
     top = [_top(vocabulary, token_id, logprob) for token_id, logprob in token.logprobs.top]
     return ChatTokenLogprob(token=shown.token, logprob=shown.logprob, bytes=shown.bytes, top_logprobs=top)

@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from moeray.serve.generate import Delta, Generation, TokenRecord
-from moeray.serve.job import Job
-from moeray.serve.responses import Completion, CompletionChoice, CompletionLogprobs, Finish, Usage
+from moeray.serve.job import Choice, Job
+from moeray.serve.responses import Completion, CompletionChoice, CompletionLogprobs, Finish, PromptLogprob, Usage
 from moeray.serve.tokens import Vocabulary
+from moeray.types import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
@@ -23,10 +24,12 @@ async def plain_completion(job: Job, generation: Generation, vocabulary: Vocabul
             texts[delta.index].append(delta.text)
             tokens[delta.index] += delta.tokens
             finishes[delta.index] = delta.finish
-    choices = [
-        _choice(job, vocabulary, Delta(c.index, "".join(texts[c.index]), tuple(tokens[c.index]), finishes[c.index]))
-        for c in job.choices
-    ]
+    choices = []
+    for i in range(len(job.choices)):
+        choice = _choice(job, vocabulary, Delta(i, "".join(texts[i]), tuple(tokens[i]), finishes[i]))
+        if job.prompt_logprobs:
+            choice.prompt_logprobs = _prompt_logprobs(job.choices[i], generation.prompt_logprobs(i), vocabulary)
+        choices.append(choice)
     return _object(job, choices, usage=generation.usage()).encode()
 
 
@@ -55,16 +58,38 @@ def _choice(job: Job, vocabulary: Vocabulary, delta: Delta) -> CompletionChoice:
 def _logprobs(vocabulary: Vocabulary, tokens: Sequence[TokenRecord]) -> CompletionLogprobs:
     return CompletionLogprobs(
         tokens=[vocabulary.token(token.token_id).text for token in tokens],
-        token_logprobs=[max(token.logprobs.logprob, LOWEST_LOGPROB) for token in tokens],
-        top_logprobs=[_alternatives(vocabulary, token) for token in tokens],
+        token_logprobs=[None if t.logprobs is None else max(t.logprobs.logprob, LOWEST_LOGPROB) for t in tokens],
+        top_logprobs=[
+            None if t.logprobs is None else _alternatives(vocabulary, t.token_id, t.logprobs) for t in tokens
+        ],
         text_offset=[token.offset for token in tokens],
     )
 
 
-def _alternatives(vocabulary: Vocabulary, token: TokenRecord) -> dict[str, float]:
+def _alternatives(vocabulary: Vocabulary, chosen: int, logprobs: TokenLogprobs) -> dict[str, float]:
     """The likeliest tokens, and the chosen one where it is not among them."""
-    pairs = (*token.logprobs.top, (token.token_id, token.logprobs.logprob))
     found: dict[str, float] = {}
-    for token_id, logprob in pairs:
+    for token_id, logprob in (*logprobs.top, (chosen, logprobs.logprob)):
         found.setdefault(vocabulary.token(token_id).text, max(logprob, LOWEST_LOGPROB))
     return found
+
+
+def _prompt_logprobs(
+    choice: Choice, scores: Sequence[TokenLogprobs], vocabulary: Vocabulary
+) -> list[dict[int, PromptLogprob] | None]:
+    """vLLM's form: one entry a token of the prompt, by token ids; none for the first."""
+    entries: list[dict[int, PromptLogprob] | None] = [None]
+    for chosen, score in zip(choice.request.prompt_ids[1:], scores, strict=True):
+        ranks = {token_id: rank for rank, (token_id, _) in enumerate(score.top, 1)}
+        logprobs = {chosen: score.logprob, **dict(score.top)}
+        entries.append(
+            {
+                token_id: PromptLogprob(
+                    logprob=max(logprob, LOWEST_LOGPROB),
+                    rank=ranks.get(token_id),
+                    decoded_token=vocabulary.token(token_id).text,
+                )
+                for token_id, logprob in logprobs.items()
+            }
+        )
+    return entries

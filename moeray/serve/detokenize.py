@@ -13,7 +13,8 @@ _CHARACTER_TOKENS = 4
 
 
 class IncrementalDetokenizer:
-    """Feed it a sequence's tokens in order; the deltas together are the text, cut before the first stop string.
+    """Feed it a sequence's tokens in order; the deltas together are the text, cut before the first stop string, or
+    behind it with `include_stop`.
 
     `decode` maps ids to text; `skip` lists ids without text (special tokens). `context` are the ids before the first
     one, for tokenizers that drop the space of a first word. Its state follows from the tokens alone, so feeding
@@ -25,12 +26,14 @@ class IncrementalDetokenizer:
         decode: Decode,
         *,
         stop: Sequence[str] = (),
+        include_stop: bool = False,
         skip: Collection[int] = frozenset(),
         context: Sequence[int] = (),
     ) -> None:
         self._decode = decode
         self._skip = skip
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._longest = max(map(len, self._stop), default=0)
         self._ids = self._whole([i for i in context if i not in skip][-_CONTEXT_TOKENS:])
         self._read = len(self._ids)  # _ids[:_read] are decoded in full already and only give context
@@ -45,18 +48,19 @@ class IncrementalDetokenizer:
         """Where the next token's text begins, in characters; text that is held back counts."""
         return self._sent + len(self._held)
 
-    def feed(self, token_id: int) -> str:
-        """The text that this token made certain, often none. Nothing comes after `stopped`."""
+    def feed(self, token_id: int, may_stop: bool = True) -> str:
+        """The text that this token made certain, often none. Nothing comes after `stopped`, and no stop string ends in
+        the text of a token that may not stop it."""
         if self.stopped or token_id in self._skip:
             return ""
         self._ids.append(token_id)
-        return self._take(self._decode_pending(final=False), final=False)
+        return self._take(self._decode_pending(final=False), final=False, may_stop=may_stop)
 
-    def finish(self) -> str:
+    def finish(self, may_stop: bool = True) -> str:
         """The text that was held back, now that no more tokens come."""
         if self.stopped:
             return ""
-        return self._take(self._decode_pending(final=True), final=True)
+        return self._take(self._decode_pending(final=True), final=True, may_stop=may_stop)
 
     def _decode_pending(self, *, final: bool) -> str:
         """New text of the window behind `_read`, without the half characters that may still be completed."""
@@ -88,10 +92,11 @@ class IncrementalDetokenizer:
                 return ids[first:]
         return ids
 
-    def _take(self, new: str, *, final: bool) -> str:
-        """Hand out what cannot belong to a stop string any more. A stop string begins in held text or later."""
+    def _take(self, new: str, *, final: bool, may_stop: bool) -> str:
+        """Hand out what cannot belong to a stop string any more. A stop string begins in held text or later, and ends
+        in new text."""
         text = self._held + new
-        if (cut := self._find_stop(text)) is not None:
+        if may_stop and (cut := self._find_stop(text, len(self._held))) is not None:
             self.stopped = True
             text = text[:cut]
         keep = 0 if self.stopped or final else self._may_begin_stop(text)
@@ -100,10 +105,15 @@ class IncrementalDetokenizer:
         self._sent += end
         return text[:end]
 
-    def _find_stop(self, text: str) -> int | None:
-        """Where the earliest stop string begins."""
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        return min(found, default=None)
+    def _find_stop(self, text: str, held: int) -> int | None:
+        """Where the text ends by the stop string that begins first, of those that end behind the first `held`
+        characters."""
+        found = [
+            (place, place + len(stop))
+            for stop in self._stop
+            if (place := text.find(stop, max(0, held + 1 - len(stop)))) >= 0
+        ]
+        return min(found)[self._include_stop] if found else None
 
     def _may_begin_stop(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""

@@ -12,6 +12,7 @@ from typing import Literal
 from moeray.serve.backend import Backend
 from moeray.serve.channels import Channels, Part
 from moeray.serve.detokenize import IncrementalDetokenizer
+from moeray.serve.echo import Echo
 from moeray.serve.errors import GenerationFailedError
 from moeray.serve.job import Choice, Job
 from moeray.serve.responses import PromptTokensDetails, Usage
@@ -23,10 +24,11 @@ _QUEUED_DELTAS = 64  # then a client that reads slowly holds its own choices up,
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """One generated token with its log probabilities; `offset` is where its text begins, in characters."""
+    """One token of the answer, or of the prompt that it repeats, with its log probabilities, which a prompt's first
+    token has not; `offset` is where its text begins, in characters."""
 
     token_id: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
     offset: int
 
 
@@ -46,13 +48,18 @@ class Delta:
 
 class ChoiceRun:
     """Turns one choice's TokenOutputs into deltas: the first one at once, later ones for `interval` tokens each. Tokens
-    whose text is held back wait for it. A token that ends the sequence has no text."""
+    whose text is held back wait for it. A token that ends the sequence has no text, unless the job shows it.
+    `prompt_logprobs`: of the prompt's tokens from the second on, as far as they are there."""
 
     def __init__(self, choice: Choice, job: Job, vocabulary: Vocabulary, interval: int) -> None:
         self.choice = choice
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finished = False
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self._job = job
+        self._echo = job.echoes[choice.prompt] if job.echoes else Echo("")
+        self._min_tokens = choice.request.sampling.min_tokens
         self._with_logprobs = choice.request.sampling.logprobs is not None
         self._interval = interval
         self._waiting: list[TokenRecord] = []
@@ -64,7 +71,7 @@ class ChoiceRun:
         self._part = Part.CONTENT
         self._ended: set[Part] = set()
         self._detokenizer = partial(
-            IncrementalDetokenizer, vocabulary.decode, stop=job.stop, skip=vocabulary.special_ids
+            IncrementalDetokenizer, vocabulary.decode, stop=job.stop, include_stop=job.include_stop, skip=job.skip
         )
         self._text = self._detokenizer(context=choice.request.prompt_ids[-8:] if job.continues_text else ())
 
@@ -73,11 +80,16 @@ class ChoiceRun:
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationFailedError(output.error or f"the sequence ended early ({output.finish_reason})")
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        for place in range(len(output.token_ids)):
+        self.prompt_logprobs += output.prompt_logprobs
+        if not output.token_ids and output.finish_reason is None:
+            return None  # a part of the prompt
+        if not self._begun:
+            self._repeat_prompt()
+        for place in range(len(output.token_ids) if self._job.answers else 0):
             self._take(output, place)
         finish = self._finish(output)
         if finish is not None:
-            self._wait(self._text.finish())
+            self._wait(self._text.finish(self._may_stop))
             if self._text.stopped:
                 finish = "stop"
         if self._begun and finish is None and not (self._waits and self._is_due()):
@@ -101,16 +113,29 @@ class ChoiceRun:
     def _is_due(self) -> bool:
         return not self._told or self.completion_tokens - self._told >= self._interval
 
+    def _repeat_prompt(self) -> None:
+        self._wait(self._echo.text)
+        if self._echo.offsets:
+            scores = (None, *self.prompt_logprobs)
+            each = zip(self.choice.request.prompt_ids, scores, self._echo.offsets, strict=True)
+            self._waiting += [TokenRecord(*record) for record in each]
+
+    @property
+    def _may_stop(self) -> bool:
+        """Whether a stop string counts that ends in the newest token's text."""
+        return self.completion_tokens > self._min_tokens
+
     def _take(self, output: TokenOutput, place: int) -> None:
         if self._text.stopped:
             return
         token_id = output.token_ids[place]
         self.completion_tokens += 1
         if self._with_logprobs:
-            self._waiting.append(TokenRecord(token_id, output.logprobs[place], self._text.offset))
+            offset = len(self._echo.text) + self._text.offset
+            self._waiting.append(TokenRecord(token_id, output.logprobs[place], offset))
         ends = output.finish_reason is FinishReason.STOP and place == len(output.token_ids) - 1
         part = self._part if self._channels is None else self._channels.part_of(token_id)
-        if ends:
+        if ends and not self._job.include_stop:
             return
         if part is None:
             self._end_message()
@@ -119,17 +144,19 @@ class ChoiceRun:
             self._ended.discard(part)
             self._waiting_text[part].append("\n")
         self._part = part
-        self._wait(self._text.feed(token_id))
+        self._wait(self._text.feed(token_id, self._may_stop))
 
     def _end_message(self) -> None:
         """Nothing of it belongs to what comes: neither half a character nor the beginning of a stop string."""
         if self._text.offset:
             self._ended.add(self._part)
-        self._wait(self._text.finish())
+        self._wait(self._text.finish(self._may_stop))
         if not self._text.stopped:
             self._text = self._detokenizer()
 
     def _finish(self, output: TokenOutput) -> Literal["stop", "length"] | None:
+        if not self._job.answers:
+            return "length"
         if self._text.stopped or output.finish_reason is FinishReason.STOP:
             return "stop"
         return "length" if output.finish_reason is FinishReason.LENGTH else None
@@ -176,6 +203,10 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def prompt_logprobs(self, index: int) -> list[TokenLogprobs]:
+        """Of the prompt's tokens of a choice, from the second on."""
+        return self._runs[index].prompt_logprobs
 
     def usage(self) -> Usage:
         """Token counts; what the prefix cache held of a prompt is what its least lucky choice found there."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeray.errors import RequestError
 from moeray.logs import REQUEST_ID
 from moeray.serve.backend import ModelInfo
 from moeray.serve.bounds import check_prompt, check_token, max_tokens
+from moeray.serve.echo import Echo, echo_of
 from moeray.serve.prompt import PromptEncoder
 from moeray.serve.schemas import ChatRequest, CompletionRequest, GenerationFields
 from moeray.types import GenerationRequest, SamplingParams
@@ -44,6 +45,11 @@ class Job:
     include_usage: bool
     continuous_usage: bool
     continues_text: bool  # the output goes on in the prompt's text, so its first space counts
+    include_stop: bool  # what ends the text is shown with it
+    skip: frozenset[int]  # tokens that are not shown
+    echoes: tuple[Echo, ...] = ()  # of the prompts, where answers begin with them
+    answers: bool = True  # else the echo is all
+    prompt_logprobs: bool = False  # told by themselves, not with the echo
 
 
 async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: PromptEncoder, created: int) -> Job:
@@ -52,8 +58,27 @@ async def completion_job(request: CompletionRequest, model: ModelInfo, encoder: 
     for ids in prompts:
         check_prompt(ids, model, "prompt")
     sampling = _sampling(request, model, encoder, request.logprobs)
-    asked, default = ("max_tokens", request.max_tokens), COMPLETION_MAX_TOKENS
-    return _job("cmpl", request, model, prompts, sampling, asked, default, created)
+    sampling["prompt_logprobs"] = _of_prompt(request)
+    answers = request.max_tokens != 0
+    asked, default = ("max_tokens", request.max_tokens if answers else 1), COMPLETION_MAX_TOKENS
+    job = _job("cmpl", request, model, encoder, prompts, sampling, asked, default, created)
+    echoes = await _echoes(request, prompts, encoder, job.skip) if request.echo else ()
+    return replace(job, echoes=echoes, answers=answers, prompt_logprobs=request.prompt_logprobs is not None)
+
+
+def _of_prompt(request: CompletionRequest) -> int | None:
+    """`SamplingParams.prompt_logprobs`, as vLLM has it: the number asked for, else what an echo shows."""
+    if request.prompt_logprobs is None and request.echo:
+        return request.logprobs
+    return request.prompt_logprobs
+
+
+async def _echoes(
+    request: CompletionRequest, prompts: Sequence[tuple[int, ...]], encoder: PromptEncoder, skip: frozenset[int]
+) -> tuple[Echo, ...]:
+    each = zip(request.prompt, prompts, strict=True)
+    with_offsets = request.logprobs is not None
+    return tuple([await echo_of(prompt, ids, encoder.vocabulary, skip, with_offsets) for prompt, ids in each])
 
 
 async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncoder, created: int) -> Job:
@@ -66,7 +91,7 @@ async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncode
     if asked[1] is None:
         asked = "max_tokens", request.max_tokens
     sampling = _sampling(request, model, encoder, logprobs)
-    return _job("chatcmpl", request, model, [ids], sampling, asked, model.max_context, created)
+    return _job("chatcmpl", request, model, encoder, [ids], sampling, asked, model.max_context, created)
 
 
 def _variables(request: ChatRequest, encoder: PromptEncoder) -> dict[str, Any]:
@@ -87,6 +112,7 @@ def _job(
     prefix: str,
     request: GenerationFields,
     model: ModelInfo,
+    encoder: PromptEncoder,
     prompts: Sequence[tuple[int, ...]],
     sampling: dict[str, Any],
     asked: tuple[str, int | None],
@@ -109,7 +135,9 @@ def _job(
         choices.append(Choice(index, index // n, sequence))
     lengths = tuple(map(len, prompts))
     streams = bool(request.stream), request.include_usage, request.continuous_usage
-    return Job(job_id, model, created, tuple(choices), lengths, tuple(request.stop), *streams, prefix == "cmpl")
+    skip = frozenset() if request.skip_special_tokens is False else encoder.vocabulary.special_ids
+    shown = prefix == "cmpl", bool(request.include_stop_str_in_output), skip
+    return Job(job_id, model, created, tuple(choices), lengths, tuple(request.stop), *streams, *shown)
 
 
 def _sampling(
@@ -122,7 +150,7 @@ def _sampling(
         value = model.sampling_defaults.get(name) if given is None else given
         if value is not None:
             params[name] = value
-    for name in ("presence_penalty", "frequency_penalty"):
+    for name in ("presence_penalty", "frequency_penalty", "min_tokens"):
         if (value := getattr(request, name)) is not None:
             params[name] = value
     params["top_k"] = max(0, params.get("top_k", 0))

@@ -48,12 +48,21 @@ class ModelList(_Answer):
 
 
 class CompletionLogprobs(_Answer):
-    """One entry a token; `text_offset` is in characters of the choice's text."""
+    """One entry a token; `text_offset` is in characters of the choice's text. The first token of a prompt that is
+    repeated has no log probability."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(_Answer):
+    """vLLM's. `rank` counts from the likeliest, 1, as far as alternatives were asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
 
 
 class CompletionChoice(_Answer):
@@ -63,6 +72,7 @@ class CompletionChoice(_Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
 
 
 class Completion(_Answer):

@@ -116,6 +116,9 @@ class GenerationFields(_Strict):
     stop: Annotated[list[str], BeforeValidator(_stop_strings)] = Field(default_factory=list)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, le=_INT32)
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Hints about who asks; they change no token, and nothing is kept of them.
@@ -142,7 +145,18 @@ class GenerationFields(_Strict):
 
 class CompletionRequest(GenerationFields):
     prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=0, le=_INT32)
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or go with echo=true, which then is all of the answer")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs goes with stream=false only; in a stream, ask for echo and logprobs")
+        return self
 
 
 class ChatRequest(GenerationFields):

@@ -18,7 +18,7 @@ _SHARED: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "use_beam_search": (False,),
 }
-COMPLETION: dict[str, tuple[Any, ...]] = {**_SHARED, "echo": (False,), "suffix": ()}
+COMPLETION: dict[str, tuple[Any, ...]] = {**_SHARED, "suffix": ()}
 CHAT: dict[str, tuple[Any, ...]] = {
     **_SHARED,
     "add_generation_prompt": (True,),

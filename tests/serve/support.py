@@ -95,6 +95,9 @@ class EchoBackend:
     async def _outputs(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
         while self.most_open < self.gather:
             await asyncio.sleep(0)  # until that many sequences run side by side
+        for place in range(1, len(request.prompt_ids) if request.sampling.prompt_logprobs is not None else 0):
+            score = prompt_score(request, place)
+            yield TokenOutput(request.request_id, 0, (), prompt_logprobs=(score,))
         ids, reason = echo(request)
         for start in range(0, len(ids), self.tokens_per_step):
             if self.hold_after is not None and start >= self.hold_after:
@@ -136,6 +139,13 @@ def echo(request: GenerationRequest) -> tuple[tuple[int, ...], FinishReason]:
     if len(ids) >= params.max_tokens:
         return ids[: params.max_tokens], FinishReason.LENGTH
     return (*ids, EOS_ID), FinishReason.STOP
+
+
+def prompt_score(request: GenerationRequest, place: int) -> TokenLogprobs:
+    """The rule for the prompt's token at `place`: which says what both of them are."""
+    token_id = request.prompt_ids[place]
+    top = tuple((token_id + 1 + i, -1.0 / (2 + place + i)) for i in range(request.sampling.prompt_logprobs or 0))
+    return TokenLogprobs(-1.0 * place, top)
 
 
 def _logprobs(token_id: int, request: GenerationRequest) -> TokenLogprobs:

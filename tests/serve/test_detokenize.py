@@ -50,11 +50,13 @@ def test_a_piece_by_itself_keeps_all_its_spaces(piece, shown):
     assert Vocabulary(fast).token(0).text == shown
 
 
-def run(tokenizer, ids, stop=(), context=()):
+def run(tokenizer, ids, stop=(), context=(), include_stop=False, unstopped=0):
     vocabulary = Vocabulary(tokenizer)
-    text = IncrementalDetokenizer(vocabulary.decode, stop=stop, skip=vocabulary.special_ids, context=context)
-    deltas = [text.feed(i) for i in ids]
-    return [*deltas, text.finish()], text.stopped
+    text = IncrementalDetokenizer(
+        vocabulary.decode, stop=stop, include_stop=include_stop, skip=vocabulary.special_ids, context=context
+    )
+    deltas = [text.feed(i, place >= unstopped) for place, i in enumerate(ids)]
+    return [*deltas, text.finish(len(ids) > unstopped)], text.stopped
 
 
 @given(text=st.text(max_size=40))
@@ -78,6 +80,34 @@ def test_nothing_of_a_stop_string_is_ever_shown(byte_level, text, stops):
     assert not any(stop in shown for stop in stops)
     assert stopped == any(stop in text for stop in stops)
     assert stopped or shown == text
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+@given(
+    text=st.text("abc", max_size=20),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    unstopped=st.integers(0, 12),
+)
+def test_a_stop_string_counts_once_it_may(byte_level, include_stop, text, stops, unstopped):
+    """One that ends in the first tokens does not; a stop string is shown where that is asked for, and nothing of
+    another one that ends later."""
+    ids = byte_level(text)["input_ids"]
+    deltas, stopped = run(byte_level, ids, stops, include_stop=include_stop, unstopped=unstopped)
+    texts = [byte_level.decode(ids[: place + 1]) for place in range(len(ids))]
+    begun = ["", *texts]
+    for place in range(unstopped, len(ids)):
+        found = [
+            (first, first + len(stop))
+            for stop in stops
+            for first in range(len(texts[place]))
+            if texts[place].startswith(stop, first) and first + len(stop) > len(begun[place])
+        ]
+        if found:
+            assert stopped
+            assert "".join(deltas) == text[: min(found)[include_stop]]
+            return
+    assert not stopped
+    assert "".join(deltas) == text
 
 
 def test_a_false_beginning_of_a_stop_string_comes_late_but_whole(byte_level):
