@@ -34,11 +34,6 @@ class Batch:
         return sum(entry.count for entry in self.entries)
 
     @property
-    def num_scored(self) -> int:
-        """Rows of prompts whose logits say how likely the prompt's next token is, and were asked for."""
-        return sum(len(entry.scored) for entry in self.entries)
-
-    @property
     def num_decodes(self) -> int:
         """Entries that compute their sequence's newest token alone (and a prompt's last one, where it is one token)."""
         return sum(entry.samples and entry.count == 1 for entry in self.entries)

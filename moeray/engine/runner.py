@@ -72,10 +72,11 @@ def pack(batch: Batch, block_size: int) -> PackedBatch:
     next_tokens: list[int] = []
     counts: list[int] = []
     for entry in batch.entries:
-        wanted, row = entry.scored, len(tokens) - entry.start
-        scored += range(wanted.start + row, wanted.stop + row)
-        next_tokens += entry.seq.tokens[wanted.start + 1 : wanted.stop + 1]
-        counts += [entry.seq.sampling.prompt_logprobs or 0] * len(wanted)
+        if wanted := entry.scored:
+            row = len(tokens) - entry.start
+            scored += range(wanted.start + row, wanted.stop + row)
+            next_tokens += entry.seq.tokens[wanted.start + 1 : wanted.stop + 1]
+            counts += [entry.seq.sampling.prompt_logprobs or 0] * len(wanted)
         span = range(entry.start, entry.start + entry.count)
         table = entry.seq.block_table
         tokens += entry.seq.tokens[span.start : span.stop]

@@ -50,13 +50,10 @@ class Sampler:
             raise LogitsError(tuple(seq.request_id for seq, ok in zip(seqs, finite.tolist(), strict=True) if not ok))
 
     def _draw(self, logits_BV: Tensor, seqs: list[Sequence]) -> list[int]:
-        if any(seq.penalties is not None or seq.barred for seq in seqs):
+        if moved := [row for row, seq in enumerate(seqs) if seq.penalties is not None or seq.barred]:
             logits_BV = logits_BV.clone()
-            for logits_V, seq in zip(logits_BV, seqs, strict=True):
-                if seq.penalties is not None:
-                    seq.penalties.apply(logits_V, seq.tokens)
-                if barred := seq.barred:
-                    logits_V[torch.tensor(sorted(barred), device=logits_V.device)] = -math.inf
+            for row in moved:
+                _move(logits_BV[row], seqs[row])
         greedy = [row for row, seq in enumerate(seqs) if _greedy(seq.sampling)]
         drawn = [row for row, seq in enumerate(seqs) if not _greedy(seq.sampling)]
         tokens = [0] * len(seqs)
@@ -79,8 +76,18 @@ class Sampler:
         return dict(zip(rows, reports, strict=True))
 
 
+def _move(logits_V: Tensor, seq: Sequence) -> None:
+    """In place: what the request makes of the model's logits before a draw."""
+    if seq.penalties is not None:
+        seq.penalties.apply(logits_V, seq.tokens)
+    if barred := seq.barred:
+        logits_V[torch.tensor(sorted(barred), device=logits_V.device)] = -math.inf
+
+
 def check_scores(batch: Batch, scores: list[TokenLogprobs]) -> None:
     """Raises LogitsError for the requests whose scored rows have logits that are not numbers."""
+    if not scores:
+        return
     each = iter(scores)
     of_seq = [(entry.seq, list(islice(each, len(entry.scored)))) for entry in batch.entries]
     if failed := [seq.request_id for seq, told in of_seq if any(math.isnan(entry.logprob) for entry in told)]:

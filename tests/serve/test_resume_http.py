@@ -53,8 +53,8 @@ def model(tmp_path_factory):
 
 
 @contextmanager
-def serving(fleet: Fleet) -> Iterator[openai.OpenAI]:
-    backend = SystemBackend(fleet.config, FleetPort(fleet), NODE)
+def serving(fleet: Fleet, backend_class: type[SystemBackend] = SystemBackend) -> Iterator[openai.OpenAI]:
+    backend = backend_class(fleet.config, FleetPort(fleet), NODE)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
