@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from moeray.engine.engine import Engine
 from moeray.errors import MoerayError, QueueFullError
 from moeray.settings.engine import EngineConfig
-from moeray.types import GenerationRequest, SamplingParams
+from moeray.types import FinishReason, GenerationRequest, SamplingParams
 from tests.engine.history_runner import VOCAB, Collected, HistoryRunner, alone, scores_alone
 
 MAX_CONTEXT = 60
 
 
 def _sampling(rng: random.Random) -> SamplingParams:
-    greedy = rng.random() < 0.3
+    greedy, max_tokens = rng.random() < 0.3, rng.randint(1, 24)
     return SamplingParams(
-        max_tokens=rng.randint(1, 24),
+        max_tokens=max_tokens,
+        min_tokens=rng.choice([0, 0, min(9, max_tokens)]),
         temperature=0.0 if greedy else rng.choice([0.3, 1.0, 1.5]),
         top_p=rng.choice([1.0, 0.8]),
         top_k=rng.choice([0, 0, 5]),
@@ -159,6 +160,8 @@ class World:
             tokens, reason = alone(request, self.limit)
             assert self.collected.tokens[key] == tokens, key
             assert self.collected.reasons[key] is reason, key
+            if tokens and reason is FinishReason.STOP:
+                assert len(request.output_ids) + len(tokens) > request.sampling.min_tokens, key
             wanted = request.sampling.prompt_logprobs is not None and not request.output_ids
             assert self.collected.scores[key] == (scores_alone(request)[request.prompt_scored :] if wanted else []), key
 
