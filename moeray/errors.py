@@ -32,6 +32,14 @@ class PlacementError(MoerayError):
     """Experts do not fit on the actors or nodes that are there."""
 
 
+class NoReplicaError(PlacementError):
+    """An expert's rows found no replica that answers, in a layer that began at `since` (time.monotonic)."""
+
+    def __init__(self, message: str, *, since: float) -> None:
+        super().__init__(message)
+        self.since = since
+
+
 class WireError(MoerayError):
     """Bytes on a channel were not a frame of ours, or passed a limit."""
 

@@ -102,7 +102,8 @@ class GenerationRequest:
     `output_ids` holds tokens that an earlier attempt generated; generation goes on behind them and
     positions, penalties and `max_tokens` count them. `prompt_scored`: log probabilities of the prompt's tokens, in
     order, that earlier attempts reported; those behind them are still wanted, unless there are output tokens.
-    `origin` names what the client knows, the HTTP request for one; logs say it.
+    `origin` names what the client knows, the HTTP request for one; logs say it. `timeout_s`: what is left of the
+    client's patience as this attempt is submitted; None: it said nothing.
     """
 
     request_id: str
@@ -112,6 +113,7 @@ class GenerationRequest:
     attempt: int = 0
     origin: str = ""
     prompt_scored: int = 0
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class Fleet:
         lost.stop()
         _, address = self.expert.start()
         self.expert.host([tuple(expert) for expert in self.placement.replicas])
-        placement = Placement(self.placement.epoch + 1, dict.fromkeys(self.placement.replicas, ("experts-1",)))
+        placement = Placement(router.epoch + 1, dict.fromkeys(self.placement.replicas, ("experts-1",)))
         router.publish(placement.to_tree(), {"experts-1": address}, None, ["experts-0"])
 
     def add_router(self, **options: Any) -> RouterActor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moeray.types import GenerationRequest
@@ -21,6 +22,11 @@ class Life:
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
+
+    @property
+    def until(self) -> float:
+        """When the client's patience ends; infinite where it said nothing."""
+        return math.inf if self.request.timeout_s is None else self.arrived + self.request.timeout_s
 
     @property
     def tokens(self) -> int:

@@ -23,6 +23,7 @@ def request_tree(request: GenerationRequest) -> dict[str, Any]:
     """Raises RequestError for a token id that no vocabulary has."""
     return {
         "request_id": request.request_id, "attempt": request.attempt, "origin": request.origin,
+        "timeout_s": request.timeout_s,
         "prompt_ids": _packed(request.prompt_ids), "output_ids": _packed(request.output_ids),
         "prompt_scored": request.prompt_scored,
         "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING},
@@ -43,6 +44,7 @@ def request_from(tree: Mapping[str, Any]) -> GenerationRequest:
             int(tree["attempt"]),
             str(tree["origin"]),
             max(0, int(tree["prompt_scored"])),
+            None if tree["timeout_s"] is None else float(tree["timeout_s"]),
         )
     except RequestError:
         raise

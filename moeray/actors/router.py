@@ -136,6 +136,7 @@ class RouterActor(SystemActor):
             self._connect,
             self._recorder,
             deadline_s=self._spec.config.wire.deadline_s,
+            patience=self._loop.patience,
             on_loss=self._observers.lose,
             on_orphans=self._observers.push,
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from moeray.actors.outbox import Outbox
 from moeray.actors.request_figures import RequestFigures
 from moeray.control.objectives import Objectives
 from moeray.engine.engine import Engine, EngineStats
-from moeray.errors import MoerayError, RouterLostError
+from moeray.errors import MoerayError, NoReplicaError, RouterLostError
 from moeray.recorder import Recorder
 from moeray.types import FinishReason, TokenOutput
 from moeray.wire.frame import Frame, Op
@@ -67,6 +68,13 @@ class StepLoop:
     def stats(self) -> EngineStats | None:
         """The engine's counters; None before it has one."""
         return self._engine.stats() if self._engine else None
+
+    def patience(self, since: float) -> float:
+        """When the first request's time is up that was not up at `since`; infinite where there is none such.
+
+        For the threads that compute a step.
+        """
+        return min((until for r in self._requests.values() if (until := r.life.until) > since), default=math.inf)
 
     # -- from other threads ---------------------------------------------------------------------------------------
 
@@ -202,6 +210,8 @@ class StepLoop:
         began = time.monotonic()
         try:
             outputs = self._engine.step()
+        except NoReplicaError as error:
+            return self._fail_late(error)
         except MoerayError as error:
             log.error("the step failed, and its requests with it: %s", error)
             return self._fail_all(str(error))
@@ -214,9 +224,20 @@ class StepLoop:
                 self._figures.began(request.life, began)
         return outputs
 
+    def _fail_late(self, error: NoReplicaError) -> list[TokenOutput]:
+        """The requests whose time ran out as rows waited, all where none has any; the others are computed again."""
+        now = time.monotonic()
+        late = [key for key, request in self._requests.items() if error.since < request.life.until <= now]
+        late = late or list(self._requests)
+        log.error("the step failed, and %d of %d requests with it: %s", len(late), len(self._requests), error)
+        return self._fail(late, str(error))
+
     def _fail_all(self, message: str) -> list[TokenOutput]:
+        return self._fail(self._requests.keys(), message)
+
+    def _fail(self, keys: Collection[str], message: str) -> list[TokenOutput]:
         assert self._engine is not None
-        failed = [(key, request.attempt) for key, request in self._requests.items() if self._engine.abort(key)]
+        failed = [(key, self._requests[key].attempt) for key in keys if self._engine.abort(key)]
         return [TokenOutput(*key, (), finish_reason=FinishReason.ERROR, error=message) for key in failed]
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:

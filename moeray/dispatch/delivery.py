@@ -6,6 +6,7 @@ Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -23,7 +24,7 @@ from moeray.errors import (
     ChannelClosedError,
     ChannelTimeoutError,
     MoerayError,
-    PlacementError,
+    NoReplicaError,
     WireError,
 )
 from moeray.recorder import Recorder
@@ -49,7 +50,8 @@ class Delivery:
 
     def __init__(
         self, view: PlacementView, links: Links, planner: Planner, answers: Answers, recorder: Recorder, *,
-        deadline_s: float, on_loss: OnLoss, on_orphans: Callable[[], None], clock: Callable[[], float],
+        deadline_s: float, patience: Callable[[float], float], on_loss: OnLoss, on_orphans: Callable[[], None],
+        clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._view = view
         self._links = links
@@ -57,6 +59,7 @@ class Delivery:
         self._answers = answers
         self._retries = {why: recorder.counter("moeray_dispatch_retries_total", reason=why) for why in RETRIES}
         self._deadline_s = deadline_s
+        self._patience = patience
         self._on_loss = on_loss
         self._on_orphans = on_orphans
         self._clock = clock
@@ -71,7 +74,7 @@ class Delivery:
 
     def see_through(self, work: Work, left: list[Left] | None, channels: list[Channel | None]) -> None:
         """Until every row is answered. `left`: the shares that are not, some of them sent over these channels; None
-        where nothing was sent. Raises PlacementError, MoerayError (see `Dispatcher`)."""
+        where nothing was sent. Raises NoReplicaError, MoerayError (see `Dispatcher`)."""
         flight = work.flight
         try:
             if left is None:
@@ -256,12 +259,19 @@ class Delivery:
         self._send_rows(work, rows_R)
 
     def _check_time(self, work: Work, share: Share, message: str) -> None:
-        """Raises PlacementError where rows have been sent again for too long, the last time these to this actor."""
-        if self._clock() >= work.began + 2 * self._deadline_s:
-            raise PlacementError(
+        """Raises NoReplicaError where rows have been sent again for too long, the last time these to this actor."""
+        until = self._until(work, work.began + 2 * self._deadline_s)
+        if self._clock() >= until:
+            raise NoReplicaError(
                 f"no actor answered for expert {share.experts[0]} of layer {work.layer} within "
-                f"{2 * self._deadline_s:g} s (last {share.actor_id}: {message}); raise wire.deadline_s"
+                f"{until - work.began:.3g} s (last {share.actor_id}: {message}); raise wire.deadline_s",
+                since=work.began,
             )
+
+    def _until(self, work: Work, without: float) -> float:
+        """Until when its requests are patient; what is given where that is without end."""
+        until = self._patience(work.began)
+        return without if until == math.inf else until
 
     def _lose(self, actor_id: str, reason: str, message: str) -> None:
         log.warning("expert actor %s is lost (%s): %s", actor_id, reason, message)
@@ -272,12 +282,14 @@ class Delivery:
             self._on_loss(actor_id, reason)
 
     def _await_replicas(self, work: Work) -> None:
-        """Wait for a placement that serves the waiting rows, then send them. Raises PlacementError at the deadline."""
-        left = work.waited_from + self._deadline_s - self._clock()
+        """Wait for a placement that serves the waiting rows, then send them. Raises NoReplicaError."""
+        until = self._until(work, work.waited_from + self._deadline_s)
+        left = until - self._clock()
         if left <= 0:
-            raise PlacementError(
-                f"expert {min(work.orphans)} of layer {work.layer} has had no replica for {self._deadline_s:g} s; "
-                "start another expert actor (`moeray status` shows what is missing)"
+            raise NoReplicaError(
+                f"expert {min(work.orphans)} of layer {work.layer} has had no replica for "
+                f"{until - work.waited_from:.3g} s; start another expert actor (`moeray status` shows what is missing)",
+                since=work.began,
             )
         if not self._view.wait_change(work.version, min(left, RETRY_S)) and left > RETRY_S:
             self._view.retry([ExpertId(work.layer, expert) for expert in work.orphans])

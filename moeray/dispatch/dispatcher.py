@@ -1,7 +1,7 @@
 """Tokens in flight: send each row to an actor that hosts its expert, gather the outputs, send again what was lost.
 
 A forward is a pure function of its frame, so rows of a lost actor go to another replica at once; with none left they
-wait for a new placement until the deadline. Nothing is dropped and nothing is zero-filled.
+wait for a new placement, as long as a request of theirs has time. Nothing is dropped and nothing is zero-filled.
 
 Shapes: T tokens, K experts a token, R = T * K rows, D hidden size.
 """
@@ -36,8 +36,9 @@ EXPECT_S = 0.1
 class Dispatcher:
     """Owned by one step loop: not thread-safe. Everything with a wait has a deadline.
 
-    `deadline_s`: how long one actor may take to answer at most, and how long rows wait for a replica when none is left;
-    a layer that actors take and never answer fails after twice that.
+    `deadline_s`: how long one actor may take to answer at most. `patience(began)`: until when a layer goes on whose
+    rows have no replica, or none that answers, both by the clock; it is asked again and again. Where it is infinite, as
+    without it, rows without a replica wait for `deadline_s`, and a layer that no actor answers fails after twice that.
     `on_loss(actor_id, reason)` is called in the thread that dispatches when an actor is given up, before its rows go
     elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. `on_orphans()` is called there when rows
     begin to wait for a replica. Neither may block.
@@ -50,6 +51,7 @@ class Dispatcher:
         recorder: Recorder,
         *,
         deadline_s: float,
+        patience: Callable[[float], float] = lambda began: math.inf,
         on_loss: OnLoss = lambda actor_id, reason: None,
         on_orphans: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,7 +63,7 @@ class Dispatcher:
         self._answers = Answers(self._links, recorder)
         self._delivery = Delivery(
             view, self._links, self._planner, self._answers, recorder,
-            deadline_s=deadline_s, on_loss=on_loss, on_orphans=on_orphans, clock=clock,
+            deadline_s=deadline_s, patience=patience, on_loss=on_loss, on_orphans=on_orphans, clock=clock,
         )  # fmt: skip
         self._deadline_s = deadline_s
         self._out: Tensor | None = None
@@ -83,8 +85,8 @@ class Dispatcher:
     def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
         """Every row's expert output, unweighted: [T, K, D] on x's device, in x's dtype; on the CPU until the next call.
 
-        Raises PlacementError when an expert had no replica that answers, MoerayError when two attempts at its rows
-        failed.
+        Raises NoReplicaError when an expert had no replica that answers for too long, MoerayError when two attempts at
+        its rows failed.
         """
         x_TD, ids_TK, device = _at_home(x_TD), _at_home(ids_TK), x_TD.device
         self._dispatch(layer, x_TD, ids_TK, None)

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 1.0
 FULL_RETRY_S = 1.0
+LAST_WORD_S = 1.0
+"""A router has so much less time for a request than there is: else its word on what is missing would come too late."""
 
 Dial = Callable[[Address, Callable[[], None]], RouterClient]
 """(where the router listens, what to call when its channel ends by itself) -> a client"""
@@ -106,6 +108,7 @@ class RouterPool:
         while True:
             router = await self._acquire(until, full)
             refusal: QueueFullError | None = None
+            request = replace(request, timeout_s=_told(until - self._clock()))
             try:
                 async with aclosing(router.client.generate(request)) as stream:
                     async for output in stream:
@@ -236,6 +239,10 @@ def _with(request: GenerationRequest, output: TokenOutput) -> GenerationRequest:
         output_ids=request.output_ids + output.token_ids,
         prompt_scored=request.prompt_scored + len(output.prompt_logprobs),
     )
+
+
+def _told(left_s: float) -> float:
+    return max(0.0, left_s - min(LAST_WORD_S, left_s / 10))
 
 
 def _log_move(request: GenerationRequest, error: RouterLostError) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -288,9 +290,35 @@ def test_the_error_of_a_failed_step_carries_the_attempt(model, caplog):
         submit(channel, request("a", attempt=4))
         end = until_end(channel)[-1]
         assert (end.attempt, end.finish_reason) == (4, FinishReason.ERROR)
-        assert f"the step failed, and its requests with it: {end.error}" in caplog.text
+        assert f"with it: {end.error}" in caplog.text
         assert "Traceback" not in caplog.text
         assert "experts-0" in end.error or "no replica" in end.error
+
+
+def test_rows_without_a_replica_wait_as_long_as_a_request_has_time(model, caplog):
+    """Whose time is up ends with what is missing; the other has the tokens that it would have had."""
+    with Fleet(model, wire__deadline_s=0.3) as fleet:
+        router = fleet.add_router()
+        channel = fleet.connect(router)
+        submit(channel, request("before", max_tokens=20))
+        undisturbed = [token for output in until_end(channel) for token in output.token_ids]
+        fleet.expert.stop()
+        nobody = Placement(router.epoch + 1, dict.fromkeys(fleet.placement.replicas, ()))
+        router.publish(nobody.to_tree(), {}, None, ["experts-0"])
+        submit(channel, replace(request("short", max_tokens=20), timeout_s=2.0))
+        submit(channel, replace(request("long", max_tokens=20), timeout_s=300.0))
+        short = until_end(channel)[-1]
+        assert (short.request_id, short.finish_reason) == ("short", FinishReason.ERROR)
+        waited = re.match(r"expert \d of layer 0 has had no replica for ([\d.]+) s; start another", short.error)
+        assert 0.3 < float(waited[1]) < 3.0
+        assert "the step failed, and 1 of" in caplog.text
+        orphans = 0
+        while not orphans:  # the step was begun anew, and waits beyond wire.deadline_s
+            orphans = stats(channel).orphans
+        fleet.renew_expert(router)
+        long = until_end(channel)
+        assert [token for output in long for token in output.token_ids] == undisturbed
+        assert {output.request_id for output in long} == {"long"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Expert `e` multiplies a row by e + 1.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -125,11 +126,13 @@ class Stage:
         self.dialling: list[str] = []
         self.dialled: list[str] = []
         self.patience_s = 0.0
+        self.patience: Callable[[float], float] = lambda began: math.inf
         self.dispatcher = Dispatcher(
             self.view,
             self._connect,
             self.recorder,
             deadline_s=deadline_s,
+            patience=lambda began: self.patience(began),
             on_loss=lambda actor_id, reason: self.on_loss(actor_id, reason),
             on_orphans=lambda: self.on_orphans(),
         )

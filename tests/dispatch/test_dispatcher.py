@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from moeray.dispatch.deadline import FRESH_S
-from moeray.errors import MoerayError, PlacementError, WireError
+from moeray.errors import MoerayError, NoReplicaError, PlacementError, WireError
 from moeray.model.dispatched import Sum
 from moeray.model.kernels import combine
 from tests.dispatch.actors import (
@@ -395,6 +395,30 @@ def test_rows_wait_no_longer_than_the_deadline(folder):
             stage.dispatch([[0, 1]])
         assert 0.3 <= time.monotonic() - began < FRESH_S
         stage.dispatch([[1]])  # what others answered meanwhile is passed over
+    finally:
+        stage.close()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        (vanish, "expert 0 of layer 0 has had no replica"),
+        (
+            refuse("not_hosted", experts=[0]),
+            "no actor answered for expert 0 of layer 0|had no replica",
+        ),
+    ],
+)
+def test_requests_that_have_time_left_are_waited_for_beyond_the_deadline_and_no_longer(folder, behaviour, words):
+    stage = Stage(folder, "a", deadline_s=0.2)
+    try:
+        stage.publish(1, {0: "a"})
+        stage.actors["a"].script = [behaviour] * 500
+        stage.patience = lambda began: began + 1.2
+        began = time.monotonic()
+        with pytest.raises(NoReplicaError, match=words) as raised:
+            stage.dispatch([[0]])
+        assert began <= raised.value.since <= began + 1.2 <= time.monotonic()
     finally:
         stage.close()
 

@@ -25,9 +25,11 @@ class Client:
         self.unreachable = unreachable
         self.error = error or RouterLostError("nobody listens")
         self.asked = 0
+        self.told: list[float] = []
 
     async def generate(self, request):
         self.asked += 1
+        self.told.append(request.timeout_s)
         raise QueueFullError("the queue is full", retry_after_s=0.01)
         yield
 
@@ -49,6 +51,7 @@ def test_a_request_that_had_begun_waits_for_a_full_router_until_its_deadline_and
         with pytest.raises(RouterLostError, match="no router has taken the request"):
             await asyncio.wait_for(anext(pool.generate(begun)), 20)
         assert client.asked > 1
+        assert 0.2 > client.told[0] > client.told[-1] >= 0.0  # what is left of its time, less some for the last word
         await pool.close()
 
     asyncio.run(ask())
