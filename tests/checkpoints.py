@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -350,6 +351,15 @@ def make_tiny(
     if tokenizer:
         save_tokenizer(path)
     return path
+
+
+def spoil(folder: Path, *tensors: str, index: int = 5, value: float = math.nan) -> Path:
+    """One number of each becomes another."""
+    weights = load_file(folder / "model.safetensors")
+    for tensor in tensors:
+        weights[tensor].view(-1)[index] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def save_tokenizer(path: Path) -> None:

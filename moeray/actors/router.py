@@ -29,6 +29,7 @@ from moeray.dispatch.dispatcher import Dispatcher
 from moeray.dispatch.halves import Halves
 from moeray.dispatch.view import PlacementView
 from moeray.engine.engine import Engine
+from moeray.engine.explain import Explainer
 from moeray.engine.overlap import may_overlap, overlapped
 from moeray.engine.trunk_runner import TrunkRunner
 from moeray.errors import MoerayError, WireError
@@ -123,7 +124,8 @@ class RouterActor(SystemActor):
             if self._state is Lifecycle.STOPPED:
                 raise MoerayError(f"router {self._spec.actor_id} was stopped while it loaded; start another")
             self._state = self._state.advance(Lifecycle.READY)
-            self._loop.start(Engine(config.engine, runner))
+            explain = Explainer(whole, self._dispatchers.first, files)
+            self._loop.start(Engine(config.engine, runner, explain=explain))
         return self._facts
 
     def _take_cores(self) -> None:

@@ -143,6 +143,10 @@ class _Weights:
             self._made[which, expert] = ExpertTensor((_copy(self._stored[which]),), cat_dim=0)
         return self._made[which, expert]
 
+    def not_finite(self, name: str, expert: int) -> str | None:
+        """Nothing: they were drawn here."""
+        return None
+
 
 def _stored(form: str, weight_OI: Tensor, generator: torch.Generator) -> StoredWeight:
     rows, columns = weight_OI.shape

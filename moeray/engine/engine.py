@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from moeray.engine.batch import Batch
+from moeray.engine.batch import Batch, Entry
 from moeray.engine.blocks import BlockManager
 from moeray.engine.runner import Runner
 from moeray.engine.sampler import LogitsError, Sampler, check_scores
@@ -51,10 +52,18 @@ class EngineStats:
 
 
 class Engine:
-    """Single-threaded: the loop that calls `step` is its owner, and makes every other call but `stats`."""
+    """Single-threaded: the loop that calls `step` is its owner, and makes every other call but `stats`.
 
-    def __init__(self, config: EngineConfig, runner: Runner, sampler: Sampler | None = None) -> None:
+    `explain`: asked of tokens whose logits are not finite; says why, and how to mend it, where it knows.
+    """
+
+    def __init__(
+        self, config: EngineConfig, runner: Runner, sampler: Sampler | None = None,
+        explain: Callable[[Batch], str | None] = lambda batch: None,
+    ) -> None:  # fmt: skip
         self._runner = runner
+        self._explain = explain
+        self._most_tokens = config.max_batch_tokens
         self._blocks = BlockManager(runner.num_blocks, config.block_size, config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks, runner.max_context)
         self._sampler = sampler or Sampler()
@@ -104,21 +113,30 @@ class Engine:
             check_scores(batch, scores)
             tokens = self._sampler.sample(logits, batch.sampled)
         except LogitsError as error:
-            return self._fail(error, [entry.seq for entry in batch.entries])
+            return self._fail(error, [entry for entry in batch.entries if entry.seq.request_id in error.request_ids])
         outputs = self._scheduler.postprocess(batch, tokens, scores)
         self._time(batch, time.perf_counter() - began)
         return outputs
 
-    def _fail(self, error: LogitsError, seqs: list[Sequence]) -> list[TokenOutput]:
-        log.error("%s", error)
-        failed = [seq for seq in seqs if seq.request_id in error.request_ids]
+    def _fail(self, error: LogitsError, entries: list[Entry]) -> list[TokenOutput]:
+        why, failed = self._why(entries[0]), [entry.seq for entry in entries]
+        log.error("%s", LogitsError(error.request_ids, why))
         for seq in failed:
             self._scheduler.abort(seq.request_id, keep_prefix=False)
-        told = {seq: str(LogitsError((seq.request_id,))) for seq in failed}  # nobody is told of others' requests
+        told = {seq: str(LogitsError((seq.request_id,), why)) for seq in failed}  # nobody is told of others' requests
         return [
             TokenOutput(seq.request_id, seq.attempt, (), finish_reason=FinishReason.ERROR, error=error)
             for seq, error in told.items()
         ]
+
+    def _why(self, entry: Entry) -> str | None:
+        """By its sequence's tokens up to there once more, of which any may have been the first to go wrong."""
+        seq, end = entry.seq, entry.start + entry.count
+        for start in range(seq.cached_tokens or 0, end, self._most_tokens):
+            count = min(self._most_tokens, end - start)
+            if why := self._explain(Batch((Entry(seq, start, count, entry.samples and start + count == end),))):
+                return why
+        return None
 
     def _time(self, batch: Batch, seconds: float) -> None:
         self._steps += 1

@@ -20,11 +20,10 @@ _GREEDY_BELOW = 1e-5  # so small a temperature leaves the likeliest token alone,
 class LogitsError(MoerayError):
     """The model's logits of these requests are not numbers; nothing was drawn for any request of the step."""
 
-    def __init__(self, request_ids: tuple[str, ...]) -> None:
-        super().__init__(
-            f"the logits of request {', '.join(request_ids)} are not finite: the weights or the dtype overflow; "
-            "check the checkpoint, or set dtype to bfloat16 or float32"
-        )
+    def __init__(self, request_ids: tuple[str, ...], why: str | None = None) -> None:
+        """`why`: what is known of the cause, with how to mend it."""
+        why = why or ("the weights or the dtype overflow; check the checkpoint, or set dtype to bfloat16 or float32")
+        super().__init__(f"the logits of request {', '.join(request_ids)} are not finite: {why}")
         self.request_ids = request_ids
 
 

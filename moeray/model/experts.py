@@ -10,13 +10,14 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from ctypes import addressof
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moeray.errors import PlacementError
+from moeray.model.expert_weights import ExpertWeights, refusal
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
 from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer
@@ -82,13 +83,6 @@ class ExpertTable(NamedTuple):
     width: int
     addresses: bytes
     kept: tuple[NativeLayer, Mapping[int, _Expert]]
-
-
-class ExpertWeights(Protocol):
-    """Where a bank's experts come from, such as a `WeightMap`."""
-
-    def expert(self, name: str, expert: int) -> ExpertTensor:
-        """One expert's slice of the fused parameter `name`."""
 
 
 class ExpertBank:
@@ -173,11 +167,13 @@ class ExpertBank:
         if self._int8 is None:
             weight = self._weights.expert(full, expert)
         else:
-            weight = self._int8.expert(full, expert, moe.is_transposed, lambda: self._weights.expert(full, expert))
+            weight = self._int8.expert(full, expert, moe.is_transposed, self._weights)
         if f"{name}_bias" in moe.shapes:
             bias = self._weights.expert(f"{full}_bias", expert).dense(self._dtype).to(self._device)
         if self._copies:
             weight = weight.to(self._device).by_outputs(moe.is_transposed)
+            if not weight.looks_finite():  # every byte has been read just now
+                raise refusal(self._weights, full, expert)
         return _Linear(weight, bias, moe.is_transposed, self._dtype)
 
     @property

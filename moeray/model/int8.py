@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from moeray.errors import CheckpointError
 from moeray.model.checkpoint import Checkpoint
+from moeray.model.expert_weights import ExpertWeights, refusal
 from moeray.model.formats import Int8, Plain, quantize_int8
 from moeray.model.safetensors_file import SafetensorsFile
 from moeray.model.slices import ExpertTensor
@@ -62,30 +63,36 @@ class Int8Cache:
                 digest.update(_sample(path, max(4, _BLOCKS // len(paths))))
         return cls(cache_dir / f"int8-{LAYOUT}" / digest.hexdigest()[:32])
 
-    def expert(self, name: str, expert: int, transposed: bool, read: Callable[[], ExpertTensor]) -> ExpertTensor:
-        """The int8 form of what `read` gives, made where it is not there yet; that itself where it is not dense.
+    def expert(self, name: str, expert: int, transposed: bool, weights: ExpertWeights) -> ExpertTensor:
+        """The int8 form of an expert's slice, made where it is not there yet; that itself where it is not dense.
 
-        `transposed`: whether that is [inputs, outputs]. Raises CheckpointError when the folder cannot be written.
+        `transposed`: whether that is [inputs, outputs]. Raises CheckpointError for weights that are not finite, and
+        when the folder cannot be written.
         """
         path = self._folder / f"{name}.{expert}.safetensors"
         if not path.is_file():
-            tensor = read()
+            tensor = weights.expert(name, expert)
             if not all(isinstance(part, Plain) for part in tensor.parts):
                 return tensor
-            self._make(path, tensor, transposed)
+            if not self._make(path, tensor, transposed):
+                raise refusal(weights, name, expert)
         file = SafetensorsFile.open(path)
         return ExpertTensor((Int8(file.tensor("weight"), file.tensor("scale"), transposed),))
 
-    def _make(self, path: Path, tensor: ExpertTensor, transposed: bool) -> None:
+    def _make(self, path: Path, tensor: ExpertTensor, transposed: bool) -> bool:
+        """False, and nothing is kept, where the weights are not finite."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self._folder / "lock"):
                 if path.is_file():
-                    return  # another process was first
+                    return True  # another process was first
                 dense = tensor.dense(torch.float32)
                 weight_OI, scale_O = quantize_int8(dense.t() if transposed else dense)
+                if not scale_O.isfinite().all():  # the largest of each output's weights, which NaN passes through
+                    return False
                 save_file({"weight": weight_OI.contiguous(), "scale": scale_O}, path.with_suffix(".part"))
                 os.replace(path.with_suffix(".part"), path)
+                return True
         except OSError as error:
             raise CheckpointError(
                 f"the int8 form of the experts cannot be kept in {self._folder} ({error}); free space there, or set "

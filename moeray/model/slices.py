@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from moeray.errors import CheckpointError, UnsupportedModelError
 from moeray.model.checkpoint import Checkpoint, dtype_of
 from moeray.model.conversion import Conversion, OneExpertModel, Recipe
+from moeray.model.finite import not_finite
 from moeray.model.formats import Plain, StoredWeight
 from moeray.model.stored import (
     StoredKeys,
@@ -31,6 +32,7 @@ from moeray.model.stored import (
 
 log = logging.getLogger(__name__)
 
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -59,6 +61,11 @@ class ExpertTensor:
         """The decoded slice; a view of the map for a single plain part that already has `dtype`."""
         dense = [part.dense(dtype) for part in self.parts]
         return dense[0] if len(dense) == 1 else torch.cat(dense, dim=self.cat_dim)
+
+    def looks_finite(self) -> bool:
+        """Whether the plain parts, and the floating scales of others, hold numbers alone."""
+        plain = (tensor for part in self.parts for tensor in part.tensors if tensor.dtype in _PLAIN)
+        return all(bool(tensor.isfinite().all()) for tensor in plain)
 
     def to(self, device: torch.device) -> ExpertTensor:
         return ExpertTensor(tuple(part.to(device) for part in self.parts), self.cat_dim)
@@ -178,10 +185,9 @@ class WeightMap:
     def expert(self, name: str, expert: int) -> ExpertTensor:
         """Expert `expert`'s slice of the fused parameter `name`. Raises CheckpointError."""
         recipe = self._experts[name]
-        row = None if recipe.merges else expert
+        stored, row = self._sources(recipe, expert)
         if row is not None:
             self._check_rows(recipe, name)
-        stored = {p: self._stored[keys[expert] if recipe.merges else keys[0]] for p, keys in recipe.sources.items()}
         for of_pattern in stored.values():
             check_floating(self._checkpoint, of_pattern)
         weights = {pattern: read_stored(self._checkpoint, keys, row) for pattern, keys in stored.items()}
@@ -193,6 +199,16 @@ class WeightMap:
         if not _fits(tensor, self._shapes[name][1:]):
             self._refuse_shape(recipe, name, expert)
         return tensor
+
+    def not_finite(self, name: str, expert: int) -> str | None:
+        """What of that slice is no number, if anything is: see `finite.not_finite`."""
+        stored, row = self._sources(self._experts[name], expert)
+        return not_finite(self._checkpoint, stored.values(), row)
+
+    def _sources(self, recipe: Recipe, expert: int) -> tuple[dict[str, StoredKeys], int | None]:
+        """An expert's weights by their patterns, and which row of each is the expert's; None where that is all."""
+        stored = {p: self._stored[keys[expert] if recipe.merges else keys[0]] for p, keys in recipe.sources.items()}
+        return stored, None if recipe.merges else expert
 
     def _run(self, recipe: Recipe, name: str, weights: Mapping[str, StoredWeight]) -> Tensor:
         """Any chain of operations, on one expert's tensors."""

@@ -11,8 +11,9 @@ from tests.engine.history_runner import VOCAB, HistoryRunner, alone, drain, scor
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 
-def engine_of(**runner):
-    return Engine(EngineConfig(block_size=4, max_running=4, max_batch_tokens=32), HistoryRunner(32, 4, 100, **runner))
+def engine_of(explain=lambda batch: None, **runner):
+    config = EngineConfig(block_size=4, max_running=4, max_batch_tokens=32)
+    return Engine(config, HistoryRunner(32, 4, 100, **runner), explain=explain)
 
 
 def test_logits_that_are_no_numbers_end_their_request_alone():
@@ -43,6 +44,23 @@ def test_a_prompt_whose_scores_are_no_numbers_ends_alone():
     assert rest.scores == {"good": scores_alone(good), "bad": []}
     assert rest.tokens["good"] == alone(good, 100)[0]
     assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("whys", [(None, "a tensor is bad"), ("a tensor is bad",), (None, None)])
+def test_every_token_of_what_failed_is_asked_for_its_cause(whys):
+    asked, answers = [], iter(whys)
+
+    def explain(batch):
+        asked.extend((entry.start, entry.count, entry.samples) for entry in batch.entries)
+        return next(answers)
+
+    engine = engine_of(explain, poison=VOCAB - 1)
+    engine.submit(GenerationRequest("bad", (*([1] * 39), VOCAB - 1), GREEDY))
+    outputs = []
+    while not outputs:
+        outputs = engine.step()
+    assert asked == [(0, 32, False), (32, 8, True)][: len(whys)]
+    assert outputs[0].error.endswith(whys[-1] or "set dtype to bfloat16 or float32")
 
 
 def test_whoever_fails_is_told_of_its_own_request_alone():

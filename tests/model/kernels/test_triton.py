@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeray.errors import ConfigError
+from moeray.errors import CheckpointError, ConfigError
 from moeray.model.experts import ExpertBank
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import Plain
@@ -21,7 +21,7 @@ from moeray.model.kernels.cuda import TritonLayer, available
 from moeray.model.loading import open_model
 from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
-from tests.checkpoints import make_tiny
+from tests.checkpoints import make_tiny, spoil
 from tests.quantize import make_fp8, make_mxfp4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -170,6 +170,13 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(form, tmp_path):
         for r in range(first, first + count, 5):
             assert torch.equal(forward(bank, layer, x[r : r + 1], [expert], [1])[0], together[r])
         first += count
+
+
+def test_weights_that_are_no_numbers_are_refused_as_they_are_copied(tmp_path):
+    tensor = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    path = spoil(make_tiny("mixtral", tmp_path, dtype=torch.bfloat16), tensor)
+    with pytest.raises(CheckpointError, match=rf"tensor {tensor} in file model.safetensors is not finite \(expert 3\)"):
+        bank_of(path, torch.bfloat16)
 
 
 def test_experts_that_come_and_go(tmp_path):
