@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeray.cluster.warm import FAILED, close_all, receive, send
+from moeray.errors import one_line
 
 MODULES = (
     "ray", "ray._private.node", "ray._private.worker", "ray._private.runtime_env.setup_hook",
@@ -175,10 +176,11 @@ def main() -> None:
     listener, owner, path = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
     try:
         _import_all()
-    except (ImportError, OSError) as error:
-        path.with_suffix(FAILED).write_text(str(error))
+        zygote = Zygote(listener, os.pidfd_open(owner))
+    except BaseException as error:  # a module may even exit: whatever it is, every start would wait for it again
+        path.with_suffix(FAILED).write_text(f"{type(error).__name__}: {one_line(error)}")
         raise
-    script = Zygote(listener, os.pidfd_open(owner)).serve()
+    script = zygote.serve()
     if script is not None:
         script.run()
     else:

@@ -111,14 +111,22 @@ def test_a_client_and_its_script_end_together(waits: Path) -> None:
         assert owner.stdout.readline() == f"status {128 + signal.SIGTERM}\n"
 
 
-def test_a_zygote_that_cannot_be_is_not_tried_again(script: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("torch", "reason"),
+    [
+        ("raise ImportError('no torch here')", "ImportError: no torch here"),
+        ("raise RuntimeError('no\\ndevice')", "RuntimeError: no device"),
+        ("raise SystemExit('not on this machine')", "SystemExit: not on this machine"),
+    ],
+)
+def test_a_zygote_that_cannot_be_is_not_tried_again(script: Path, tmp_path: Path, torch: str, reason: str) -> None:
     """Its imports fail, as those of an installation without torch would."""
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    (tmp_path / "torch.py").write_text(f"{torch}\n")
     with shell(f"export PYTHONPATH={tmp_path}; {WARM} {script} 3; {WARM} {script} 3; echo status $?") as owner:
         out, err = owner.communicate("\n", timeout=LIMIT_S)
     assert out.endswith("status 3\n")
     assert err.count("moeray: no zygote") == 2
-    assert "it did not start: no torch here; remove " in err
+    assert f"it did not start: {reason}; remove " in err
 
 
 def test_without_a_zygote_the_script_runs_all_the_same(script: Path, short_path: Path) -> None:
