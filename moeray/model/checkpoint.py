@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from moeray.errors import CheckpointError, UnsupportedModelError, in_a_line
+from moeray.model.config_values import check_experts, check_values, refusal_of
 from moeray.model.safetensors_file import SafetensorsFile, TensorInfo
 from moeray.model.source import Source, resolve
 
@@ -168,15 +169,19 @@ def _read_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
             "moeray never runs; give a model of a family that transformers has, or, if this one computes what such a "
             "family does, set model_type to that"
         )
+    check_values(raw, folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises for values that it did not expect
+        if refused := refusal_of(error, raw, folder / "config.json"):
+            raise refused from error
         raise UnsupportedModelError(
             f"model type {model_type!r} of {folder / 'config.json'} is not one that this transformers reads: "
             f"{in_a_line(error)}"
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    check_experts(config, folder / "config.json")
     return config
 
 

@@ -102,6 +102,11 @@ def load_family(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(
             f"model type {config.model_type!r} cannot be built by its config.json: {in_a_line(error)}"
         ) from error
+    if index := next((name for name, _ in full.named_modules() if name.rpartition(".")[2] == "indexer"), None):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} has an index that chooses what each token attends to ({index}), which "
+            "moeray does not have; give a model of another family"
+        )
     layers: dict[int, ExpertsLayer] = {}
     for name, module in full.named_modules():
         if not is_experts(module):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moeray.errors import CheckpointError, UnsupportedModelError
@@ -27,7 +30,8 @@ def load(config, path):
     ("family", "options"),
     [
         ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False}),
-        ("qwen3_next", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+        ("qwen3_next", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                        "shared_expert_intermediate_size": 16}),
         ("lfm2_moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_dense_layers": 1,
                       "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
     ],
@@ -49,7 +53,6 @@ SPARSE = {
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("deepseek_v32", SPARSE), ("glm_moe_dsa", SPARSE),
         ("zaya", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}),
     ],
 )  # fmt: skip
@@ -62,8 +65,49 @@ def test_a_family_with_an_attention_or_a_state_of_its_own(family, options, tmp_p
 
 def test_more_experts_a_token_than_there_are(tmp_path):
     config = CONFIG_MAPPING["mixtral"](**SMALL, num_local_experts=4, num_experts_per_tok=9)
-    with pytest.raises(UnsupportedModelError, match=r"config.json does not fit it.*out of range"):
+    with pytest.raises(
+        CheckpointError, match=r"num_experts_per_tok is 9 and must be at most num_local_experts, which is 4"
+    ):
         load(config, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"])
+def test_a_family_that_attends_by_an_index(family):
+    with pytest.raises(UnsupportedModelError, match=f"'{family}' has an index that chooses what each token attends to"):
+        load_family(CONFIG_MAPPING[family](**SMALL | SPARSE, pad_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_experts_per_tok", "two", "is 'two' and must be of type int"),
+        ("num_experts_per_tok", None, "is None and must be 1 or more"),
+        ("num_experts_per_tok", 0, "is 0 and must be 1 or more"),
+        ("num_hidden_layers", -1, "is -1 and must be 1 or more"),
+        ("num_hidden_layers", 2.5, r"is 2\.5 and must be of type int"),
+        ("hidden_size", 0, "is 0 and must be 1 or more"),
+        ("num_local_experts", 0, "is 0 and must be 1 or more"),
+        ("num_key_value_heads", 0, "is 0 and must be 1 or more"),
+        ("sliding_window", -3, "is -3 and must be 0 or more, or null"),
+        ("sliding_window", "wide", "is 'wide' and must be of type int"),
+        ("hidden_act", "nope", "is 'nope' and must be an activation"),
+        ("rms_norm_eps", None, "is None and must be of type float"),
+        ("rope_theta", None, "is None and must be a number above 0"),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": "x"},
+            "rope_theta is 'x' and must be a number above 0",
+        ),
+    ],
+)
+def test_a_value_that_no_model_has(key, value, words, tmp_path):
+    CONFIG_MAPPING["mixtral"](**SMALL, num_local_experts=4).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"config.json: {key}.*{words}.*; use the config.json") as error:
+        open_model(str(tmp_path), None, node="here")
+    assert "\n" not in str(error.value)
 
 
 def test_routing_groups_that_the_experts_do_not_fill(tmp_path):

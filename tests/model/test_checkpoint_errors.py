@@ -372,9 +372,9 @@ def test_a_quantization_that_is_no_object(mixtral: Path, value: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hidden_act": "foo"}, "foo"), ({"hidden_size": "64"}, "hidden_size"), ({"pad_token_id": 9999}, "adding_idx"),
+        ({"pad_token_id": 9999}, "adding_idx"),
         ({"dtype": "int8"}, "int8"), ({"dtype": "float99"}, "float99"),
-        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "foo"), ({"num_attention_heads": 0}, ""),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "foo"),
     ],
 )  # fmt: skip
 def test_a_config_that_no_model_can_be_built_by(mixtral: Path, change: dict[str, Any], words: str) -> None:
