@@ -20,6 +20,9 @@ from moeray.control.trace import Trace
 from moeray.control.world import World
 from moeray.errors import SimulationError
 
+MOST_ROUTERS = 1024
+"""Each costs time at every request and step."""
+
 Report = Callable[[str, int, int], None]
 """(what is done, units done, units in all)"""
 
@@ -74,8 +77,13 @@ def compare(
 
     `slo` None: `slo_factor` times the p99 of a system with all the actors that may be. `warm_start`: the elastic system
     begins with the actors of the static one, else with those of the config. Raises SimulationError where the SLO is out
-    of reach.
+    of reach, and for more than `MOST_ROUTERS`.
     """
+    if (routers := world.config.router.actors) > MOST_ROUTERS:
+        raise SimulationError(
+            f"{routers} routers are more than the {MOST_ROUTERS} that a simulation goes through in reasonable time; "
+            "lower --routers (router.actors of the config), or simulate a part of the load with --scale"
+        )
     runs = FixedRuns(_unpaced(world))
     report("best static placement", 0, 1)
     slo = slo or default_slo(runs, slo_factor)

@@ -6,7 +6,8 @@ import difflib
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from operator import index
+from typing import SupportsIndex, cast
 
 from moeray.control.policies import SHIPPED
 from moeray.control.policy import GroupLimits, Policy, PolicyInput, Wish
@@ -125,7 +126,12 @@ def _wish_of(policy: Policy, seen: PolicyInput) -> Wish:
         wish = policy(seen)
         wrong = next(_wrong(wish, seen), None)
         if wrong is None:
-            return Wish(dict(wish.actors), wish.routers, dict(wish.replicas), tuple(wish.reasons))
+            return Wish(
+                {group: index(count) for group, count in wish.actors.items()},
+                None if wish.routers is None else index(wish.routers),
+                {expert: index(count) for expert, count in wish.replicas.items()},
+                tuple(wish.reasons),
+            )
     except Exception as error:  # whatever a user's code raises
         raise PolicyError(
             f"policy {name} (control.policies) failed: {in_a_line(error)}; mend it, or leave it out"
@@ -159,7 +165,8 @@ def _wrong(wish: object, seen: PolicyInput) -> Iterator[str]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 0
+    """Also where it is a whole number of another library's, such as numpy's."""
+    return isinstance(value, SupportsIndex) and index(value) >= 0
 
 
 def _within(wanted: int, limits: GroupLimits, seen: PolicyInput) -> int:

@@ -14,7 +14,7 @@ from moeray.errors import CheckpointError
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
 _COUNTS = (
-    *_NEEDED, "num_key_value_heads", "head_dim", "vocab_size", "intermediate_size", "moe_intermediate_size",
+    *_NEEDED, "num_key_value_heads", "vocab_size", "intermediate_size", "moe_intermediate_size",
     "max_position_embeddings",
 )  # fmt: skip
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -51,9 +51,10 @@ def _thetas(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def check_experts(config: PreTrainedConfig, path: Path) -> None:
     """Raises CheckpointError where a token has more experts than there are."""
-    top_k = getattr(config, "num_experts_per_tok", None)
+    values = vars(config)  # whose attributes may refuse to be read where layers differ
+    top_k = values.get("num_experts_per_tok")
     for key in _EXPERTS:
-        count = getattr(config, key, None)
+        count = values.get(key)
         if type(count) is int and type(top_k) is int and top_k > count:
             raise _refusal(path, "num_experts_per_tok", top_k, f"must be at most {key}, which is {count}")
 

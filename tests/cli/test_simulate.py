@@ -86,6 +86,7 @@ def test_a_trace_of_one_request_is_simulated(tmp_path):
         (("--slo", "nan,1"), "--slo must be two numbers"),
         (("--slo", "-1,1"), "--slo must be two numbers"),
         (("--slo", "0.0001,0.0001"), "raise --slo"),
+        (("--routers", "100000"), "100000 routers are more than the 1024"),
         (("--costs", "nowhere.json"), "moeray bench calibrate"),
     ],
 )

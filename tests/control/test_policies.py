@@ -1,6 +1,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
 from moeray.control.deciding import decide, load_policies
@@ -466,6 +467,13 @@ def mine(_):
     return Wish({"experts": 7})
 
 
+def test_whole_numbers_of_any_kind_are_wishes():
+    wish = Wish({"experts": np.int64(3)}, np.int32(2), {ExpertId(0, 0): np.uint8(2)})
+    decided = decide([lambda _: wish], seen(placement=PLACED))
+    assert (decided.actors, decided.routers, decided.replicas) == ({"experts": 3}, 2, {ExpertId(0, 0): 2})
+    assert {type(n) for n in (*decided.actors.values(), decided.routers, *decided.replicas.values())} == {int}
+
+
 def raises(_):
     raise LookupError("no such load")
 
@@ -487,6 +495,7 @@ class Sulky:
         (wishes({"experts": 2.5}), "wishes for 2.5 actors of group 'experts', which is no whole number"),
         (wishes({"experts": "3"}), "wishes for '3' actors of group 'experts'"),
         (wishes({"experts": -1}), "wishes for -1 actors"),
+        (wishes({"experts": np.float64(2.0)}), r"wishes for np.float64\(2.0\) actors"),
         (wishes(routers=1.5), "wishes for 1.5 routers"),
         (wishes(replicas={ExpertId(0, 0): 1.7}), "wishes for 1.7 replicas of ExpertId"),
         (wishes(replicas={ExpertId(7, 0): 2}), r"replicas of ExpertId\(layer=7, expert=0\), which is no expert"),
