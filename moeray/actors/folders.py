@@ -19,7 +19,8 @@ BINDING_S = 5.0
 
 
 def runtime_dir(node_id: str, system: str) -> Path:
-    """The private folder (0700) for one node's sockets. Nodes that share a machine get different ones.
+    """The private folder (0700) for one node's sockets. Nodes that share a machine get different ones; folders in which
+    nobody listens any more are removed.
 
     Raises ConfigError where there can be none, and where others may write it.
     """
@@ -38,6 +39,7 @@ def runtime_dir(node_id: str, system: str) -> Path:
                 f"folder {path} must be private to this user (mode 0700); mend it or set MOERAY_RUNTIME_DIR"
             )
     os.utime(folder)
+    _remove_forgotten()  # of a system that was killed whole, no actor is left to do it
     return folder
 
 
@@ -45,6 +47,10 @@ def remove_runtime_dir(node_id: str, system: str) -> None:
     """Remove the folder once the last actor of the node has closed its socket, and folders in which nobody listens:
     an actor that was killed leaves its socket behind."""
     _remove_dead(_folder(node_id, system))
+    _remove_forgotten()
+
+
+def _remove_forgotten() -> None:
     for folder in machine_dir().glob("*-*"):
         with suppress(OSError):  # another actor was faster
             if time.time() - folder.stat().st_mtime > FORGOTTEN_S:

@@ -63,12 +63,13 @@ def test_the_own_folder(alive, age_s, stays, stack):
     [(False, 3600, False), (True, 3600, True), (False, 10, True)],
     ids=["forgotten", "alive", "new"],
 )
-def test_another_systems_folder(alive, folder_age_s, stays, stack):
+@pytest.mark.parametrize("look", [folders.runtime_dir, folders.remove_runtime_dir], ids=["first", "last"])
+def test_another_systems_folder(look, alive, folder_age_s, stays, stack):
+    """It is looked at by whoever comes, as by whoever goes: of a system that was killed whole, nobody does."""
     folder = folders.runtime_dir(NODE, OTHERS)
     put(folder, "router-0", stack, alive=alive, age_s=3600)
     age(folder, folder_age_s)
-    folders.runtime_dir(NODE, OURS)
-    folders.remove_runtime_dir(NODE, OURS)
+    look(NODE, OURS)
     assert folder.exists() == stays
 
 
