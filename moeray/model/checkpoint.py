@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from moeray.errors import CheckpointError, UnsupportedModelError, in_a_line
 from moeray.model.config_values import check_experts, check_values, refusal_of
-from moeray.model.safetensors_file import SafetensorsFile, TensorInfo
+from moeray.model.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from moeray.model.source import Source, resolve
 
 __all__ = ["Checkpoint", "Quantization", "Scheme", "Source", "TensorInfo", "resolve"]
@@ -48,7 +48,7 @@ class Checkpoint:
     """Thread-safe. Opens a weight file when one of its tensors is first asked for, and no sooner.
 
     `config` never carries a `quantization_config`: it is split off into `quantization`. A `dtype` that it does not name
-    is that of the weights, for which a file of theirs is opened at once.
+    is that of the weights, for which the header of a file of theirs is read at once.
     """
 
     def __init__(
@@ -92,8 +92,17 @@ class Checkpoint:
 
     def _dtype_of_weights(self) -> torch.dtype | None:
         """That of the first tensor, by name, which is of one to compute in."""
-        dtypes = (self.info(key).dtype for key in sorted(self._files))
-        return next((dtype for dtype in dtypes if dtype in _DTYPES), None)
+        headers: dict[str, dict[str, str]] = {}
+        for key in sorted(self._files):
+            name = self._files[key]
+            known = self.peek(key)
+            if known is None and name not in headers:
+                headers[name] = self.source.dtypes(name)
+            found = known.dtype if known is not None else DTYPES.get(headers[name].get(key, ""))
+            dtype = found or self.info(key).dtype
+            if dtype in _DTYPES:
+                return dtype
+        return None
 
     def keys(self) -> Iterable[str]:
         """Names of all tensors, as the index or the only file lists them."""

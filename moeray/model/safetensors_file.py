@@ -20,7 +20,7 @@ from moeray.errors import CheckpointError
 _MAX_HEADER_BYTES = 100 << 20
 _LFS_POINTER = b"version "
 """What these begin with."""
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,6 +35,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+"""By their names in a header."""
 
 # torch warns once per process that a tensor over a read-only buffer must not be written. Nothing writes weights, and
 # a write would fault rather than corrupt the file, so the one warning is spent here.
@@ -119,7 +120,7 @@ def _entry(path: Path, key: str, entry: Any, start: int, size: int) -> TensorInf
         whole = False
     if not whole:
         raise CheckpointError(f"file {path}: the header's entry of tensor {key} is malformed; fetch the file again")
-    dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         raise CheckpointError(f"file {path}: tensor {key} has dtype {dtype_name!r}, which moeray does not read")
     if end - begin != math.prod(shape) * dtype.itemsize:

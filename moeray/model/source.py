@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    hf_hub_download,
+    parse_safetensors_file_metadata,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -14,9 +20,12 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from moeray.errors import CheckpointError, one_line
+
+log = logging.getLogger(__name__)
 
 # the base of the hub client's errors is its HTTP library's, which differs between versions of the client
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -73,6 +82,18 @@ class Source:
             return path if path.is_file() else None
         cached = try_to_load_from_cache(self.model, filename, revision=self.revision)
         return Path(cached) if isinstance(cached, str) else None
+
+    def dtypes(self, filename: str) -> dict[str, str]:
+        """The dtype of each tensor of a weight file of the hub, as its header names it: the header alone is fetched.
+        Empty where it cannot be had so."""
+        if self.folder is not None:
+            return {}
+        try:
+            header = parse_safetensors_file_metadata(self.model, filename, revision=self.revision)
+        except (*_HUB_ERRORS, SafetensorsParsingError) as error:
+            log.info("the header of file %s of model %s could not be fetched alone: %s", filename, self.model, error)
+            return {}
+        return {name: str(tensor.dtype) for name, tensor in header.tensors.items()}
 
     def metadata_dir(self) -> Path:
         """A folder with the config, tokenizer, chat template and index, without weights. Raises CheckpointError."""

@@ -26,7 +26,8 @@ REPO = "someone/tiny-moe"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folder` as the repository REPO; `fetched` lists the files whose bytes were sent."""
+    """Serves `folder` as the repository REPO; `fetched` lists the files whose bytes were sent, `glanced_at` those of
+    which a part was asked for."""
 
     daemon_threads = False
 
@@ -34,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.fetched: list[str] = []
+        self.glanced_at: list[str] = []
         self.tokens: set[str | None] = set()
 
     @property
@@ -43,6 +45,7 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Hub
+    headers_alone = True
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -77,7 +80,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, b"", with_body=with_body, headers={"X-Error-Code": "EntryNotFound"})
             return
         content = path.read_bytes()
-        if with_body:
+        if with_body and (asked := self.headers.get("Range")):
+            content = content[: int(asked.rpartition("-")[2]) + 1] if self.headers_alone else b"{}"
+            self.server.glanced_at.append(name)
+        elif with_body:
             self.server.fetched.append(name)
         etag = hashlib.sha256(content).hexdigest()
         self.send(200, content, with_body=with_body, headers={"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
@@ -135,6 +141,21 @@ def test_only_the_files_that_the_slices_need_are_fetched(hub: Hub) -> None:
     assert source.at_hand(fetched[0]) is not None
     weights.trunk_state_dict()
     assert {n for n in hub.fetched if n.endswith(".safetensors")} == weights.files_for_trunk() | set(fetched)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_for_a_dtype_that_the_config_does_not_name_a_header_is_enough(
+    hub: Hub, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    if not can:
+        monkeypatch.setattr(Handler, "headers_alone", False)
+    checkpoint = Checkpoint.open(resolve(REPO, None, node="here"))
+    assert checkpoint.config.dtype is torch.float32
+    first = checkpoint.file_of(min(checkpoint.keys()))
+    assert hub.glanced_at == [first]
+    assert [name for name in hub.fetched if name.endswith(".safetensors")] == ([] if can else [first])
 
 
 def test_a_file_is_fetched_once_by_many(hub: Hub) -> None:
