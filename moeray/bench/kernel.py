@@ -23,6 +23,7 @@ from moeray.errors import ConfigError
 from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
 from moeray.model.formats import Fp8Block, Int8, Mxfp4, Plain, StoredWeight, quantize_int8
+from moeray.model.pages import zeros_on_demand
 from moeray.model.slices import ExpertTensor
 from moeray.settings.experts import ExpertKernel
 from moeray.types import ExpertId
@@ -119,6 +120,10 @@ class _Weights:
         self.nbytes = up.nbytes + down.nbytes
         self.count = next(iter(family.layers.values())).num_experts
         self._stored = {"up": up, "down": down}
+        self._memory = {  # as a checkpoint's: one expert behind the other
+            name: zeros_on_demand((self.count, *_data(weight).shape), _data(weight).dtype, torch.device("cpu"))
+            for name, weight in self._stored.items()
+        }
         self._made: dict[tuple[str, int], ExpertTensor] = {}
 
     @classmethod
@@ -140,7 +145,8 @@ class _Weights:
             shape = self.family.full.get_parameter(name).shape[1:]
             return ExpertTensor((Plain(torch.zeros(shape)),))
         if (which, expert) not in self._made:
-            self._made[which, expert] = ExpertTensor((_copy(self._stored[which]),), cat_dim=0)
+            weight = _over(self._stored[which], self._memory[which][expert])
+            self._made[which, expert] = ExpertTensor((weight,), cat_dim=0)
         return self._made[which, expert]
 
     def not_finite(self, name: str, expert: int) -> str | None:
@@ -165,19 +171,29 @@ def _stored(form: str, weight_OI: Tensor, generator: torch.Generator) -> StoredW
     return Plain(weight_OI)
 
 
-def _copy(weight: StoredWeight) -> StoredWeight:
+def _data(weight: StoredWeight) -> Tensor:
+    """What is read once a forward, but for scales."""
+    match weight:
+        case Int8() | Fp8Block():
+            return weight.weight
+        case Mxfp4():
+            return weight.blocks
+        case Plain():
+            return weight.tensor
+    raise AssertionError(weight)
+
+
+def _over(weight: StoredWeight, data: Tensor) -> StoredWeight:
+    """The same, over this memory."""
+    data.view(torch.uint8).copy_(_data(weight).view(torch.uint8))
     match weight:
         case Int8():
-            return Int8(weight.weight.clone(), weight.scale, weight.transposed)
+            return Int8(data, weight.scale, weight.transposed)
         case Fp8Block():
-            return Fp8Block(
-                weight.weight.view(torch.uint8).clone().view(weight.weight.dtype), weight.scale_inv, weight.block
-            )
+            return Fp8Block(data, weight.scale_inv, weight.block)
         case Mxfp4():
-            return Mxfp4(weight.blocks.clone(), weight.scales.clone())
-        case Plain():
-            return Plain(weight.tensor.clone())
-    raise AssertionError(weight)
+            return Mxfp4(data, weight.scales.clone())
+    return Plain(data)
 
 
 def _family(form: str, plan: KernelPlan, count: int) -> Family:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from moeray.errors import ConfigError
 from moeray.model.kernels import available
 from moeray.model.kernels.native import Instructions, best_instructions, multiply, read_all
+from moeray.model.pages import zeros_on_demand
 
 
 class Machine(Protocol):
@@ -58,7 +58,7 @@ class Cpu:
         self.what = f"{best_instructions().name.lower()} kernels"
         self.multiplies = "bf16" if best_instructions() >= Instructions.AVX512_BF16 else "fp32"
         self.cache_bytes = last_cache_bytes()
-        self._memory: Tensor = torch.ones(self._TURNS, self._BYTES, dtype=torch.uint8)
+        self._memory = zeros_on_demand((self._TURNS, self._BYTES), torch.uint8, self.device).fill_(1)
 
     def seconds(self, call: Callable[[], Any]) -> float:
         began = time.perf_counter()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from moeray.errors import ConfigError
 from moeray.model import kernels
+from moeray.model.pages import zeros_on_demand
 from moeray.settings.engine import LinearKernel
 
 Product = Callable[[Tensor], Tensor]
@@ -141,7 +142,9 @@ class _Joined:
 
 def _join(layers: list[nn.Linear], kernel: LinearKernel) -> None:
     weights: list[Tensor] = [layer.weight.detach() for layer in layers]
-    weight_OI = torch.cat(weights)
+    rows = sum(len(weight) for weight in weights)
+    weight_OI = zeros_on_demand((rows, weights[0].shape[1]), weights[0].dtype, weights[0].device)
+    torch.cat(weights, out=weight_OI)
     biases = [layer.bias for layer in layers]
     bias_O = None
     if any(bias is not None for bias in biases):

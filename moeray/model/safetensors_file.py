@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moeray.errors import CheckpointError
+from moeray.model.pages import prefer_large
 
 _MAX_HEADER_BYTES = 100 << 20
 _LFS_POINTER = b"version "
@@ -69,7 +70,9 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 tensors = _read_header(path, file.read(8), file, size)
-                return cls(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), tensors)
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                prefer_large(memory)
+                return cls(path, memory, tensors)
         except OSError as error:
             raise CheckpointError(f"file {path} cannot be read: {error.strerror}; check its permissions") from error
 
