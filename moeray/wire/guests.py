@@ -24,6 +24,7 @@ class Guests:
         self._max_channels = max_channels
         self._lock = threading.Lock()
         self._channels: set[Channel] = set()
+        self._greeted: set[Channel] = set()  # those of peers that have not proven themselves yet
         self._threads: set[threading.Thread] = set()
         self._unauthenticated = 0
         self._closing = False
@@ -36,17 +37,19 @@ class Guests:
             self._unauthenticated += 1
             return True
 
-    def leave(self) -> None:
+    def leave(self, channel: Channel) -> None:
         """The peer has proven itself or is gone."""
         with self._lock:
             self._unauthenticated -= 1
+            self._greeted.discard(channel)
 
     def full(self) -> bool:
         """True where another channel would be refused."""
         return self._closing or len(self._channels) >= self._max_channels
 
-    def spawn(self, name: str, target: Callable[[], None]) -> bool:
-        """Run `target` in a thread that `close` joins; False where the listener closes, or no thread can be had."""
+    def spawn(self, name: str, target: Callable[[], None], channel: Channel) -> bool:
+        """Run `target`, which greets whoever is on the channel, in a thread; `close` ends both. False where the listener
+        closes, or no thread can be had."""
 
         def run() -> None:
             try:
@@ -60,6 +63,7 @@ class Guests:
             if self._closing:
                 return False
             self._threads.add(thread)
+            self._greeted.add(channel)
         try:
             thread.start()
         except RuntimeError as error:
@@ -92,7 +96,7 @@ class Guests:
         """Close all channels, join all threads; the names of threads that still run at the deadline."""
         with self._lock:
             self._closing = True
-            channels, threads = list(self._channels), list(self._threads)
+            channels, threads = [*self._channels, *self._greeted], list(self._threads)
         for channel in channels:
             channel.close()
         for thread in threads:

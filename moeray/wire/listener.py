@@ -102,8 +102,8 @@ class Listener:
             sock.close()
             return
         channel = SocketChannel(sock, self._wire.send_timeout_s, carrier)
-        if not self._guests.spawn(f"wire-{carrier.kind}-greeting", lambda: self._host(channel)):
-            self._guests.leave()
+        if not self._guests.spawn(f"wire-{carrier.kind}-greeting", lambda: self._host(channel), channel):
+            self._guests.leave(channel)
             sock.close()
 
     def _host(self, channel: SocketChannel) -> None:
@@ -120,7 +120,7 @@ class Listener:
             channel.close()
             return
         finally:
-            self._guests.leave()
+            self._guests.leave(channel)
         self._guests.serve(channel)
 
     def close(self, timeout: float) -> None:

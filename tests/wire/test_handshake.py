@@ -193,6 +193,14 @@ def test_silent_peers_are_dropped_and_bounded(folder, kind):
     host.close()
 
 
+def test_a_listener_that_closes_waits_for_no_silent_peer(folder, kind):
+    host = Host(folder, WireConfig(handshake_timeout_s=60.0))
+    with stranger(host, kind) as sock:
+        assert eventually(lambda: any(thread.name == f"wire-{kind}-greeting" for thread in threading.enumerate()))
+        host.close()
+        assert sock.recv(1) == b""
+
+
 def test_descriptors_from_an_unproven_peer_are_not_kept(host):
     before = len(os.listdir("/proc/self/fd"))
     with socket.socket(socket.AF_UNIX) as sock:
