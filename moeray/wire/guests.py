@@ -48,8 +48,8 @@ class Guests:
         return self._closing or len(self._channels) >= self._max_channels
 
     def spawn(self, name: str, target: Callable[[], None], channel: Channel) -> bool:
-        """Run `target`, which greets whoever is on the channel, in a thread; `close` ends both. False where the listener
-        closes, or no thread can be had."""
+        """Run `target`, which greets whoever is on the channel, in a thread; `close` ends both. False where the
+        listener closes, or no thread can be had."""
 
         def run() -> None:
             try:

@@ -75,6 +75,11 @@ class RingWriter:
         """The frame that names the reserved position is on its way: the bytes are the receiver's now."""
         self.ring.head = position + size
 
+    def take_back(self, position: int, size: int) -> None:
+        """What was committed there last is not to be sent: its room is free again."""
+        if self.ring.head == position + size:
+            self.ring.head = position
+
     def _read_progress(self) -> int:
         done = c_uint64.from_address(self.ring.progress).value
         if not self.ring.done <= done <= self.ring.head:

@@ -14,6 +14,7 @@ from ctypes import addressof, c_char
 from time import monotonic
 from typing import TypeVar
 
+from moeray.buffers import aligned
 from moeray.errors import ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.connection import Connection
@@ -43,6 +44,7 @@ class Sender:
         self._limits = UNAUTHENTICATED
         self._unsent = b""
         self._writer: RingWriter | None = None
+        self._placed: tuple[int, int] | None = None  # position and bytes of outputs that are not sent yet
         self._use(bytearray(_MESSAGE_BYTES))
 
     def _use(self, message: bytearray) -> None:
@@ -100,11 +102,14 @@ class Sender:
         if placed is None or writer is None:
             return None
         position, address = placed
+        self._placed = position, aligned(nbytes)
         return Place(writer.piece(position, nbytes), address, position)
 
     def _send_in_place(self, rows: RowMessage) -> bool:
         lane = self._connection.open_lane
         went = bool(lane) and rows.send_in_place(lane)
+        if went:
+            self._placed = None
         if went and self._lane.unsent_from != self._lane.unsent_to:
             self.flush()
         return went
@@ -130,6 +135,7 @@ class Sender:
 
     def _send_rows(self, rows: RowMessage, deadline: float) -> None:
         size = self._write(rows)
+        self._placed = None  # what was written lies behind it
         if size is None:  # too much for both, or for the limits
             self._send(rows.frame(), deadline)
         else:
@@ -152,6 +158,9 @@ class Sender:
     def _send(self, frame: Frame, deadline: float) -> None:
         chunks, size = chunks_of(frame)
         writer, position = self._writer, None
+        if writer is not None and self._placed is not None:  # outputs that never came to be, as their compute failed
+            writer.take_back(*self._placed)
+            self._placed = None
         if writer is not None and RING_THRESHOLD <= size <= writer.capacity:
             position = self._reserve(writer, size)
         if writer is None or position is None:
@@ -172,6 +181,15 @@ class Sender:
 
     def _finish(self, buffers: list[bytes | memoryview], deadline: float) -> None:
         """Send the buffers whole, or keep what is left of a begun frame for the next send."""
+        try:
+            self._push(buffers, deadline)
+        except WireError:
+            raise
+        except BaseException:  # a signal's: how much has gone out is not known, and nothing may follow half a frame
+            self._connection.shut_down()
+            raise
+
+    def _push(self, buffers: list[bytes | memoryview], deadline: float) -> None:
         sent, total = 0, sum(len(buffer) for buffer in buffers)
         while True:
             try:
