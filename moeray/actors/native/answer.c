@@ -80,7 +80,7 @@ static int read_forward(In in, int64_t payload, Asked *a) {
     if (a->rows < 1 || a->rows > INT32_MAX || a->tokens * a->width > INT64_MAX >> 8 || payload_of(a) != payload) return 0;
     int64_t rows = a->rows;
     for (int64_t i = 0; i < a->count; i++) {
-        if (a->experts[i] < (i ? a->experts[i - 1] + 1 : 0) || a->counts[i] < 1 || a->counts[i] > rows) return 0;
+        if (a->experts[i] <= (i ? a->experts[i - 1] : -1) || a->counts[i] < 1 || a->counts[i] > rows) return 0;
         rows -= a->counts[i];
     }
     return rows == 0;

@@ -59,8 +59,9 @@ static inline void release(Ring *ring) {
 
 /* Where a payload lies in the peer's ring, held until it is released; NULL outside, as RingReader.hold. */
 static inline const uint8_t *hold(Ring *ring, int64_t position, int64_t size, int64_t align) {
+    if (position < 0 || position % align) return NULL;
     const int64_t ahead = position - ring->done;
-    if (position < 0 || ahead < 0 || ahead > 2 * ring->capacity || position % align) return NULL;
+    if (ahead < 0 || ahead > 2 * ring->capacity) return NULL;
     if (size > ring->capacity - position % ring->capacity) return NULL;
     ring->head = position + size;
     return ring->memory + position % ring->capacity;
