@@ -47,6 +47,7 @@ def test_defaults_survive_a_round_trip():
         ({"router": {"resources": {"spot": -1}}}, ["router.resources.spot", "0 or more"]),
         ({"engine": {"kv_cache_bytes": -1}}, ["engine.kv_cache_bytes", "above 0"]),
         ({"wire": {"max_payload_bytes": 10}}, ["wire.max_payload_bytes", "64 KiB"]),
+        ({"wire": {"shared_memory_bytes": 1 << 63}}, ["wire.shared_memory_bytes", "below 1 TiB"]),
         ({"experts": {"groups": [{"resources": {"spot": -1}}]}}, ["experts.groups.resources.spot", "0 or more"]),
         ({"serve": {"api_key": ""}}, ["serve.api_key", "MOERAY_API_KEY"]),
         ({"serve": {"api_key": "secret\n"}}, ["serve.api_key", "white space"]),

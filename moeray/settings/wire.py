@@ -42,7 +42,8 @@ class WireConfig:
         require(self.max_channels >= 1, "wire.max_channels", f"must be at least 1, got {self.max_channels}")
         for key in ("max_header_bytes", "max_payload_bytes"):
             require(1 << 16 <= getattr(self, key) < 1 << 32, f"wire.{key}", "must be at least 64 KiB and below 4 GiB")
-        require(self.shared_memory_bytes >= 0, "wire.shared_memory_bytes", "must be 0 (no shared memory) or more")
+        fits = 0 <= self.shared_memory_bytes < 1 << 40
+        require(fits, "wire.shared_memory_bytes", "must be 0 (no shared memory) or more, and below 1 TiB")
         plain = self.remote in ("tcp", "both")
         require(
             not (plain and self.tls_cert), "wire.remote", f"is {self.remote}, which is not encrypted; use grpc or auto"

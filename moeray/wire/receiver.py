@@ -12,7 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from moeray.buffers import KEPT_BYTES, Bytes, aligned, new_buffer
-from moeray.errors import ChannelTimeoutError, WireError
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED, T
 from moeray.wire.connection import Connection
 from moeray.wire.frame import (
@@ -65,7 +65,7 @@ class Receiver:
         self._set_wait(max(deadline - monotonic(), 1e-3))
         who = self._connection.who
         try:
-            mark, fds, _, _ = socket.recv_fds(self._sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            mark, fds, flags, _ = socket.recv_fds(self._sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError as error:
             raise ChannelTimeoutError(f"{who} did not finish the handshake in time; is it stopped?") from error
         except OSError as error:
@@ -73,6 +73,8 @@ class Receiver:
         try:
             if fds and mark == b"R":
                 self._reader = RingReader(fds[0])
+            elif flags & socket.MSG_CTRUNC:
+                raise ChannelClosedError(f"no descriptor is left for the shared memory of {who}; raise `ulimit -n`")
             elif mark != b"-":
                 raise self._connection.lost(None) if not mark else WireError(f"{who} sent no shared memory ring")
         except OSError as error:  # it is none, or this process has too many files or mappings

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TypeVar
 
 from moeray.buffers import aligned
-from moeray.errors import ChannelTimeoutError, WireError
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.connection import Connection
 from moeray.wire.frame import INLINE, Frame, Limits, chunks_of, inline_buffers, pack_head
@@ -62,17 +62,27 @@ class Sender:
         self._lane.join(self._writer.ring if self._writer else None, None)
 
     def _offer_ring(self, ring_bytes: int) -> None:
+        if ring_bytes >= RING_THRESHOLD:
+            self._writer = self._new_ring(ring_bytes)
         try:
-            if ring_bytes < RING_THRESHOLD:
+            if self._writer is None:
                 self._sock.sendmsg([b"-"], (), _FLAGS)
                 return
-            self._writer = RingWriter(ring_bytes)
             try:
                 socket.send_fds(self._sock, [b"R"], [self._writer.fd], _FLAGS)
             finally:
                 self._writer.handed_over()
         except OSError as error:
             raise self._connection.lost(error) from error
+
+    def _new_ring(self, ring_bytes: int) -> RingWriter:
+        try:
+            return RingWriter(ring_bytes)
+        except OSError as error:
+            raise ChannelClosedError(
+                f"no shared memory of {ring_bytes} bytes for {self._connection.who} ({error.strerror}); "
+                "raise `ulimit -n` or lower wire.shared_memory_bytes"
+            ) from error
 
     @property
     def room(self) -> int:

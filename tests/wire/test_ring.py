@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -122,6 +123,25 @@ def test_memory_that_its_owner_could_shrink_is_refused():
             RingReader(fd)
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize(("offered", "named"), [(False, "no shared memory of"), (True, "no descriptor is left")])
+def test_a_process_without_a_descriptor_for_a_ring_is_told_so(offered, named):
+    left, right = socket.socketpair()
+    ends = [SocketChannel(sock, 1.0, UNIX) for sock in (left, right)]
+    if offered:
+        ends[1]._sender.admit(LIMITS, RING)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = os.dup(0)
+    os.close(first)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first, limits[1]))
+    try:
+        with pytest.raises(ChannelClosedError, match=named + r".* raise `ulimit -n`"):
+            ends[0].admit("expert", LIMITS, 0 if offered else RING, monotonic() + 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for end in ends:
+            end.close()
 
 
 def test_large_payloads_wrap_around_the_ring(ends):
