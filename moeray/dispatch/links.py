@@ -150,6 +150,8 @@ class Links:
         """The lock is held."""
         if link.channel is None and link.dialling is None:
             link.dialling = self._start(f"dial-{actor_id}", self._dial, link, dial_s(link.latency))
+            if link.dialling is None:
+                link.error = ChannelClosedError(f"{actor_id} cannot be dialled without a thread; raise `ulimit -u`")
 
     def _dial(self, link: _Link, seconds: float) -> None:
         """In a thread of its own: a process that is stopped lets one in, and never says a word."""
@@ -171,11 +173,14 @@ class Links:
         if channel is not None and not wanted:
             channel.close()
 
-    def _start(self, name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
-        """A thread that `close` joins. The lock is held."""
+    def _start(self, name: str, target: Callable[..., None], *args: Any) -> threading.Thread | None:
+        """A thread that `close` joins; None where none can be had. The lock is held."""
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return None
         self._threads = [*(t for t in self._threads if t.is_alive()), thread]
-        thread.start()
         return thread
 
     def check(self, actor_id: str) -> None:
@@ -203,8 +208,9 @@ class Links:
             channel, link.channel, link.dialling, link.error = link.channel, None, None, None
             self._edition += 1
             self._changed.notify_all()
-            if channel is not None:
-                self._start(f"hang-up-{actor_id}", channel.close)
+            if channel is None or self._start(f"hang-up-{actor_id}", channel.close):
+                return
+        channel.close()  # in this one, for lack of another
 
     def sweep(self) -> None:
         """Forget actors that the placement no longer knows. Called while nothing is in flight."""

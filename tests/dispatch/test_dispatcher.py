@@ -32,6 +32,7 @@ from tests.dispatch.actors import (
     serve,
     vanish,
 )  # fmt: skip
+from tests.threads import refuse_one
 from tests.wire.support import OtherProcess
 
 BOTH = {0: "ab", 1: "ab", 2: "ab"}
@@ -123,6 +124,16 @@ def test_an_actor_that_cannot_be_dialled_for_lack_of_files_is_one_that_is_lost(f
         stage.dispatch([[0]])
     finally:
         stage.close()
+
+
+@pytest.mark.parametrize("thread", ["dial-a", "hang-up-a"])
+def test_an_actor_for_which_there_is_no_thread_is_one_that_is_lost(stage, thread, monkeypatch):
+    refuse_one(monkeypatch, thread.__eq__)
+    stage.actors["a"].script = [vanish]
+    stage.publish(1, SPLIT | {0: "ab"})
+    for _ in range(3):
+        stage.dispatch([[0, 1]])
+    assert stage.losses == [("a", "closed")]
 
 
 def test_a_hung_actor_holds_up_nobody_elses_answer(stage):
