@@ -15,7 +15,7 @@ from torch import Tensor
 from moeray.actors.answering import Answering
 from moeray.actors.tally import Tally
 from moeray.buffers import KEPT_BYTES
-from moeray.errors import PlacementError
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, PlacementError
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
 from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
@@ -173,10 +173,12 @@ class RowServer:
         try:
             try:
                 forward = self._forward(frame, channel)
-            except Exception as error:
+                self._answer(forward, channel)
+            except (ChannelClosedError, ChannelTimeoutError):
+                raise
+            except Exception as error:  # also of outputs that are more than a frame may carry
                 channel.send(Frame(Op.ERROR, frame.id, frame.layer, meta=self._reason(frame, error)))
                 return
-            self._answer(forward, channel)
             ended, waited = forward.began + forward.took, forward.began - forward.arrived
             self._count(frame.layer, forward.experts, forward.counts, waited, forward.took, ended)
         finally:

@@ -183,6 +183,7 @@ LEFT = {
     "an expert that is not hosted": forward([1, 2], experts=[0, 7]),
     "an expert that is nowhere": forward([1], experts=[1 << 40]),
     "another layer": forward([1], layer=1),
+    "an expert beyond all numbers": forward([1, 2], experts=[(1 << 63) - 1, 3]),
     "an expert named twice": forward([1, 2], experts=[3, 3]),
     "experts in another order": forward([1, 2], experts=[4, 3]),
     "fewer rows than counted": changed(forward([2, 1]), counts=[2, 2]),
@@ -216,6 +217,19 @@ def test_anything_else_is_left_to_be_read(served, frame):
     with served.answering() as left:
         check_result(after, served.router.recv(SOON), served.exact(after))
     assert left == []
+
+
+def test_outputs_that_no_frame_carries_are_an_error_and_not_the_channels_end(served):
+    rows = LIMITS.max_payload_bytes // (2 * WIDTH) + 1
+    after = forward([2, 1])
+    with served.answering():
+        served.router.send(forward([rows]))
+        answer = served.router.recv(SOON)
+        assert (answer.op, answer.meta["kind"]) == (Op.ERROR, "failed")
+        assert "wire.max_payload_bytes" in answer.meta["message"]
+        served.router.send(after)
+        check_result(after, served.router.recv(SOON), served.exact(after))
+    assert served.server.in_flight == 0
 
 
 def test_fp32_is_left_to_torch(serve):
