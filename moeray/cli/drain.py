@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moeray.cli.options import SECONDS_LEFT, system_options
+from moeray.cli.options import SECONDS_LEFT, UnfinishedError, system_options
 from moeray.errors import ConfigError, MoerayError
 
 
@@ -47,12 +47,14 @@ def command(
             leave_node(leaving, within)
     chosen = ask(controller, "drain", actors, within, nodes)
     empty = wait and within is not None and all(wait_empty(leaving, within) for leaving in nodes)
+    told = {"draining": chosen, **({"empty": empty} if wait else {})}
+    if wait and not empty:
+        late = f"the node is not empty after {within:g} s; what it had in flight goes on elsewhere"
+        raise UnfinishedError(late, told)
     if output == "json":
-        click.echo(json.dumps({"draining": chosen, **({"empty": empty} if wait else {})}))
+        click.echo(json.dumps(told))
     else:
         click.echo(f"draining {', '.join(chosen) or 'nothing: no actor runs there'}")
-    if wait and not empty:
-        raise MoerayError(f"the node is not empty after {within:g} s; what it had in flight goes on elsewhere")
 
 
 def check_told(status: Mapping[str, Any], actors: Sequence[str]) -> None:

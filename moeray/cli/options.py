@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
 from moeray.config import ENVIRONMENT, SECRETS, Config, load_config
+from moeray.errors import MoerayError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -115,9 +118,34 @@ def config_of(model: str, config_file: str | None, flags: dict[str, Any], **defa
     return load_config(config_file, overrides)
 
 
+class UnfinishedError(MoerayError):
+    """A command has done a part of what it was asked for; `done` is what it would have printed as JSON."""
+
+    def __init__(self, message: str, done: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.done = done
+
+
 def system_options(command: _F) -> _F:
-    """The options of a command that talks to a running system: which one, where, and how to print."""
+    """The options of a command that talks to a running system: which one, where, and how to print.
+
+    With `--output json` there is one object on stdout in any case: of an error it is `{"error": ...}`.
+    """
     name = click.option("--name", default="moeray", show_default=True, help="The system's name (its serve.name).")
     address = click.option("--address", help="The Ray cluster's address [default: RAY_ADDRESS, else the local one].")
     output = click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
-    return name(address(output(command)))
+    return name(address(output(_with_errors(command))))
+
+
+def _with_errors(command: _F) -> _F:
+    @functools.wraps(command)
+    def run(*args: Any, output: str, **given: Any) -> Any:
+        try:
+            return command(*args, output=output, **given)
+        except MoerayError as error:
+            if output == "json":
+                done = error.done if isinstance(error, UnfinishedError) else {}
+                click.echo(json.dumps({**done, "error": str(error)}))
+            raise
+
+    return run  # type: ignore[return-value]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
+import click
 import pytest
 
 from moeray.cli.main import main
+from moeray.cli.options import UnfinishedError, system_options
 
 
 def run(monkeypatch, capfd, *args):
@@ -82,3 +85,40 @@ def tiny(tmp_path_factory):
     from tests.checkpoints import make_tiny
 
     return make_tiny("granitemoe", tmp_path_factory.mktemp("main") / "m")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("status",),
+        ("plan",),
+        ("scale", "experts=2"),
+        ("scale", "experts"),
+        ("drain", "experts-0"),
+        ("drain",),
+        ("rebalance",),
+        ("pause-autoscaling",),
+        ("resume-autoscaling",),
+    ],
+)
+def test_an_error_is_an_object_where_objects_are_asked_for(monkeypatch, capfd, args):
+    monkeypatch.setattr(sys, "argv", ["moeray", *args, "--address", "127.0.0.1:1", "--output", "json"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capfd.readouterr()
+    told = json.loads(said.out)
+    assert (left.value.code, said.err) == (1, f"moeray: {told['error']}\n")
+
+
+def test_what_was_done_goes_with_the_error(capsys):
+    @click.command
+    @system_options
+    def command(**_: object) -> None:
+        raise UnfinishedError("not empty", {"draining": ["experts-0"], "empty": False})
+
+    with pytest.raises(UnfinishedError):
+        command.main(["--output", "json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == {"draining": ["experts-0"], "empty": False, "error": "not empty"}
+    with pytest.raises(UnfinishedError):
+        command.main([], standalone_mode=False)
+    assert capsys.readouterr().out == ""
