@@ -127,7 +127,7 @@ def connect_ray(config: Config | None = None) -> None:
     if not ray.is_initialized():
         _refuse(unreachable(None))
         os.environ.setdefault(*_NICENESS)
-        ray.init(configure_logging=True, include_dashboard=False, **_quiet(config))
+        _init(configure_logging=True, include_dashboard=False, **_quiet(config))
     setup_logging(config)
 
 
@@ -182,19 +182,35 @@ def attach(name: str, address: str | None) -> Any:
 def connect(address: str | None, name: str | None = None) -> None:
     """Connect to a cluster that runs: where nothing says which one, to that in which the system `name` runs.
     Raises MoerayError where there is none."""
-    import ray
-
-    from moeray.errors import MoerayError
-
     if name is not None and _join(name, address):
         return
     _refuse(unreachable(address) or astray(address))
+    _init(address=address or "auto", **_quiet(None))
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`. Raises MoerayError where there is no cluster, or one that does not let this process in."""
+    import ray
+    from ray.exceptions import RayError
+
+    from moeray.errors import MoerayError
+
     try:
-        ray.init(address=address or "auto", **_quiet(None))
-    except ConnectionError as error:
-        raise MoerayError(
-            "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
-        ) from error
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        ray.shutdown()
+        raise MoerayError(not_joined(error)) from error
+
+
+def not_joined(error: Exception) -> str:
+    """What Ray's refusal means, and its mend. Ray does not say why a cluster that answers lets nobody in."""
+    from moeray.errors import one_line
+
+    said = one_line(error)[:200]
+    if "Could not find any running Ray instance" in said:
+        return "no Ray cluster runs here; start one with `ray start --head` or `moeray serve MODEL`, or give --address"
+    mend = "where it asks for a token, `export RAY_AUTH_MODE=token` and have it in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    return f"no Ray cluster could be joined or started: {said}; {mend}"
 
 
 def _refuse(reason: str | None) -> None:
