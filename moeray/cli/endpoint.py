@@ -128,7 +128,11 @@ def _error_of(traceback: str) -> str:
 
 def _stop_with(own: OwnRay | None, config: Config, serving: bool) -> None:
     """As `_stop`, as long as there is somebody to ask: a signal to the whole process group, as systemd sends it, ends
-    Ray with all its actors, and asking a head that is gone takes a minute."""
+    Ray with all its actors, and asking a head that is gone takes a minute.
+
+    A further signal ends a Ray that was started here at once. In one of others it changes nothing, since half of a
+    system would stay there.
+    """
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -141,20 +145,44 @@ def _stop_with(own: OwnRay | None, config: Config, serving: bool) -> None:
     stopping.start()
     if own is not None:
         own.look()
-    while stopping.is_alive() and not (own is not None and own.is_gone()):
-        stopping.join(LOOK_S)
-    if not stopping.is_alive() and not failures:
-        ray.shutdown()
+    with _signals_taken() as taken:
+        while stopping.is_alive() and not (own is not None and (taken or own.is_gone())):
+            stopping.join(LOOK_S)
+            if taken and own is None:
+                click.echo("the system is being stopped, which takes some seconds", err=True)
+                taken.clear()
+        if not stopping.is_alive() and not failures:
+            ray.shutdown()
+            return
+        if own is None:
+            raise failures[0]
+        reason = repr(failures[0]) if failures else f"{taken[0].name} again" if taken else "it was ended from outside"
+        click.echo(f"Ray is ended with every actor: {reason}", err=True)
+        own.end()
+        if taken or sys.exc_info()[0] is None:
+            sys.stdout.flush()
+            # A thread still waits within Ray, which would make the interpreter's end one of a minute, or a crash; and
+            # what it asks next would start another Ray.
+            os._exit(130 if taken else 0)
+
+
+@contextmanager
+def _signals_taken() -> Iterator[list[signal.Signals]]:
+    """SIGINT and SIGTERM of the time of the block; they interrupt nothing. In other threads than the main one, none."""
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield taken
         return
-    if own is None:
-        raise failures[0]
-    reason = repr(failures[0]) if failures else "it was ended from outside"
-    click.echo(f"Ray is ended with every actor: {reason}", err=True)
-    own.end()
-    if sys.exc_info()[0] is None:
-        sys.stdout.flush()
-        # A thread still waits within Ray, which would make the interpreter's end one of a minute, or a crash.
-        os._exit(0)
+
+    def take(number: int, _: object) -> None:
+        taken.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield taken
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stop(config: Config, serving: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.checkpoints import make_tiny
@@ -300,3 +301,24 @@ def test_a_signal_to_the_whole_group_ends_it_in_time(tmp_path):
         os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(40) == 0
         assert "Failed to connect to GCS" not in (tmp_path / "log").read_text()
+
+
+def test_a_second_signal_while_it_loads_ends_it_with_all_that_it_has_started(tmp_path):
+    model = make_tiny("qwen3_moe", tmp_path / "tiny-moe", tokenizer=True)
+    process = moeray(
+        "serve", str(model), "--port", str(free_port()), stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "MOERAY_CACHE_DIR": str(tmp_path), "RAY_ADDRESS": "local"},
+    )  # fmt: skip
+    while "opening the model" not in (line := process.stderr.readline()):
+        assert line, "it has ended before it loads"
+    below = psutil.Process(process.pid).children(recursive=True)
+    said = []
+    reader = threading.Thread(target=lambda: said.append(process.stderr.read()))
+    reader.start()
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        reader.join(0.5)
+    reader.join(60)
+    assert (process.returncode, psutil.wait_procs(below, timeout=60)[1]) == (130, [])
+    assert "Ray is ended with every actor: SIGINT again" in said[0]
+    assert "Traceback" not in said[0]
