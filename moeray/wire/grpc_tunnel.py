@@ -93,7 +93,11 @@ def describe(error: grpc.RpcError) -> str:
     code = getattr(error, "code", None)
     if code is None:
         return "the connection broke"
-    return f"{code().name.lower()}: {' '.join(str(error.details()).split())[:200]}"
+    details = " ".join(str(error.details()).split())
+    if "Tls handshake failed" in details:  # why stands at the end, behind the addresses and OpenSSL's own words
+        cause = details.rpartition("OPENSSL_internal:")[2][:120]
+        return f"the TLS handshake failed: {cause}; see wire.tls_cert, tls_ca and their dates on both nodes"
+    return f"{code().name.lower()}: {details[:200]}"
 
 
 def options(wire: WireConfig, *, server: bool) -> list[tuple[str, Any]]:

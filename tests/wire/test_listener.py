@@ -25,6 +25,17 @@ from tests.wire.support import SMALL, Host, dial, echo, identity
 UNIX_ONLY = replace(SMALL, remote="off")
 
 # Made for this test alone, for 127.0.0.1; it protects nothing.
+OTHER_AUTHORITY = """-----BEGIN CERTIFICATE-----
+MIIBfDCCASGgAwIBAgIUXDmFgJXTVybqF6HY7oAFjkjJC/wwCgYIKoZIzj0EAwIw
+EjEQMA4GA1UEAwwHYW5vdGhlcjAgFw0yNjEyMDEwMTAyMzlaGA8yMTI2MTEwNzAx
+MDIzOVowEjEQMA4GA1UEAwwHYW5vdGhlcjBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABGaZnht34EnFkdBHeG2/cswbqF1JUBeLOsl4PF+z6pFOO4COLA15WcZGJuKj
+efkuWCom4rebd3iiWCgubsvQvMWjUzBRMB0GA1UdDgQWBBRDiy+pREBmatV1XRDU
+3zBiQde6mjAfBgNVHSMEGDAWgBRDiy+pREBmatV1XRDU3zBiQde6mjAPBgNVHRMB
+Af8EBTADAQH/MAoGCCqGSM49BAMCA0kAMEYCIQCS/ltkHvRLiswcoiUHx73YNXAg
+fS2LYLLrb9QQWIFV4QIhAOhGRREeOt9TjG8HmFdg9ZgtfAEUVT8jxkELmcqEQXHH
+-----END CERTIFICATE-----
+"""
 CERT = """\
 -----BEGIN CERTIFICATE-----
 MIIBlDCCATqgAwIBAgIUdYoK8LUYuBGxUhv0JM7pknnQ88swCgYIKoZIzj0EAwIw
@@ -290,6 +301,15 @@ def test_tls(folder, tls, mutual):
     with pytest.raises(ChannelClosedError):
         host.dial("grpc")  # in the clear
     near.close()
+    host.close()
+
+
+def test_a_certificate_of_another_authority_is_named(folder, tls):
+    (folder / "other.pem").write_text(OTHER_AUTHORITY)
+    host = Host(folder, tls)
+    host.wire = replace(tls, tls_ca=str(folder / "other.pem"))
+    with pytest.raises(ChannelClosedError, match=r"TLS handshake failed: CERTIFICATE_VERIFY_FAILED.*wire\.tls_cert"):
+        host.dial("grpc")
     host.close()
 
 
