@@ -170,5 +170,6 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store_r
 #undef UNPACK
 #undef UNPACK_NAME
 #undef STREAM
-#undef STREAMS
-#undef STREAM_NAMES
+#undef STREAM_NAME
+#undef UP_TO_4
+#undef UP_TO_8

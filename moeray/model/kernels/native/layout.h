@@ -20,9 +20,10 @@ enum { PAIRS = MXFP4 + 1, SCALED_PAIRS, INT8_PAIRS, FP8_PAIRS, MXFP4_PAIRS, INT8
 #define PAIR_FORMATS(EACH) EACH(PAIRS) EACH(SCALED_PAIRS) EACH(INT8_PAIRS) EACH(FP8_PAIRS) EACH(MXFP4_PAIRS)
 
 /* bits: of a weight. block: inputs whose weights are decoded at once. few: up to so many rows weights are decoded anew
-   for each few of them; for more once, to the format `decoded`. paired: the format for CPUs that multiply pairs. */
+   for each few of them; for more once, to the format `decoded`. paired: the format for CPUs that multiply pairs.
+   streamed: up to so many rows are multiplied in the order of memory (stream.h). */
 typedef struct {
-    int64_t bits, block, few, decoded, paired;
+    int64_t bits, block, few, decoded, paired, streamed;
 } Form;
 
 static const Form forms[] = {
@@ -32,12 +33,12 @@ static const Form forms[] = {
     [INT8] = {8, 16, INT64_MAX, INT8, INT8_PAIRS},
     [FP8] = {8, 16, 12, F32, FP8_PAIRS},
     [MXFP4] = {4, 128, 12, F32, MXFP4_PAIRS},
-    [PAIRS] = {16, 32, INT64_MAX, PAIRS, PAIRS},
+    [PAIRS] = {16, 32, INT64_MAX, PAIRS, PAIRS, 4},
     [SCALED_PAIRS] = {16, 32, INT64_MAX, SCALED_PAIRS, SCALED_PAIRS},
     [INT8_PAIRS] = {8, 64, 10, PAIRS, INT8_PAIRS},
-    [FP8_PAIRS] = {8, 64, 10, SCALED_PAIRS, FP8_PAIRS},
+    [FP8_PAIRS] = {8, 64, 10, SCALED_PAIRS, FP8_PAIRS, 8},
     [MXFP4_PAIRS] = {4, 64, 12, PAIRS, MXFP4_PAIRS},
-    [INT8_DIGITS] = {8, 64, INT64_MAX, INT8_DIGITS, INT8_DIGITS},
+    [INT8_DIGITS] = {8, 64, INT64_MAX, INT8_DIGITS, INT8_DIGITS, 4},
 };
 
 /* A weight matrix [out, in] in its stored form, one output's weights after another.
@@ -119,7 +120,7 @@ enum {
     NEAR = 5 << 18,  /* bytes of such a cache that they and the weights of three tiles may take */
     PANEL_ROWS = 256, /* for so many at least weights are copied to where tiles read them fastest */
     APART = 64,      /* bytes between rows, lest all of them want the same places of a cache */
-    STREAMED = 4,    /* rows of inputs at most that are multiplied in the order of memory, */
+    STREAMED = 8,    /* rows of inputs at most that are multiplied in the order of memory, */
     INPUTS = 16384,  /* their bytes, which stay in the nearest cache beside the weights that pass by, */
     DISTANCE = 8192, /* and bytes from what is multiplied to what is fetched */
     MEANWHILE = 512, /* bytes of a weight row that are fetched while outputs are finished */
@@ -161,7 +162,7 @@ INLINE int in_fp4(int64_t format) { return format == MXFP4 || format == MXFP4_PA
 
 /* Whether so many rows of inputs are multiplied with weights in the order in which these lie in memory (stream.h). */
 INLINE int streams(const Matrix *m, int64_t rows) {
-    return (m->format == PAIRS || in_digits(m->format)) && rows <= STREAMED && rows * 2 * m->in <= INPUTS;
+    return rows <= forms[m->format].streamed && (scales_sums(m->format) || rows * 2 * m->in <= INPUTS);
 }
 
 /* Whole bytes are multiplied without a shift back, so that they can be part of an address. */

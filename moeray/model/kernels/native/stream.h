@@ -4,11 +4,13 @@
    next, while the inputs stay in the nearest cache. The bits are those of sums.h and digits.h: each sum takes the same
    products in the same order, or whole numbers. */
 
-/* The weight row that is fetched during row n: so many bytes later, of this tile or the next. */
-INLINE const uint8_t *FN(fetched)(const Row *w, int64_t n, int64_t bytes, Ahead ahead) {
+/* What is fetched while `bytes` of weight row n, from byte `at` on, of `end`: what comes so many bytes later, of this tile
+   or the next. */
+INLINE const uint8_t *FN(fetched)(const Row *w, int64_t n, int64_t at, int64_t bytes, int64_t end, Ahead ahead) {
     const int64_t fit = DISTANCE / bytes, later = n + (fit < 1 ? 1 : fit < TILE ? fit : TILE);
-    if (later < TILE) return w[later].data;
-    return ahead.count ? ahead.rows[later - TILE].data : w[n].data;
+    if (later < TILE) return w[later].data + at;
+    if (at + bytes < end) return w[later - TILE].data + at + bytes;
+    return ahead.count ? ahead.rows[later - TILE].data : w[n].data + at;
 }
 
 /* Sums of all TILE weight rows -> folds. A fold takes those of weight rows that are APIECE apart. */
@@ -24,7 +26,7 @@ INLINE void FN(stream_pairs)(const int rows, const Matrix *m, const Row *w, cons
     const int64_t bytes = bytes_of(PAIRS, m->in);
     FN(wide) sums[TILE / OUTS][STREAMED * OUTS];
     for (int64_t n = 0; n < TILE; n++) {
-        const uint8_t *weights = w[n].data, *next = FN(fetched)(w, n, bytes, ahead);
+        const uint8_t *weights = w[n].data, *next = FN(fetched)(w, n, 0, bytes, bytes, ahead);
         __m512 s[STREAMED];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) s[r] = _mm512_setzero_ps();
@@ -40,6 +42,65 @@ INLINE void FN(stream_pairs)(const int rows, const Matrix *m, const Row *w, cons
     }
     FN(fold_all)(rows, sums, folds);
 }
+
+/* Sums of `rows` rows of inputs with a block of FP8. From two addresses all rows are in reach: those of the first four and
+   of the others, `step` and 3 of it. */
+INLINE void FN(stream_block)(const int rows, Row w, const char *x, const char *upper, int64_t step, int64_t step3,
+                             __m512 *s) {
+    __m512i v[2];
+    FN(decode_pairs)(FP8_PAIRS, w, v);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            const char *row = (r < 4 ? x : upper) + (r % 4 == 3 ? step3 : r % 4 * step) + 64 * j;
+            s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)LOAD(__m512i, row), (__m512bh)v[j]);
+        }
+}
+
+/* So many inputs at a time, whole spans of them, that those of all rows stay in the nearest cache. */
+INLINE int64_t FN(part_of)(int64_t rows, int64_t in, int64_t span) {
+    const int64_t fit = INPUTS / (2 * rows) / span * span;
+    return in * 2 * rows <= INPUTS ? in : fit ? fit : span;
+}
+
+/* As FN(dot_scaled), of FP8. */
+INLINE void FN(stream_scaled)(const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step, Ahead ahead,
+                              FN(vec) *folds) {
+    const int64_t span = (int64_t)1 << m->in_shift, part = FN(part_of)(rows, m->in, span);
+    int64_t step3 = 3 * x_step;
+    FN(wide) sums[TILE / OUTS][STREAMED * OUTS];
+    __asm__("" : "+r"(step3)); /* or compilers reckon each row's address anew */
+    for (int64_t begin = 0; begin < m->in; begin += part)
+        for (int64_t n = 0; n < TILE; n++) {
+            Row at = FN(at)(FP8_PAIRS, m, w[n], begin);
+            const uint8_t *last = at.data + (begin + part < m->in ? part : m->in - begin);
+            const uint8_t *next = FN(fetched)(w, n, begin, last - at.data, m->in, ahead);
+            const char *in = x + 2 * begin, *upper = in + 4 * x_step;
+            FN(wide) *mine = sums[n % APIECE] + n / APIECE;
+            FN(vec) totals[STREAMED];
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) totals[r] = begin ? mine[r * OUTS].part[0] : (FN(vec)){0};
+            for (; at.data < last; at.scale += sizeof(float)) {
+                const uint8_t *to = last - at.data > span ? at.data + span : last;
+                __m512 s[STREAMED];
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++) s[r] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+                for (; at.data < to; at.data += 64, next += 64, in += 128, upper += 128) {
+                    __asm__("" : "+r"(in), "+r"(upper));
+                    __builtin_prefetch(next, 0, FETCH_TO);
+                    FN(stream_block)(rows, at, in, upper, x_step, step3, s);
+                }
+                const FN(vec) scale = (FN(vec))_mm512_set1_ps(LOAD(float, at.scale));
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++) totals[r] = FN(scaled)(totals[r], (FN(vec))s[r], scale);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) mine[r * OUTS].part[0] = totals[r];
+        }
+    FN(fold_all)(rows, sums, folds);
+}
 #endif
 
 #if HAS_DIGITS
@@ -50,7 +111,7 @@ INLINE void FN(stream_digits)(const int rows, const Matrix *m, const Row *w, con
     const char *ends = x + 2 * padded(INT8_DIGITS, m->in);
     FN(wide) sums[TILE / OUTS][STREAMED * OUTS];
     for (int64_t n = 0; n < TILE; n++) {
-        const uint8_t *weights = w[n].data, *next = FN(fetched)(w, n, m->in, ahead);
+        const uint8_t *weights = w[n].data, *next = FN(fetched)(w, n, 0, m->in, m->in, ahead);
         uint8_t filler[FILLER];
         u32x16 high[STREAMED], low[STREAMED];
         if (whole < m->in) FN(filled)(INT8_DIGITS, m, w[n], whole, filler);
@@ -79,20 +140,29 @@ INLINE void FN(stream_digits)(const int rows, const Matrix *m, const Row *w, con
 }
 #endif
 
-/* A function for each number of rows. */
-#define STREAM(what, rows)                                                                                             \
-    static NOINLINE void FN(stream_##what##_##rows)(const Matrix *m, const Row *w, const char *x, int64_t x_step,      \
+/* A function for each kind and number of rows. */
+#define STREAM(kind, rows)                                                                                             \
+    static NOINLINE void FN(stream_##kind##_##rows)(const Matrix *m, const Row *w, const char *x, int64_t x_step,      \
                                                     Ahead ahead, FN(vec) *folds) {                                     \
-        FN(stream_##what)(rows, m, w, x, x_step, ahead, folds);                                                        \
+        FN(stream_##kind)(rows, m, w, x, x_step, ahead, folds);                                                        \
     }
-#define STREAMS(what) STREAM(what, 1) STREAM(what, 2) STREAM(what, 3) STREAM(what, 4)
-#define STREAM_NAMES(what)                                                                                             \
-    {FN(stream_##what##_1), FN(stream_##what##_2), FN(stream_##what##_3), FN(stream_##what##_4)}
+#define STREAM_NAME(kind, rows) FN(stream_##kind##_##rows),
+#define UP_TO_4(EACH, kind) EACH(kind, 1) EACH(kind, 2) EACH(kind, 3) EACH(kind, 4)
+#define UP_TO_8(EACH, kind) UP_TO_4(EACH, kind) EACH(kind, 5) EACH(kind, 6) EACH(kind, 7) EACH(kind, 8)
 #if HAS_PAIRS
-STREAMS(pairs)
-static const FN(Dot) FN(streamed_pairs)[STREAMED] = STREAM_NAMES(pairs);
+UP_TO_4(STREAM, pairs)
+UP_TO_8(STREAM, scaled)
 #endif
 #if HAS_DIGITS
-STREAMS(digits)
-static const FN(Dot) FN(streamed_digits)[STREAMED] = STREAM_NAMES(digits);
+UP_TO_4(STREAM, digits)
 #endif
+static const FN(Dot) FN(streamed)[][STREAMED] = {
+#if HAS_PAIRS
+    [PAIRS] = {UP_TO_4(STREAM_NAME, pairs)},
+    [FP8_PAIRS] = {UP_TO_8(STREAM_NAME, scaled)},
+#endif
+#if HAS_DIGITS
+    [INT8_DIGITS] = {UP_TO_4(STREAM_NAME, digits)},
+#endif
+    [F32] = {0},
+};

@@ -160,36 +160,27 @@ INLINE void FN(sum_up)(const int format, const int rows, const Matrix *m, const 
 }
 
 #if HAS_PAIRS
-/* Of OUTS sums the quarters, then what is left of them added, until four of all share one vector, in turns: a tree of
-   instructions that take little from multiplying. */
-INLINE __m512 FN(mix)(const FN(wide) *sums) {
-    __m512d s[2];
-    for (int i = 0; i < 2; i++) {
-        const __m512 a = (__m512)sums[2 * i].part[0], b = (__m512)sums[2 * i + 1].part[0];
-        s[i] = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
-    }
-    return (__m512)_mm512_unpacklo_pd(s[0], s[1]) + (__m512)_mm512_unpackhi_pd(s[0], s[1]);
+/* 16 parts of a sum over inputs that share a scale, to those of the whole. */
+INLINE FN(vec) FN(scaled)(FN(vec) total, FN(vec) sum, FN(vec) scale) {
+    return (FN(vec))_mm512_fmadd_ps((__m512)sum, (__m512)scale, (__m512)total);
 }
 
-/* The scales of OUTS sums, in turns. */
-INLINE __m512 FN(scales)(const int format, const Matrix *m, const Row *w, int64_t k) {
-    float each[OUTS];
-    for (int n = 0; n < OUTS; n++) each[n] = LOAD(float, FN(at)(format, m, w[n * APIECE], k).scale);
-    return _mm512_broadcast_f32x4(_mm_setr_ps(each[0], each[1], each[2], each[3]));
-}
-
-/* Sums over inputs that share scales are mixed, scaled and added; a fold for each row, TILE / OUTS folds apart. */
+/* Sums over inputs that share scales are scaled and added; a fold for each row, TILE / OUTS folds apart. */
 INLINE void FN(dot_scaled)(const int format, const int rows, const Matrix *m, const Row *w, const char *x,
                            int64_t x_step, Ahead ahead, FN(vec) *folds) {
-    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const int64_t span = (int64_t)1 << m->in_shift;
-    __m512 totals[MOST] = {{0}};
+    FN(wide) totals[MOST * OUTS] = {{{{0}}}};
     for (int64_t k = 0; k < m->in; k += span) {
         FN(wide) sums[MOST * OUTS];
         FN(sum_up)(format, rows, m, w, x, x_step, k, k + span < m->in ? k + span : m->in, 0, ahead, sums);
-        const __m512 scales = FN(scales)(format, m, w, k);
-        for (int r = 0; r < rows; r++) totals[r] += FN(mix)(sums + r * OUTS) * scales;
+        for (int n = 0; n < OUTS; n++) {
+            const FN(vec) scale = (FN(vec)){0} + LOAD(float, FN(at)(format, m, w[n * APIECE], k).scale);
+            for (int r = 0; r < rows; r++) {
+                FN(vec) *total = &totals[r * OUTS + n].part[0];
+                *total = FN(scaled)(*total, sums[r * OUTS + n].part[0], scale);
+            }
+        }
     }
-    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = (FN(vec))_mm512_permutexvar_ps(in_order, totals[r]);
+    for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS)] = FN(fold)(totals + r * OUTS);
 }
 #endif

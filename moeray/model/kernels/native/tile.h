@@ -66,17 +66,6 @@ static const FN(Dot) FN(dot_of)[][MOST] = {MULTIPLIED(DOT_NAMES)};
 
 #include "stream.h"
 
-/* Those for so many rows. */
-static const FN(Dot) *FN(dots_for)(const Matrix *m, int64_t rows) {
-#if HAS_PAIRS
-    if (streams(m, rows) && m->format == PAIRS) return FN(streamed_pairs);
-#endif
-#if HAS_DIGITS
-    if (streams(m, rows) && m->format == INT8_DIGITS) return FN(streamed_digits);
-#endif
-    return FN(dot_of)[m->format];
-}
-
 /* A row's weights of inputs [from, to), decoded; `from` begins a block. */
 typedef void (*FN(Unpack))(const Matrix *m, Row w, int64_t from, int64_t to, char *decoded);
 #define UNPACK(format)                                                                                                 \
@@ -104,7 +93,7 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
                      Ahead ahead, f32x16 *out, char *decoded) {
     const Matrix dense = {.format = forms[m->format].decoded, .in = padded(m->format, m->in), .in_shift = m->in_shift};
     f32x16 scale = SPLAT(1), term = LOAD(f32x16, bias);
-    FN(vec) folds[MOST * (TILE / OUTS)];
+    FN(vec) folds[STREAMED * (TILE / OUTS)];
     Row rows[TILE];
     if (in_int8(m->format))
         for (int n = 0; n < TILE; n++) scale[n] = LOAD(float, w[n].scale);
@@ -116,13 +105,14 @@ static void FN(tile)(const Matrix *m, const Row *w, const float *bias, const cha
         }
         m = &dense, w = rows;
     }
-    const int64_t groups = FN(groups_for)(count);
-    const FN(Dot) *dots = FN(dots_for)(m, count);
+    const int streamed = streams(m, count);
+    const int64_t groups = streamed ? 1 : FN(groups_for)(count);
+    const FN(Dot) *dots = streamed ? FN(streamed)[m->format] : FN(dot_of)[m->format];
     ahead.near = LANES == 16 && groups == 1 && m != &dense;
     for (int64_t g = 0; g < groups; g++) {
         int64_t few = (count + groups - g - 1) / (groups - g);
         dots[few - 1](m, w, x, x_step, FN(share)(ahead, g, groups), folds);
-        if (ahead.near && ahead.count && !streams(m, few)) FN(fetch_meanwhile)(ahead);
+        if (ahead.near && ahead.count && !streamed) FN(fetch_meanwhile)(ahead);
         for (int64_t r = 0; r < few; r++) {
             FN(vec) sums[PARTS];
             for (int p = 0; p < PARTS; p++) sums[p] = FN(unite)(folds + r * (TILE / OUTS) + p * APIECE);
