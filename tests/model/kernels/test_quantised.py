@@ -64,7 +64,10 @@ def decoded(weight, dtype):
 
 
 WEIGHTS = [
-    *((random_fp8, size) for size in [(128, 256), (192, 576), (576, 192), (200, 72), (33, 600), (7, 40), (20, 7168), (33, 2368)]),
+    *(
+        (random_fp8, size)
+        for size in [(128, 256), (192, 576), (576, 192), (200, 72), (33, 600), (7, 40), (20, 7168), (33, 2368)]
+    ),
     *((random_mxfp4, size) for size in [(128, 256), (40, 32), (33, 96), (7, 2880), (64, 192), (20, 8192)]),
     (lambda *size: random_fp8(*size, block=(32, 16)), (72, 40)),
     (lambda *size: random_fp8(*size, block=(64, 64)), (72, 200)),
