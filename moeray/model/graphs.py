@@ -51,6 +51,7 @@ def capturing(device: torch.device) -> Callable[[Callable[[], Tensor]], Recordin
         calling = torch.cuda.current_stream(device)
         stream.wait_stream(calling)
         with torch.cuda.stream(stream):  # the default stream cannot be captured
+            function()  # what is compiled or loaded for these very inputs cannot be while it is captured
             recording = capture(function, lambda: CudaGraph(pool))
         calling.wait_stream(stream)
         return recording

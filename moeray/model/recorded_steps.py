@@ -86,9 +86,13 @@ class RecordedSteps:
         inputs = _Inputs.allocate(len(token_ids_T), blocks, token_ids_T.device)
         inputs.write(token_ids_T, position_ids_T, step, decodes)
         rows_T = torch.arange(len(token_ids_T), device=token_ids_T.device)
-        kept = inputs.step(step, rows_T, decodes.block_size)
+
+        def compute() -> Tensor:
+            like = inputs.step(step, rows_T, decodes.block_size)  # anew: it keeps what was worked out of its inputs
+            return self._compute(inputs.token_ids_T, inputs.position_ids_T, like, rows_T)
+
         try:
-            recording = self._record(lambda: self._compute(inputs.token_ids_T, inputs.position_ids_T, kept, rows_T))
+            recording = self._record(compute)
         except UnrepeatableError as error:
             log.warning("decode steps are computed anew each time, slower: %s", error)
             self.is_on = False
