@@ -2,8 +2,8 @@
 
 The ring is a sealed memfd: it has no name, so a kill leaves nothing behind, and nobody can shrink it under its reader.
 Its first page holds one number, how far the receiver is done; how far the sender has written travels in the frames.
+Behind it is room for the same of a second ring, whose bytes lie on a device (`device_rings.py`).
 Each side's own numbers are a `Ring`, which the compiled part of the wire reads and writes too.
-Positions only grow: position p lies at byte p % capacity. Each side mistrusts what the other writes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from ctypes import c_uint64
 
 import numpy as np
 
-from moeray.buffers import ALIGN, Bytes, aligned
+from moeray.buffers import Bytes, aligned
 from moeray.errors import WireError
 from moeray.wire.lane import Ring
+from moeray.wire.positions import hold, release, reserve
 
 _PAGE = mmap.PAGESIZE
+_SECOND = 128
+"""Bytes from the first ring's number to the second's: lines of a CPU's cache are fetched in pairs."""
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -46,16 +48,7 @@ class RingWriter:
 
         Raises WireError when the receiver claims to have read what was never written.
         """
-        self.ring.done = self._read_progress()
-        position = self.ring.head
-        empty = self.ring.done == position
-        if empty or position % self.capacity + size > self.capacity:
-            # An empty ring, too, starts over at its first byte, which is still in the caches.
-            position = -(-position // self.capacity) * self.capacity
-        if empty:
-            self.ring.start = position
-        room = max(self.ring.done, self.ring.start) + self.capacity - position
-        return position if size <= room else None
+        return reserve(self.ring, size)
 
     def write(self, position: int, chunks: list[memoryview]) -> None:
         """Copy the chunks to a reserved position, each padded to 64 bytes."""
@@ -80,11 +73,10 @@ class RingWriter:
         if self.ring.head == position + size:
             self.ring.head = position
 
-    def _read_progress(self) -> int:
-        done = c_uint64.from_address(self.ring.progress).value
-        if not self.ring.done <= done <= self.ring.head:
-            raise WireError("the peer claims to have read shared memory that was never written; the channel is closed")
-        return done
+    @property
+    def second_progress(self) -> int:
+        """Address of the number for a second ring, in the same page: how far the receiver is done with that."""
+        return self.ring.progress + _SECOND
 
 
 class RingReader:
@@ -99,20 +91,16 @@ class RingReader:
 
     def hold(self, position: int, size: int) -> int:
         """The byte offset in `memory` of a payload, which stays until `release`. Raises WireError outside the ring."""
-        at = position % self.capacity
-        # The sender skips what is left before the ring's end, so a position may be up to two rings ahead.
-        ahead = position - self.ring.done
-        if not 0 <= ahead <= 2 * self.capacity or position % ALIGN or at + size > self.capacity:
-            raise WireError(f"the peer names shared memory outside its ring ({position}, {size} bytes)")
-        self.ring.head = position + size
-        return at
+        return hold(self.ring, position, size)
 
     def release(self) -> None:
         """Give the last payload's bytes back to the sender."""
-        ring = self.ring
-        if ring.head != ring.done:
-            ring.done = ring.head
-            c_uint64.from_address(ring.progress).value = ring.done
+        release(self.ring)
+
+    @property
+    def second_progress(self) -> int:
+        """See `RingWriter`."""
+        return self.ring.progress + _SECOND
 
 
 def _map(fd: int, size: int) -> tuple[Bytes, Ring]:
