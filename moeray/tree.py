@@ -41,6 +41,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return build(hint, {} if value is None else value, f"{key}.")  # all that stood under the key is commented out
     if origin is Literal:
+        if isinstance(value, bool):  # YAML takes on and off, without quotes, for true and false
+            value = "on" if value else "off"
         if value not in args:
             raise ConfigError(f"config key {key}: must be one of {', '.join(map(str, args))}, got {value!r}")
         return value

@@ -53,6 +53,9 @@ def test_defaults_survive_a_round_trip():
         ({"serve": {"api_key": "secret\n"}}, ["serve.api_key", "white space"]),
         ({"serve": {"allowed_origins": ["a.example"]}}, ["serve.allowed_origins", "a.example"]),
         ({"wire": {"tls_cert": "x"}}, ["tls_key"]),
+        ({"wire": {"device_rows": "maybe"}}, ["wire.device_rows", "auto, on, off"]),
+        ({"wire": {"device_rows": "on", "shared_memory_bytes": 0}}, ["wire.device_rows", "wire.shared_memory_bytes"]),
+        ({"experts": {"kernel": True}}, ["experts.kernel", "auto"]),
         ({"serve": {"port": 70000}}, ["serve.port"]),
         ({"control": {"schedule": [{"cron": "0 8 * *"}]}}, ["control.schedule.cron", "5 fields"]),
         ({"control": {"schedule": [{"cron": "0 25 * * *"}]}}, ["control.schedule.cron", "hour"]),
@@ -72,6 +75,14 @@ def test_a_wrong_key_or_value_is_named(tree, words):
         config_from(tree)
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("written", "read"), [("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto")])
+def test_on_and_off_are_words_with_quotes_or_without(tmp_path, written, read):
+    path = tmp_path / "moeray.yaml"
+    path.write_text(f"wire: {{device_rows: {written}}}\nengine: {{overlap: {written}}}\n")
+    config = load_config(path, {})
+    assert (config.wire.device_rows, config.engine.overlap) == (read, read)
 
 
 def test_a_section_with_nothing_under_it_is_that_of_the_defaults(tmp_path, monkeypatch):

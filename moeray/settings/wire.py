@@ -8,6 +8,10 @@ from typing import Literal
 from moeray.tree import require
 
 Remote = Literal["auto", "tcp", "grpc", "both", "off"]
+DeviceRows = Literal["auto", "on", "off"]
+
+RING_FROM = 4 << 10
+"""Smaller rings are none, and payloads of fewer bytes go through the socket."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,10 @@ class WireConfig:
     through; `auto` is grpc where TLS is configured and else tcp. `both` listens for either and dials tcp first, to go
     over from one to the other; `off`: all actors are on one node.
 
+    `device_rows`: rows between a router and an expert actor on GPUs of one node stay in their memory (CUDA IPC):
+    `auto` where a self-check of the channel says that they can, else through the host's memory; `on`: an actor with a
+    GPU to which they cannot is not spoken to; `off`. Each channel takes `shared_memory_bytes` of it, each way.
+
     `send_timeout_s` bounds one send to a peer that does not read, `handshake_timeout_s` the wait for a peer's proof,
     and `max_channels` the channels that one listener serves at once (of each kind).
     """
@@ -27,6 +35,7 @@ class WireConfig:
     max_header_bytes: int = 8 << 20
     max_payload_bytes: int = 1 << 30
     shared_memory_bytes: int = 32 << 20
+    device_rows: DeviceRows = "auto"
     deadline_s: float = 60.0
     send_timeout_s: float = 10.0
     handshake_timeout_s: float = 5.0
@@ -44,6 +53,11 @@ class WireConfig:
             require(1 << 16 <= getattr(self, key) < 1 << 32, f"wire.{key}", "must be at least 64 KiB and below 4 GiB")
         fits = 0 <= self.shared_memory_bytes < 1 << 40
         require(fits, "wire.shared_memory_bytes", "must be 0 (no shared memory) or more, and below 1 TiB")
+        has_rings = self.shared_memory_bytes >= RING_FROM
+        require(
+            has_rings or self.device_rows != "on", "wire.device_rows",
+            "is on, which needs shared memory; set wire.shared_memory_bytes to 4096 or more",
+        )  # fmt: skip
         plain = self.remote in ("tcp", "both")
         require(
             not (plain and self.tls_cert), "wire.remote", f"is {self.remote}, which is not encrypted; use grpc or auto"

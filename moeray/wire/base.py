@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from moeray.settings.wire import WireConfig
 from moeray.wire.frame import Frame, Limits
 from moeray.wire.row_message import Place, RowMessage
+
+if TYPE_CHECKING:
+    from moeray.wire.device_rings import DeviceRings
 
 # Before its proof a peer may send one small header and no payload.
 UNAUTHENTICATED = Limits(max_header_bytes=4096, max_payload_bytes=0)
@@ -37,6 +40,11 @@ class Channel(Protocol):
     def lane(self) -> int:
         """Address of the end's `Lane`, where the compiled part may send and take rows on its own; 0 where it may not.
         It stays valid as long as the channel object."""
+
+    @property
+    def device(self) -> DeviceRings | None:
+        """Rings on a device that rows may go by (`device_rows.py`), where both sides have them; closed with the
+        channel."""
 
     @property
     def room(self) -> int:

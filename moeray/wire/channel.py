@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from moeray.errors import WireError
 from moeray.settings.wire import WireConfig
@@ -16,11 +17,17 @@ from moeray.wire.socket_channel import SocketChannel
 from moeray.wire.tcp import dial_tcp
 from moeray.wire.unix_dial import dial_unix
 
+if TYPE_CHECKING:
+    from moeray.wire.device_side import DeviceSide
+
 __all__ = ["Channel", "Listener", "connect"]
 
 
-def connect(address: Address, identity: Identity, wire: WireConfig, *, timeout: float) -> Channel:
-    """A proven channel to the actor at `address`: unix socket within the node, TCP or gRPC across nodes.
+def connect(
+    address: Address, identity: Identity, wire: WireConfig, *, timeout: float, side: DeviceSide | None = None
+) -> Channel:
+    """A proven channel to the actor at `address`: unix socket within the node, TCP or gRPC across nodes. With a `side`,
+    rows stay on the device where the actor has one of the same node, too.
 
     Raises AuthenticationError for another token, model or version; ChannelClosedError where nobody listens;
     ChannelTimeoutError after `timeout` seconds; WireError where the address has no way of the kind that is needed.
@@ -28,7 +35,7 @@ def connect(address: Address, identity: Identity, wire: WireConfig, *, timeout: 
     deadline = monotonic() + timeout
     channel = _dial(address, identity.node_id, wire, timeout)
     try:
-        introduce(channel, Connector(identity, address.actor_id), wire, deadline)
+        introduce(channel, Connector(identity, address.actor_id), wire, deadline, side)
     except BaseException:
         channel.close()
         raise

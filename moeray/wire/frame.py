@@ -52,6 +52,7 @@ class Op(IntEnum):
     PONG = 11
     STATS = 12
     GOODBYE = 13
+    DEVICE = 14
 
 
 _OPS = {int(op): op for op in Op}

@@ -7,6 +7,9 @@
 
 A proof is an HMAC-SHA256 by the cluster token over the prover's role and everything that both sides said, both nonces
 included: it cannot be replayed in another handshake nor reflected to its maker. The version is in every frame's header.
+
+Both greetings say whether their side has a device whose memory rows may lie in (`devices`). That is no part of the
+proof: it only says what the two speak of next (`device_greeting.py`), after it.
 """
 
 from __future__ import annotations
@@ -40,6 +43,10 @@ def _proof(token: bytes, role: str, said: list[Any]) -> bytes:
     return hmac.digest(token, transcript, "sha256")
 
 
+def _devices(has: bool) -> dict[str, bool]:
+    return {"devices": True} if has else {}
+
+
 def _text(meta: Mapping[str, Any], key: str) -> str:
     value = meta.get(key)
     if type(value) is not str or len(value) > 512:
@@ -56,16 +63,19 @@ def _bytes(meta: Mapping[str, Any], key: str) -> bytes:
 
 @dataclass
 class Connector:
-    """The side that dials `expected`, an actor id."""
+    """The side that dials `expected`, an actor id. `peer_has_devices`: what its WELCOME has said."""
 
     identity: Identity
     expected: str
     nonce: bytes = field(default_factory=lambda: secrets.token_bytes(NONCE_BYTES))
+    devices: bool = False
+    peer_has_devices: bool = False
 
     def hello(self) -> Frame:
         """The first frame."""
         me = self.identity
-        return Frame(Op.HELLO, meta={"actor": me.actor_id, "fingerprint": me.fingerprint, "nonce": self.nonce})
+        meta = {"actor": me.actor_id, "fingerprint": me.fingerprint, "nonce": self.nonce}
+        return Frame(Op.HELLO, meta=meta | _devices(self.devices))
 
     def prove(self, reply: Frame) -> Frame:
         """The PROOF that answers a WELCOME. Raises AuthenticationError, ChannelClosedError for a full peer."""
@@ -83,16 +93,20 @@ class Connector:
             raise AuthenticationError(f"{actor} answered at the address of {self.expected}; refresh the placement")
         if fingerprint != me.fingerprint:
             raise _other_model(self.expected)
+        self.peer_has_devices = reply.meta.get("devices") is True
         return Frame(Op.PROOF, meta={"nonce": nonce, "proof": _proof(me.token, CONNECTOR, said)})
 
 
 @dataclass
 class Acceptor:
-    """The side that listens. `peer` is the connector's actor id once `check` has returned it."""
+    """The side that listens. `peer` is the connector's actor id once `check` has returned it; `peer_has_devices`: what
+    its HELLO has said."""
 
     identity: Identity
     nonce: bytes = field(default_factory=lambda: secrets.token_bytes(NONCE_BYTES))
     said: list[Any] = field(default_factory=list)
+    devices: bool = False
+    peer_has_devices: bool = False
 
     def welcome(self, hello: Frame) -> Frame:
         """The WELCOME that answers a HELLO. Raises AuthenticationError."""
@@ -109,7 +123,8 @@ class Acceptor:
             "nonce": self.nonce,
             "proof": _proof(me.token, ACCEPTOR, self.said),
         }
-        return Frame(Op.WELCOME, meta=meta)
+        self.peer_has_devices = hello.meta.get("devices") is True
+        return Frame(Op.WELCOME, meta=meta | _devices(self.devices))
 
     def check(self, proof: Frame) -> str:
         """The connector's actor id, if its PROOF holds. Raises AuthenticationError."""

@@ -27,6 +27,7 @@ from moeray.wire.tcp import TCP, listen_tcp
 from moeray.wire.unix_dial import UNIX, check_path, is_listened_at
 
 if TYPE_CHECKING:
+    from moeray.wire.device_side import DeviceSide
     from moeray.wire.grpc_server import GrpcServer
 
 _log = logging.getLogger(__name__)
@@ -38,10 +39,13 @@ class Listener:
     """Runs `handler(channel)` in a thread of its own for each peer that has proven itself; the channel ends with it."""
 
     def __init__(
-        self, identity: Identity, wire: WireConfig, handler: Callable[[Channel], None], socket_dir: Path
-    ) -> None:
+        self, identity: Identity, wire: WireConfig, handler: Callable[[Channel], None], socket_dir: Path,
+        side: DeviceSide | None = None,
+    ) -> None:  # fmt: skip
+        """`side`: for rows that stay on a device, see `connect`."""
         self._identity = identity
         self._wire = wire
+        self._side = side
         self._path = Path(socket_dir) / (re.sub(r"[^A-Za-z0-9._-]", "_", identity.actor_id) + ".sock")
         self._guests = Guests(handler, wire.max_channels)
         self._inode = 0
@@ -108,7 +112,7 @@ class Listener:
 
     def _host(self, channel: SocketChannel) -> None:
         try:
-            if not receive(channel, self._identity, self._wire, self._guests):
+            if not receive(channel, self._identity, self._wire, self._guests, self._side):
                 channel.close()
                 return
         except WireError as error:

@@ -61,6 +61,11 @@ class Receiver:
         self._use(new_buffer(_BUFFER_BYTES if self._reader else _WHOLE_BYTES))
         self._lane.join(None, self._reader.ring if self._reader else None)
 
+    @property
+    def ring(self) -> RingReader | None:
+        """The peer's shared memory."""
+        return self._reader
+
     def _take_ring(self, deadline: float) -> None:
         self._set_wait(max(deadline - monotonic(), 1e-3))
         who = self._connection.who

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from moeray.buffers import aligned
 from moeray.errors import ChannelClosedError, ChannelTimeoutError, WireError
+from moeray.settings.wire import RING_FROM
 from moeray.wire.base import UNAUTHENTICATED
 from moeray.wire.connection import Connection
 from moeray.wire.frame import INLINE, Frame, Limits, chunks_of, inline_buffers, pack_head
@@ -24,7 +25,7 @@ from moeray.wire.row_message import Place, RowMessage, native
 
 _M = TypeVar("_M")
 
-RING_THRESHOLD = 4 << 10
+RING_THRESHOLD = RING_FROM
 
 _MESSAGE_BYTES = 48 << 10
 _WHOLE_BYTES = 1 << 20
@@ -83,6 +84,11 @@ class Sender:
                 f"no shared memory of {ring_bytes} bytes for {self._connection.who} ({error.strerror}); "
                 "raise `ulimit -n` or lower wire.shared_memory_bytes"
             ) from error
+
+    @property
+    def ring(self) -> RingWriter | None:
+        """This side's shared memory."""
+        return self._writer
 
     @property
     def room(self) -> int:

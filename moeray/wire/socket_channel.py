@@ -10,12 +10,18 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from moeray.errors import WireError
 from moeray.wire.base import T
 from moeray.wire.connection import Carrier, Connection
 from moeray.wire.frame import Limits
 from moeray.wire.receiver import Receiver
+from moeray.wire.ring import RingReader, RingWriter
 from moeray.wire.sender import RING_THRESHOLD, Sender
+
+if TYPE_CHECKING:  # it is of torch, which an endpoint has none of
+    from moeray.wire.device_rings import DeviceRings
 
 __all__ = ["RING_THRESHOLD", "SocketChannel"]
 
@@ -33,6 +39,7 @@ class SocketChannel:
         self._receiver = Receiver(self._connection)
         self._close_lock = threading.Lock()
         self._released = False
+        self.device: DeviceRings | None = None
         # Bound here, they cost a frame no further call.
         self.send = self._sender.send
         self.send_rows = self._sender.send_rows
@@ -72,6 +79,22 @@ class SocketChannel:
         return self.kind == "unix"
 
     @property
+    def host_rings(self) -> tuple[RingWriter, RingReader]:
+        """This side's shared memory and the peer's, on a channel that was admitted with both."""
+        writer, reader = self._sender.ring, self._receiver.ring
+        if writer is None or reader is None:
+            raise WireError(f"{self.peer} shares no memory; set wire.shared_memory_bytes alike on both sides")
+        return writer, reader
+
+    def use_device(self, rings: DeviceRings) -> None:
+        """Rows may go by these rings, which are closed with the channel: at once, where that is closed."""
+        with self._close_lock:
+            if not self._released:
+                self.device = rings
+                return
+        rings.close()
+
+    @property
     def lane(self) -> int:
         """See `Channel.lane`."""
         return self._connection.open_lane
@@ -103,4 +126,7 @@ class SocketChannel:
                 self._sender.drop()
                 self._receiver.drop()
                 self._released = True
+            rings, self.device = self.device, None
+        if rings is not None:
+            rings.close()
         self._connection.carrier.hang_up()
