@@ -80,7 +80,7 @@ METRICS: dict[str, MetricSpec] = {
     "moeray_step_seconds": histogram("Duration of an engine step.", SECONDS),
     "moeray_dispatch_seconds": histogram("From sending an actor's rows to having their outputs.", MICRO, "hop"),
     "moeray_combine_seconds": histogram("Weighted sum of a layer's outputs.", MICRO),
-    "moeray_dispatch_rows_total": counter("Rows whose outputs came back, by hop (unix, tcp, grpc).", "hop"),
+    "moeray_dispatch_rows_total": counter("Rows whose outputs came back, by hop (unix, tcp, grpc, device).", "hop"),
     "moeray_dispatch_bytes_total": counter("Tensor bytes sent to experts and received from them.", "hop", "direction"),
     "moeray_dispatch_retries_total": counter("Rows sent again after a loss, by reason.", "reason"),
     # -- expert groups
@@ -96,6 +96,9 @@ METRICS: dict[str, MetricSpec] = {
     "moeray_expert_hosted": gauge("Experts (replicas) that an actor hosts.", "group", "actor"),
     "moeray_actor_memory_bytes": gauge(
         "Resident memory of an actor's process, mapped weights included.", "kind", "group", "actor"
+    ),
+    "moeray_device_ring_bytes": gauge(
+        "A GPU's memory that an actor's channels hold for rows (`wire.device_rows`).", "kind", "group", "actor"
     ),
     # -- the controller
     "moeray_info": gauge("1; the labels say what runs.", "model_name", "version", "system"),

@@ -27,6 +27,8 @@ from moeray.recorder import Reading, Recorder, Snapshot
 from moeray.threads import BACKGROUND, apart, in_idle_time, wait_for_a_core
 from moeray.types import Address, ExpertId, Lifecycle
 from moeray.wire.channel import Channel, Listener
+from moeray.wire.device_memory import DeviceMemory
+from moeray.wire.device_side import device_side
 from moeray.wire.frame import Frame, Op
 
 log = logging.getLogger(__name__)
@@ -49,19 +51,22 @@ class ExpertActor(SystemActor):
 
     def __init__(
         self, spec: ActorSpec, node_id: str, *, on_stop: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, memory: DeviceMemory | None = None,
     ) -> None:  # fmt: skip
+        """`memory`: see `device_side`."""
         super().__init__(spec, node_id, clock)
+        wire = spec.config.wire
+        self._side = device_side(self._device, wire, memory)
         self._on_stop = on_stop
         self._recorder = Recorder(kind="expert", group=spec.group, actor=spec.actor_id)
-        self._figures = ExpertFigures(self._recorder)
+        self._figures = ExpertFigures(self._recorder, self._side)
         self._rows = RowServer(self._device, self._recorder)
         self._loading = threading.Lock()
         self._telling = threading.Lock()  # what is told later is never less
         self._bank: ExpertBank | None = None
         self._loaded = (0, 0)
-        wire = spec.config.wire
-        self._listener = Listener(spec.identity(node_id), wire, self._serve, runtime_dir(node_id, spec.system))
+        folder = runtime_dir(node_id, spec.system)
+        self._listener = Listener(spec.identity(node_id), wire, self._serve, folder, self._side)
         self._cores: Cores | None = None
         self._pins = self._device.type == "cpu" and spec.config.experts.pin_threads
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from moeray.actors.memory import Memory
 from moeray.recorder import Recorder
+from moeray.wire.device_side import DeviceSide
 
 
 class ExpertFigures:
-    """`recorder` labels an expert actor."""
+    """`recorder` labels an expert actor, which has this `side` of channels' rings on a device."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._memory = Memory(recorder)
+    def __init__(self, recorder: Recorder, side: DeviceSide | None) -> None:
+        self._memory = Memory(recorder, side)
         self._rows = recorder.counter("moeray_expert_rows_total")
         self._forwards = recorder.counter("moeray_expert_forwards_total")
         self._busy_seconds = recorder.counter("moeray_expert_busy_seconds_total")

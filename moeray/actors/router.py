@@ -39,6 +39,8 @@ from moeray.recorder import Reading, Recorder, Snapshot
 from moeray.threads import all_cores, apart
 from moeray.types import Address, Lifecycle
 from moeray.wire.channel import Channel, Listener, connect
+from moeray.wire.device_memory import DeviceMemory
+from moeray.wire.device_side import device_side
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +63,16 @@ class RouterActor(SystemActor):
 
     def __init__(
         self, spec: ActorSpec, node_id: str, *, on_stop: Callable[[], None] = _nothing,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, memory: DeviceMemory | None = None,
     ) -> None:  # fmt: skip
+        """`memory`: see `device_side`."""
         super().__init__(spec, node_id, clock)
+        self._side = device_side(self._device, spec.config.wire, memory)
         self._on_stop = on_stop
         self._recorder = Recorder(
             model_name=spec.config.served_model_name, kind="router", group=spec.group, actor=spec.actor_id
         )
-        self._memory = Memory(self._recorder)
+        self._memory = Memory(self._recorder, self._side)
         self._engine_figures = EngineFigures(self._recorder)
         self._requests = RequestFigures(self._recorder, Objectives.of(spec.config.control))
         self._identity = spec.identity(node_id)
@@ -141,10 +145,11 @@ class RouterActor(SystemActor):
             patience=self._loop.patience,
             on_loss=self._observers.lose,
             on_orphans=self._observers.push,
+            device=self._side.memory.device if self._side is not None else None,
         )
 
     def _connect(self, address: Address, seconds: float) -> Channel:
-        return connect(address, self._identity, self._spec.config.wire, timeout=seconds)
+        return connect(address, self._identity, self._spec.config.wire, timeout=seconds, side=self._side)
 
     def publish(
         self,

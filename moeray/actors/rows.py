@@ -20,6 +20,8 @@ from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
 from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
 from moeray.wire.channel import Channel
+from moeray.wire.device_rings import DeviceRings
+from moeray.wire.device_rows import KEY, Placed, brought, place
 from moeray.wire.frame import Frame, Op
 from moeray.wire.row_message import Place
 from moeray.wire.rows import Given, Result, check_forward
@@ -31,10 +33,11 @@ WARM_UP_ROWS = 8
 
 @dataclass(eq=False, slots=True)
 class _Forward:
-    """One frame's rows; `out_RD`, `placed` or `error` is what came of it. Times are of time.perf_counter.
+    """One frame's rows; `out_RD`, `placed`, `on_device` or `error` is what came of it. Times are of time.perf_counter.
 
     `given`: where the frame's tensors lie, if that is known. `place`: the channel's memory for so many bytes of
-    outputs, if it has any. `placed`: memory that begins with the outputs, where they are no tensor.
+    outputs, if it has any. `placed`: memory that begins with the outputs, where they are no tensor. `rings`: by which
+    the rows came on a device, where outputs go back; `on_device`: where these lie there.
     """
 
     frame: Frame
@@ -46,6 +49,8 @@ class _Forward:
     took: float = 0.0
     out_RD: Tensor | None = None
     placed: Place | None = None
+    rings: DeviceRings | None = None
+    on_device: Placed | None = None
     error: Exception | None = None
 
     @property
@@ -64,6 +69,13 @@ class _Forward:
         if self.given is not None and self.given.rows:
             token_of_row_R = torch.frombuffer(bytearray(self.given.token_of_row), dtype=torch.int64)
         return self.held, self.experts, self.counts, x_UD, token_of_row_R
+
+    def finish(self, out_RD: Tensor) -> None:
+        """These are the outputs, on the device that computed them: put them where they go out from."""
+        if self.rings is not None:
+            self.on_device = place(self.rings, len(out_RD), out_RD, lambda to_RD: to_RD.copy_(out_RD))
+        if self.on_device is None:
+            self.out_RD = out_RD.cpu()
 
     def fits(self, other: _Forward) -> bool:
         """Whether both can run as one."""
@@ -172,8 +184,9 @@ class RowServer:
             self._in_flight += 1
         try:
             try:
-                forward = self._forward(frame, channel)
-                self._answer(forward, channel)
+                with brought(frame, channel) as (whole, rings):
+                    forward = self._forward(whole, channel, rings)
+                    self._answer(forward, channel)
             except (ChannelClosedError, ChannelTimeoutError):
                 raise
             except Exception as error:  # also of outputs that are more than a frame may carry
@@ -189,9 +202,14 @@ class RowServer:
     def _answer(self, forward: _Forward, channel: Channel) -> None:
         channel.release()  # before the router, which takes this core when it hears the answer, sends more
         frame, placed, given, waited = forward.frame, forward.placed, forward.given, forward.began - forward.arrived
-        if placed is None or given is None:
+        if forward.rings is not None:
+            forward.rings.release()
+        meta = {"compute_s": forward.took, "queue_s": waited}
+        if forward.on_device is not None:
+            meta_there = meta | {KEY: list(forward.on_device)}
+            channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta_there))
+        elif placed is None or given is None:
             assert forward.out_RD is not None
-            meta = {"compute_s": forward.took, "queue_s": waited}
             channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (forward.out_RD,)))
         else:
             channel.send_rows(
@@ -201,12 +219,12 @@ class RowServer:
                 )
             )  # fmt: skip
 
-    def _forward(self, frame: Frame, channel: Channel) -> _Forward:
+    def _forward(self, frame: Frame, channel: Channel, rings: DeviceRings | None) -> _Forward:
         given = check_forward(frame)
         if self._bank is None:
             raise PlacementError("this actor hosts no experts yet")
         held = self._bank.hold(frame.layer, frame.meta["experts"])
-        forward = _Forward(frame, given, channel.place_outputs, held, time.perf_counter())
+        forward = _Forward(frame, given, channel.place_outputs, held, time.perf_counter(), rings=rings)
         self._run(forward)
         if forward.error is not None:
             raise forward.error
@@ -246,13 +264,16 @@ class RowServer:
                 first.took = time.perf_counter() - began
                 return
             outs = compute([forward.rows() for forward in batch], self._device)
+            for forward, out_RD in zip(batch, outs, strict=True):
+                forward.finish(out_RD)
+            _settle(batch)
         except Exception as error:  # each router is told, also those whose rows have only run along
             for forward in batch:
                 forward.error = error
             return
         took, rows = time.perf_counter() - began, sum(len(out_RD) for out_RD in outs)
         for forward, out_RD in zip(batch, outs, strict=True):
-            forward.out_RD, forward.began = out_RD, began
+            forward.began = began
             forward.took = took * len(out_RD) / max(rows, 1)
 
     def _compute_in_place(self, forward: _Forward) -> bool:
@@ -282,21 +303,29 @@ class RowServer:
         return {"kind": "failed", "message": message}
 
 
+def _settle(batch: list[_Forward]) -> None:
+    """Wait until the outputs that stay on the device are there."""
+    memories = {forward.rings.memory for forward in batch if forward.rings is not None and forward.on_device}
+    for memory in memories:
+        memory.settle()
+
+
 Rows = tuple[HeldExperts, list[int], list[int], Tensor, Tensor]
 """Experts, their numbers, rows of each, tokens [U, D] and each row's token [R], of one frame."""
 
 
 def compute(frames: list[Rows], device: torch.device) -> list[Tensor]:
-    """The outputs of each frame's rows on the CPU, [R, D]; the frames are of one layer and each expert runs once."""
+    """The outputs of each frame's rows on the device, [R, D]; the frames are of one layer and each expert runs once."""
     inputs = [x_UD.to(device)[token_of_row_R.to(device)] for _, _, _, x_UD, token_of_row_R in frames]
     held, _, counts, _, _ = frames[0]
     if len(frames) == 1:
-        return [held(inputs[0], counts).cpu()]
+        return [held(inputs[0], counts)]
     expert_R = torch.cat([torch.tensor(e).repeat_interleave(torch.tensor(c)) for _, e, c, _, _ in frames])
     order = expert_R.argsort(stable=True)
     _, merged = torch.unique_consecutive(expert_R[order], return_counts=True)
     every = held.with_those_of(other for other, _, _, _, _ in frames[1:])
-    sorted_RD = every(torch.cat(inputs)[order.to(device)], merged.tolist()).cpu()
+    order = order.to(device)
+    sorted_RD = every(torch.cat(inputs)[order], merged.tolist())
     out_RD = torch.empty_like(sorted_RD)
     out_RD[order] = sorted_RD
     return list(torch.split(out_RD, [len(x_RD) for x_RD in inputs]))

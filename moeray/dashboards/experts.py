@@ -135,7 +135,8 @@ WAY = Row(
             unit="s",
         ),
         Panel(
-            "Rows by hop", "How do the rows go: by shared memory of the node (unix) or the network (tcp, grpc)?",
+            "Rows by hop",
+            "How do the rows go: by shared memory of the node (unix), a GPU's (device) or the network (tcp, grpc)?",
             (Query(rate("moeray_dispatch_rows_total", ("hop",)), "{{hop}}"),), unit="none", stacked=True,
         ),
         Panel(

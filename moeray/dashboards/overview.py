@@ -159,8 +159,13 @@ CAPACITY = Row(
             (Query(gauge("moeray_actors", ("kind", "state")), "{{kind}} {{state}}"),), unit="none", stacked=True,
         ),
         Panel(
-            "Memory of the actors", "How much memory does each process hold, mapped weights included?",
-            (Query(gauge("moeray_actor_memory_bytes", ("actor",)), "{{actor}}"),), unit="bytes",
+            "Memory of the actors",
+            "How much memory does each process hold, mapped weights included, and how much of a GPU's for rows?",
+            (
+                Query(gauge("moeray_actor_memory_bytes", ("actor",)), "{{actor}}"),
+                Query(f"{gauge('moeray_device_ring_bytes', ('actor',))} > 0", "{{actor}} for rows, GPU"),
+            ),
+            unit="bytes",
         ),
         Panel(
             "Cost per million tokens", "What do a million tokens cost, in the currency of price_per_hour?",

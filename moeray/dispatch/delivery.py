@@ -31,7 +31,7 @@ from moeray.recorder import Recorder
 from moeray.types import ExpertId
 from moeray.wire.channel import Channel
 from moeray.wire.frame import Frame, Op
-from moeray.wire.rows import Forward, put_rows
+from moeray.wire.rows import Forward
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +182,13 @@ class Delivery:
         frame_id = self.take_ids(1)
         sent = work.flight.dated(frame_id, share, channel, self._clock())
         channel.send_timeout_s = sent.allowed
+        epoch = self._view.now.epoch
+        if work.device is not None and work.device.send(channel, frame_id, work.layer, epoch, share):
+            return sent._replace(hop="device")
         channel.send_rows(
             Forward(
-                frame_id, work.layer, self._view.now.epoch, share.experts, share.counts,
-                work.x_TD, share.tokens, share.token_of_row,
+                frame_id, work.layer, epoch, share.experts, share.counts,
+                work.home_x_TD, share.tokens, share.token_of_row,
             )
         )  # fmt: skip
         return sent
@@ -196,7 +199,7 @@ class Delivery:
         """Take the answer that comes first, else that of the actor whose deadline ends first, and send again what did
         not come back."""
         self.check_wanted()
-        sent, compute_s = work.flight.first(work.out_TKD)
+        sent, compute_s = work.flight.first(work.out_TKD if work.device is None else None)
         if compute_s is not None:
             self._took(work, sent, compute_s)
         else:
@@ -237,14 +240,14 @@ class Delivery:
         share, compute_s = sent.share, frame.meta.get("compute_s", 0.0)
         if not isinstance(compute_s, float):
             raise WireError(f"expert actor {share.actor_id} answered with compute_s {compute_s!r}, which is no time")
-        if frame.op is not Op.RESULT or not put_rows(frame.tensors, share.rows, work.out_TKD):
+        if frame.op is not Op.RESULT or not work.take(sent, frame):
             raise WireError(f"expert actor {share.actor_id} answered with a frame that does not fit the rows sent")
         self._took(work, sent, compute_s)
 
     def _took(self, work: Work, sent: Sent, compute_s: float) -> None:
         share, took_s = sent.share, work.answered(sent, compute_s, self._clock())
         done = (0, share.experts, share.size, len(share.tokens) // 8, took_s)
-        self._answers.note(work.layer, work.row_bytes, [share.actor_id], [sent.channel.kind], [done])
+        self._answers.note(work.layer, work.row_bytes, [share.actor_id], [sent.hop], [done])
 
     # -- what went wrong ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from moeray.dispatch.answers import Answers
@@ -19,6 +20,7 @@ from moeray.dispatch.deadline import LEAST_S
 from moeray.dispatch.delivery import Delivery, OnLoss
 from moeray.dispatch.flight import Flight
 from moeray.dispatch.links import Connect, Links
+from moeray.dispatch.on_device import OnDevice, carries
 from moeray.dispatch.planner import Layer, Planner, native
 from moeray.dispatch.view import PlacementView
 from moeray.dispatch.work import Work
@@ -41,7 +43,8 @@ class Dispatcher:
     without it, rows without a replica wait for `deadline_s`, and a layer that no actor answers fails after twice that.
     `on_loss(actor_id, reason)` is called in the thread that dispatches when an actor is given up, before its rows go
     elsewhere; the reason is `closed`, `timeout`, `error` or `out_of_memory`. `on_orphans()` is called there when rows
-    begin to wait for a replica. Neither may block.
+    begin to wait for a replica. Neither may block. `device`: tokens there stay there, and their outputs, on the way to
+    actors that share its memory.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class Dispatcher:
         on_loss: OnLoss = lambda actor_id, reason: None,
         on_orphans: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        device: torch.device | None = None,
     ) -> None:
         self._view = view
         self._links = Links(view, connect)
         self._clock = clock
+        self._device = device
         self._planner = Planner()
         self._answers = Answers(self._links, recorder)
         self._delivery = Delivery(
@@ -88,13 +93,19 @@ class Dispatcher:
         Raises NoReplicaError when an expert had no replica that answers for too long, MoerayError when two attempts at
         its rows failed.
         """
-        x_TD, ids_TK, device = _at_home(x_TD), _at_home(ids_TK), x_TD.device
+        device = x_TD.device
+        if self._stay_on_device(device):
+            on_device = OnDevice(x_TD.contiguous(), ids_TK.shape[1])
+            self._dispatch(layer, on_device.x_TD, _at_home(ids_TK), None, on_device)
+            return on_device.outputs()
+        x_TD, ids_TK = _at_home(x_TD), _at_home(ids_TK)
         self._dispatch(layer, x_TD, ids_TK, None)
         return self._outputs(x_TD, ids_TK).to(device)
 
     def combined(self, layer: int, x_TD: Tensor, ids_TK: Tensor, total: Sum) -> None:
         """The same summed up: in C with all else where it can be, the last outputs where they lie."""
-        combining = total.in_c() if x_TD.is_cpu and x_TD.dtype is total.out_TD.dtype else None
+        at_home = x_TD.is_cpu and not self._stay_on_device(x_TD.device)
+        combining = total.in_c() if at_home and x_TD.dtype is total.out_TD.dtype else None
         if combining is None:
             total.of(self(layer, x_TD, ids_TK))
             return
@@ -105,17 +116,28 @@ class Dispatcher:
         else:
             total.seconds = combined_s
 
-    def _dispatch(self, layer: int, x_TD: Tensor, ids_TK: Tensor, combining: Combining | None) -> float | None:
-        """Have every row's output in `_outputs`, or combined within so many seconds."""
+    def _stay_on_device(self, device: torch.device) -> bool:
+        """Whether a layer's tokens that are there go out from there."""
+        if device != self._device:
+            return False
+        self._planner.renew(self._view.now)
+        return carries(self._links.open_channels(self._planner.actors).channels, device)
+
+    def _dispatch(
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, combining: Combining | None, device: OnDevice | None = None
+    ) -> float | None:
+        """Have every row's output in `_outputs` (the `device`'s, where there is one), or combined within so many
+        seconds."""
         began = self._clock()
         self.slowest_compute_s = 0.0
         self._links.sweep()
         combined_s = None
         try:
-            found, channels = self._at_once(layer, x_TD, ids_TK, combining)
+            found, channels = (None, []) if device else self._at_once(layer, x_TD, ids_TK, combining)
             if found is None or found.left:
                 flight = Flight(layer, self._links, self._deadline_s, self._clock)
-                work = Work(layer, x_TD, ids_TK, self._outputs(x_TD, ids_TK), began, flight)
+                out_TKD = device.out_TKD if device else self._outputs(x_TD, ids_TK)
+                work = Work(layer, x_TD, ids_TK, out_TKD, began, flight, device=device)
                 self._delivery.see_through(work, found and found.left, channels)
                 self.slowest_compute_s = max(self.slowest_compute_s, *work.compute_s.values(), 0.0)
             elif combining is not None:

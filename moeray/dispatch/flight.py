@@ -16,12 +16,15 @@ from moeray.wire.frame import Frame
 from moeray.wire.row_message import native
 from moeray.wire.tensors import CODES
 
+_NO_DTYPE = 1 << 30
+"""Not one of the wire's codes."""
 LEAST_READ_S = 0.1
 """What an answer may take to be read, also where its actor's deadline passed while another's was read."""
 
 
 class Sent(NamedTuple):
-    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up."""
+    """A forward on its way. `allowed`: seconds that its actor has for it; `until`: when it is given up; `hop`: how it
+    went (`hops.HOPS`)."""
 
     frame_id: int
     share: Share
@@ -29,6 +32,7 @@ class Sent(NamedTuple):
     at: float
     allowed: float
     until: float
+    hop: str
 
 
 class Flight:
@@ -57,7 +61,8 @@ class Flight:
         """With the deadline, which is behind those of what its actor was sent before."""
         allowed = self._links.deadline_s(share.actor_id, self._layer, share.experts, share.size, self._deadline_s)
         others = (other.until for other in self.sent if other.channel is channel)
-        return Sent(frame_id, share, channel, at, allowed, max(at, max(others, default=at)) + allowed)
+        until = max(at, max(others, default=at)) + allowed
+        return Sent(frame_id, share, channel, at, allowed, until, channel.kind)
 
     def take_all(self, channel: Channel) -> list[Sent]:
         """Those on this channel, which are in flight no longer."""
@@ -67,11 +72,12 @@ class Flight:
             self._counted(sent, -1)
         return taken
 
-    def first(self, out_TKD: Tensor) -> tuple[Sent, float | None]:
+    def first(self, out_TKD: Tensor | None) -> tuple[Sent, float | None]:
         """What is answered first, else that whose deadline ends first, and before them what never will be, its channel
         being closed; in flight no longer.
 
-        With it its actor's seconds of compute, where the part in C has put its rows to `out_TKD` already.
+        With it its actor's seconds of compute, where the part in C has put its rows to `out_TKD` already: of none that
+        lie on a device, where there is no such memory.
         """
         heads = list({id(sent.channel): sent for sent in reversed(self.sent)}.values())  # actors answer in order
         soonest = min(heads, key=_until)
@@ -93,16 +99,20 @@ class Flight:
             if self._clock() >= until:
                 raise ChannelTimeoutError(f"{sent.share.actor_id} answers everything but what it was asked")
 
-    def _take_result(self, heads: list[Sent], out_TKD: Tensor, until: float) -> tuple[Sent, float | None] | None:
+    def _take_result(self, heads: list[Sent], out_TKD: Tensor | None, until: float) -> tuple[Sent, float | None] | None:
         """As `first`, of these, the earliest on each channel; None where nothing came until then, or the part in C does
         not speak on all of the channels."""
-        wanted = [(sent.channel.lane, sent.frame_id, sent.share.rows) for sent in heads]
+        wanted = [(sent.channel.lane, sent.frame_id, b"" if out_TKD is None else sent.share.rows) for sent in heads]
         if native is None or not all(lane for lane, _, _ in wanted):
             return None
+        left_s = max(0.0, until - self._clock())
+        if out_TKD is None:  # C waits, and takes nothing: no answer is of that dtype
+            found = native.take_result(wanted, _NO_DTYPE, 0, 0, 0, 0, left_s)
+            return None if found is None else (heads[found[0]], None)
         tokens, top_k, width = out_TKD.shape
         found = native.take_result(
             wanted, CODES[out_TKD.dtype], width, width * out_TKD.itemsize, out_TKD.data_ptr(), tokens * top_k,
-            max(0.0, until - self._clock()),
+            left_s,
         )  # fmt: skip
         return None if found is None else (heads[found[0]], found[1])
 

@@ -13,26 +13,27 @@ from moeray.recorder import Recorder
 Kind = Literal["unix", "tcp", "grpc"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Of channels."""
+HOPS: tuple[str, ...] = (*KINDS, "device")
+"""How rows go: by the channel, or over a device's memory beside it."""
 MANY = 64
 
 
 class Hops:
-    """Of all kinds of channels. Thread-safe."""
+    """Of all hops. Thread-safe."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self._hops: dict[str, _Hop] = {kind: _Hop(recorder, kind) for kind in KINDS}
+        self._hops: dict[str, _Hop] = {hop: _Hop(recorder, hop) for hop in HOPS}
         self._noted: deque[tuple[Sequence[str], int, Sequence[Answered]]] = deque()
 
     def note(self, kinds: Sequence[str], row_bytes: int, answered: Sequence[Answered]) -> None:
-        """Forwards were answered, each over a channel of its actor's kind; `row_bytes`: of a token, and of a row of
-        outputs."""
+        """Forwards were answered, each over its actor's hop; `row_bytes`: of a token, and of a row of outputs."""
         self._noted.append((kinds, row_bytes, answered))
 
     def record(self, least: int = 1) -> None:
         """Count what was noted, if that is so much."""
         if len(self._noted) < least:
             return
-        noted: dict[str, list[tuple[float, int, int, int]]] = {kind: [] for kind in KINDS}
+        noted: dict[str, list[tuple[float, int, int, int]]] = {hop: [] for hop in HOPS}
         with suppress(IndexError):  # another thread took the last
             while self._noted:
                 kinds, row_bytes, answered = self._noted.popleft()
@@ -44,13 +45,13 @@ class Hops:
 
 
 class _Hop:
-    """One kind of channel."""
+    """One of them."""
 
-    def __init__(self, recorder: Recorder, kind: str) -> None:
-        self._seconds = recorder.histogram("moeray_dispatch_seconds", hop=kind)
-        self._rows = recorder.counter("moeray_dispatch_rows_total", hop=kind)
-        self._sent = recorder.counter("moeray_dispatch_bytes_total", hop=kind, direction="sent")
-        self._received = recorder.counter("moeray_dispatch_bytes_total", hop=kind, direction="received")
+    def __init__(self, recorder: Recorder, hop: str) -> None:
+        self._seconds = recorder.histogram("moeray_dispatch_seconds", hop=hop)
+        self._rows = recorder.counter("moeray_dispatch_rows_total", hop=hop)
+        self._sent = recorder.counter("moeray_dispatch_bytes_total", hop=hop, direction="sent")
+        self._received = recorder.counter("moeray_dispatch_bytes_total", hop=hop, direction="received")
 
     def record(self, forwards: Sequence[tuple[float, int, int, int]]) -> None:
         """Of each its seconds, its rows, the bytes of its tensors and of their outputs."""

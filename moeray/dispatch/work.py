@@ -9,10 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from moeray.dispatch.flight import Flight, Sent
+from moeray.dispatch.on_device import OnDevice
 from moeray.dispatch.pieces import Backlog
 from moeray.dispatch.plan import Ints, Plan, Share
 from moeray.dispatch.view import Usable
 from moeray.errors import MoerayError
+from moeray.wire.frame import Frame
+from moeray.wire.rows import put_rows
 
 
 @dataclass
@@ -20,7 +23,8 @@ class Work:
     """Rows are in the `flight`, in the `backlog`, or `waiting`: those of `orphans`, experts that had no replica when
     the view was at `version`, the first of them at `waited_from`. `failed`: who failed at an expert, with
     `failed_rows` of it. `compute_s`: what each actor says that it computed; `heard_at`: when it last
-    answered."""
+    answered. `device`: where the tokens and outputs are, if that is not the host's memory; x_TD and out_TKD are its
+    then."""
 
     layer: int
     x_TD: Tensor
@@ -37,10 +41,29 @@ class Work:
     failed_rows: set[int] = field(default_factory=set)
     compute_s: dict[str, float] = field(default_factory=dict)
     heard_at: dict[str, float] = field(default_factory=dict)
+    device: OnDevice | None = None
 
     @property
     def row_bytes(self) -> int:
         return self.x_TD.shape[1] * self.x_TD.itemsize
+
+    @property
+    def home_x_TD(self) -> Tensor:
+        """The tokens in the host's memory."""
+        return self.x_TD if self.device is None else self.device.home_x_TD
+
+    def take(self, sent: Sent, frame: Frame) -> bool:
+        """Put a RESULT's outputs where they belong; False where they do not fit the rows sent. Raises WireError."""
+        rows, device = sent.share.rows, self.device
+        if device is None:
+            return put_rows(frame.tensors, rows, self.out_TKD)
+        on_device = device.take(sent.channel, frame, rows)
+        if on_device is not None:
+            return on_device
+        fits = put_rows(frame.tensors, rows, device.home_out_TKD)
+        if fits:
+            device.came_home(rows)
+        return fits
 
     @property
     def rows_waiting(self) -> int:

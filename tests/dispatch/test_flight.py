@@ -28,7 +28,7 @@ def pairs():
 
 def sent(name, channel, seconds):
     now = time.monotonic()
-    return Sent(1, Share(name, [0], [1], ROW, ROW, ROW), channel, now, seconds, now + seconds)
+    return Sent(1, Share(name, [0], [1], ROW, ROW, ROW), channel, now, seconds, now + seconds, "unix")
 
 
 def test_a_channel_that_is_closed_already_comes_before_one_that_is_silent(pairs):
