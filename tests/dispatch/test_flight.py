@@ -11,6 +11,7 @@ from moeray.dispatch.flight import Flight, Sent
 from moeray.dispatch.plan import Share
 from moeray.errors import ChannelTimeoutError
 from moeray.wire.frame import Frame, Limits, Op
+from moeray.wire.row_message import native
 from tests.wire.support import admitted_pair
 
 LIMITS = Limits(1 << 12, 1 << 20)
@@ -49,3 +50,19 @@ def test_who_answers_everything_but_what_was_asked_is_waited_for_no_longer(pairs
         theirs.send(Frame(Op.RESULT, 7, meta={"compute_s": 0.0, "queue_s": 0.0}, tensors=(torch.zeros(1, 8),)))
     with pytest.raises(ChannelTimeoutError):
         flight.answer(sent("a", ours, 0.0))
+
+
+@pytest.mark.skipif(native is None, reason="the compiled part is not there")
+@pytest.mark.parametrize("meta", [{"device": [0, 1, 8, 0]}, {}], ids=["on a device", "through the host"])
+def test_of_outputs_on_a_device_those_that_have_come_are_first_and_are_left_to_be_read(pairs, meta):
+    """Whose deadline ends first is no matter, and nothing is taken by C, which knows no such memory."""
+    flight = Flight(0, None, 30.0, time.monotonic)
+    silent, answered = sent("a", pairs["a"][0], 20.0), sent("b", pairs["b"][0], 30.0)
+    flight.add(silent)
+    flight.add(answered)
+    tensors = () if meta else (torch.ones(1, 8),)
+    pairs["b"][1].send(Frame(Op.RESULT, 1, meta={"compute_s": 0.5, "queue_s": 0.0, **meta}, tensors=tensors))
+    assert flight.first(None) == (answered, None)
+    assert flight.sent == [silent]
+    frame = flight.answer(answered)
+    assert (frame.meta["compute_s"], len(frame.tensors)) == (0.5, len(tensors))
