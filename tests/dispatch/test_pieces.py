@@ -125,7 +125,7 @@ def test_what_an_actor_takes_begins_when_it_is_done_with_what_came_before():
     work = Work(0, torch.empty(0), torch.empty(0), torch.empty(0), 0.0, None)
 
     def sent(actor, at):
-        return Sent(1, piece(actor, [0], 10), None, at, 1.0, at + 1.0)
+        return Sent(1, piece(actor, [0], 10), None, at, 1.0, at + 1.0, "unix")
 
     times = [("a", 1.0, 3.0), ("a", 1.0, 4.5), ("b", 1.0, 5.0), ("a", 6.0, 7.0)]
     assert [work.answered(sent(actor, at), 0.5, now) for actor, at, now in times] == [2.0, 1.5, 4.0, 1.0]
