@@ -61,7 +61,7 @@ class Expert:
     pipe: Connection
     address: Address
 
-    def held_bytes(self) -> int:
+    def held_bytes(self) -> float:
         """Of its device's memory, for rings."""
         self.pipe.send("held")
         return self.pipe.recv()
@@ -69,6 +69,11 @@ class Expert:
 
 def all_experts() -> list[ExpertId]:
     return [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+
+
+def ring_bytes(actor: ExpertActor) -> float:
+    """Of its device's memory, as it says itself."""
+    return float(sum(actor.metrics().values["moeray_device_ring_bytes"].values()))
 
 
 def _run_expert(spec: ActorSpec, kind: str, pipe: Connection) -> None:
@@ -82,7 +87,7 @@ def _run_expert(spec: ActorSpec, kind: str, pipe: Connection) -> None:
             pipe.recv()
         except EOFError:
             break
-        pipe.send(actor._side.held_bytes)
+        pipe.send(ring_bytes(actor))
     actor.stop()
 
 

@@ -18,6 +18,8 @@ from moeray.wire.device_memory import DeviceMemoryError, Region
 
 log = logging.getLogger(__name__)
 
+_WHOLE = 2 << 20
+"""Bytes; CUDA's runtime cuts smaller allocations from one that it shares as a whole."""
 _OWN: dict[bytes, int] = {}
 """Where this process's own regions lie, by their handles."""
 
@@ -44,10 +46,11 @@ class CudaMemory:
         torch.zeros(1, device=self.device)  # what CUDA does at its first use, no peer waits for
 
     def allocate(self, nbytes: int) -> Region:
-        """See `DeviceMemory`. Not torch's allocator: only what CUDA itself allocated goes to another process whole."""
+        """See `DeviceMemory`. Not torch's allocator: only what CUDA itself allocated goes to another process whole, and
+        of less than `_WHOLE` it would hand over what lies beside it."""
         runtime = self._runtime
         with torch.cuda.device(self.device):
-            address = self._allocate(nbytes)
+            address = self._allocate(-(-nbytes // _WHOLE) * _WHOLE)
             try:
                 handle, memory = runtime.handle_of(address), _tensor(address, nbytes, self.device)
             except BaseException:

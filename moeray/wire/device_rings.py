@@ -95,7 +95,10 @@ class DeviceRings:
         self._own.ring.head = position + nbytes
 
     def hold(self, position: int, nbytes: int) -> Tensor:
-        """What the peer has written there, uint8 [nbytes], until `release`. Raises WireError outside its ring."""
+        """What the peer has written there, uint8 [nbytes], until `release`. Raises WireError outside its ring, and
+        ChannelClosedError where the peer is gone: a device may fail that reads the memory of a dead process."""
+        if self._own.lifeline.cut:
+            raise ChannelClosedError("the peer is gone, and its device memory with it; connect again")
         at = hold(self._peers.ring, position, nbytes)
         return self._peers.region.memory[at : at + nbytes]
 

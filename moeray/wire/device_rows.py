@@ -6,9 +6,9 @@ Shapes: T tokens, U those that are sent, K experts a token, R rows, D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,11 +41,7 @@ class Placed(NamedTuple):
         return self.rows * self.width * self.dtype.itemsize
 
 
-class _Fill(Protocol):
-    def __call__(self, to_RD: Tensor) -> object: ...
-
-
-def place(rings: DeviceRings, rows: int, like_RD: Tensor, fill: _Fill) -> Placed | None:
+def place(rings: DeviceRings, rows: int, like_RD: Tensor, fill: Callable[[Tensor], object]) -> Placed | None:
     """Have `fill` write so many rows, of the width and dtype of `like_RD`, to the ring: they are there once the memory
     is settled. None where the ring has no room, or the wire does not know the dtype. Raises WireError."""
     code, width = CODES.get(like_RD.dtype), like_RD.shape[-1]
@@ -61,9 +57,15 @@ def place(rings: DeviceRings, rows: int, like_RD: Tensor, fill: _Fill) -> Placed
 
 
 def place_tokens(rings: DeviceRings, x_TD: Tensor, tokens: bytes) -> Placed | None:
-    """These tokens (int64 as bytes) of x, as `place`; they are there when it returns."""
-    index_U = index_on(tokens, x_TD.device)
-    placed = place(rings, len(index_U), x_TD, lambda to_UD: torch.index_select(x_TD, 0, index_U, out=to_UD))
+    """These tokens (distinct, in order, int64 as bytes) of x, as `place`; they are there when it returns."""
+
+    def fill(to_UD: Tensor) -> None:
+        if len(to_UD) == len(x_TD):  # all of them, and no index is needed on the device
+            to_UD.copy_(x_TD)
+        else:
+            torch.index_select(x_TD, 0, index_on(tokens, x_TD.device), out=to_UD)
+
+    placed = place(rings, len(tokens) // 8, x_TD, fill)
     if placed is not None:
         rings.memory.settle()
     return placed

@@ -22,6 +22,7 @@ from tests.device_peers import (
     experts,
     memory_of,
     problem,
+    ring_bytes,
     spec_of,
     start_router,
 )
@@ -153,16 +154,16 @@ def test_a_router_that_is_killed_costs_the_actor_nothing(model, kind):
         process, by_device = start_router(config, address, kind)
         try:
             assert by_device == 2 * 16
-            assert actor._side.held_bytes == RING
+            assert ring_bytes(actor) == RING
         finally:
             process.kill()
             process.join()
-        assert eventually(lambda: actor._side.held_bytes == 0)
+        assert eventually(lambda: ring_bytes(actor) == 0)
         routing = Routing(config, [address], kind)
         try:
             layer(routing, 3, kind)
             assert routing.rows("device") == 2 * SIZES[3]
-            assert list(actor.metrics().values["moeray_device_ring_bytes"].values()) == [RING]
+            assert ring_bytes(actor) == RING
         finally:
             routing.close()
     finally:

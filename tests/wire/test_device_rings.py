@@ -67,6 +67,11 @@ def ends():
 
 
 def tokens_of(*numbers):
+    """Distinct, in order."""
+    return torch.tensor(sorted(numbers)).numpy().tobytes()
+
+
+def numbers_of(*numbers):
     return torch.tensor(numbers).numpy().tobytes()
 
 
@@ -117,7 +122,7 @@ def test_a_dtype_that_the_wire_does_not_know_stays_away(ends):
 def test_outputs_go_to_their_places(ends):
     out_RD, out_TKD = rows(3), torch.full((2, 2, WIDTH), 7.0)
     placed = place(ends.a, 3, out_RD, lambda to_RD: to_RD.copy_(out_RD))
-    assert take_outputs(ends.b, placed, tokens_of(2, 0, 1), out_TKD)
+    assert take_outputs(ends.b, placed, numbers_of(2, 0, 1), out_TKD)
     assert torch.equal(out_TKD.view(4, WIDTH)[[2, 0, 1]], out_RD)
     assert (out_TKD.view(4, WIDTH)[3] == 7.0).all()
 
@@ -201,11 +206,19 @@ def test_tokens_are_there_before_a_message_may_name_them():
 def test_memory_goes_when_both_ends_are_closed_and_nobody_is_at_it(ends):
     placed = place_tokens(ends.a, rows(1), tokens_of(0))
     with ends.b.use():
+        there = held(ends.b, placed)
         ends.b.close()
         ends.a.close()
         assert ends.held_bytes() == [RING, RING]  # b reads a's, and has its own still open
-        assert torch.equal(held(ends.b, placed), rows(1))
+        assert torch.equal(there, rows(1))
     assert ends.held_bytes() == [0, 0]
+
+
+def test_memory_of_a_peer_that_is_gone_is_not_read(ends):
+    placed = place_tokens(ends.a, rows(1), tokens_of(0))
+    ends.a.close()
+    with ends.b.use(), pytest.raises(ChannelClosedError, match="peer is gone"):
+        held(ends.b, placed)
 
 
 @pytest.mark.parametrize("first", "ab")
