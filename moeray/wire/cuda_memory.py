@@ -7,7 +7,7 @@ process to process, and the cards of others are not there at all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -77,12 +77,12 @@ class CudaMemory:
         """See `DeviceMemory`. CUDA maps the memory on the card where it lies, as this process numbers it."""
         if len(handle) != HANDLE_BYTES:
             raise DeviceMemoryError(f"the peer's handle has {len(handle)} bytes instead of {HANDLE_BYTES}")
-        where = self._find(device_name)
-        runtime = self._runtime
-        own = _OWN.get(handle)
-        if own is not None:  # CUDA opens no handle in the process that made it
-            return Region(_tensor(own, nbytes, where), handle, device_name, lambda: None)
+        visible = {uuid_of(device): device for device in _devices()}
+        where = device_named(device_name, visible, self.device, torch.cuda.can_device_access_peer)
+        runtime, own = self._runtime, _OWN.get(handle)
         with torch.cuda.device(where):
+            if own is not None:  # CUDA opens no handle in the process that made it
+                return Region(_tensor(own, nbytes, where), handle, device_name, lambda: None)
             address = runtime.open(handle)
             try:
                 memory = _tensor(address, nbytes, where)
@@ -90,15 +90,6 @@ class CudaMemory:
                 runtime.close(address)
                 raise
         return Region(memory, handle, device_name, lambda: _undo(runtime.close, address, where))
-
-    def _find(self, name: str) -> torch.device:
-        visible = {uuid_of(device): device for device in _devices()}
-        where = visible.get(name)
-        if where is None:
-            raise DeviceMemoryError(f"the peer's GPU {name} is not visible here (CUDA_VISIBLE_DEVICES)")
-        if where != self.device and not torch.cuda.can_device_access_peer(self.device, where):
-            raise DeviceMemoryError(f"the peer's GPU {name} is out of reach of this one's memory (no peer access)")
-        return where
 
     def settle(self) -> None:
         """See `DeviceMemory`: all of the thread's stream. What another process starts after it sees what was
@@ -120,6 +111,20 @@ def _undo(call: Callable[[int], None], address: int, device: torch.device) -> No
             call(address)
     except (CudaError, RuntimeError) as error:  # of a context that is broken; the process ends with it
         log.warning("a GPU's memory could not be given back: %s", error)
+
+
+def device_named(
+    name: str, visible: Mapping[str, torch.device], own: torch.device,
+    reaches: Callable[[torch.device, torch.device], bool],
+) -> torch.device:  # fmt: skip
+    """The card of that UUID as this process numbers it. `reaches(own, other)`: whether a card reads the other's memory.
+    Raises DeviceMemoryError where it is not visible, or out of reach."""
+    where = visible.get(name)
+    if where is None:
+        raise DeviceMemoryError(f"the peer's GPU {name} is not visible here; give both actors a part of one GPU")
+    if where != own and not reaches(own, where):
+        raise DeviceMemoryError(f"the peer's GPU {name} is out of reach of this one's memory (no peer access)")
+    return where
 
 
 def uuid_of(device: torch.device) -> str:

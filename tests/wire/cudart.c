@@ -10,7 +10,7 @@ typedef struct {
     char reserved[64];
 } Handle;
 
-enum { OK, INVALID_VALUE, OUT_OF_MEMORY, MANY = 16, MOST = 1 << 20 };
+enum { OK, INVALID_VALUE, OUT_OF_MEMORY, MANY = 16, MOST = 16 << 20 };
 
 static struct {
     void *at;
