@@ -15,7 +15,7 @@ from torch import Tensor
 from moeray.actors.answering import Answering
 from moeray.actors.tally import Tally
 from moeray.buffers import KEPT_BYTES
-from moeray.errors import ChannelClosedError, ChannelTimeoutError, PlacementError
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, PlacementError, WireError
 from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
 from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
@@ -73,7 +73,10 @@ class _Forward:
     def finish(self, out_RD: Tensor) -> None:
         """These are the outputs, on the device that computed them: put them where they go out from."""
         if self.rings is not None:
-            self.on_device = place(self.rings, len(out_RD), out_RD, lambda to_RD: to_RD.copy_(out_RD))
+            try:
+                self.on_device = place(self.rings, len(out_RD), out_RD, lambda to_RD: to_RD.copy_(out_RD))
+            except WireError as error:  # this router's progress cannot be; the others' outputs are well
+                self.error = error
         if self.on_device is None:
             self.out_RD = out_RD.cpu()
 
@@ -206,8 +209,8 @@ class RowServer:
             forward.rings.release()
         meta = {"compute_s": forward.took, "queue_s": waited}
         if forward.on_device is not None:
-            meta_there = meta | {KEY: list(forward.on_device)}
-            channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta_there))
+            there = {KEY: list(forward.on_device)}
+            channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta | there))
         elif placed is None or given is None:
             assert forward.out_RD is not None
             channel.send(Frame(Op.RESULT, frame.id, frame.layer, frame.epoch, meta, (forward.out_RD,)))

@@ -36,7 +36,7 @@ class Region:
     def close(self) -> None:
         """A second call does nothing."""
         if not self.closed:
-            self.closed, self.memory = True, self.memory.new_empty(0)
+            self.closed, self.memory = True, torch.empty(0, dtype=torch.uint8)
             self.give_back()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from ctypes import c_uint64
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ import torch
 from moeray.actors.expert import ExpertActor
 from moeray.errors import ChannelClosedError
 from moeray.model.kernels import available
+from moeray.wire.channel import connect
 from moeray.wire.device_memory import DeviceMemoryError
+from moeray.wire.device_rows import KEY, place_tokens
+from moeray.wire.device_side import device_side
+from moeray.wire.frame import Frame, Op
 from moeray.wire.host_memory import HostMemory
 from tests.checkpoints import make_tiny
 from tests.device_peers import (
@@ -31,6 +37,7 @@ from tests.wire.support import eventually
 
 pytestmark = pytest.mark.skipif(not available(), reason="of torch's products a row's bits depend on the rows beside it")
 
+CPU = torch.device("cpu")
 RING, SMALL = 64 << 10, 4 << 10
 SIZES = [1, 3, 16, 200, 64, 200, 5, 3000, 7, 200]
 """Tokens of layers, which go around a ring many times."""
@@ -168,6 +175,50 @@ def test_a_router_that_is_killed_costs_the_actor_nothing(model, kind):
             routing.close()
     finally:
         actor.stop()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda rings, name: setattr(progress(rings), "value", 1 << 40), "never written"),
+        (lambda rings, name: name.__setitem__(0, 3 * RING), "outside its ring"),
+        (lambda rings, name: name.__setitem__(1, 1), "do not fit"),
+        (lambda rings, name: name.__setitem__(3, 6), "cannot be"),
+        (lambda rings, name: name.append(0), "another way"),
+    ],
+    ids=["progress", "position", "rows", "dtype", "name"],
+)
+def test_a_router_that_says_what_cannot_be_is_told_so_and_others_are_served(model, spoil, words):
+    config = config_of(model)
+    spec = spec_of(config, "experts-0", "host")
+    actor = ExpertActor(spec, NODE, memory=HostMemory())
+    try:
+        _, address = actor.start()
+        actor.host(all_experts())
+        side = device_side(CPU, config.wire, HostMemory())
+        identity = replace(spec.identity(NODE), actor_id="router-1")
+        channel = connect(address, identity, config.wire, timeout=20.0, side=side)
+        x_TD, _ = problem(4, "host")
+        rings = channel.device
+        name = list(place_tokens(rings, x_TD, torch.arange(4).numpy().tobytes()))
+        spoil(rings, name)
+        meta = {"experts": [0], "counts": [4], KEY: name}
+        channel.send(Frame(Op.FORWARD, 9, 0, 1, meta, (torch.arange(4),)))
+        answer = channel.recv(20.0)
+        assert (answer.op, answer.id, answer.meta["kind"]) == (Op.ERROR, 9, "failed")
+        assert words in answer.meta["message"]
+        routing = Routing(config, [address], "host")
+        layer(routing, 3, "host")
+        assert routing.rows("device") == 2 * SIZES[3]
+        routing.close()
+        channel.close()
+    finally:
+        actor.stop()
+
+
+def progress(rings):
+    """What this side says of how far it has read the actor's ring."""
+    return c_uint64.from_address(rings._peers.ring.progress)
 
 
 class Blind(HostMemory):
