@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,7 +51,8 @@ def memory_of(kind: str) -> DeviceMemory | None:
 
 
 def spec_of(config: Config, actor_id: str, kind: str) -> ActorSpec:
-    return ActorSpec(actor_id, "experts", device_of(kind).type, 1, config, b"token", "d3v")
+    """Of a system of its own, so that the same name may run elsewhere."""
+    return ActorSpec(actor_id, "experts", device_of(kind).type, 1, config, b"token", secrets.token_hex(4))
 
 
 @dataclass
@@ -152,10 +154,10 @@ class Routing:
         self.dispatcher.close()
 
 
-def problem(tokens: int, kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, D] and ids [T, K] on the device."""
+def problem(tokens: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, D] in bf16, and ids [T, K], on the device."""
     generator = torch.Generator().manual_seed(tokens)
-    x_TD = torch.randn(tokens, WIDTH, generator=generator).to(dtype)
+    x_TD = torch.randn(tokens, WIDTH, generator=generator).to(torch.bfloat16)
     ids_TK = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)])
     return x_TD.to(device_of(kind)), ids_TK.to(device_of(kind))
 
