@@ -106,8 +106,11 @@ def _tensor(address: int, nbytes: int, device: torch.device) -> Tensor:
 
 
 def _undo(call: Callable[[int], None], address: int, device: torch.device) -> None:
+    """Once what a forward that failed has left behind is done, too. Not the whole device is waited for: another thread
+    may be capturing a graph."""
     try:
         with torch.cuda.device(device):
+            torch.cuda.current_stream(device).synchronize()
             call(address)
     except (CudaError, RuntimeError) as error:  # of a context that is broken; the process ends with it
         log.warning("a GPU's memory could not be given back: %s", error)
