@@ -123,7 +123,7 @@ static int gather(Post *posts, int64_t count, const Target *target, double withi
         Answer answer;
         int found;
         const double rest = until - seconds();
-        const int64_t first = find_first(wanted, left, target, rest > 0 ? rest : 0, &answer, &found);
+        const int64_t first = find_first(wanted, left, target, rest > 0 ? rest : 0, left < count, &answer, &found);
         if (first == FAILED) return 0;
         if (first == NONE_IN_TIME || found == OTHER) return 1;
         of[first]->state = ANSWERED;

@@ -86,7 +86,7 @@ PyObject *moeray_take_result(PyObject *self, PyObject *const *args, Py_ssize_t c
     if (size > MAX_LANES) Py_RETURN_NONE;
     for (Py_ssize_t i = 0; i < size; i++)
         if (!read_wanted(PyList_GET_ITEM(args[0], i), target.out_rows, wanted + i)) return NULL;
-    const int64_t first = find_first(wanted, size, &target, PyFloat_AS_DOUBLE(args[6]), &answer, &found);
+    const int64_t first = find_first(wanted, size, &target, PyFloat_AS_DOUBLE(args[6]), 0, &answer, &found);
     if (first == FAILED) return NULL;
     if (first == NONE_IN_TIME) Py_RETURN_NONE;
     if (found == OTHER) return Py_BuildValue("nOO", (Py_ssize_t)first, Py_None, Py_None);

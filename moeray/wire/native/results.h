@@ -1,5 +1,7 @@
 /* RESULTs that are waited for on several lanes, and where their rows go. */
 #pragma once
+#include <sched.h>
+
 #include "lane_in.h"
 
 enum { MAX_LANES = 1024 };
@@ -73,9 +75,26 @@ static inline void take(const Wanted *w, const Target *t, const Answer *a) {
     be_done(w->lane, a);
 }
 
+/* A core that has gone idle takes 30 us to come back, and a layer's answers come soon after one another. */
+static const double SPIN_S = 100e-6, TAKEN_S = 50e-6;
+
+/* As poll, and awake for a while before it sleeps, as long as nobody else wants the core: whoever does has it at each
+   turn, and for good where a turn takes long. */
+static inline int poll_awake(struct pollfd *polled, nfds_t count, int wait_ms) {
+    const double until = seconds() + SPIN_S;
+    for (double now = until - SPIN_S, before = now; now < until && now - before < TAKEN_S; now = seconds()) {
+        const int ready = poll(polled, count, 0);
+        if (ready) return ready;
+        before = now;
+        sched_yield();
+    }
+    return poll(polled, count, wait_ms);
+}
+
 /* Which of the wanted, MAX_LANES at most, has something to be read first: its answer, as `find_answer` has it, or OTHER.
-   NONE_IN_TIME; FAILED with an exception. Other threads run meanwhile. */
-static inline int64_t find_first(const Wanted *wanted, int64_t count, const Target *t, double wait_s, Answer *a, int *found) {
+   NONE_IN_TIME; FAILED with an exception. `soon`: to be awake when it comes. Other threads run meanwhile. */
+static inline int64_t find_first(const Wanted *wanted, int64_t count, const Target *t, double wait_s, int soon, Answer *a,
+                                 int *found) {
     struct pollfd polled[MAX_LANES];
     const double until = seconds() + wait_s;
     for (int waited = 0;; waited = 1) {
@@ -88,9 +107,10 @@ static inline int64_t find_first(const Wanted *wanted, int64_t count, const Targ
         }
         const double left = until - seconds();
         if (waited && left <= 0) return NONE_IN_TIME; /* something came, again and again, and never all of it */
+        const int wait_ms = left > 3600 ? 3600000 : left > 0 ? (int)(left * 1000) + 1 : 0;
         int ready;
         Py_BEGIN_ALLOW_THREADS
-        ready = poll(polled, (nfds_t)count, left > 3600 ? 3600000 : left > 0 ? (int)(left * 1000) + 1 : 0);
+        ready = soon && !waited ? poll_awake(polled, (nfds_t)count, wait_ms) : poll(polled, (nfds_t)count, wait_ms);
         Py_END_ALLOW_THREADS
         if (ready < 0 && errno == EINTR && !PyErr_CheckSignals()) continue;
         if (ready < 0 && !PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
