@@ -98,7 +98,7 @@ class Autoscaler:
 
     def skews(self) -> Mapping[int, float]:
         """Layer -> max/mean of what its actors really served."""
-        return self._book.skew_observed(self._clock())
+        return self._book.skew_observed()
 
     # -- for people ------------------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Autoscaler:
         return PolicyInput(
             time.time(), self._book.idle_s(now), self.load(), self._book.peak(now), experts, routers, placement,
             limits, router_limits, self._config.experts.replicas, self._config.control,
-            self._busiest.within(self._config.control.reserve_s, now),
+            self._busiest.within(self._config.control.reserve_s, now), self._book.load_s(now),
         )  # fmt: skip
 
     def _limits(self, name: str) -> GroupLimits:

@@ -27,7 +27,8 @@ class Demand:
         self._rows = np.zeros(0)  # decayed
         self._buckets = np.zeros((buckets, 0))
         self._second: int | None = None
-        self._time_s = 0.0
+        self.time_s = 0.0
+        """Of how many seconds the exponential window's rates are the mean."""
         self._at = 0.0
         self.served_at: float | None = None
 
@@ -61,7 +62,7 @@ class Demand:
         span = max(0.0, now - self._at)
         fade = math.exp(-span / self._window_s)
         self._rows *= fade
-        self._time_s = fade * self._time_s + self._window_s * (1 - fade)
+        self.time_s = fade * self.time_s + self._window_s * (1 - fade)
         self._at = max(now, self._at)
         second = int(now)
         last = second if self._second is None else self._second
@@ -72,7 +73,7 @@ class Demand:
     def rates(self, now: float) -> dict[ExpertId, float]:
         """Rows per second of each expert, over the exponential window."""
         self.advance(now)
-        return self.named(self._rows / self._time_s if self._time_s > 0 else self._rows)
+        return self.named(self._rows / self.time_s if self.time_s > 0 else self._rows)
 
     def peak(self, now: float) -> dict[ExpertId, float]:
         """Rows per second of each expert in the sliding window's busiest second."""

@@ -186,6 +186,7 @@ class ElasticRun:
             world.trace.began_at + now, book.idle_s(now), book.expert_rates(now), book.peak(now), experts, routers,
             self._placement, limits, GroupLimits(self._routers, *router.actors_span, router.price_per_hour),
             world.config.experts.replicas, self.settings, self._busiest.within(self.settings.reserve_s, now),
+            book.load_s(now),
         )  # fmt: skip
 
     def _scale_routers(self, wanted: int | None, now: float) -> None:

@@ -12,6 +12,10 @@ _KEPT = 1.25
 """A layer without replicas has to be so many times as skewed as one with replicas to come before it, and so many times
 the replicas needed are too many. What differs less is noise, and to follow it would move experts at every decision."""
 
+_LEAST_ROWS = 32.0
+"""So many rows in the window for each of a layer's experts, in the mean: fewer, a start's or a lone request's, look
+skewed by chance, and replicas are of no use to them."""
+
 
 def hot_experts(seen: PolicyInput) -> Wish:
     """More replicas for the experts with most load per replica, in layers whose max/mean per actor is above `max_skew`.
@@ -20,12 +24,15 @@ def hot_experts(seen: PolicyInput) -> Wish:
     with which no replica has more than `max_skew` times the mean actor's load. A layer is helped only if that can be
     reached, with the actors that there are and within `replica_budget` (a part of all experts, the most skewed layers
     first); else replicas would cost memory and change little. Replicas that there are and that do stay as they are.
+    Layers with less than `_LEAST_ROWS` have none.
     """
     budget = int(seen.settings.replica_budget * len(seen.placement.replicas))
     actors = len(seen.experts)
     layers: dict[int, dict[ExpertId, float]] = {}
     for expert in seen.placement.replicas:
         layers.setdefault(expert.layer, {})[expert] = seen.load.get(expert, 0.0)
+    load_s = min(seen.load_s, seen.settings.window_s)
+    layers = {layer: load for layer, load in layers.items() if sum(load.values()) * load_s >= _LEAST_ROWS * len(load)}
     wanted: dict[ExpertId, int] = {}
     reasons = []
     # Judged with the base replicas: were it the present ones, a replica that helps would be given up for helping.

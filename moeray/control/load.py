@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,21 +23,31 @@ from moeray.types import ExpertId
 MEMORY_S = 600.0
 """Time constant, in busy seconds, of an actor's service rate: a property of its machine, not of the load."""
 
-RECENT_S = 3.0
+RECENT_S = 5.0
 """What an actor does at present, for people who watch: the mean of its last reports over so many seconds."""
+
+
+class _Served(NamedTuple):
+    """What a report has told: rows in so many seconds, of experts by their numbers and layers."""
+
+    seconds: float
+    numbers: Numbers
+    layers: Numbers
+    rows: Vector
 
 
 @dataclass
 class _Expert:
     """One expert actor. `rows` (the last counts) and `decayed` (the window's sum) go with `ids`, `gone` are the counts
     of experts no longer reported; `busy_s` and `time_s` decay with the window, `served` and its time slowly; `recent`:
-    the last reports' seconds, experts' numbers and new rows."""
+    what the last reports told, up to `since`."""
 
     incarnation: str
     since: float
     ids: tuple[ExpertId, ...] = ()
     gone: dict[ExpertId, float] = field(default_factory=dict)
     numbers: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))
+    layers: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))
     rows: Vector = field(default_factory=lambda: np.zeros(0))
     decayed: Vector = field(default_factory=lambda: np.zeros(0))
     busy_total: float = 0.0
@@ -45,7 +56,7 @@ class _Expert:
     served: float = 0.0
     served_busy_s: float = 0.0
     waits: deque[tuple[float, float]] = field(default_factory=deque)
-    recent: deque[tuple[float, Numbers, Vector]] = field(default_factory=deque)
+    recent: deque[_Served] = field(default_factory=deque)
     recent_s: float = 0.0
 
 
@@ -126,12 +137,13 @@ class LoadBook:
         actor.rows = np.array([actor.gone.pop(expert, 0.0) for expert in ids])
         actor.decayed = np.array([served.get(expert, 0.0) for expert in ids])
         actor.ids, actor.numbers = ids, self._demand.numbers(ids)
+        actor.layers = np.array([expert.layer for expert in ids], np.int64)
 
     def _remember(self, actor: _Expert, span: float, delta: Vector) -> None:
-        actor.recent.append((span, actor.numbers, delta))
+        actor.recent.append(_Served(span, actor.numbers, actor.layers, delta))
         actor.recent_s += span
-        while actor.recent_s - actor.recent[0][0] >= RECENT_S:
-            actor.recent_s -= actor.recent.popleft()[0]
+        while actor.recent_s - actor.recent[0].seconds >= RECENT_S:
+            actor.recent_s -= actor.recent.popleft().seconds
 
     def _wait(self, actor: _Expert, report: ExpertReport, now: float) -> None:
         while actor.waits and (actor.waits[-1][1] <= report.queue_wait_p99_s):
@@ -144,6 +156,11 @@ class LoadBook:
         """Rows per second of each expert, over the exponential window."""
         return self._demand.rates(now)
 
+    def load_s(self, now: float) -> float:
+        """Of how many seconds these rates are the mean: `window_s` once reports have come for long enough."""
+        self._demand.advance(now)
+        return self._demand.time_s
+
     def recent(self) -> tuple[dict[ExpertId, float], dict[str, float]]:
         """Rows per second of each expert and of each actor in its last reports: what people see move.
 
@@ -151,10 +168,10 @@ class LoadBook:
         """
         experts, actors = self._demand.zeros(), {}
         for actor_id, actor in self._experts.items():
-            span = sum(seconds for seconds, _, _ in actor.recent)
-            actors[actor_id] = sum(float(rows.sum()) for _, _, rows in actor.recent) / span if span else 0.0
-            for _, numbers, rows in actor.recent if span else ():
-                experts[numbers] += rows / span
+            span = sum(served.seconds for served in actor.recent)
+            actors[actor_id] = sum(float(served.rows.sum()) for served in actor.recent) / span if span else 0.0
+            for served in actor.recent if span else ():
+                experts[served.numbers] += served.rows / span
         return self._demand.named(experts), actors
 
     def peak(self, now: float) -> dict[ExpertId, float]:
@@ -193,15 +210,37 @@ class LoadBook:
         since = served_at if served_at is not None else self._since
         return 0.0 if since is None else max(0.0, now - since)
 
-    def skew_observed(self, now: float) -> dict[int, float]:
-        """Layer -> max/mean of the rows per second that each actor really served, of those that host any of it."""
+    def skew_observed(self) -> dict[int, float]:
+        """Layer -> max/mean of the rows per second that each actor really served, of those that host any of it.
+
+        They are compared over the time that the last reports of all of them tell of, `RECENT_S` or somewhat less: who
+        reported last is not ahead of the others. Where one has said nothing for longer, each over its own reports.
+        """
+        known = [actor for actor in self._experts.values() if actor.recent]
+        begin = max((actor.since - actor.recent_s for actor in known), default=0.0)
+        end = min((actor.since for actor in known), default=0.0)
+        if begin >= end:
+            begin, end = -math.inf, math.inf
         layers: dict[int, dict[str, float]] = {}
         for actor_id, actor in self._experts.items():
-            fade = math.exp(-max(0.0, now - actor.since) / self.window_s)
-            for expert, rows in zip(actor.ids, actor.decayed.tolist(), strict=True):
-                served = layers.setdefault(expert.layer, {})
-                served[actor_id] = served.get(actor_id, 0.0) + fade * rows
+            rates = _layer_rates(actor, begin, end)
+            for layer in np.unique(actor.layers).tolist():
+                served = layers.setdefault(layer, {})
+                if actor.recent:
+                    served[actor_id] = rates.get(layer, 0.0)
         return {layer: _skew(served) for layer, served in sorted(layers.items())}
+
+
+def _layer_rates(actor: _Expert, begin: float, end: float) -> dict[int, float]:
+    """Layer -> rows per second that the actor served in that time, evenly within a report."""
+    rates, seconds, until = dict[int, float](), 0.0, actor.since
+    for served in reversed(actor.recent):
+        inside = max(0.0, min(until, end) - max(until - served.seconds, begin))
+        seconds, until = seconds + inside, until - served.seconds
+        part = inside / served.seconds if served.seconds else 0.0
+        for layer, rows in enumerate(np.bincount(served.layers, served.rows).tolist() if part else ()):
+            rates[layer] = rates.get(layer, 0.0) + part * rows
+    return {layer: rows / seconds for layer, rows in rates.items()} if seconds else {}
 
 
 def skew(

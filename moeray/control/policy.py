@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -52,7 +53,8 @@ class PolicyInput:
     `now`: unix seconds, for schedules; `idle_s`: how long no row was served. `load`: rows per second of each expert
     (the exponential window; experts without load may be absent); `peak`: the same from the sliding window's busiest
     second. `groups`: the expert groups by name; `base_replicas`: how many replicas each expert has at the least.
-    `busiest`: of each group the most actors that were busy at once in the last `settings.reserve_s`.
+    `busiest`: of each group the most actors that were busy at once in the last `settings.reserve_s`. `load_s`: of how
+    many seconds `load` is the mean, `settings.window_s` at the most, less while the controller has not watched so long.
     """
 
     now: float
@@ -67,6 +69,7 @@ class PolicyInput:
     base_replicas: int
     settings: ControlConfig
     busiest: Mapping[str, float] = field(default_factory=dict)
+    load_s: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,12 @@ def test_a_steady_load_reads_as_its_rate(every):
     assert book.service_rates()["a"] == pytest.approx(200, rel=0.01)
 
 
+@pytest.mark.parametrize(("seconds", "load_s"), [(0, 0.0), (1, 1.0), (5, 4.0), (60, 10.0)])
+def test_of_how_many_seconds_a_rate_is_the_mean(seconds, load_s):
+    book = LoadBook(10.0)
+    assert book.load_s(steady(book, seconds)) == pytest.approx(load_s, rel=0.06)
+
+
 def test_a_rate_is_right_from_the_second_report_on():
     book = LoadBook(10.0)
     assert book.expert_rates(steady(book, 1))[A] == pytest.approx(100, rel=0.1)
@@ -47,12 +53,13 @@ def test_windows_fade_and_the_service_rate_stays():
 
 def test_what_experts_serve_at_present_is_the_mean_of_their_actors_last_reports():
     book = LoadBook(10.0)
-    for t, first, second in [(0, 0, 0), (1, 90, 30), (2, 90, 30), (3, 90, 60), (4, 150, 60)]:
+    counts = [(0, 0), (90, 30), (90, 30), (90, 60), (150, 60), (150, 60), (150, 60)]
+    for t, (first, second) in enumerate(counts):
         book.fold(ExpertReport("a", "1", {A: first, B: second}), float(t))
         book.fold(ExpertReport("b", "1", {B: 10 * t}), t + 0.5)
     experts, actors = book.recent()
-    assert experts == {A: pytest.approx(60 / 3), B: pytest.approx(30 / 3 + 10)}
-    assert actors == {"a": pytest.approx(90 / 3), "b": pytest.approx(10)}
+    assert experts == {A: pytest.approx(60 / 5), B: pytest.approx(30 / 5 + 10)}
+    assert actors == {"a": pytest.approx(90 / 5), "b": pytest.approx(10)}
     book.forget("a")
     assert book.recent() == ({A: 0.0, B: pytest.approx(10)}, {"b": pytest.approx(10)})
 
@@ -210,8 +217,35 @@ def test_skew_divides_an_expert_over_its_replicas():
 def test_the_observed_skew_is_what_actors_served():
     book = LoadBook(10.0)
     steady(book, 20, rate=30, actor="a", expert=A)
-    now = steady(book, 20, rate=10, actor="b", expert=B)
-    assert book.skew_observed(now)[0] == pytest.approx(1.5, rel=0.01)
+    steady(book, 20, rate=10, actor="b", expert=B)
+    assert book.skew_observed()[0] == pytest.approx(1.5, rel=0.01)
+
+
+def test_the_observed_skew_does_not_say_who_reported_last():
+    book, moments = LoadBook(10.0), []
+    for t in range(30):
+        for actor, expert, at in (("a", A, t), ("b", B, t + 0.5)):
+            book.fold(ExpertReport(actor, "1", {expert: 10 * t}), at)
+            moments.append(book.skew_observed()[0])
+    assert moments[4:] == pytest.approx([1.0] * 56)
+
+
+def test_the_observed_skew_compares_the_same_seconds():
+    """All serve the same, which doubles and halves: one has reported of it already, another not yet."""
+    book, moments, rows = LoadBook(10.0), [], 0
+    for t in range(40):
+        rows += 100 if t % 8 < 4 else 50
+        for actor, expert, at in (("a", A, t), ("b", B, t + 0.01)):
+            book.fold(ExpertReport(actor, "1", {expert: rows}), at)
+            moments.append(book.skew_observed()[0])
+    assert moments[4:] == pytest.approx([1.0] * 76, abs=0.01)
+
+
+def test_an_actor_that_is_silent_is_compared_as_it_was():
+    book = LoadBook(10.0)
+    steady(book, 20, rate=30, actor="a", expert=A)
+    steady(book, 40, rate=10, actor="b", expert=B)
+    assert book.skew_observed()[0] == pytest.approx(1.5, rel=0.01)
 
 
 def test_late_requests_are_remembered_for_long_and_their_actors_for_as_long_as_the_steps():
