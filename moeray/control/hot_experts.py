@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from moeray.control.eplb import replicate, skew_left
@@ -31,8 +32,8 @@ def hot_experts(seen: PolicyInput) -> Wish:
     layers: dict[int, dict[ExpertId, float]] = {}
     for expert in seen.placement.replicas:
         layers.setdefault(expert.layer, {})[expert] = seen.load.get(expert, 0.0)
-    load_s = min(seen.load_s, seen.settings.window_s)
-    layers = {layer: load for layer, load in layers.items() if sum(load.values()) * load_s >= _LEAST_ROWS * len(load)}
+    least = _LEAST_ROWS / seen.load_s if seen.load_s else math.inf
+    layers = {layer: load for layer, load in layers.items() if sum(load.values()) >= least * len(load)}
     wanted: dict[ExpertId, int] = {}
     reasons = []
     # Judged with the base replicas: were it the present ones, a replica that helps would be given up for helping.

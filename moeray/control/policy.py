@@ -54,7 +54,8 @@ class PolicyInput:
     (the exponential window; experts without load may be absent); `peak`: the same from the sliding window's busiest
     second. `groups`: the expert groups by name; `base_replicas`: how many replicas each expert has at the least.
     `busiest`: of each group the most actors that were busy at once in the last `settings.reserve_s`. `load_s`: of how
-    many seconds `load` is the mean, `settings.window_s` at the most, less while the controller has not watched so long.
+    many seconds `load` is the mean: `settings.window_s`, less while the controller has not watched so long, more where
+    all is known beforehand.
     """
 
     now: float
