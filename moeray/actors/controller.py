@@ -23,6 +23,7 @@ from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.hosting import Cluster, kill, stop_all
 from moeray.actors.loop import Loop
 from moeray.actors.opening import open_in_time
+from moeray.actors.orders import Orders, decode, newest
 from moeray.actors.overview import Overview
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
@@ -100,7 +101,7 @@ class Controller:
         model = open_in_time(dated.config, found, self._stopped, self._readiness)
         keeper = SystemKeeper(
             dated, self._cluster, self._loop, self._roster, self._audit, self._autoscaler, self._metrics,
-            self._readiness, model, self._token, self._system, found,
+            self._readiness, model, self._token, self._system, found, self._last_orders(found),
         )  # fmt: skip
         self._readiness.phase = "starting actors"
         self._audit.write("controller", system=self._system, model=dated.config.model, adopted=found is not None)
@@ -122,6 +123,16 @@ class Controller:
             self._autoscaler.configure(found.dated.config)
             self._metrics.configure(found.dated.config)
         return found
+
+    def _last_orders(self, found: Found | None) -> Orders | None:
+        """Those that an actor keeps, or the cluster where all who kept them died with the controller."""
+        kept = None
+        try:
+            if (data := self._cluster.recall()) is not None:
+                kept = decode(data)
+        except (MoerayError, ValueError) as error:
+            log.warning("what the cluster keeps of an earlier controller's orders is left: %s", error)
+        return newest(found.orders if found else None, kept)
 
     def _begin(self, keeper: SystemKeeper) -> None:
         self._keeper = keeper

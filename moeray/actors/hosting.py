@@ -50,12 +50,22 @@ class Cluster(Protocol):
         """Nodes that are about to go, with the seconds that are left to them (inf: until they are empty)."""
         ...
 
+    def keep(self, orders: bytes) -> None:
+        """Have them for `recall`, in place of those before. Returns at once; what fails is logged."""
+        ...
+
+    def recall(self) -> bytes | None:
+        """What this system's controller has kept at last, perhaps in an earlier life. Raises MoerayError where the
+        cluster does not say."""
+        ...
+
     def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
         """Raise PlacementError when the cluster as it is could not run these actors, naming what is short."""
         ...
 
     def close(self) -> None:
-        """Release what the cluster object itself holds; its actors were stopped before, by their owner."""
+        """The system has ended: release what the cluster object itself holds, and forget what it keeps. Its actors were
+        stopped before, by their owner."""
         ...
 
 

@@ -21,7 +21,7 @@ from moeray.actors.fleet_keeper import FleetKeeper
 from moeray.actors.hosting import Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.opening import Model
-from moeray.actors.orders import Orders
+from moeray.actors.orders import Orders, encode
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
@@ -51,7 +51,10 @@ class SystemKeeper:
     def __init__(
         self, dated: DatedConfig, cluster: Cluster, loop: Loop, roster: Roster, audit: Audit, autoscaler: Autoscaler,
         metrics: ControllerMetrics, readiness: Readiness, model: Model, token: bytes, system: str, found: Found | None,
+        orders: Orders | None,
     ) -> None:  # fmt: skip
+        """`found`: what an earlier controller has left running, and `orders` what was wanted of it at last, of which
+        there may be one without the other."""
         config = dated.config
         self.dated = dated
         self.roster = roster
@@ -63,7 +66,9 @@ class SystemKeeper:
         self._model = model
         self._token = token
         self._system = system
+        self._cluster = cluster
         self._found = found
+        self._orders = orders
         self.fleet = FleetKeeper(dated, cluster, loop, roster, audit, self, token, system, model.revision)
         self.places = PlacementKeeper(
             config, roster, audit, model.shape, autoscaler, autoscaler.wanted, readiness.fail, metrics
@@ -77,7 +82,7 @@ class SystemKeeper:
         self._handed: tuple[Orders, list[str]] | None = None
         self._unkept = 0  # keepers that could not take those orders
         self._retell_at = math.inf
-        self._ordered_at = found.orders.at if found is not None and found.orders is not None else 0.0
+        self._ordered_at = orders.at if orders is not None else 0.0
         self.kept = threading.Event()
         self.kept.set()
 
@@ -88,11 +93,12 @@ class SystemKeeper:
     def begin(self) -> None:
         """Take over what was found; from now on it is kept."""
         if self._found is not None:
-            placement = self._found.enter(self.roster, self._loop, self.fleet, self.places)
-            orders = self._found.orders
-            self.autoscaler.adopt(placement, orders)
-            if orders is not None:
-                self._follow_orders(orders)
+            self._found.enter(self.roster, self._loop, self.fleet, self.places)
+        if self._found is not None or self._orders is not None:
+            self.autoscaler.adopt(self.places.placement, self._orders)
+        if self._orders is not None:
+            self._follow_orders(self._orders)
+        if self._found is not None:
             self._readiness.take_over()
         self._begun = True
 
@@ -192,6 +198,8 @@ class SystemKeeper:
         told = orders, [actor.actor_id for actor in keepers]
         if told == self._handed and time.monotonic() < self._retell_at:
             return
+        if self._handed is None or orders != self._handed[0]:
+            self._cluster.keep(encode(orders))
         self._handed, self._ordered_at, self._unkept, self._retell_at = told, orders.at, 0, math.inf
         if keepers:
             self.kept.clear()
@@ -235,11 +243,14 @@ class SystemKeeper:
             self.places.replan(force)
 
     def _all_ready(self) -> bool:
-        """The first placement waits for the whole first set of expert actors."""
+        """The first placement waits for the whole first set of expert actors: for those that an earlier controller has
+        scaled up to, there may be no room any more."""
+        first = {group.name: group.actors for group in self.config.experts.resolved()}
         ready: dict[str, int] = {}
         for actor in self.roster.experts(Phase.READY):
             ready[actor.group] = ready.get(actor.group, 0) + 1
-        return all(ready.get(name, 0) >= count for name, count in self.autoscaler.wish.actors.items())
+        wanted = self.autoscaler.wish.actors.items()
+        return all(ready.get(name, 0) >= min(count, first.get(name, count)) for name, count in wanted)
 
     def _look_ready(self) -> None:
         """Who serves may have changed: say so to those who ask, and end the start when all is there."""

@@ -47,6 +47,7 @@ class LocalCluster:
 
     def __init__(self) -> None:
         self._handles: list[LocalHandle] = []
+        self._orders: bytes | None = None
 
     def start_expert(self, spec: ActorSpec, group: ExpertGroupConfig) -> ActorHandle:
         return self._keep(LocalHandle(spec.actor_id, ExpertActor(spec, NODE), self._forget))
@@ -68,8 +69,14 @@ class LocalCluster:
     def draining(self) -> Mapping[str, float]:
         return {}
 
+    def keep(self, orders: bytes) -> None:
+        self._orders = orders
+
+    def recall(self) -> bytes | None:
+        return self._orders
+
     def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
         """One process takes whatever is asked of it; its memory is checked when experts are placed."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._orders = None

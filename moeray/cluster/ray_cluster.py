@@ -17,6 +17,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from moeray.actors.hosting import ActorHandle
 from moeray.actors.spec import ActorSpec
+from moeray.cluster.ray_note import RayNote
 from moeray.cluster.ray_process import Process
 from moeray.cluster.resources import Request, check_fits, for_experts, for_router
 from moeray.config import Config
@@ -89,6 +90,7 @@ class RayCluster:
         self.node_id: str = ray.get_runtime_context().get_node_id()
         self._gpus: float | None = None
         self._actors = 1
+        self._note = RayNote(f"{namespace}:{name}:{ray.get_runtime_context().get_actor_id()}")
 
     def check(self, groups: Sequence[ExpertGroupConfig], router: RouterConfig) -> None:
         total = self._measure(groups, router)
@@ -153,5 +155,11 @@ class RayCluster:
         now = time.time()
         return {node: at / 1000 - now if at else math.inf for node, at in deadlines.items()}
 
+    def keep(self, orders: bytes) -> None:
+        self._note.write(orders)
+
+    def recall(self) -> bytes | None:
+        return self._note.read()
+
     def close(self) -> None:
-        """Nothing is held."""
+        self._note.close()

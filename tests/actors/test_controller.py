@@ -242,6 +242,70 @@ def test_a_takeover_goes_on_from_what_was_wanted_whoever_died_meanwhile(model, e
         assert tokens(system) == expected
 
 
+def lose_all(system):
+    """The controller and every actor, in no good order."""
+    system.controller.abandon()
+    for handle in system.cluster.find():
+        handle.kill()
+
+
+def test_what_was_wanted_outlives_the_controller_and_all_actors(model, expected, tmp_path):
+    config = config_of(model, tmp_path, experts__actors=2, experts__max_actors=4, router__max_actors=2)
+    with LocalSystem(config) as system:
+        system.controller.commands.scale({"experts": 3, "router": 2})
+        system.controller.commands.pause(True)
+        before = until(system.controller, settled)
+        lose_all(system)
+        system.take_over()
+        after = until(system.controller, settled)
+        assert after["wanted"] == {"experts": 3, "router": 2}
+        assert not after["autoscaling"]
+        assert not {row["actor"] for row in after["actors"]} & {row["actor"] for row in before["actors"]}
+        assert tokens(system) == expected
+    with LocalSystem(config, system.cluster) as system:  # that one was stopped, and this one is another
+        assert until(system.controller, settled)["wanted"] == {"experts": 2, "router": 1}
+        assert system.controller.status()["autoscaling"]
+
+
+class Narrow(LocalCluster):
+    """There is room for no expert actor beyond `room`."""
+
+    room = 9
+
+    def start_expert(self, spec, group):
+        if sum(handle.actor_id.startswith("experts") for handle in self.find()) >= self.room:
+            raise PlacementError("no node has room")
+        return super().start_expert(spec, group)
+
+
+def test_a_system_comes_back_where_there_is_no_room_any_more_for_what_it_was_scaled_to(model, expected, tmp_path):
+    cluster = Narrow()
+    config = config_of(model, tmp_path, experts__actors=2, experts__max_actors=4)
+    with LocalSystem(config, cluster) as system:
+        system.controller.commands.scale({"experts": 4})
+        until(system.controller, settled)
+        lose_all(system)
+        cluster.room = 2
+        system.take_over()
+        assert system.controller.status()["wanted"] == {"experts": 4, "router": 1}
+        assert tokens(system) == expected
+        cluster.room = 9
+        until(system.controller, settled)
+
+
+class Forgetful(LocalCluster):
+    """What it gives back are no orders."""
+
+    def recall(self):
+        return b"{}"
+
+
+def test_a_system_starts_where_what_the_cluster_keeps_cannot_be_read(model, tmp_path, caplog):
+    with LocalSystem(config_of(model, tmp_path, experts__actors=2), Forgetful()) as system:
+        assert until(system.controller, settled)["wanted"] == {"experts": 2, "router": 1}
+    assert "these are no orders" in caplog.text
+
+
 def test_what_a_change_has_mapped_that_died_with_its_controller_is_dropped(model, expected, tmp_path):
     config = config_of(model, tmp_path, experts__replicas=1, control__autoscale=False)
     with LocalSystem(config) as system:

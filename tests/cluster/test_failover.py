@@ -189,3 +189,22 @@ def test_rays_agent_has_the_series_too_and_counts_nothing_twice(running):
                     return total(found, f"ray_{TOKENS}", model_name=name)
 
     assert 0 < run(repeated()) <= total(run(live.scrape()), TOKENS)
+
+
+def test_the_death_of_the_controller_and_every_actor(running):
+    """What they counted is gone, and what was wanted is not."""
+    run, live, calm = running
+    run(live.ask("scale", {"experts": 3}))
+    run(live.ask("pause", True))
+    before = run(live.whole())
+
+    def kill_all():
+        os.kill(before["controller"]["pid"], signal.SIGKILL)
+        for row in before["actors"]:
+            kill(row)
+
+    assert run(live.all_tokens(kill_all)) == calm
+    after = run(live.whole())
+    assert not {row["pid"] for row in after["actors"]} & {row["pid"] for row in before["actors"]}
+    assert after["wanted"] == before["wanted"]
+    assert not after["autoscaling"]
