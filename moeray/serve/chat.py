@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from moeray.serve.completions import LOWEST_LOGPROB
 from moeray.serve.generate import Delta, Generation, TokenRecord
 from moeray.serve.job import Job
+from moeray.serve.prompt_scores import LOWEST_LOGPROB, prompt_scores
 from moeray.serve.responses import (
     ChatChoice,
     ChatChunk,
@@ -45,14 +45,19 @@ async def plain_chat(job: Job, generation: Generation, vocabulary: Vocabulary) -
         )
         for index in range(len(job.choices))
     ]
-    return ChatCompletion(
+    answer = ChatCompletion(
         id=job.id,
         object="chat.completion",
         created=job.created,
         model=job.model.name,
         choices=choices,
         usage=generation.usage(),
-    ).encode()
+    )
+    if job.prompt_logprobs:
+        answer.prompt_logprobs = prompt_scores(
+            job.choices[0].request.prompt_ids, generation.prompt_logprobs(0), vocabulary
+        )
+    return answer.encode()
 
 
 async def chat_events(job: Job, generation: Generation, vocabulary: Vocabulary) -> AsyncGenerator[bytes, None]:

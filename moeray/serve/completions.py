@@ -6,12 +6,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from moeray.serve.generate import Delta, Generation, TokenRecord
-from moeray.serve.job import Choice, Job
-from moeray.serve.responses import Completion, CompletionChoice, CompletionLogprobs, Finish, PromptLogprob, Usage
+from moeray.serve.job import Job
+from moeray.serve.prompt_scores import LOWEST_LOGPROB, prompt_scores
+from moeray.serve.responses import Completion, CompletionChoice, CompletionLogprobs, Finish, Usage
 from moeray.serve.tokens import Vocabulary
 from moeray.types import TokenLogprobs
-
-LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 async def plain_completion(job: Job, generation: Generation, vocabulary: Vocabulary) -> bytes:
@@ -28,7 +27,8 @@ async def plain_completion(job: Job, generation: Generation, vocabulary: Vocabul
     for i in range(len(job.choices)):
         choice = _choice(job, vocabulary, Delta(i, "".join(texts[i]), tuple(tokens[i]), finishes[i]))
         if job.prompt_logprobs:
-            choice.prompt_logprobs = _prompt_logprobs(job.choices[i], generation.prompt_logprobs(i), vocabulary)
+            ids = job.choices[i].request.prompt_ids
+            choice.prompt_logprobs = prompt_scores(ids, generation.prompt_logprobs(i), vocabulary)
         choices.append(choice)
     return _object(job, choices, usage=generation.usage()).encode()
 
@@ -72,24 +72,3 @@ def _alternatives(vocabulary: Vocabulary, chosen: int, logprobs: TokenLogprobs) 
     for token_id, logprob in (*logprobs.top, (chosen, logprobs.logprob)):
         found.setdefault(vocabulary.token(token_id).text, max(logprob, LOWEST_LOGPROB))
     return found
-
-
-def _prompt_logprobs(
-    choice: Choice, scores: Sequence[TokenLogprobs], vocabulary: Vocabulary
-) -> list[dict[int, PromptLogprob] | None]:
-    """vLLM's form: one entry a token of the prompt, by token ids; none for the first."""
-    entries: list[dict[int, PromptLogprob] | None] = [None]
-    for chosen, score in zip(choice.request.prompt_ids[1:], scores, strict=True):
-        ranks = {token_id: rank for rank, (token_id, _) in enumerate(score.top, 1)}
-        logprobs = {chosen: score.logprob, **dict(score.top)}
-        entries.append(
-            {
-                token_id: PromptLogprob(
-                    logprob=max(logprob, LOWEST_LOGPROB),
-                    rank=ranks.get(token_id),
-                    decoded_token=vocabulary.token(token_id).text,
-                )
-                for token_id, logprob in logprobs.items()
-            }
-        )
-    return entries

@@ -49,14 +49,19 @@ class Delta:
 class ChoiceRun:
     """Turns one choice's TokenOutputs into deltas: the first one at once, later ones for `interval` tokens each. Tokens
     whose text is held back wait for it. A token that ends the sequence has no text, unless the job shows it.
-    `prompt_logprobs`: of the prompt's tokens from the second on, as far as they are there."""
+    `first`: the run of the prompt's first choice, None for that one itself. `prompt_logprobs`: of the prompt's tokens
+    from the second on, as far as they are there; the first choice's are those of all."""
 
-    def __init__(self, choice: Choice, job: Job, vocabulary: Vocabulary, interval: int) -> None:
+    def __init__(
+        self, choice: Choice, job: Job, vocabulary: Vocabulary, interval: int, first: ChoiceRun | None = None
+    ) -> None:
         self.choice = choice
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finished = False
-        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.begun = asyncio.Event()
+        self.scorer = first if first is not None and first.choice.request.sampling.prompt_logprobs is not None else None
+        self.prompt_logprobs: list[TokenLogprobs] = [] if self.scorer is None else self.scorer.prompt_logprobs
         self._job = job
         self._echo = job.echoes[choice.prompt] if job.echoes else Echo("")
         self._min_tokens = choice.request.sampling.min_tokens
@@ -65,7 +70,6 @@ class ChoiceRun:
         self._waiting: list[TokenRecord] = []
         self._waiting_text: dict[Part, list[str]] = {part: [] for part in Part}
         self._told = 0
-        self._begun = False
         marked = None if job.continues_text else vocabulary.markers
         self._channels = None if marked is None else Channels(marked, vocabulary.decode)
         self._part = Part.CONTENT
@@ -83,8 +87,10 @@ class ChoiceRun:
         self.prompt_logprobs += output.prompt_logprobs
         if not output.token_ids and output.finish_reason is None:
             return None  # a part of the prompt
-        if not self._begun:
+        begins = not self.begun.is_set()
+        if begins:
             self._repeat_prompt()
+            self.begun.set()
         for place in range(len(output.token_ids) if self._job.answers else 0):
             self._take(output, place)
         finish = self._finish(output)
@@ -92,9 +98,8 @@ class ChoiceRun:
             self._wait(self._text.finish(self._may_stop))
             if self._text.stopped:
                 finish = "stop"
-        if self._begun and finish is None and not (self._waits and self._is_due()):
+        if not begins and finish is None and not (self._waits and self._is_due()):
             return None
-        self._begun = True
         return self._delta(finish)
 
     def rest(self) -> Delta | None:
@@ -180,7 +185,11 @@ class Generation:
     def __init__(self, backend: Backend, job: Job, vocabulary: Vocabulary, interval: int = 1) -> None:
         self._backend = backend
         self._job = job
-        self._runs = [ChoiceRun(choice, job, vocabulary, interval) for choice in job.choices]
+        self._runs: list[ChoiceRun] = []
+        firsts: dict[int, ChoiceRun] = {}
+        for choice in job.choices:
+            self._runs.append(ChoiceRun(choice, job, vocabulary, interval, firsts.get(choice.prompt)))
+            firsts.setdefault(choice.prompt, self._runs[-1])
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every choice's deltas, interleaved as they come. Closing it aborts what still runs.
@@ -231,8 +240,11 @@ class Generation:
         return {"usage": None} if self._job.include_usage else {}
 
     async def _follow(self, run: ChoiceRun, queue: asyncio.Queue[Delta | Exception | None]) -> None:
-        """Send one choice's deltas, then None; or the error that ended it."""
+        """Send one choice's deltas, then None; or the error that ended it. Where the first choice has the prompt
+        scored, the others start behind it: they need its scores, and find the prompt in the prefix cache."""
         try:
+            if run.scorer is not None:
+                await run.scorer.begun.wait()
             async with aclosing(self._backend.generate(run.choice.request)) as stream:
                 async for output in stream:
                     if (delta := run.advance(output)) is not None:

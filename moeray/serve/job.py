@@ -24,7 +24,8 @@ MAX_SEQUENCES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One sequence of a job. `index` is OpenAI's: prompt-major, then the choice of the prompt."""
+    """One sequence of a job. `index` is OpenAI's: prompt-major, then the choice of the prompt. Where the log
+    probabilities of a prompt's tokens are wanted, its first choice has them computed for all of its choices."""
 
     index: int
     prompt: int
@@ -91,7 +92,9 @@ async def chat_job(request: ChatRequest, model: ModelInfo, encoder: PromptEncode
     if asked[1] is None:
         asked = "max_tokens", request.max_tokens
     sampling = _sampling(request, model, encoder, logprobs)
-    return _job("chatcmpl", request, model, encoder, [ids], sampling, asked, model.max_context, created)
+    sampling["prompt_logprobs"] = request.prompt_logprobs
+    job = _job("chatcmpl", request, model, encoder, [ids], sampling, asked, model.max_context, created)
+    return replace(job, prompt_logprobs=request.prompt_logprobs is not None)
 
 
 def _variables(request: ChatRequest, encoder: PromptEncoder) -> dict[str, Any]:
@@ -127,10 +130,11 @@ def _job(
     seed = secrets.randbits(63) if request.seed is None else request.seed
     job_id = f"{prefix}-{uuid.uuid4().hex}"
     choices = []
+    unscored = {**sampling, "prompt_logprobs": None}
     for index in range(n * len(prompts)):
         ids = prompts[index // n]
         limit = max_tokens(len(ids), wanted, default_max_tokens, model, param)
-        params = SamplingParams(**sampling, max_tokens=limit, seed=(seed + index) % 2**63)
+        params = SamplingParams(**(unscored if index % n else sampling), max_tokens=limit, seed=(seed + index) % 2**63)
         sequence = GenerationRequest(f"{job_id}-{index}", ids, params, origin=REQUEST_ID.get() or "")
         choices.append(Choice(index, index // n, sequence))
     lengths = tuple(map(len, prompts))

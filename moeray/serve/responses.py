@@ -65,6 +65,9 @@ class PromptLogprob(_Answer):
     decoded_token: str
 
 
+PromptScores = list[dict[int, PromptLogprob] | None]
+
+
 class CompletionChoice(_Answer):
     """A choice of an answer, and of a stream chunk."""
 
@@ -72,7 +75,7 @@ class CompletionChoice(_Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
-    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = None
+    prompt_logprobs: PromptScores | None = None
 
 
 class Completion(_Answer):
@@ -122,6 +125,7 @@ class ChatCompletion(_Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptScores | None = None
 
 
 class ChatDelta(_Answer):

@@ -117,6 +117,7 @@ class GenerationFields(_Strict):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, le=_INT32)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
@@ -131,6 +132,12 @@ class GenerationFields(_Strict):
         asked = self.stream_options.model_dump(exclude_none=True) if self.stream_options else {}
         if any(asked.values()) and not self.stream:
             raise ValueError("stream_options goes with stream=true only")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_go_without_stream(self) -> GenerationFields:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs goes with stream=false only")
         return self
 
     @property
@@ -148,14 +155,11 @@ class CompletionRequest(GenerationFields):
     max_tokens: int | None = Field(None, ge=0, le=_INT32)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
-    def _what_goes_together(self) -> CompletionRequest:
+    def _something_to_answer(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1, or go with echo=true, which then is all of the answer")
-        if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs goes with stream=false only; in a stream, ask for echo and logprobs")
         return self
 
 

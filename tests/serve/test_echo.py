@@ -122,8 +122,54 @@ def test_scores_by_themselves_have_vllms_form(ai, backend):
         ]
 
 
+def test_scores_of_a_chat_have_vllms_form_and_are_of_the_answer_not_of_its_choices(ai, backend):
+    messages = [{"role": "user", "content": TEXT}]
+    answer = ai.chat.completions.create(model=MODEL, messages=messages, n=2, extra_body={"prompt_logprobs": 1})
+    ids = backend.requests[0].prompt_ids
+    assert [len(entry or "") for entry in answer.prompt_logprobs] == [0] + [2] * (len(ids) - 1)
+    expected = [prompt_score(backend.requests[0], place) for place in range(1, len(ids))]
+    chosen = [entry[str(ids[place])] for place, entry in enumerate(answer.prompt_logprobs[1:], 1)]
+    assert [each["logprob"] for each in chosen] == [score.logprob for score in expected]
+    assert not any("prompt_logprobs" in choice.model_dump() for choice in answer.choices)
+
+
 def test_who_asks_for_no_scores_has_no_field_of_them(ai):
     assert "prompt_logprobs" not in ask(ai).choices[0].model_dump()
+    messages = [{"role": "user", "content": TEXT}]
+    assert "prompt_logprobs" not in ai.chat.completions.create(model=MODEL, messages=messages).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"), ({"prompt_logprobs": -1}, "prompt_logprobs")],
+)
+def test_what_a_chat_does_not_have_is_refused(http, options, param):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": TEXT}]} | options
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("options", [{"logprobs": 1}, {"echo": False, "extra_body": {"prompt_logprobs": 1}}])
+def test_the_choices_of_a_prompt_have_it_scored_once(ai, backend, options):
+    """By the first one, which the others wait for."""
+    prompts = [TEXT, "東 dog"]
+    answer = ask(ai, prompt=prompts, n=3, **options)
+    scored = [request for request in backend.requests if request.sampling.prompt_logprobs is not None]
+    assert [request.request_id.rpartition("-")[2] for request in scored] == ["0", "3"]
+    assert len(backend.requests) == 6
+    for first in (0, 3):
+        choices = [choice.model_dump(exclude={"index"}) for choice in answer.choices[first : first + 3]]
+        assert choices[0] == choices[1] == choices[2]
+
+
+def test_a_prompt_that_cannot_be_scored_fails_for_all_its_choices(http, backend):
+    backend.break_after = 0
+    body = {"model": MODEL, "prompt": TEXT, "n": 3, "echo": True, "logprobs": 1}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 500
+    assert "expert group 3 is gone" in answer.text
+    assert len(backend.requests) == 1
 
 
 @pytest.mark.parametrize(

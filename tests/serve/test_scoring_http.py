@@ -68,6 +68,23 @@ def test_likelihoods_of_continuations(model, dense):
         assert [value for value, _ in ours] == pytest.approx([value for value, _ in expected], abs=1e-3)
 
 
+def test_further_choices_have_the_scores_of_the_first(model):
+    prompt = "Name three rivers. " * 6
+    body = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 4, "logprobs": 1, "echo": True}
+    with Fleet(model, **SMALL_STEPS) as fleet:
+        fleet.add_router()
+        with serving(fleet) as ai:
+            (alone,) = ai.completions.create(**body).choices
+            several = ai.completions.create(**body, n=3)
+    context = several.usage.prompt_tokens
+    for choice in several.choices:
+        assert choice.text == alone.text
+        assert choice.logprobs.token_logprobs[0] is None
+        ours, theirs = choice.logprobs.token_logprobs[1:], alone.logprobs.token_logprobs[1:]
+        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert ours[: context - 1] == several.choices[0].logprobs.token_logprobs[1:context]
+
+
 def parts(answer, stream):
     """(text, log probabilities, offsets) of each choice."""
     found = {}
