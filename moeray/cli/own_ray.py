@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import psutil
 import ray
@@ -46,6 +48,56 @@ def own_ray() -> OwnRay | None:
         return None
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     return OwnRay(head, (host, int(port)))
+
+
+@contextmanager
+def wholly_or_not_at_all() -> Iterator[None]:
+    """Where the start of a Ray within the block is interrupted, every process that it has started is killed: Ray's own
+    way to end them can be interrupted by a further Ctrl-C, and its agents then stay for a minute.
+
+    Further Ctrl-Cs change nothing until that is done; then one ends this process at once.
+    """
+    before = set(psutil.Process().children(recursive=True))
+    with _interrupted_once():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):  # the latter is Ray's own for SIGTERM
+            _kill_all_but(before)
+            raise
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """The block's first SIGINT raises KeyboardInterrupt, later ones do nothing. In other threads than the main one, and
+    where SIGINT is ignored or no business of Python's, nothing is changed."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+    came = False
+
+    def take(number: int, frame: object) -> None:
+        nonlocal came
+        if not came:
+            came = True
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if came else before)
+
+
+def _kill_all_but(before: set[psutil.Process]) -> None:
+    """The processes below this one that were not there before. All are stopped first: none starts another meanwhile."""
+    stopped: set[psutil.Process] = set()
+    while fresh := set(psutil.Process().children(recursive=True)) - before - stopped:
+        for process in fresh:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        stopped |= fresh
+    _kill(stopped)
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -193,10 +193,12 @@ def _init(**options: Any) -> None:
     import ray
     from ray.exceptions import RayError
 
+    from moeray.cli.own_ray import wholly_or_not_at_all
     from moeray.errors import MoerayError
 
     try:
-        ray.init(**options)
+        with wholly_or_not_at_all():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, RayError) as error:
         ray.shutdown()
         raise MoerayError(not_joined(error)) from error

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -322,3 +322,32 @@ def test_a_second_signal_while_it_loads_ends_it_with_all_that_it_has_started(tmp
     assert (process.returncode, psutil.wait_procs(below, timeout=60)[1]) == (130, [])
     assert "Ray is ended with every actor: SIGINT again" in said[0]
     assert "Traceback" not in said[0]
+
+
+@pytest.mark.parametrize("process_name", ["gcs_server", "raylet"])
+def test_signals_while_ray_starts_leave_none_of_its_processes(process_name, tmp_path):
+    model = make_tiny("qwen3_moe", tmp_path / "tiny-moe", tokenizer=True)
+    process = moeray(
+        "serve", str(model), "--port", str(free_port()), stderr=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "MOERAY_CACHE_DIR": str(tmp_path), "RAY_ADDRESS": "local"},
+    )  # fmt: skip
+    below: dict[psutil.Process, str] = {}
+    while process_name not in below.values():
+        assert process.poll() is None, process.stderr.read()
+        below |= children_of(process)
+    while process.poll() is None:
+        below |= children_of(process)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert psutil.wait_procs(below, timeout=10)[1] == []
+    assert process.stderr.read().strip() == ""
+
+
+def children_of(process):
+    """All below it, with their names."""
+    found = {}
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                found[child] = child.name()
+    return found
