@@ -137,8 +137,10 @@ class Delivery:
         gone."""
         left, gone = {share.actor_id: share for share in shares}, []
         for actor in self._links.dialled(left):
-            most_rows = rows_of_a_piece(work.row_bytes, self._links.room(actor))
-            work.backlog.add(actor, cut(left[actor], most_rows) if most_rows else [left[actor]])
+            share = left[actor]
+            of_a_piece = rows_of_a_piece(work.row_bytes, self._links.room(actor)) or share.size
+            of_a_frame = self._links.most_rows(actor, work.row_bytes) or share.size
+            work.backlog.add(actor, cut(share, min(of_a_piece, of_a_frame)))
             gone += self._send_more(work, actor)
         return gone
 

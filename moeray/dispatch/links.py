@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from moeray.dispatch.deadline import Latency, deadline_s, dial_s, observed, timed_out
+from moeray.dispatch.pieces import rows_of_a_frame
 from moeray.dispatch.view import PlacementView, Usable
 from moeray.errors import ChannelClosedError, WireError
 from moeray.types import Address
@@ -129,6 +130,12 @@ class Links:
         link = self._links.get(actor_id)
         channel = link.channel if link is not None else None
         return channel.room if channel is not None else 0
+
+    def most_rows(self, actor_id: str, row_bytes: int) -> int | None:
+        """How many rows a frame to the actor carries, None where there is no channel."""
+        link = self._links.get(actor_id)
+        channel = link.channel if link is not None else None
+        return rows_of_a_frame(row_bytes, channel.most_payload_bytes) if channel is not None else None
 
     def _expects(self, actor_id: str) -> bool:
         """Whether it is worth waiting for a channel to it."""

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from moeray.buffers import ALIGN
 from moeray.dispatch.plan import Share
 
 PIECE_BYTES = 4 << 20
 """Of a piece's outputs: long enough to compute that a message more costs nothing beside it."""
 AHEAD = 2
 """Pieces that an actor has at a time; one where its channel takes nothing before it is read."""
+_INDEX_BYTES = 8
+"""Beside each row that goes out: its place among the tokens."""
 
 
 def rows_of_a_piece(row_bytes: int, room: int) -> int:
@@ -25,6 +28,12 @@ def rows_of_a_piece(row_bytes: int, room: int) -> int:
     read.
     """
     return min(PIECE_BYTES, room // (2 * AHEAD)) // max(row_bytes, 1)
+
+
+def rows_of_a_frame(row_bytes: int, most_bytes: int) -> int:
+    """How many rows a frame with a payload of at most so many bytes carries, and so does that of their outputs. At
+    least one: where that is too large, the channel says so."""
+    return max(1, (most_bytes - 2 * ALIGN) // (row_bytes + _INDEX_BYTES))
 
 
 def cut(share: Share, most_rows: int) -> list[Share]:

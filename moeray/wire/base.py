@@ -51,6 +51,10 @@ class Channel(Protocol):
         """Bytes that go out before the peer reads, each way, as far as that is known."""
 
     @property
+    def most_payload_bytes(self) -> int:
+        """Of a frame, each way: both sides go by the same `wire.max_payload_bytes`."""
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
 

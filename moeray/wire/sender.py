@@ -96,6 +96,11 @@ class Sender:
         writer = self._writer
         return writer.capacity if writer is not None else 0
 
+    @property
+    def most_payload_bytes(self) -> int:
+        """What the peer takes in one frame."""
+        return self._limits.max_payload_bytes
+
     def send(self, frame: Frame) -> None:
         """See `Channel.send`."""
         self._in_turn(self._send, frame)

@@ -105,6 +105,11 @@ class SocketChannel:
         return self._sender.room
 
     @property
+    def most_payload_bytes(self) -> int:
+        """See `Channel.most_payload_bytes`."""
+        return self._sender.most_payload_bytes
+
+    @property
     def closed(self) -> bool:
         """True once either side is known to be gone."""
         return self._connection.shut

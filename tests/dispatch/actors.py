@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -88,7 +89,7 @@ class FakeActor:
         self.rows = 0
         self.release = threading.Event()
         self.hung_up = threading.Event()
-        wire = WireConfig(remote="off" if node == "here" else "both", shared_memory_bytes=1 << 20)
+        wire = replace(WIRE, remote="off" if node == "here" else "both")
         self._listener = Listener(identity(actor_id, node), wire, self._run, folder)
         self.address = self._listener.start()
 

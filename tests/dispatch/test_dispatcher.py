@@ -532,6 +532,21 @@ def test_many_rows_go_out_in_pieces(stage):
     assert not stage.losses
 
 
+def test_rows_beyond_a_frame_go_out_in_several_where_nothing_is_shared(folder):
+    """Inputs that fit a frame with outputs that do not among them."""
+    stage = Stage(folder, "a", nodes="there")
+    try:
+        stage.publish(1, dict.fromkeys(range(4), "a"))
+        x_TD = torch.randn(1500, 1024)
+        for ids_TK in (torch.arange(4).expand(1500, 4), torch.tensor([[1]]).expand(1500, 1)):
+            assert torch.equal(stage.dispatcher(0, x_TD, ids_TK), expected(x_TD, ids_TK))
+        assert 2 * WIRE.max_payload_bytes < 1500 * 1024 * 4 * 4
+        assert stage.actors["a"].forwards == 4 + 1  # an expert each, then all
+        assert not stage.losses
+    finally:
+        stage.close()
+
+
 def test_an_actor_that_stops_in_the_middle_leaves_its_pieces_to_the_other(stage):
     """It answers only once the other has been sent all but the two pieces that it has itself."""
     stage.publish(1, MANY)

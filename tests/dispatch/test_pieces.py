@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from moeray.buffers import aligned
 from moeray.dispatch.flight import Sent
-from moeray.dispatch.pieces import AHEAD, PIECE_BYTES, Backlog, cut, rows_of_a_piece
+from moeray.dispatch.pieces import AHEAD, PIECE_BYTES, Backlog, cut, rows_of_a_frame, rows_of_a_piece
 from moeray.dispatch.plan import Share, plan_rows
 from moeray.dispatch.work import Work
 
@@ -57,6 +58,15 @@ def test_what_is_on_its_way_fits_the_channel_twice(row_bytes, room, expected):
     rows = rows_of_a_piece(row_bytes, room)
     assert rows == expected
     assert 2 * AHEAD * rows * row_bytes <= room
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "most", "expected"), [(2048, 1 << 30, 522247), (248, 1 << 16, 255), (2048, 1 << 11, 1), (2048, 0, 1)]
+)
+def test_a_frame_carries_rows_with_their_index_and_their_outputs(row_bytes, most, expected):
+    rows = rows_of_a_frame(row_bytes, most)
+    assert rows == expected
+    assert rows == 1 or aligned(rows * row_bytes) + aligned(rows * 8) <= most
 
 
 def piece(actor, experts, rows):
