@@ -14,14 +14,15 @@ from moeray.wire.connection import without_descriptor
 from moeray.wire.grpc_loop import STREAMS
 from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, STREAM_ENDS, Tunnel, options
 from moeray.wire.socket_channel import SocketChannel
-from moeray.wire.tls import Credentials, read_credentials
+from moeray.wire.tls import Credentials, credential_files
 
 
 def dial_grpc(address: Address, wire: WireConfig) -> SocketChannel:
     """A channel to whoever listens at `address.grpc`; one to nobody is found closed. Raises ConfigError, and
     ChannelClosedError where there are no descriptors for it."""
     assert address.grpc is not None
-    tls = read_credentials(wire)
+    files = credential_files(wire)
+    tls = files.current() if files is not None else None
     stream = _Stream()
     with ExitStack() as undo:
         try:

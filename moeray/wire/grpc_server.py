@@ -18,7 +18,7 @@ from moeray.wire.grpc_loop import STREAMS
 from moeray.wire.grpc_tunnel import CLOSE_S, SERVICE, STREAM, Tunnel, options
 from moeray.wire.guests import MAX_UNAUTHENTICATED
 from moeray.wire.own_address import bracketed, reachable
-from moeray.wire.tls import read_credentials
+from moeray.wire.tls import CredentialFiles, Credentials, credential_files
 
 Accept = Callable[[socket.socket, Carrier], None]
 """Greet whoever is behind the socket, and serve it, in another thread; or close the socket."""
@@ -60,10 +60,9 @@ class GrpcServer:
         return port
 
     def _bind(self, server: grpc.aio.Server, target: str) -> int:
-        if (tls := read_credentials(self._wire)) is None:
+        if (files := credential_files(self._wire)) is None:
             return int(server.add_insecure_port(target))
-        credentials = grpc.ssl_server_credentials([(tls.key, tls.cert)], tls.authority, tls.authority is not None)
-        return int(server.add_secure_port(target, credentials))
+        return int(server.add_secure_port(target, _credentials(files)))
 
     async def _stream(self, _: Any, context: Any) -> None:
         over = asyncio.Event()
@@ -99,3 +98,19 @@ class GrpcServer:
         stopping = asyncio.ensure_future(self._server.stop(None))
         _, left = await asyncio.wait([stopping, *self._tasks], timeout=max(0.0, deadline - monotonic()))
         return not left
+
+
+def _credentials(files: CredentialFiles) -> grpc.ServerCredentials:
+    """gRPC asks at each new connection for what has changed, from a thread of its own."""
+    served = files.current()
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal served
+        before, served = served, files.current()
+        return None if served is before else _configuration(served)
+
+    return grpc.dynamic_ssl_server_credentials(_configuration(served), renewed, served.authority is not None)
+
+
+def _configuration(tls: Credentials) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(tls.key, tls.cert)], tls.authority)
