@@ -112,6 +112,6 @@ class Commands:
             return answer, keeper
 
         answer, keeper = self._ask(run)
-        if not keeper.kept.wait(KEEP_S):
+        if not keeper.handover.kept.wait(KEEP_S):
             log.warning("no actor keeps the order yet; it would be forgotten if the controller died now")
         return answer

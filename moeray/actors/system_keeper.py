@@ -6,10 +6,7 @@ Owned by the controller's loop, on whose thread everything here runs.
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
-from functools import partial
 from typing import Any
 
 from moeray.actors.accounts import Accounts
@@ -18,10 +15,11 @@ from moeray.actors.audit import Audit
 from moeray.actors.autoscaler import Autoscaler, summary, wish_tree
 from moeray.actors.controller_metrics import ControllerMetrics
 from moeray.actors.fleet_keeper import FleetKeeper
+from moeray.actors.handover import Handover
 from moeray.actors.hosting import Cluster
 from moeray.actors.loop import Loop
 from moeray.actors.opening import Model
-from moeray.actors.orders import Orders, encode
+from moeray.actors.orders import Orders
 from moeray.actors.placement_keeper import PlacementKeeper
 from moeray.actors.readiness import Readiness
 from moeray.actors.roster import Actor, Roster
@@ -39,8 +37,6 @@ log = logging.getLogger(__name__)
 
 EARLY_LOSSES = 3
 """So many actors may die before the system is up; one more, and the start is given up."""
-RETELL_S = 5.0
-"""Orders that no actor could take are told again after this time."""
 HEAL_REPORTS = 3
 """A router that reports rows without a taker so often in a row, while nothing is being changed, is helped."""
 
@@ -66,7 +62,6 @@ class SystemKeeper:
         self._model = model
         self._token = token
         self._system = system
-        self._cluster = cluster
         self._found = found
         self._orders = orders
         self.fleet = FleetKeeper(dated, cluster, loop, roster, audit, self, token, system, model.revision)
@@ -79,12 +74,7 @@ class SystemKeeper:
         self._next_look = 0.0
         self._orphaned: dict[str, int] = {}
         self._early_losses = 0
-        self._handed: tuple[Orders, list[str]] | None = None
-        self._unkept = 0  # keepers that could not take those orders
-        self._retell_at = math.inf
-        self._ordered_at = orders.at if orders is not None else 0.0
-        self.kept = threading.Event()
-        self.kept.set()
+        self.handover = Handover(cluster, roster, orders)
 
     @property
     def config(self) -> Config:
@@ -92,19 +82,20 @@ class SystemKeeper:
 
     def begin(self) -> None:
         """Take over what was found; from now on it is kept."""
+        if self._orders is not None:
+            self.roster.count_from(self._orders.numbers)
         if self._found is not None:
             self._found.enter(self.roster, self._loop, self.fleet, self.places)
-        if self._found is not None or self._orders is not None:
-            self.autoscaler.adopt(self.places.placement, self._orders)
-        if self._orders is not None:
-            self._follow_orders(self._orders)
-        if self._found is not None:
+            self._follow_orders()
             self._readiness.take_over()
         self._begun = True
 
-    def _follow_orders(self, orders: Orders) -> None:
-        self.roster.count_from(orders.numbers)
-        for actor_id, by in orders.leaving.items():
+    def _follow_orders(self) -> None:
+        """Go on from what was wanted at last: at once where a system runs. One of which nothing is left comes up as its
+        config says before, since there may be no room any more for all that it was scaled to."""
+        orders, self._orders = self._orders, None
+        self.autoscaler.adopt(self.places.placement, orders)
+        for actor_id, by in (orders.leaving if orders is not None else {}).items():
             if self.roster.get(actor_id) is not None:
                 self.fleet.departures.tell([actor_id], None if by is None else by - time.time())
 
@@ -190,32 +181,9 @@ class SystemKeeper:
         self.hand_orders()
 
     def hand_orders(self) -> None:
-        """Have some actors keep what is wanted, whenever it or they have changed; `kept` is set once one does."""
-        at = max(time.time(), math.nextafter(self._ordered_at, math.inf))
-        wish, paused = self.autoscaler.wish, self.autoscaler.paused
-        orders = Orders(at, wish, paused, self.fleet.departures.told(), self.roster.numbers())
-        keepers = self.roster.keepers()
-        told = orders, [actor.actor_id for actor in keepers]
-        if told == self._handed and time.monotonic() < self._retell_at:
-            return
-        if self._handed is None or orders != self._handed[0]:
-            self._cluster.keep(encode(orders))
-        self._handed, self._ordered_at, self._unkept, self._retell_at = told, orders.at, 0, math.inf
-        if keepers:
-            self.kept.clear()
-        for actor in keepers:
-            assert actor.calls is not None
-            actor.calls.put("keep_orders", orders, then=partial(self._on_kept, actor.actor_id, orders))
-
-    def _on_kept(self, actor_id: str, orders: Orders, _: Any, error: Exception | None) -> None:
-        if error is not None:
-            log.warning("actor %s does not keep what is wanted: %s", actor_id, error)
-            if self._handed is not None and self._handed[0] is orders:
-                self._unkept += 1
-                if self._unkept == len(self._handed[1]):
-                    self._retell_at = time.monotonic() + RETELL_S
-        elif self._handed is not None and self._handed[0] is orders:  # else there are newer ones
-            self.kept.set()
+        """Have what is wanted kept for the next controller; see `Handover.kept`."""
+        if self._orders is None:  # else they are followed first, and kept as they are until then
+            self.handover.hand(self.autoscaler.wish, self.autoscaler.paused, self.fleet.departures.told())
 
     def _decide(self) -> None:
         before = self.autoscaler.wanted()
@@ -243,14 +211,11 @@ class SystemKeeper:
             self.places.replan(force)
 
     def _all_ready(self) -> bool:
-        """The first placement waits for the whole first set of expert actors: for those that an earlier controller has
-        scaled up to, there may be no room any more."""
-        first = {group.name: group.actors for group in self.config.experts.resolved()}
+        """The first placement waits for the whole first set of expert actors."""
         ready: dict[str, int] = {}
         for actor in self.roster.experts(Phase.READY):
             ready[actor.group] = ready.get(actor.group, 0) + 1
-        wanted = self.autoscaler.wish.actors.items()
-        return all(ready.get(name, 0) >= min(count, first.get(name, count)) for name, count in wanted)
+        return all(ready.get(name, 0) >= count for name, count in self.autoscaler.wish.actors.items())
 
     def _look_ready(self) -> None:
         """Who serves may have changed: say so to those who ask, and end the start when all is there."""
@@ -268,6 +233,8 @@ class SystemKeeper:
                 min(f["max_context"] for f in facts), facts[0]["vocab_size"], self._model.eos_token_ids,
             )  # fmt: skip
         self._readiness.succeed()
+        if self._orders is not None:
+            self._follow_orders()
 
     def _open_routers(self) -> list[Actor]:
         """Those that take requests: where all are about to leave, they do until another one is there."""

@@ -17,7 +17,7 @@ from moeray.errors import MoerayError, one_line
 log = logging.getLogger(__name__)
 
 _SPACE = b"moeray"
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
 RETRY_S = 5.0
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeray.actors import system_keeper
+from moeray.actors import handover
 from moeray.actors.controller import Controller
 from moeray.cluster.local import NODE, LocalCluster
 from moeray.errors import ConfigError, MoerayError, PlacementError
@@ -421,7 +421,7 @@ def test_orders_outlive_a_clock_that_goes_back(model, tmp_path, monkeypatch):
         assert system.controller.commands.scale({"experts": 3}) == {"experts": 3, "router": 1}
         system.controller.abandon()
         behind = SimpleNamespace(time=lambda: time.time() - 60.0, monotonic=time.monotonic)
-        monkeypatch.setattr(system_keeper, "time", behind)
+        monkeypatch.setattr(handover, "time", behind)
         system.take_over()
         until(system.controller, settled)
         assert system.controller.commands.scale({"experts": 2}) == {"experts": 2, "router": 1}
