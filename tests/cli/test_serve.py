@@ -255,6 +255,16 @@ def test_a_sweep_over_http(endpoint, load):
         assert 0 < figures["ttft_s"]["p50"] <= figures["e2e_s"]["p99"]
 
 
+@pytest.mark.parametrize(("key", "stream", "status"), [("k3y", False, 200), ("k3y", True, 200), ("wrong", False, 401)])
+def test_a_request_id_comes_back_once_through_serves_proxy(endpoint, key, stream, status):
+    headers = {"X-Request-Id": "my-id-1", "Authorization": f"Bearer {key}"}
+    body = {"model": "tiny-moe", "prompt": "a", "max_tokens": 2, "stream": stream}
+    answer = httpx.post(f"{endpoint[0]}/v1/completions", json=body, headers=headers, timeout=60.0)
+    assert (answer.status_code, answer.headers.get_list("x-request-id")) == (status, ["my-id-1"])
+    if status != 200:
+        assert answer.json()["error"]["request_id"] == "my-id-1"
+
+
 def test_a_sweep_with_errors_says_so(endpoint):
     done = subprocess.run(
         [
