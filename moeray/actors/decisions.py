@@ -38,6 +38,9 @@ def sentence(entry: Mapping[str, Any]) -> str:
         case "controller":
             what = "took over the running actors" if entry["adopted"] else "began to serve"
             return f"The controller {what} ({entry['model']})"
+        case "restored":
+            wanted = ", ".join(f"{group} {count}" for group, count in entry["actors"].items())
+            return f"What was wanted before all actors were lost holds: {wanted}{_paused(entry)}"
         case "decision":
             return _decision(entry)
         case "scale":
@@ -107,6 +110,10 @@ def _plan_ended(entry: Mapping[str, Any]) -> str:
     if entry["result"] == "done":
         return f"The new placement is in force (epoch {entry['epoch']})"
     return f"The change to epoch {entry['epoch']} was rolled back: {entry['error']}"
+
+
+def _paused(entry: Mapping[str, Any]) -> str:
+    return ", autoscaling paused" if entry["paused"] else ""
 
 
 def _within(entry: Mapping[str, Any]) -> str:

@@ -235,6 +235,7 @@ class SystemKeeper:
         self._readiness.succeed()
         if self._orders is not None:
             self._follow_orders()
+            self.audit.write("restored", actors=self.autoscaler.wanted(), paused=self.autoscaler.paused)
 
     def _open_routers(self) -> list[Actor]:
         """Those that take requests: where all are about to leave, they do until another one is there."""

@@ -260,6 +260,7 @@ def test_what_was_wanted_outlives_the_controller_and_all_actors(model, expected,
         after = until(system.controller, settled)
         assert after["wanted"] == {"experts": 3, "router": 2}
         assert not after["autoscaling"]
+        assert "restored" in {entry["event"] for entry in audit(tmp_path)}
         assert not {row["actor"] for row in after["actors"]} & {row["actor"] for row in before["actors"]}
         assert tokens(system) == expected
     with LocalSystem(config, system.cluster) as system:  # that one was stopped, and this one is another

@@ -52,6 +52,14 @@ def plan(**fields):
         ({"event": "drain", "actor": "a", "within_s": 90, "by": "hand"}, "a is to be drained within 90 s, by hand"),
         ({"event": "leave", "actor": "a", "within_s": None}, "a is leaving"),
         ({"event": "scale", "group": "cheap", "actors": 1, "by": "hand"}, "Group cheap was set to 1 actor by hand"),
+        (
+            {"event": "restored", "actors": {"cheap": 3, "router": 1}, "paused": False},
+            "What was wanted before all actors were lost holds: cheap 3, router 1",
+        ),
+        (
+            {"event": "restored", "actors": {"cheap": 3}, "paused": True},
+            "What was wanted before all actors were lost holds: cheap 3, autoscaling paused",
+        ),
         ({"event": "resume", "by": "hand"}, "Autoscaling was resumed by hand"),
         ({"event": "pause", "by": "hand"}, "Autoscaling was paused by hand"),
         (
