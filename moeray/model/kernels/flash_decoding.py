@@ -18,6 +18,35 @@ def _product(a, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _tile(start_R, there_R, number_D, size):
+    """[R, D]: of each row that is there, from its start on, the numbers below `size`; 0 elsewhere."""
+    mask = there_R[:, None] & (number_D < size)[None, :]
+    return tl.load(start_R[:, None] + number_D[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _columns(start_R, there_R, number_D, size):
+    """The same as [D, R]."""
+    mask = there_R[None, :] & (number_D < size)[:, None]
+    return tl.load(start_R[None, :] + number_D[:, None], mask=mask, other=0)
+
+
+@triton.jit
+def _scores(
+    q_HD, more_HD, keys_K, there_K, main_D, rest_D, k_size, scale, softcap,
+    REST: tl.constexpr, CAPPED: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """[H, K]: queries times the keys that are there."""
+    scores_HK = _product(q_HD, _columns(keys_K, there_K, main_D, k_size), OPERAND)
+    if REST:
+        scores_HK += _product(more_HD, _columns(keys_K, there_K, rest_D, k_size), OPERAND)
+    scores_HK *= scale
+    if CAPPED:
+        scores_HK = softcap * (2 * tl.sigmoid(2 * scores_HK / softcap) - 1)  # tanh
+    return tl.where(there_K[None, :], scores_HK, NOTHING)
+
+
+@triton.jit
 def attend_kernel(
     q, k, v, tables, first, end, sums, maxima, weights, scale, softcap, repeats, k_size, v_size,
     q_sequence, q_head, k_slot, k_group, v_slot, v_group, table_step,
@@ -45,11 +74,8 @@ def attend_kernel(
 
     main_D, rest_D, value_D = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1), tl.arange(0, VALUES)
     queries_H = q + sequence * q_sequence + head_H * q_head
-    q_HD = tl.load(queries_H[:, None] + main_D[None, :], mask=seen_H[:, None] & (main_D < k_size)[None, :], other=0)
-    if REST:
-        more_HD = tl.load(
-            queries_H[:, None] + rest_D[None, :], mask=seen_H[:, None] & (rest_D < k_size)[None, :], other=0
-        )
+    q_HD = _tile(queries_H, seen_H, main_D, k_size)
+    more_HD = _tile(queries_H, seen_H, rest_D, k_size) if REST else q_HD
 
     maximum_H = tl.full((HEADS,), NOTHING, tl.float32)
     weight_H = tl.zeros((HEADS,), tl.float32)
@@ -60,24 +86,13 @@ def attend_kernel(
         block_K = tl.load(tables + sequence * table_step + key_K // BLOCK, mask=there_K, other=0)
         slot_K = block_K * BLOCK + key_K % BLOCK
         keys_K = k + slot_K * k_slot + group * k_group
-        k_DK = tl.load(keys_K[None, :] + main_D[:, None], mask=there_K[None, :] & (main_D < k_size)[:, None], other=0)
-        scores_HK = _product(q_HD, k_DK, OPERAND)
-        if REST:
-            k_DK = tl.load(
-                keys_K[None, :] + rest_D[:, None], mask=there_K[None, :] & (rest_D < k_size)[:, None], other=0
-            )
-            scores_HK += _product(more_HD, k_DK, OPERAND)
-        scores_HK *= scale
-        if CAPPED:
-            scores_HK = softcap * (2 * tl.sigmoid(2 * scores_HK / softcap) - 1)  # tanh
-        scores_HK = tl.where(there_K[None, :], scores_HK, NOTHING)
+        scores_HK = _scores(
+            q_HD, more_HD, keys_K, there_K, main_D, rest_D, k_size, scale, softcap, REST, CAPPED, OPERAND
+        )
         raised_H = tl.maximum(maximum_H, tl.max(scores_HK, 1))
         p_HK = tl.exp(scores_HK - raised_H[:, None])
         lowered_H = tl.exp(maximum_H - raised_H)
-        values_K = v + slot_K * v_slot + group * v_group
-        v_KD = tl.load(
-            values_K[:, None] + value_D[None, :], mask=there_K[:, None] & (value_D < v_size)[None, :], other=0
-        )
+        v_KD = _tile(v + slot_K * v_slot + group * v_group, there_K, value_D, v_size)
         sums_HD = sums_HD * lowered_H[:, None] + _product(p_HK.to(v_KD.dtype), v_KD, OPERAND)
         weight_H = weight_H * lowered_H + tl.sum(p_HK, 1)
         maximum_H = raised_H

@@ -1,29 +1,20 @@
 """The attention of decoding sequences in Triton against plain attention in fp64: on a GPU where there is one, else in
-triton's interpreter.
-
-The interpreter needs a process in which it was switched on before triton was imported: test_interpreter.py starts one.
-"""
+triton's interpreter."""
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 
-from moeray.model.kernels.cuda import available
 from moeray.model.kernels.cuda_attention import decode_on_gpu
 from tests.checkpoints import make_tiny
 from tests.families.decode_steps import decode_step, experts, load
 from tests.model.attention_problem import CONTEXTS, EXTRAS, SHAPES, Problem
+from tests.model.kernels.on_triton import DEVICE, INTERPRETED, needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRETED) or not available(DEVICE),
-    reason="needs triton, and a GPU or the process that test_interpreter.py starts",
-)
+pytestmark = needs_triton
 ROUNDING = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2 if INTERPRETED else 1e-2}  # it cuts off
 
 

@@ -1,12 +1,8 @@
-"""Experts on the Triton kernel against the fp32 torch path: on a GPU where there is one, else in triton's interpreter.
-
-The interpreter needs a process in which it was switched on before triton was imported: test_interpreter.py starts one.
-"""
+"""Experts on the Triton kernel against the fp32 torch path: on a GPU, else in triton's interpreter."""
 
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 import torch
@@ -17,19 +13,15 @@ from moeray.model.experts import ExpertBank
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import Plain
 from moeray.model.int8 import Int8Cache
-from moeray.model.kernels.cuda import TritonLayer, available
+from moeray.model.kernels.cuda import TritonLayer
 from moeray.model.loading import open_model
 from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 from tests.checkpoints import make_tiny, spoil
+from tests.model.kernels.on_triton import DEVICE, INTERPRETED, needs_triton
 from tests.quantize import make_fp8, make_mxfp4
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRETED) or not available(DEVICE),
-    reason="needs triton, and a GPU or the process that test_interpreter.py starts",
-)
+pytestmark = needs_triton
 COUNTS = [3, 0, 1, 17, 5]  # rows of experts: none, one, more than the smallest tile has
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.02 if INTERPRETED else 6e-3}  # it cuts off
 
