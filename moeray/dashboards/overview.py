@@ -163,7 +163,7 @@ CAPACITY = Row(
             "How much memory does each process hold, mapped weights included, and how much of a GPU's for rows?",
             (
                 Query(gauge("moeray_actor_memory_bytes", ("actor",)), "{{actor}}"),
-                Query(f"{gauge('moeray_device_ring_bytes', ('actor',))} > 0", "{{actor}} for rows, GPU"),
+                Query(gauge("moeray_device_ring_bytes", ("actor",)), "{{actor}} for rows, GPU"),
             ),
             unit="bytes",
         ),

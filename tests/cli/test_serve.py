@@ -337,10 +337,15 @@ def test_a_second_signal_while_it_loads_ends_it_with_all_that_it_has_started(tmp
 @pytest.mark.parametrize("process_name", ["gcs_server", "raylet"])
 def test_signals_while_ray_starts_leave_none_of_its_processes(process_name, tmp_path):
     model = make_tiny("qwen3_moe", tmp_path / "tiny-moe", tokenizer=True)
-    process = moeray(
-        "serve", str(model), "--port", str(free_port()), stderr=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "MOERAY_CACHE_DIR": str(tmp_path), "RAY_ADDRESS": "local"},
-    )  # fmt: skip
+    # Where the tests run in the background SIGINT is ignored, and would be by what they start.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = moeray(
+            "serve", str(model), "--port", str(free_port()), stderr=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, "MOERAY_CACHE_DIR": str(tmp_path), "RAY_ADDRESS": "local"},
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, ours)
     below: dict[psutil.Process, str] = {}
     while process_name not in below.values():
         assert process.poll() is None, process.stderr.read()
