@@ -128,8 +128,9 @@ def test_a_running_system_is_measured_and_the_simulator_reads_it(tmp_path):
     assert seen["far_streams"]["context"] > 4 * seen["streams"][0]["context"]
     assert costs.cores == 0  # an actor's figures hold for any number of machines
     assert result["costs"]["start_s"] > 0
-    assert costs.trunk_s[-1] > 0  # what is left of a step of one token may be nothing on a busy machine
+    # What is left of a step for the trunk may be nothing on a busy machine.
     assert list(costs.trunk_s) == sorted(costs.trunk_s)
+    assert costs.trunk_s[0] >= 0
     assert max(costs.forward_s, costs.row_s, costs.expert_s) > 0
     assert max(costs.hop_s, costs.hop_row_s) > 0
     assert result["model"]["top_k"] == 2
