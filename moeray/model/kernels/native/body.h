@@ -171,5 +171,6 @@ static const Kernels FN(kernels) = {FN(tile), FN(activate), FN(pack), FN(store_r
 #undef UNPACK_NAME
 #undef STREAM
 #undef STREAM_NAME
+#undef STREAM_FLOATS
 #undef UP_TO_4
 #undef UP_TO_8

@@ -28,8 +28,8 @@ typedef struct {
 
 static const Form forms[] = {
     [F32] = {32, 16, INT64_MAX, F32, F32},
-    [F16] = {16, 16, 48, F32, F16},
-    [BF16] = {16, 32, INT64_MAX, BF16, PAIRS},
+    [F16] = {16, 16, 48, F32, F16, 2},
+    [BF16] = {16, 32, INT64_MAX, BF16, PAIRS, 2},
     [INT8] = {8, 16, INT64_MAX, INT8, INT8_PAIRS},
     [FP8] = {8, 16, 12, F32, FP8_PAIRS},
     [MXFP4] = {4, 128, 12, F32, MXFP4_PAIRS},
@@ -160,11 +160,6 @@ INLINE int in_fp8(int64_t format) { return format == FP8 || scales_sums(format);
 
 INLINE int in_fp4(int64_t format) { return format == MXFP4 || format == MXFP4_PAIRS; }
 
-/* Whether so many rows of inputs are multiplied with weights in the order in which these lie in memory (stream.h). */
-INLINE int streams(const Matrix *m, int64_t rows) {
-    return rows <= forms[m->format].streamed && (scales_sums(m->format) || rows * 2 * m->in <= INPUTS);
-}
-
 /* Whole bytes are multiplied without a shift back, so that they can be part of an address. */
 INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
     const int64_t bits = forms[format].bits;
@@ -173,6 +168,11 @@ INLINE int64_t bytes_of(int64_t format, int64_t inputs) {
 
 /* An input in scratch. */
 INLINE int64_t input_bytes(int64_t format) { return in_pairs(format) || in_digits(format) ? 2 : 4; }
+
+/* Whether so many rows of inputs are multiplied with weights in the order in which these lie in memory (stream.h). */
+INLINE int streams(const Matrix *m, int64_t rows) {
+    return rows <= forms[m->format].streamed && (scales_sums(m->format) || rows * input_bytes(m->format) * m->in <= INPUTS);
+}
 
 /* Vectors that hold the inputs of a block. */
 INLINE int64_t vectors_of(int64_t format) { return forms[format].block * input_bytes(format) / 64; }

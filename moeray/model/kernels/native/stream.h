@@ -19,6 +19,49 @@ INLINE void FN(fold_all)(const int rows, FN(wide) (*sums)[STREAMED * OUTS], FN(v
         for (int r = 0; r < rows; r++) folds[r * (TILE / OUTS) + i] = FN(fold)(sums[i] + r * OUTS);
 }
 
+/* Where a tile's sum of weight row n is folded from: among those that share a turn of FN(dot), as its fold has them. */
+INLINE FN(wide) *FN(sum_of)(FN(wide) (*sums)[STREAMED * OUTS], int64_t n) {
+    return sums[n / LANES * APIECE + n % APIECE] + n % LANES / APIECE;
+}
+
+/* To sums of `rows` rows of inputs the products with a block of weights. */
+INLINE void FN(stream_step)(const int format, const int rows, Row w, const char *x, int64_t x_step, FN(wide) *sums) {
+#pragma GCC unroll 8
+    for (int j = 0; j < (int)vectors_of(format); j++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) {
+            const FN(vec) weights = FN(decode)(format, w, j, p);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++)
+                sums[r].part[p] += LOAD(FN(vec), x + r * x_step + 64 * j + 4 * LANES * p) * weights;
+        }
+}
+
+/* As FN(dot), of weights that are multiplied with floats. */
+INLINE void FN(stream_floats)(const int format, const int rows, const Matrix *m, const Row *w, const char *x,
+                              int64_t x_step, Ahead ahead, FN(vec) *folds) {
+    const int64_t block = forms[format].block, stretch = stretch_of(format), whole = m->in / block * block;
+    const int64_t bytes = bytes_of(format, m->in), lines = bytes_of(format, stretch) / 64;
+    FN(wide) sums[TILE / OUTS][STREAMED * OUTS];
+    for (int64_t n = 0; n < TILE; n++) {
+        const uint8_t *next = FN(fetched)(w, n, 0, bytes, bytes, ahead);
+        uint8_t filler[FILLER];
+        const Row last = whole < m->in ? FN(filled)(format, m, w[n], whole, filler) : w[n];
+        FN(wide) s[2] = {{{{0}}}};
+        int64_t k = 0;
+        for (; k + stretch <= m->in; k += stretch) {
+            for (int64_t i = 0; i < lines; i++) __builtin_prefetch(next + bytes_of(format, k) + 64 * i, 0, FETCH_TO);
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < stretch; i += block)
+                FN(stream_step)(format, rows, FN(at)(format, m, w[n], k + i), x + 4 * (k + i), x_step, s);
+        }
+        for (; k < m->in; k += block)
+            FN(stream_step)(format, rows, k < whole ? FN(at)(format, m, w[n], k) : last, x + 4 * k, x_step, s);
+        for (int r = 0; r < rows; r++) FN(sum_of)(sums, n)[r * OUTS] = s[r];
+    }
+    FN(fold_all)(rows, sums, folds);
+}
+
 #if HAS_PAIRS
 /* As FN(dot), of BF16. */
 INLINE void FN(stream_pairs)(const int rows, const Matrix *m, const Row *w, const char *x, int64_t x_step, Ahead ahead,
@@ -147,8 +190,15 @@ INLINE void FN(stream_digits)(const int rows, const Matrix *m, const Row *w, con
         FN(stream_##kind)(rows, m, w, x, x_step, ahead, folds);                                                        \
     }
 #define STREAM_NAME(kind, rows) FN(stream_##kind##_##rows),
+#define STREAM_FLOATS(format, rows)                                                                                    \
+    static NOINLINE void FN(stream_##format##_##rows)(const Matrix *m, const Row *w, const char *x, int64_t x_step,    \
+                                                      Ahead ahead, FN(vec) *folds) {                                   \
+        FN(stream_floats)(format, rows, m, w, x, x_step, ahead, folds);                                                \
+    }
 #define UP_TO_4(EACH, kind) EACH(kind, 1) EACH(kind, 2) EACH(kind, 3) EACH(kind, 4)
 #define UP_TO_8(EACH, kind) UP_TO_4(EACH, kind) EACH(kind, 5) EACH(kind, 6) EACH(kind, 7) EACH(kind, 8)
+UP_TO_2(STREAM_FLOATS, F16)
+UP_TO_2(STREAM_FLOATS, BF16)
 #if HAS_PAIRS
 UP_TO_4(STREAM, pairs)
 UP_TO_8(STREAM, scaled)
@@ -164,5 +214,6 @@ static const FN(Dot) FN(streamed)[][STREAMED] = {
 #if HAS_DIGITS
     [INT8_DIGITS] = {UP_TO_4(STREAM_NAME, digits)},
 #endif
-    [F32] = {0},
+    [F16] = {UP_TO_2(STREAM_NAME, F16)},
+    [BF16] = {UP_TO_2(STREAM_NAME, BF16)},
 };
