@@ -119,37 +119,37 @@ static inline void fetch(Coming *next) {
 }
 
 #define FN(name) name##_portable
+#define LANES 4
+#define OUTS 2
 #define SUMS 4
 #include "attention_body.h"
-#undef FN
-#undef SUMS
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define FN(name) name##_avx2
+#define LANES 8
+#define OUTS 2
 #define SUMS 4
 #include "attention_body.h"
-#undef FN
-#undef SUMS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
 #define FN(name) name##_avx512
+#define LANES 16
+#define OUTS 4
 #define SUMS 16
 #include "attention_body.h"
-#undef FN
-#undef SUMS
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 #define FN(name) name##_avx512_bf16
+#define LANES 16
+#define OUTS 4
 #define SUMS 16
 #include "attention_body.h"
-#undef FN
-#undef SUMS
 #pragma GCC pop_options
 #endif
 

@@ -1,5 +1,5 @@
 /* Attention of one query over the keys of a paged cache; compiled once for each instruction set, with FN and SUMS
-   (how many vectors of sums the registers hold) defined.
+   (how many sums of 16 the registers hold) defined, and what vectors.h wants.
 
    Flash-decoding (Dao et al. 2023): parts of the keys by themselves, with a running maximum and a running sum of
    exponentials (online softmax), joined afterwards. Sums are fp32, their order follows from the sequence alone.
@@ -13,25 +13,21 @@
 
 /* `count` values (F32 or BF16) -> floats, filled up with zeros to whole vectors. */
 INLINE void FN(unpack)(int64_t format, const char *from, int64_t count, float scale, float *to) {
-    int64_t d = 0;
-    f32x16 v;
-    for (; d + 16 <= count; d += 16) {
-        v = FN(load)(format, from, d) * scale;
+    for (int64_t d = 0; d < whole(count); d += LANES) {
+        float filler[LANES] = {0};
+        const int in_part = d + LANES > count;
+        if (in_part && d < count) memcpy(filler, from + bytes_of(format, d), bytes_of(format, count - d));
+        const FN(vec) v = (in_part ? FN(load)(format, filler, 0) : FN(load)(format, from, d)) * scale;
         memcpy(to + d, &v, sizeof v);
     }
-    if (d == count) return;
-    float filler[16] = {0};
-    memcpy(filler, from + bytes_of(format, d), bytes_of(format, count - d));
-    v = FN(load)(format, filler, 0) * scale;
-    memcpy(to + d, &v, sizeof v);
 }
 
 /* -- scores -------------------------------------------------------------------------------------------------------- */
 
 /* sum + a b; as PAIRS, both products of a lane's two BF16. */
-INLINE f32x16 FN(multiply_add)(const int format, f32x16 sum, f32x16 a, f32x16 b) {
+INLINE FN(vec) FN(multiply_add)(const int format, FN(vec) sum, FN(vec) a, FN(vec) b) {
 #if defined(__AVX512BF16__)
-    if (format == PAIRS) return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    if (format == PAIRS) return (FN(vec))_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
     return sum + a * b;
 }
@@ -41,25 +37,43 @@ INLINE int FN(at_once)(const int heads) { return SUMS / heads; }
 
 INLINE int64_t FN(stride)(const int format) { return format == PAIRS ? 32 : 16; }
 
+/* The sums of LANES times 16 numbers, in order. */
+INLINE FN(vec) FN(sums_of)(const FN(wide) *v) {
+    FN(vec) folds[APIECE];
+    UNROLL
+    for (int i = 0; i < APIECE; i++) {
+        FN(wide) some[OUTS];
+        UNROLL
+        for (int n = 0; n < OUTS; n++) some[n] = v[i + n * APIECE];
+        folds[i] = FN(fold)(some);
+    }
+    return FN(unite)(folds);
+}
+
 /* 16 scores: of `heads` queries with 16 / heads keys, those of a query side by side. q_step: bytes. */
 INLINE void FN(dots)(const int format, const int heads, const char *q, int64_t q_step, const char *const *keys,
                      int64_t width, float scale, float *scores, Coming *next) {
     const int count = 16 / heads, at_once = FN(at_once)(heads);
     const int64_t vector = FN(stride)(format);
-    f32x16 sums[16];
+    FN(wide) sums[16];
     for (int n = 0; n < count; n += at_once) {
-        f32x16 own[SUMS];
+        FN(wide) own[SUMS];
         UNROLL
-        for (int i = 0; i < heads * at_once; i++) own[i] = (f32x16){0};
+        for (int i = 0; i < heads * at_once; i++)
+            UNROLL
+            for (int p = 0; p < PARTS; p++) own[i].part[p] = (FN(vec)){0};
         for (int64_t d = 0; d < width; d += vector) {
             fetch(next);
             UNROLL
-            for (int j = 0; j < at_once; j++) {
-                f32x16 key = format == PAIRS ? LOAD(f32x16, keys[n + j] + 2 * d) : FN(load)(format, keys[n + j], d);
+            for (int i = 0; i < at_once * PARTS; i++) {
+                const int j = i / PARTS, p = i % PARTS;
+                const char *at = keys[n + j];
+                FN(vec) key = format == PAIRS ? LOAD(FN(vec), at + 2 * d) : FN(load)(format, at, d + LANES * p);
                 UNROLL
                 for (int h = 0; h < heads; h++) {
-                    f32x16 query = LOAD(f32x16, q + h * q_step + d * (64 / vector));
-                    own[h * at_once + j] = FN(multiply_add)(format, own[h * at_once + j], query, key);
+                    FN(vec) query = LOAD(FN(vec), q + h * q_step + d * (64 / vector) + 4 * LANES * p);
+                    FN(vec) *sum = &own[h * at_once + j].part[p];
+                    *sum = FN(multiply_add)(format, *sum, query, key);
                 }
             }
         }
@@ -69,9 +83,14 @@ INLINE void FN(dots)(const int format, const int heads, const char *q, int64_t q
             for (int j = 0; j < at_once; j++) sums[h * count + n + j] = own[h * at_once + j];
     }
     fetch(next);
-    f32x16 all = FN(sums_of)(sums) * scale;
+    float all[16];
     UNROLL
-    for (int h = 0; h < heads; h++) memcpy(scores + h * KEYS, (float *)&all + h * count, 4 * count);
+    for (int p = 0; p < PARTS; p++) {
+        const FN(vec) some = FN(sums_of)(sums + LANES * p) * scale;
+        memcpy(all + LANES * p, &some, sizeof some);
+    }
+    UNROLL
+    for (int h = 0; h < heads; h++) memcpy(scores + h * KEYS, all + h * count, 4 * count);
 }
 
 INLINE void FN(score)(const int format, const int heads, const Attention *a, Work *w, int64_t h) {
@@ -86,33 +105,34 @@ INLINE void FN(score)(const int format, const int heads, const Attention *a, Wor
 /* out = out * fade + p V for `heads` queries and `vectors` vectors of the value from d on. */
 INLINE void FN(mix)(const int format, const int heads, const int vectors, Work *w, int64_t h0, int64_t d, int64_t count,
                     float *out, int64_t width) {
-    const float *p = w->scores + h0 * KEYS;
-    f32x16 sums[16];
+    const float *weights = w->scores + h0 * KEYS;
+    const int parts = vectors * PARTS;
+    FN(vec) sums[16 * PARTS];
     UNROLL
     for (int h = 0; h < heads; h++)
         UNROLL
-        for (int j = 0; j < vectors; j++)
-            sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
+        for (int j = 0; j < parts; j++)
+            sums[h * parts + j] = LOAD(FN(vec), out + h * width + d + LANES * j) * w->fade[h0 + h];
     for (int64_t n = 0; n < count; n++) {
         fetch(&w->next);
         UNROLL
-        for (int j = 0; j < vectors; j++) {
-            f32x16 value = FN(load)(format, w->values[n], d + 16 * j);
+        for (int j = 0; j < parts; j++) {
+            FN(vec) value = FN(load)(format, w->values[n], d + LANES * j);
             UNROLL
-            for (int h = 0; h < heads; h++) sums[h * vectors + j] += value * p[h * KEYS + n];
+            for (int h = 0; h < heads; h++) sums[h * parts + j] += value * weights[h * KEYS + n];
         }
     }
     UNROLL
     for (int h = 0; h < heads; h++)
         UNROLL
-        for (int j = 0; j < vectors; j++) memcpy(out + h * width + d + 16 * j, &sums[h * vectors + j], 64);
+        for (int j = 0; j < parts; j++) memcpy(out + h * width + d + LANES * j, &sums[h * parts + j], 4 * LANES);
 }
 
 #if defined(__AVX512BF16__)
 /* The same of two keys at once. Dimensions of `out` are in the order of unpacked words, until `in_order`. */
 INLINE void FN(mix_pairs)(const int heads, const int vectors, Work *w, int64_t h0, int64_t d, int64_t count,
                           float *out, int64_t width) {
-    f32x16 sums[16];
+    FN(vec) sums[16];
     uint16_t p[4][KEYS];
     UNROLL
     for (int h = 0; h < heads; h++) {
@@ -121,7 +141,7 @@ INLINE void FN(mix_pairs)(const int heads, const int vectors, Work *w, int64_t h
         memcpy(p[h], &rounded, sizeof rounded);
         UNROLL
         for (int j = 0; j < vectors; j++)
-            sums[h * vectors + j] = LOAD(f32x16, out + h * width + d + 16 * j) * w->fade[h0 + h];
+            sums[h * vectors + j] = LOAD(FN(vec), out + h * width + d + 16 * j) * w->fade[h0 + h];
     }
     for (int64_t n = 0; n < count; n += 2) {
         fetch(&w->next);
@@ -129,10 +149,10 @@ INLINE void FN(mix_pairs)(const int heads, const int vectors, Work *w, int64_t h
         for (int j = 0; j < vectors; j += 2) {
             __m512i a = LOAD(__m512i, w->values[n] + 2 * (d + 16 * j));
             __m512i b = LOAD(__m512i, w->values[n + 1] + 2 * (d + 16 * j));
-            f32x16 low = (f32x16)_mm512_unpacklo_epi16(a, b), high = (f32x16)_mm512_unpackhi_epi16(a, b);
+            FN(vec) low = (FN(vec))_mm512_unpacklo_epi16(a, b), high = (FN(vec))_mm512_unpackhi_epi16(a, b);
             UNROLL
             for (int h = 0; h < heads; h++) {
-                f32x16 both = (f32x16)_mm512_set1_epi32(LOAD(int32_t, p[h] + n)), *sum = sums + h * vectors + j;
+                FN(vec) both = (FN(vec))_mm512_set1_epi32(LOAD(int32_t, p[h] + n)), *sum = sums + h * vectors + j;
                 sum[0] = FN(multiply_add)(PAIRS, sum[0], low, both);
                 sum[1] = FN(multiply_add)(PAIRS, sum[1], high, both);
             }
@@ -147,9 +167,9 @@ INLINE void FN(mix_pairs)(const int heads, const int vectors, Work *w, int64_t h
 /* Two vectors of unpacked words -> their 32 dimensions as they follow one another. */
 static void FN(in_order)(float *out, int64_t count) {
     for (int64_t d = 0; d < count; d += 32) {
-        f32x16 low = LOAD(f32x16, out + d), high = LOAD(f32x16, out + d + 16);
-        f32x16 first = __builtin_shuffle(low, high, (i32x16){0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23});
-        f32x16 last = __builtin_shuffle(low, high, (i32x16){8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31});
+        FN(vec) low = LOAD(FN(vec), out + d), high = LOAD(FN(vec), out + d + 16);
+        FN(vec) first = __builtin_shuffle(low, high, (i32x16){0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23});
+        FN(vec) last = __builtin_shuffle(low, high, (i32x16){8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31});
         memcpy(out + d, &first, 64);
         memcpy(out + d + 16, &last, 64);
     }
@@ -174,40 +194,29 @@ INLINE void FN(mixed)(const int format, const int heads, const Attention *a, Wor
 
 /* -- softmax ------------------------------------------------------------------------------------------------------- */
 
-#define FN_SWAP(v, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p) \
-    __builtin_shuffle(v, (i32x16){a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p})
-
-/* The largest lane, on every lane. */
-INLINE f32x16 FN(largest)(f32x16 v) {
-    v = -FN(least)(-v, -FN_SWAP(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    v = -FN(least)(-v, -FN_SWAP(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    v = -FN(least)(-v, -FN_SWAP(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    return -FN(least)(-v, -FN_SWAP(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-}
-#undef FN_SWAP
-
-/* A query's scores of a tile -> exponentials; its maximum and its sum go on, and `fade` is for what was summed before. */
-INLINE void FN(soften)(float softcap, int64_t count, float *scores, f32x16 *most, f32x16 *sum, float *fade) {
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f32x16 s[KEYS / 16], top = *most;
-    i32x16 there[KEYS / 16];
+/* A query's scores of a tile -> exponentials; its maximum (on every lane) and its sum go on, and `fade` is for what was
+   summed before. */
+INLINE void FN(soften)(float softcap, int64_t count, float *scores, FN(vec) *most, FN(wide) *sum, float *fade) {
+    FN(vec) s[KEYS / LANES], top = *most;
+    FN(ivec) there[KEYS / LANES];
     UNROLL
-    for (int j = 0; j < KEYS / 16; j++) {
-        there[j] = lanes + 16 * j < (int32_t)count;
-        s[j] = LOAD(f32x16, scores + 16 * j);
+    for (int j = 0; j < KEYS / LANES; j++) {
+        there[j] = FN(lanes)() + LANES * j < (int32_t)count;
+        s[j] = LOAD(FN(vec), scores + LANES * j);
         /* tanh x = 1 - 2 / (e^2x + 1) */
         if (softcap) s[j] = softcap - 2 * softcap / (FN(exponential)(s[j] * (2 / softcap)) + 1);
-        s[j] = (f32x16)(((i32x16)s[j] & there[j]) | ((i32x16)SPLAT(LOWEST) & ~there[j]));
-        top = -FN(least)(-top, -s[j]);
+        s[j] = (FN(vec))(((FN(ivec))s[j] & there[j]) | ((FN(ivec))FN(splat)(LOWEST) & ~there[j]));
+        top = FN(most)(top, s[j]);
     }
     top = FN(largest)(top);
-    f32x16 less = FN(exponential)(*most - top);
-    *sum *= less;
+    const FN(vec) less = FN(exponential)(*most - top);
     UNROLL
-    for (int j = 0; j < KEYS / 16; j++) {
-        s[j] = (f32x16)((i32x16)FN(exponential)(s[j] - top) & there[j]);
-        *sum += s[j];
-        memcpy(scores + 16 * j, s + j, 64);
+    for (int p = 0; p < PARTS; p++) sum->part[p] *= less;
+    UNROLL
+    for (int j = 0; j < KEYS / LANES; j++) {
+        s[j] = (FN(vec))((FN(ivec))FN(exponential)(s[j] - top) & there[j]);
+        sum->part[j % PARTS] += s[j];
+        memcpy(scores + LANES * j, s + j, sizeof s[j]);
     }
     *most = top;
     *fade = less[0];
@@ -252,7 +261,7 @@ INLINE int64_t FN(steps)(const int format, const int heads, const Attention *a, 
 
 /* One tile for queries [h, h + heads), of which there are so many in `tiles`. */
 INLINE void FN(tile)(const int format, const int heads, const Attention *a, Work *w, int64_t h, int64_t tiles,
-                     int64_t count, f32x16 *most, f32x16 *sum, float *out) {
+                     int64_t count, FN(vec) *most, FN(wide) *sum, float *out) {
     set_pace(&w->next, tiles * FN(steps)(format, heads, a, count));
     FN(score)(format, heads, a, w, h);
     for (int i = 0; i < heads; i++) {
@@ -264,7 +273,7 @@ INLINE void FN(tile)(const int format, const int heads, const Attention *a, Work
 
 /* ... for queries [h, end). */
 INLINE void FN(tiles)(const int format, const Attention *a, const Part *part, int64_t h, int64_t end, int64_t count,
-                      Work *w, f32x16 *most, f32x16 *sum) {
+                      Work *w, FN(vec) *most, FN(wide) *sum) {
     for (; h + 4 <= end; h += 4) FN(tile)(format, 4, a, w, h, (end - h) / 4, count, most, sum, part->out);
     for (; h + 2 <= end; h += 2) FN(tile)(format, 2, a, w, h, 1, count, most, sum, part->out);
     for (; h < end; h++) FN(tile)(format, 1, a, w, h, end - h, count, most, sum, part->out);
@@ -278,14 +287,14 @@ static void FN(attend)(const Attention *a, Part *part, const Part *next, Work *w
     const int pairs = takes_pairs(a);
     /* For more than 4 queries keys are decoded once; only whole vectors can be read where they lie. */
     const int decoded = !pairs && (each > 4 || k_width != a->k_size || whole(a->v_size) != a->v_size);
-    f32x16 most[HEADS], sum[HEADS];
+    FN(vec) most[HEADS];
+    FN(wide) sum[HEADS] = {{{{0}}}};
     for (int64_t h = 0; h < heads; h++) {
         if (pairs)
             memcpy(w->q + h * k_width, q + h * a->q_head, 2 * a->k_size);
         else
             FN(unpack)(a->format, q + h * a->q_head, a->k_size, a->scale, w->q + h * k_width);
-        most[h] = SPLAT(LOWEST);
-        sum[h] = SPLAT(0);
+        most[h] = FN(splat)(LOWEST);
     }
     memset(part->out, 0, heads * whole(a->v_size) * 4);
     find(a, a->tables + part->sequence * a->table_width, part->from, part->to, w->slots);
@@ -314,7 +323,7 @@ static void FN(attend)(const Attention *a, Part *part, const Part *next, Work *w
     for (int64_t h = 0; h < heads; h++) {
         part->most[h] = most[h][0];
         part->sum[h] = 0;
-        for (int i = 0; i < 16; i++) part->sum[h] += sum[h][i];
+        for (int i = 0; i < 16; i++) part->sum[h] += sum[h].part[i / LANES][i % LANES];
     }
 }
 
@@ -323,19 +332,28 @@ static void FN(join)(const Attention *a, const Part *parts, int64_t count, int64
     const int64_t width = whole(a->v_size);
     float most = a->sinks ? a->sinks[parts->head + h] : LOWEST, sum = 0;
     for (int64_t i = 0; i < count; i++) most = parts[i * step].most[h] > most ? parts[i * step].most[h] : most;
-    if (a->sinks) sum = FN(exponential)(SPLAT(a->sinks[parts->head + h] - most))[0];
+    if (a->sinks) sum = FN(exponential)(FN(splat)(a->sinks[parts->head + h] - most))[0];
     for (int64_t i = 0; i < count; i++)
-        sum += parts[i * step].sum[h] * FN(exponential)(SPLAT(parts[i * step].most[h] - most))[0];
-    for (int64_t d = 0; d < width; d += 16) {
-        f32x16 out = {0};
+        sum += parts[i * step].sum[h] * FN(exponential)(FN(splat)(parts[i * step].most[h] - most))[0];
+    for (int64_t d = 0; d < a->v_size; d += LANES) {
+        FN(vec) out = {0};
         for (int64_t i = 0; i < count; i++) {
             const Part *part = parts + i * step;
-            f32x16 less = FN(exponential)(SPLAT(part->most[h] - most));
-            out += LOAD(f32x16, part->out + h * width + d) * less;
+            FN(vec) less = FN(exponential)(FN(splat)(part->most[h] - most));
+            out += LOAD(FN(vec), part->out + h * width + d) * less;
         }
-        out /= sum;
-        FN(store)(a->format, y, d, &out, a->v_size - d < 16 ? a->v_size - d : 16);
+        FN(store)(a->format, y, d, out / sum, lesser(a->v_size - d, LANES));
     }
 }
 
 static const Kernels FN(kernels) = {FN(attend), FN(join)};
+
+#undef UNROLL
+#undef PARTS
+#undef APIECE
+#undef MERGE
+#undef LANES_OF
+#undef FN
+#undef LANES
+#undef OUTS
+#undef SUMS

@@ -11,7 +11,6 @@
 #include "vectors.h"
 #include "decode.h"
 
-#define APIECE (LANES / OUTS) /* products for a vector of outputs */
 #define FETCH_TO (LANES == 16 ? 3 : 2) /* the nearest cache, or the one behind it */
 #if LANES == 8
 #define HOLD(address) __asm__("" : "+r"(address)) /* as it is; else there is one for each row, and no registers */
@@ -28,17 +27,29 @@
 /* -- activation ---------------------------------------------------------------------------------------------------- */
 
 /* Gates (and their ups) -> activated. */
-INLINE f32x16 FN(activated)(const Activation *a, int gated, f32x16 g, f32x16 up) {
-    g = FN(least)(g, SPLAT(a->limit));
-    f32x16 z = g * (FN(least)(g * g, SPLAT(1e30f)) * a->cubic + 1) * a->alpha;
-    f32x16 y = g / (FN(exponential)(-z) + 1);
-    return gated ? y * (-FN(least)(-FN(least)(up, SPLAT(a->limit)), SPLAT(a->limit)) + a->shift) : y;
+INLINE FN(vec) FN(activated)(const Activation *a, int gated, FN(vec) g, FN(vec) up) {
+    const FN(vec) limit = FN(splat)(a->limit);
+    g = FN(least)(g, limit);
+    FN(vec) z = g * (FN(least)(g * g, FN(splat)(1e30f)) * a->cubic + 1) * a->alpha;
+    FN(vec) y = g / (FN(exponential)(-z) + 1);
+    return gated ? y * (FN(most)(FN(least)(up, limit), -limit) + a->shift) : y;
 }
 
 /* Rows of gates, and beside each, 8 lanes on, its up. */
 static void FN(activate)(const Activation *a, int gated, f32x16 *rows, int64_t count) {
-    const i32x16 upper = {8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t r = 0; r < count; r++) rows[r] = FN(activated)(a, gated, rows[r], __builtin_shuffle(rows[r], upper));
+    const int parts = gated && PARTS > 1 ? PARTS / 2 : PARTS;
+    for (int64_t r = 0; r < count; r++) {
+        FN(wide) row = LOAD(FN(wide), rows + r);
+        for (int p = 0; p < parts; p++) {
+#if LANES == 16
+            const FN(vec) up = __builtin_shuffle(row.part[p], FN(lanes)() | 8);
+#else
+            const FN(vec) up = row.part[(p + PARTS / 2) % PARTS];
+#endif
+            row.part[p] = FN(activated)(a, gated, row.part[p], up);
+        }
+        memcpy(rows + r, &row, sizeof row);
+    }
 }
 
 /* -- inputs and outputs -------------------------------------------------------------------------------------------- */
@@ -74,16 +85,21 @@ static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packe
 #endif
     const int64_t size = format == F32 ? 4 : 2, vectors = vectors_of(m->format), block = 16 * vectors;
     for (int64_t k = 0; k < m->in; k += block, packed += 4 * block) {
-        f32x16 filler[8] = {{0}}, natural[8];
+        FN(vec) natural[8 * PARTS];
+        float filler[8 * 16] = {0};
         const void *from = (const char *)x + k * size;
         if (k + block > m->in) from = memcpy(filler, from, (m->in - k) * size);
-        for (int64_t j = 0; j < vectors; j++) natural[j] = FN(load)(format, from, 16 * j);
+        for (int64_t j = 0; j < vectors * PARTS; j++) natural[j] = FN(load)(format, from, LANES * j);
         if (vectors == 1) {
             memcpy(packed, natural, 64);
         } else if (vectors == 2) {
-            const i32x16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-            ((f32x16 *)packed)[0] = __builtin_shuffle(natural[0], natural[1], even);
-            ((f32x16 *)packed)[1] = __builtin_shuffle(natural[0], natural[1], even + 1);
+            FN(wide) even, odd;
+            for (int p = 0; p < PARTS; p++) {
+                even.part[p] = __builtin_shuffle(natural[2 * p], natural[2 * p + 1], 2 * FN(lanes)());
+                odd.part[p] = __builtin_shuffle(natural[2 * p], natural[2 * p + 1], 2 * FN(lanes)() + 1);
+            }
+            memcpy(packed, &even, sizeof even);
+            memcpy(packed + sizeof even, &odd, sizeof odd);
         } else {
             for (int64_t j = 0; j < vectors; j++)
                 for (int64_t i = 0; i < 16; i++)
@@ -92,14 +108,21 @@ static void FN(pack)(int64_t format, const void *x, const Matrix *m, char *packe
     }
 }
 
-/* The first `lanes` of each of `count` rows to outputs (F32 or BF16), `step` bytes from one row's to the next's. */
+/* The first `lanes` of a row to outputs (F32 or BF16). */
+INLINE void FN(store_row)(int64_t format, char *y, const f32x16 *row, int64_t lanes) {
+    const FN(wide) all = LOAD(FN(wide), row);
+    for (int64_t p = 0; LANES * p < lanes; p++)
+        FN(store)(format, y, LANES * p, all.part[p], lanes - LANES * p < LANES ? lanes - LANES * p : LANES);
+}
+
+/* Those of each of `count` rows, `step` bytes from one row's to the next's. */
 static void FN(store_rows)(int64_t format, char *y, int64_t step, const f32x16 *rows, int64_t lanes, int64_t count) {
     if (format == BF16 && lanes == TILE) { /* whole vectors, without a call for each */
-        for (int64_t r = 0; r < count; r++) FN(store)(BF16, y + r * step, 0, rows + r, TILE);
+        for (int64_t r = 0; r < count; r++) FN(store_row)(BF16, y + r * step, rows + r, TILE);
     } else if (format == BF16 && lanes == TILE / 2) {
-        for (int64_t r = 0; r < count; r++) FN(store)(BF16, y + r * step, 0, rows + r, TILE / 2);
+        for (int64_t r = 0; r < count; r++) FN(store_row)(BF16, y + r * step, rows + r, TILE / 2);
     } else {
-        for (int64_t r = 0; r < count; r++) FN(store)(format, y + r * step, 0, rows + r, lanes);
+        for (int64_t r = 0; r < count; r++) FN(store_row)(format, y + r * step, rows + r, lanes);
     }
 }
 

@@ -1,6 +1,5 @@
 /* Stored weights as vectors; included once for each instruction set, with FN and the LANES of its vectors defined. */
 
-#define PARTS (16 / LANES)
 #if defined(__AVX512BF16__)
 #define HAS_PAIRS 1
 #define COMPUTED(EACH) FORMATS(EACH) PAIR_FORMATS(EACH)
@@ -15,18 +14,6 @@
 #define HAS_DIGITS 0
 #define MULTIPLIED COMPUTED
 #endif
-
-typedef float FN(vec) __attribute__((vector_size(4 * LANES)));
-typedef int32_t FN(ivec) __attribute__((vector_size(4 * LANES)));
-typedef uint32_t FN(uvec) __attribute__((vector_size(4 * LANES)));
-typedef uint16_t FN(u16vec) __attribute__((vector_size(2 * LANES)));
-typedef int16_t FN(i16vec) __attribute__((vector_size(2 * LANES)));
-typedef int8_t FN(i8vec) __attribute__((vector_size(LANES)));
-
-/* 16 lanes. */
-typedef struct {
-    FN(vec) part[PARTS];
-} FN(wide);
 
 /* The compiler converts elements one by one where it is not told the instruction. */
 INLINE FN(vec) FN(half)(FN(u16vec) bits) {

@@ -1,4 +1,4 @@
-/* Products of a few rows of inputs with OUTS rows of weights, and how their partial sums are added; part of body.h. */
+/* Products of a few rows of inputs with OUTS rows of weights; part of body.h. */
 
 /* Part p of OUTS sums, and to each a vector of inputs times one of weights. */
 INLINE void FN(add_products)(const int format, FN(wide) *sums, int p, const char *input, const FN(vec) *weights) {
@@ -50,51 +50,6 @@ INLINE void FN(step)(const int format, const int rows, const int parts, int part
                 FN(add_products)(format, sums + r * OUTS, p, row + 64 * j + 4 * LANES * p, v);
             }
         }
-}
-
-/* Two vectors' halves, quarters, ... added at once: what is left of both lies side by side. */
-#define MERGE(a, b, low, high)                                                                                         \
-    (__builtin_shuffle(a, b, (FN(ivec))LANES_OF low) + __builtin_shuffle(a, b, (FN(ivec))LANES_OF high))
-#define LANES_OF(...) {__VA_ARGS__}
-
-/* Of OUTS sums the parts, then halves, then quarters, ..., added until they share one vector, in order. */
-INLINE FN(vec) FN(fold)(FN(wide) *sums) {
-    FN(vec) s[OUTS];
-    for (int n = 0; n < OUTS; n++) {
-        for (int left = PARTS / 2; left; left /= 2)
-            for (int p = 0; p < left; p++) sums[n].part[p] += sums[n].part[p + left];
-        s[n] = sums[n].part[0];
-    }
-#if LANES == 16
-    for (int i = 0; i < 2; i++)
-        s[i] = MERGE(s[i], s[i + 2], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                     (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-    return MERGE(s[0], s[1], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                 (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
-#elif LANES == 8
-    return MERGE(s[0], s[1], (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15));
-#else
-    return MERGE(s[0], s[1], (0, 1, 4, 5), (2, 3, 6, 7));
-#endif
-}
-
-/* Of APIECE folds what is left added: the sum of fold i's n-th in lane i + n * APIECE. */
-INLINE FN(vec) FN(unite)(const FN(vec) *folds) {
-#if LANES == 16
-    FN(vec) s[2];
-    for (int i = 0; i < 2; i++)
-        s[i] = MERGE(folds[i], folds[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                     (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
-    return MERGE(s[0], s[1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-                 (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
-#elif LANES == 8
-    FN(vec) s[2];
-    for (int i = 0; i < 2; i++)
-        s[i] = MERGE(folds[i], folds[i + 2], (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15));
-    return MERGE(s[0], s[1], (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15));
-#else
-    return MERGE(folds[0], folds[1], (0, 4, 2, 6), (1, 5, 3, 7));
-#endif
 }
 
 /* Parts [part, part + parts) of the sums over the inputs [from, to), or of those so far and these. */
