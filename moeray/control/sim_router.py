@@ -71,13 +71,15 @@ class SimRouter:
                     break
                 request = self.waiting.popleft()
                 self.prefills.append([request, prompts[request]])
-            take = min(self.prefills[len(takes)][1], -(-budget // 2))
+            left, half = self.prefills[len(takes)][1], (budget + 1) // 2
+            take = left if left < half else half
             takes.append(take)
             budget -= take
         for i, take in enumerate(takes):
             if not budget:
                 break
-            more = min(self.prefills[i][1] - take, budget)
+            left = self.prefills[i][1] - take
+            more = left if left < budget else budget
             takes[i] += more
             budget -= more
         return takes

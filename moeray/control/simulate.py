@@ -16,6 +16,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ Floats = NDArray[np.float64]
 
 LONGEST_RUN = 64
 """Steps that are taken together at most: contexts grow meanwhile, and the mean stands for all."""
+
+_OUTSTANDING = attrgetter("outstanding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +162,7 @@ class Engine:
     # -- requests and steps -----------------------------------------------------------------------------------------
 
     def _arrive(self, request: int) -> None:
-        router = min((r for r in self.routers if not r.closing), key=lambda r: r.outstanding)
+        router = min([r for r in self.routers if not r.closing], key=_OUTSTANDING)
         router.outstanding += 1
         router.waiting.append(request)
         if not router.steps:
@@ -179,11 +182,16 @@ class Engine:
         decodes = len(router.decodes)
         takes = self._prefill_takes(router, decodes) if router.prefills or router.waiting else []
         steps = router.decodes[0][0] - router.step if decodes else 1 << 60
-        steps = 1 if router.waking else min(steps, LONGEST_RUN)
-        for (_, left), take in zip(router.prefills, takes, strict=False):
-            if left < steps * take:
-                steps = left // take
-        tokens = decodes + sum(takes)
+        if steps > LONGEST_RUN:
+            steps = LONGEST_RUN
+        if router.waking:
+            steps = 1
+        tokens = decodes
+        if takes:
+            for (_, left), take in zip(router.prefills, takes, strict=False):
+                if left < steps * take:
+                    steps = left // take
+            tokens += sum(takes)
         if not tokens:
             self._rest(router)
             return
@@ -203,16 +211,18 @@ class Engine:
     def _attention_s(self, router: SimRouter, takes: Sequence[int], steps: int) -> float:
         """Of one of its next steps, in the mean: each takes so many tokens of the first prompts."""
         costs = self._costs
-        pairs = 0.0
-        for (request, left), take in zip(router.prefills, takes, strict=False):
-            pairs += take * (self._prompt[request] - left + take * steps / 2)
-        seen = router.context + len(router.decodes) * (steps - 1) / 2
-        return costs.decode_context_s * seen + costs.prefill_context_s * pairs
+        attention_s = costs.decode_context_s * (router.context + len(router.decodes) * (steps - 1) / 2)
+        if takes:
+            pairs = 0.0
+            for (request, left), take in zip(router.prefills, takes, strict=False):
+                pairs += take * (self._prompt[request] - left + take * steps / 2)
+            attention_s += costs.prefill_context_s * pairs
+        return attention_s
 
     def _step_s(self, router: SimRouter, decodes: int, tokens: int, attention_s: float) -> tuple[float, float]:
         """The same for any batch, and the part of it that is spent on experts."""
         others, most = self._busy - router.busy, 1 - 1 / len(self.routers)
-        others = 0.0 if others < 0 else min(others, most)
+        others = 0.0 if others < 0 else others if others < most else most
         experts_s = self.table.slowest_s[tokens] / (1 - others)
         return self._costs.trunk_s[tokens] + self._costs.decode_s * decodes + attention_s + experts_s, experts_s
 
@@ -232,25 +242,29 @@ class Engine:
 
     def _prefill_takes(self, router: SimRouter, decodes: int) -> list[int]:
         """Tokens of the step for each of the first prefills."""
-        budget = self._settings.max_batch_tokens - decodes
-        if decodes:
-            budget = self._chunk(router, decodes, budget)
-        return router.share_out(budget, self._prompt, self._settings.max_running)
+        settings = self._settings
+        budget = settings.max_batch_tokens - decodes
+        if decodes and budget > settings.prefill_chunk:
+            budget = settings.prefill_chunk
+        if decodes and self._objectives.step_s is not None:
+            budget = self._paced(router, decodes, budget, self._objectives.step_s)
+        return router.share_out(budget, self._prompt, settings.max_running)
 
-    def _chunk(self, router: SimRouter, decodes: int, most: int) -> int:
+    def _paced(self, router: SimRouter, decodes: int, chunk: int, step_s: float) -> int:
         """Prefill tokens beside decoding sequences: those at which `engine.pace` settles."""
-        step_s, chunk = self._objectives.step_s, min(most, self._settings.prefill_chunk)
 
         def lasts_s(chunk: int) -> float:
             return self._step_s(router, decodes, decodes + chunk, self._attention_s(router, [chunk], 1))[0]
 
-        while step_s is not None and chunk > LEAST_CHUNK and lasts_s(chunk) > step_s:
+        while chunk > LEAST_CHUNK and lasts_s(chunk) > step_s:
             chunk = max(LEAST_CHUNK, chunk // 2)
         return chunk
 
     def _credit(self, router: SimRouter, done: float) -> None:
         """Count `done` of its steps: the work also of one that has not ended, the tokens of those that have."""
-        steps, more = max(int(done + 1e-6), router.credited), done - router.worked
+        steps, more = int(done + 1e-6), done - router.worked
+        if steps < router.credited:
+            steps = router.credited
         ended, decodes = steps - router.credited, len(router.decodes)
         prefilled, step_s, totals = router.tokens - decodes, router.step_s, router.totals
         self.steps_by_tokens[router.tokens] += more
@@ -278,11 +292,14 @@ class Engine:
             router.context -= self._prompt[request] + self._output[request] - 1
             self._end(router, request)
         if router.takes:
+            ended = False
             for prefill, take in zip(router.prefills, router.takes, strict=False):
                 prefill[1] -= take * steps
                 if not prefill[1]:
+                    ended = True
                     self._first_token(router, prefill[0], now)
-            router.prefills = [prefill for prefill in router.prefills if prefill[1]]
+            if ended:
+                router.prefills = [prefill for prefill in router.prefills if prefill[1]]
         self._plan(router)
 
     def _first_token(self, router: SimRouter, request: int, now: float) -> None:
