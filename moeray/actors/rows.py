@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moeray.actors.answering import Answering
+from moeray.actors.forward import Forward, compute, settle
 from moeray.actors.tally import Tally
 from moeray.buffers import KEPT_BYTES
-from moeray.errors import ChannelClosedError, ChannelTimeoutError, PlacementError, WireError
-from moeray.model.experts import ExpertBank, HeldExperts, out_of_memory
+from moeray.errors import ChannelClosedError, ChannelTimeoutError, PlacementError
+from moeray.model.experts import ExpertBank, out_of_memory
 from moeray.model.kernels import Block, Scratch
 from moeray.recorder import Recorder
 from moeray.wire.channel import Channel
 from moeray.wire.device_rings import DeviceRings
-from moeray.wire.device_rows import KEY, Placed, brought, place
+from moeray.wire.device_rows import KEY, brought
 from moeray.wire.frame import Frame, Op
 from moeray.wire.row_message import Place
 from moeray.wire.rows import Given, Result, check_forward
@@ -29,61 +27,6 @@ from moeray.wire.rows import Given, Result, check_forward
 log = logging.getLogger(__name__)
 
 WARM_UP_ROWS = 8
-
-
-@dataclass(eq=False, slots=True)
-class _Forward:
-    """One frame's rows; `out_RD`, `placed`, `on_device` or `error` is what came of it. Times are of time.perf_counter.
-
-    `given`: where the frame's tensors lie, if that is known. `place`: the channel's memory for so many bytes of
-    outputs, if it has any. `placed`: memory that begins with the outputs, where they are no tensor. `rings`: by which
-    the rows came on a device, where outputs go back; `on_device`: where these lie there.
-    """
-
-    frame: Frame
-    given: Given | None
-    place: Callable[[int], Place | None]
-    held: HeldExperts
-    arrived: float
-    began: float = 0.0
-    took: float = 0.0
-    out_RD: Tensor | None = None
-    placed: Place | None = None
-    rings: DeviceRings | None = None
-    on_device: Placed | None = None
-    error: Exception | None = None
-
-    @property
-    def experts(self) -> list[int]:
-        experts: list[int] = self.frame.meta["experts"]
-        return experts
-
-    @property
-    def counts(self) -> list[int]:
-        counts: list[int] = self.frame.meta["counts"]
-        return counts
-
-    def rows(self) -> Rows:
-        """For `compute`. The row index is the checked copy: the peer may still write to where the frame's lies."""
-        x_UD, token_of_row_R = self.frame.tensors
-        if self.given is not None and self.given.rows:
-            token_of_row_R = torch.frombuffer(bytearray(self.given.token_of_row), dtype=torch.int64)
-        return self.held, self.experts, self.counts, x_UD, token_of_row_R
-
-    def finish(self, out_RD: Tensor) -> None:
-        """These are the outputs, on the device that computed them: put them where they go out from."""
-        if self.rings is not None:
-            try:
-                self.on_device = place(self.rings, len(out_RD), out_RD, lambda to_RD: to_RD.copy_(out_RD))
-            except WireError as error:  # this router's progress cannot be; the others' outputs are well
-                self.error = error
-        if self.on_device is None:
-            self.out_RD = out_RD.cpu()
-
-    def fits(self, other: _Forward) -> bool:
-        """Whether both can run as one."""
-        mine, its = self.frame.tensors[0], other.frame.tensors[0]
-        return self.frame.layer == other.frame.layer and mine.dtype is its.dtype and mine.shape[1] == its.shape[1]
 
 
 class _Outs(threading.local):
@@ -114,7 +57,7 @@ class RowServer:
         self._bank: ExpertBank | None = None
         self._compute = threading.Lock()
         self._queued = threading.Lock()  # guards the list
-        self._waiting: list[_Forward] = []
+        self._waiting: list[Forward] = []
         self._counting = threading.Lock()  # guards the number in flight
         self._idle = threading.Condition(self._counting)
         self._in_flight = 0
@@ -141,7 +84,7 @@ class RowServer:
         given = Given(x_UD.data_ptr(), WARM_UP_ROWS, x_UD.shape[1], x_UD.dtype, index, WARM_UP_ROWS)
         if self._compute.acquire(blocking=False):
             try:
-                self._compute_all([_Forward(frame, given, lambda nbytes: None, held, time.perf_counter())])
+                self._compute_all([Forward(frame, given, lambda nbytes: None, held, time.perf_counter())])
             finally:
                 self._compute.release()
 
@@ -202,7 +145,7 @@ class RowServer:
                 self._in_flight -= 1
                 self._idle.notify_all()
 
-    def _answer(self, forward: _Forward, channel: Channel) -> None:
+    def _answer(self, forward: Forward, channel: Channel) -> None:
         channel.release()  # before the router, which takes this core when it hears the answer, sends more
         frame, placed, given, waited = forward.frame, forward.placed, forward.given, forward.began - forward.arrived
         if forward.rings is not None:
@@ -222,12 +165,12 @@ class RowServer:
                 )
             )  # fmt: skip
 
-    def _forward(self, frame: Frame, channel: Channel, rings: DeviceRings | None) -> _Forward:
+    def _forward(self, frame: Frame, channel: Channel, rings: DeviceRings | None) -> Forward:
         given = check_forward(frame)
         if self._bank is None:
             raise PlacementError("this actor hosts no experts yet")
         held = self._bank.hold(frame.layer, frame.meta["experts"])
-        forward = _Forward(frame, given, channel.place_outputs, held, time.perf_counter(), rings=rings)
+        forward = Forward(frame, given, channel.place_outputs, held, time.perf_counter(), rings=rings)
         self._run(forward)
         if forward.error is not None:
             raise forward.error
@@ -241,7 +184,7 @@ class RowServer:
         self._service.observe(took_s)
         self._batch.observe(sum(counts))
 
-    def _run(self, forward: _Forward) -> None:
+    def _run(self, forward: Forward) -> None:
         """Compute it, with all of its layer that wait by then; or find that another thread has."""
         if self._compute.acquire(blocking=False):
             try:
@@ -259,7 +202,7 @@ class RowServer:
                 self._waiting = [other for other in self._waiting if not other.fits(forward)]
             self._compute_all(batch)
 
-    def _compute_all(self, batch: list[_Forward]) -> None:
+    def _compute_all(self, batch: list[Forward]) -> None:
         began, first = time.perf_counter(), batch[0]
         first.began = began
         try:
@@ -269,7 +212,7 @@ class RowServer:
             outs = compute([forward.rows() for forward in batch], self._device)
             for forward, out_RD in zip(batch, outs, strict=True):
                 forward.finish(out_RD)
-            _settle(batch)
+            settle(batch)
         except Exception as error:  # each router is told, also those whose rows have only run along
             for forward in batch:
                 forward.error = error
@@ -279,7 +222,7 @@ class RowServer:
             forward.began = began
             forward.took = took * len(out_RD) / max(rows, 1)
 
-    def _compute_in_place(self, forward: _Forward) -> bool:
+    def _compute_in_place(self, forward: Forward) -> bool:
         """From where the rows lie to memory of this thread, if the experts' kernels can."""
         given = forward.given
         if given is None or not given.rows:
@@ -304,31 +247,3 @@ class RowServer:
             return {"kind": "out_of_memory", "message": message}
         log.error("forward of layer %d failed", frame.layer, exc_info=error)
         return {"kind": "failed", "message": message}
-
-
-def _settle(batch: list[_Forward]) -> None:
-    """Wait until the outputs that stay on the device are there."""
-    memories = {forward.rings.memory for forward in batch if forward.rings is not None and forward.on_device}
-    for memory in memories:
-        memory.settle()
-
-
-Rows = tuple[HeldExperts, list[int], list[int], Tensor, Tensor]
-"""Experts, their numbers, rows of each, tokens [U, D] and each row's token [R], of one frame."""
-
-
-def compute(frames: list[Rows], device: torch.device) -> list[Tensor]:
-    """The outputs of each frame's rows on the device, [R, D]; the frames are of one layer and each expert runs once."""
-    inputs = [x_UD.to(device)[token_of_row_R.to(device)] for _, _, _, x_UD, token_of_row_R in frames]
-    held, _, counts, _, _ = frames[0]
-    if len(frames) == 1:
-        return [held(inputs[0], counts)]
-    expert_R = torch.cat([torch.tensor(e).repeat_interleave(torch.tensor(c)) for _, e, c, _, _ in frames])
-    order = expert_R.argsort(stable=True)
-    _, merged = torch.unique_consecutive(expert_R[order], return_counts=True)
-    every = held.with_those_of(other for other, _, _, _, _ in frames[1:])
-    order = order.to(device)
-    sorted_RD = every(torch.cat(inputs)[order], merged.tolist())
-    out_RD = torch.empty_like(sorted_RD)
-    out_RD[order] = sorted_RD
-    return list(torch.split(out_RD, [len(x_RD) for x_RD in inputs]))

@@ -20,11 +20,11 @@ from transformers import GptOssConfig, MixtralConfig
 from moeray.bench.environment import environment
 from moeray.bench.machine import Machine, machine_of
 from moeray.errors import ConfigError
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.experts import ExpertBank
 from moeray.model.family import Family, load_family
 from moeray.model.formats import Fp8Block, Int8, Mxfp4, Plain, StoredWeight, quantize_int8
 from moeray.model.pages import zeros_on_demand
-from moeray.model.slices import ExpertTensor
 from moeray.settings.experts import ExpertKernel
 from moeray.types import ExpertId
 

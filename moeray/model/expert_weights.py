@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from moeray.errors import CheckpointError
-from moeray.model.slices import ExpertTensor
+from moeray.model.expert_tensor import ExpertTensor
 
 
 class ExpertWeights(Protocol):

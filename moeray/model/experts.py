@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeray.errors import PlacementError
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.expert_weights import ExpertWeights, refusal
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.int8 import Int8Cache
@@ -24,7 +25,6 @@ from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer
 from moeray.model.kernels.layers import LayerKernels
 from moeray.model.kernels.native import CALL_FORMATS, Block
 from moeray.model.residence import fault_in
-from moeray.model.slices import ExpertTensor
 from moeray.settings.experts import ExpertKernel
 from moeray.types import ExpertId
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from moeray.errors import CheckpointError
 from moeray.model.checkpoint import Checkpoint
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.expert_weights import ExpertWeights, refusal
 from moeray.model.formats import Int8, Plain, quantize_int8
 from moeray.model.safetensors_file import SafetensorsFile
-from moeray.model.slices import ExpertTensor
 
 LAYOUT = 1
 _BLOCK_BYTES = 4096

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,8 +17,10 @@ from transformers import PreTrainedModel
 from moeray.errors import CheckpointError, UnsupportedModelError
 from moeray.model.checkpoint import Checkpoint, dtype_of
 from moeray.model.conversion import Conversion, OneExpertModel, Recipe
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.finite import not_finite
 from moeray.model.formats import Plain, StoredWeight
+from moeray.model.lazy_tensor import LazyTensor
 from moeray.model.stored import (
     StoredKeys,
     check_floating,
@@ -32,80 +32,7 @@ from moeray.model.stored import (
 
 log = logging.getLogger(__name__)
 
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 _LAYER = re.compile(r"\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class ExpertTensor:
-    """One expert's slice of a fused parameter, without the expert dimension: `parts` side by side along `cat_dim`.
-
-    Each part stays as stored, a view of the checkpoint's map where the family's operations allow it.
-    """
-
-    parts: tuple[StoredWeight, ...]
-    cat_dim: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = list(self.parts[0].shape)
-        if len(self.parts) > 1:
-            shape[self.cat_dim] = sum(part.shape[self.cat_dim] for part in self.parts)
-        return tuple(shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The decoded slice; a view of the map for a single plain part that already has `dtype`."""
-        dense = [part.dense(dtype) for part in self.parts]
-        return dense[0] if len(dense) == 1 else torch.cat(dense, dim=self.cat_dim)
-
-    def looks_finite(self) -> bool:
-        """Whether the plain parts, and the floating scales of others, hold numbers alone."""
-        plain = (tensor for part in self.parts for tensor in part.tensors if tensor.dtype in _PLAIN)
-        return all(bool(tensor.isfinite().all()) for tensor in plain)
-
-    def to(self, device: torch.device) -> ExpertTensor:
-        return ExpertTensor(tuple(part.to(device) for part in self.parts), self.cat_dim)
-
-    def by_outputs(self, transposed: bool) -> ExpertTensor:
-        """The same, each output's weights together in memory: a copy where a plain part's lie `transposed`."""
-        if not transposed:
-            return self
-        parts = (Plain(p.tensor.t().contiguous().t()) if isinstance(p, Plain) else p for p in self.parts)
-        return ExpertTensor(tuple(parts), self.cat_dim)
-
-
-class LazyTensor:
-    """A trunk tensor that is read when indexed, as transformers' loader does with `tensor[...]`.
-
-    Quantised weights come decoded to `dtype`; plain ones are views of the memory map in their own dtype.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], StoredWeight], name: str, own: bool = False
-    ) -> None:
-        """`own`: each time a copy that may be written to."""
-        self.shape = torch.Size(shape)
-        self.dtype = dtype
-        self.name = name
-        self._read = read
-        self._own = own
-
-    def __getitem__(self, index: Any) -> Tensor:
-        values = self._read().dense(self.dtype)[index]
-        return values.clone() if self._own else values
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def __repr__(self) -> str:
-        return f"LazyTensor({self.name}, {list(self.shape)}, {self.dtype})"
 
 
 class WeightMap:
@@ -196,7 +123,7 @@ class WeightMap:
             tensor = ExpertTensor(tuple(weights.values()), cat_dim)
         else:
             tensor = ExpertTensor((Plain(self._run(recipe, name, weights)),))
-        if not _fits(tensor, self._shapes[name][1:]):
+        if not tensor.fits(self._shapes[name][1:]):
             self._refuse_shape(recipe, name, expert)
         return tensor
 
@@ -327,14 +254,3 @@ class WeightMap:
 
 def _plain(weight: StoredWeight) -> Tensor:
     return weight.tensor if isinstance(weight, Plain) else weight.dense(torch.float32)
-
-
-def _fits(tensor: ExpertTensor, wanted: tuple[int, ...]) -> bool:
-    dim = tensor.cat_dim
-    parts = [part.shape for part in tensor.parts]
-    same_rank = all(len(shape) == len(wanted) for shape in parts)
-    return (
-        same_rank
-        and all(s[:dim] + s[dim + 1 :] == wanted[:dim] + wanted[dim + 1 :] for s in parts)
-        and (tensor.shape == wanted)
-    )

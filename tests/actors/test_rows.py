@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeray.actors.rows import RowServer, compute
+from moeray.actors.forward import compute
+from moeray.actors.rows import RowServer
 from moeray.model.experts import ExpertBank
 from moeray.model.kernels import available
 from moeray.model.loading import open_model

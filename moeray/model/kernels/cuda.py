@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.family import ExpertsLayer
 from moeray.model.kernels.experts import KernelExpert, KernelLayer, UnsupportedByKernelError
 from moeray.model.kernels.layout import Expert, Format, Layer
@@ -32,7 +33,6 @@ from moeray.model.kernels.tiles import (
     spread,
     tile_for,
 )
-from moeray.model.slices import ExpertTensor
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import MXFP4_GROUP, Fp8Block, Int8, Mxfp4, Plain, StoredWeight, float_scales
 from moeray.model.kernels.layout import Activation, Expert, Format, Layer, Matrix, Outputs
 from moeray.model.kernels.linear import DENSE
 from moeray.model.kernels.native import CALL_FORMATS, Block, Instructions, best_instructions, forward, run
-from moeray.model.slices import ExpertTensor
 
 _TANH_GELU = (2 * math.sqrt(2 / math.pi), 0.044715)  # 1 + tanh z = 2 sigmoid(2 z)
 

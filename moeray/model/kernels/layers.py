@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moeray.errors import ConfigError
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.family import ExpertsLayer, Family
 from moeray.model.kernels import cuda, native
 from moeray.model.kernels.cuda import TritonLayer
 from moeray.model.kernels.experts import KernelExpert, KernelLayer, NativeLayer, UnsupportedByKernelError
 from moeray.model.kernels.tiles import Tiles
-from moeray.model.slices import ExpertTensor
 from moeray.settings.experts import ExpertKernel
 
 log = logging.getLogger(__name__)

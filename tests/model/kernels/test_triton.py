@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from moeray.errors import CheckpointError, ConfigError
+from moeray.model.expert_tensor import ExpertTensor
 from moeray.model.experts import ExpertBank
 from moeray.model.family import ExpertsLayer
 from moeray.model.formats import Plain
 from moeray.model.int8 import Int8Cache
 from moeray.model.kernels.cuda import TritonLayer
 from moeray.model.loading import open_model
-from moeray.model.slices import ExpertTensor
 from moeray.types import ExpertId
 from tests.checkpoints import make_tiny, spoil
 from tests.model.kernels.on_triton import DEVICE, INTERPRETED, needs_triton
